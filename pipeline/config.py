@@ -1,0 +1,224 @@
+"""The recipe: every setting of a run, its default and its meaning, each in one place.
+
+Precedence: default < recipe file < `--quick` < `--set KEY=VALUE`. An unknown key is an error that names the nearest.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import tomlkit
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tomlkit.exceptions import ParseError
+
+from pipeline.errors import GattError
+from pipeline.records import Constraint
+
+
+class Section(BaseModel):
+    """Frozen and strict; the docstring under a field is its help."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Dialogues(Section):
+    """Where the users' turns come from."""
+
+    source: str = "seed"
+    """"seed" (built in), a JSONL file (`messages`, ShareGPT or `turns`), or the id of a dataset for `datasets`."""
+    turns: int = Field(default=6, ge=1)
+    """User turns of a training dialogue; longer ones are cut."""
+    train: int = Field(default=150, ge=1)
+    """Training dialogues; the sources are cut into pieces of `turns`, and reused with other instructions if need be."""
+    system: str = "You are a friendly assistant. Answer in one or two short sentences."
+    """The system message of every arm, in training and in evaluation; "" leaves it to the chat template."""
+
+
+class Instructions(Section):
+    """What is taught, as in section 3.3 of the paper."""
+
+    pool: tuple[Constraint, ...] = (
+        Constraint("opening", "Ahoy!"),
+        Constraint("opening", "Hark!"),
+        Constraint("opening", "Good news:"),
+        Constraint("closing", "Over and out."),
+        Constraint("closing", "Stay curious!"),
+        Constraint("persona", "Captain Nemo"),
+    )
+    """The constraints to draw from; `gatt instructions --kinds` lists the kinds."""
+    combine_share: float = Field(default=0.15, ge=0, le=1)
+    """Share of the dialogues whose instruction combines two compatible constraints."""
+    short_share: float = Field(default=0.5, ge=0, le=1)
+    """Share of the training dialogues that show the shortened instruction (half of them in the paper)."""
+    plain_share: float = Field(default=0.15, ge=0, le=1)
+    """Share of the training dialogues without an instruction, so that the model learns not to invent one."""
+
+
+class Synthesize(Section):
+    """How the teacher answers."""
+
+    edited_share: float = Field(default=0.9, ge=0, le=1)
+    """Of the dialogues whose instruction can be obeyed by an exact edit: the share that is edited, not sampled."""
+    candidates: int = Field(default=4, ge=1)
+    """Answers drawn for one turn before the dialogue is cut short there."""
+    max_tokens: int = Field(default=80, ge=8)
+    """Longest answer, in tokens."""
+    sentences: int = Field(default=2, ge=1)
+    """An answer is cut after so many sentences."""
+    temperature: float = Field(default=0.7, ge=0)
+    """Of the sampling, with min-p 0.05."""
+    sequences: int = Field(default=24, ge=1)
+    """Dialogues that are generated side by side. The data do not depend on it (CPU)."""
+
+
+class Train(Section):
+    """4-bit QLoRA through Unsloth."""
+
+    loss: Literal["all_turns", "last_turn"] = "all_turns"
+    """Learn every answer of a dialogue, or only the last, as in the paper."""
+    rank: int = Field(default=32, ge=1)
+    """Rank of the adapter on all linear projections; alpha is the same."""
+    learning_rate: float = Field(default=8e-4, gt=0)
+    """Peak, after a warm-up of a tenth of the steps; then a cosine."""
+    steps: int = Field(default=60, ge=1)
+    """Optimizer steps."""
+    batch: int = Field(default=4, ge=1)
+    """Dialogues a step."""
+    max_length: int = Field(default=1024, ge=64)
+    """Tokens; a longer dialogue is cut at a turn boundary and never loses turn 1."""
+    save_steps: int = Field(default=10, ge=1)
+    """Steps between checkpoints."""
+
+
+class Export(Section):
+    """The tuned GGUF."""
+
+    formats: tuple[str, ...] = ("Q8_0",)
+    """llama.cpp's names: F16, Q8_0, Q4_K_M, ... The first is evaluated, against the base in the same format."""
+
+
+class Evaluate(Section):
+    """Does it hold? On dialogues that training has not seen, with the instruction in turn 1 only."""
+
+    dialogues: int = Field(default=24, ge=1)
+    """Evaluation dialogues, shared out over the constraints of the pool."""
+    turns: int = Field(default=20, ge=1)
+    """Turns of each."""
+    max_tokens: int = Field(default=80, ge=8)
+    """Longest reply, in tokens."""
+    temperature: float = Field(default=0.7, ge=0)
+    """Of the sampling, the same for all arms."""
+    sequences: int = Field(default=24, ge=1)
+    """Dialogues that are evaluated side by side."""
+
+
+class Recipe(Section):
+    """Everything that decides what a run does."""
+
+    seed: int = 1
+    """Of every draw: pairing, sampling, adapter, order of training."""
+    model: str = "smollm2-135m"
+    """A preset of `models/`, a GGUF file, a Hugging Face folder, or a Hub id."""
+    dialogues: Dialogues = Dialogues()
+    instructions: Instructions = Instructions()
+    synthesize: Synthesize = Synthesize()
+    train: Train = Train()
+    export: Export = Export()
+    evaluate: Evaluate = Evaluate()
+
+
+QUICK = (
+    "dialogues.train=40", "dialogues.turns=4", "train.steps=12", "synthesize.max_tokens=48",
+    "evaluate.dialogues=6", "evaluate.turns=8", "evaluate.max_tokens=48",
+)  # fmt: skip
+"""What `--quick` sets: the same run in miniature. Its report is marked as shortened."""
+
+
+def load_recipe(path: Path | None, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file (or the defaults) and apply `KEY=VALUE` overrides such as `train.steps=20`.
+
+    Raises:
+        GattError: no such file, not TOML, an unknown key, or a value of the wrong type; the message names the key.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
+        except FileNotFoundError as error:
+            raise GattError(f"No recipe at {path}. `gatt init {path}` writes one to start from.") from error
+        except (ParseError, UnicodeDecodeError) as error:
+            raise GattError(f"{path} is not TOML: {error}. Correct it, or start anew with `gatt init`.") from error
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise GattError(f"{path or 'recipe'}: {_explain(error)}") from error
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value`; the value is read as TOML, and as a string where it is none."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise GattError(f"--set {override}: expected KEY=VALUE, for example --set train.steps=20.")
+    try:
+        value: Any = tomlkit.value(text).unwrap()
+    except (ParseError, ValueError):
+        value = text
+    *sections, key = name.strip().split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+    data[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem in one line, with the nearest valid key where a key is unknown."""
+    problem = error.errors()[0]
+    place = ".".join(map(str, problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        return f"{place} = {problem['input']!r}: {problem['msg']}. `gatt init` lists every key with its meaning."
+    section: type[BaseModel] = Recipe
+    for name in problem["loc"][:-1]:
+        section = type(getattr(section(), str(name)))
+    near = difflib.get_close_matches(str(problem["loc"][-1]), section.model_fields, n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(section.model_fields)}."
+    return f"unknown key {place!r}. {hint}"
+
+
+def recipe_toml(recipe: Recipe, comments: bool = True) -> str:
+    """The recipe as TOML; with each key's docstring above it where `comments`."""
+    document = tomlkit.document()
+    _fill(document, recipe, comments)
+    return tomlkit.dumps(document)
+
+
+def _fill(table: Any, section: BaseModel, comments: bool) -> None:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            child = tomlkit.table()
+            if comments:
+                child.comment((type(value).__doc__ or "").split("\n")[0])
+            _fill(child, value, comments)
+            table.add(tomlkit.nl())
+            table.add(name, child)
+            continue
+        if comments and field.description:
+            table.add(tomlkit.comment(" ".join(field.description.split())))
+        table.add(name, _toml_value(value))
+
+
+def _toml_value(value: Any) -> Any:
+    if not isinstance(value, tuple):
+        return value
+    array = tomlkit.array()
+    for item in value:
+        if isinstance(item, Constraint):
+            row = tomlkit.inline_table()
+            row.update({"kind": item.kind, "value": item.value})
+            array.append(row)
+        else:
+            array.append(item)
+    return array.multiline(True) if value and isinstance(value[0], Constraint) else array

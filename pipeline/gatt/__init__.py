@@ -1,0 +1,1 @@
+"""The method itself: pure functions over records. No input or output, no torch, no llama.cpp."""

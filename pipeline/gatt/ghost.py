@@ -1,0 +1,44 @@
+"""Ghost Attention: say the instruction in every turn to get the answers, keep it in the first turn only to teach.
+
+Touvron et al. 2023, *Llama 2*, section 3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pipeline.records import Message
+
+
+def with_instruction(instruction: str, user: str) -> str:
+    """The user's message with the instruction before it, as the paper concatenates them."""
+    return f"{instruction}\n\n{user}" if instruction else user
+
+
+def augment(users: Sequence[str], answers: Sequence[str], instruction: str, system: str) -> tuple[Message, ...]:
+    """What the teacher sees in turn `len(answers) + 1`: the instruction stands in every user message."""
+    return _messages([with_instruction(instruction, user) for user in users], answers, system)
+
+
+def ghost(users: Sequence[str], answers: Sequence[str], instruction: str, system: str) -> tuple[Message, ...]:
+    """What the student sees: the instruction stands in the first user message only."""
+    return _messages([with_instruction(instruction, users[0]), *users[1:]], answers, system)
+
+
+def _messages(users: Sequence[str], answers: Sequence[str], system: str) -> tuple[Message, ...]:
+    """The dialogue up to and with user turn `len(answers) + 1`, or to the last answer where there are no more turns."""
+    messages: list[Message] = [{"role": "system", "content": system}] if system else []
+    for turn, user in enumerate(users[: len(answers) + 1]):
+        messages.append({"role": "user", "content": user})
+        if turn < len(answers):
+            messages.append({"role": "assistant", "content": answers[turn]})
+    return tuple(messages)
+
+
+def loss_turns(answers: int, mode: Literal["all_turns", "last_turn"]) -> range:
+    """Which of the answers (from 0) are learned. The paper sets the loss of all earlier turns to zero (`last_turn`).
+
+    `all_turns` learns every answer in the same pass: each was drawn from the augmented context, so each is a lesson.
+    """
+    return range(answers) if mode == "all_turns" else range(answers - 1, answers)

@@ -1,0 +1,61 @@
+"""Which dialogue gets which instruction: wording, combination, shortening (paper, section 3.3)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from pipeline.gatt.kinds import compatible, editable, kind_of
+from pipeline.records import Constraint, Dialogue, Instruction, Pairing, Way
+
+
+def word(constraints: tuple[Constraint, ...], wording: int = 0) -> Instruction:
+    """The instruction that asks for all of `constraints`, in the given wording of each."""
+    texts = [k.wordings[wording % len(k.wordings)].format(v=c.value) for c in constraints for k in [kind_of(c)]]
+    shorts = [kind_of(c).short.format(v=c.value) for c in constraints]
+    name = "+".join(f"{c.kind}={c.value}" for c in constraints)
+    return Instruction(f"{name}#{wording}", " ".join(map(_sentence, texts)), " ".join(map(_sentence, shorts)), constraints)
+
+
+def _sentence(text: str) -> str:
+    return text if text[-1] in ".!?" else text + "."
+
+
+def pair_for_training(
+    dialogues: Sequence[Dialogue],
+    pool: Sequence[Constraint],
+    *,
+    combine_share: float,
+    short_share: float,
+    plain_share: float,
+    edited_share: float,
+    seed: int,
+) -> tuple[dict[str, Instruction], list[Pairing]]:
+    """Give every dialogue an instruction, or none, evenly over the pool; the same seed gives the same pairs."""
+    rng = random.Random(f"pair {seed}")
+    made: dict[str, Instruction] = {}
+    pairs: list[Pairing] = []
+    turn = 0
+    for dialogue in dialogues:
+        if rng.random() < plain_share:
+            pairs.append(Pairing(dialogue.id, None, "plain"))
+            continue
+        chosen = (pool[turn % len(pool)],)
+        turn += 1
+        partners = [c for c in pool if compatible(chosen[0], c)]
+        if partners and rng.random() < combine_share:
+            chosen = (*chosen, rng.choice(partners))
+        instruction = word(chosen, rng.randrange(3))
+        made[instruction.id] = instruction
+        way: Way = "edited" if editable(chosen) and rng.random() < edited_share else "sampled"
+        pairs.append(Pairing(dialogue.id, instruction.id, way, rng.random() < short_share))
+    return made, pairs
+
+
+def pair_for_evaluation(
+    dialogues: Sequence[Dialogue], pool: Sequence[Constraint]
+) -> tuple[dict[str, Instruction], list[Pairing]]:
+    """One constraint of the pool for each dialogue, in turn, in its full wording."""
+    made = {i.id: i for i in (word((c,)) for c in pool)}
+    ids = list(made)
+    return made, [Pairing(d.id, ids[n % len(ids)], "plain") for n, d in enumerate(dialogues)]

@@ -1,0 +1,58 @@
+"""Words, sentences, and what makes a text no answer. English and its neighbours; not a tokenizer."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_SENTENCE = re.compile(r".+?[.!?…]+[\"'”’)]*(?=\s|$)", re.DOTALL)
+_ENDING = re.compile(r"[.!?…][\"'”’)]*$")
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, in lowercase, without punctuation."""
+    return _WORD.findall(text.lower())
+
+
+def sentences(text: str) -> list[str]:
+    """The finished sentences; a tail without a full stop is left out."""
+    return [s.strip() for s in _SENTENCE.findall(text)]
+
+
+def first_sentences(text: str, count: int) -> str:
+    """The first `count` finished sentences of the first paragraph, or "" where none is finished."""
+    return " ".join(sentences(text.strip().split("\n")[0])[:count])
+
+
+def flaw(text: str, earlier: Sequence[str], demanded: str = "", finished: bool = False) -> str:
+    """What makes `text` no answer, or "".
+
+    "empty": fewer than three different words beside the `demanded` ones; "loop": a phrase again and again; "repeat":
+    nearly equal to an `earlier` answer; "unfinished": does not end a sentence (asked only where `finished`).
+    """
+    said = words(text)
+    asked = set(words(demanded))
+    content = [word for word in said if word not in asked]
+    if len(set(content)) < 3:
+        return "empty"
+    if _loops(said):
+        return "loop"
+    if any(_overlap(content, [w for w in words(old) if w not in asked]) > 0.8 for old in earlier):
+        return "repeat"
+    if finished and not _ENDING.search(text.rstrip()):
+        return "unfinished"
+    return ""
+
+
+def _loops(said: list[str]) -> bool:
+    """A run of three words that comes four times, or fewer than a third of the words different."""
+    triples = Counter(zip(said, said[1:], said[2:], strict=False))
+    return max(triples.values(), default=0) >= 4 or (len(said) >= 12 and len(set(said)) < len(said) / 3)
+
+
+def _overlap(one: list[str], other: list[str]) -> float:
+    """Jaccard similarity of the two texts' pairs of words."""
+    first, second = set(zip(one, one[1:], strict=False)), set(zip(other, other[1:], strict=False))
+    return len(first & second) / len(first | second) if first and second else 0.0

@@ -1,0 +1,130 @@
+"""What the stages exchange: messages, dialogues, instructions, answers.
+
+Plain, frozen values that turn into JSON and back. No behaviour beyond that, and no import from the project.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+Role = Literal["system", "user", "assistant"]
+Way = Literal["sampled", "edited", "plain"]
+"""How an answer came to obey: drawn until its check passed, edited so that it does, or no instruction at all."""
+
+
+class Message(TypedDict):
+    """One message of a chat, in the form that chat templates and `datasets` take."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dialogue:
+    """The user's side of one conversation: `turns[k]` is what the user says in turn k + 1."""
+
+    id: str
+    topic: str
+    turns: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """One thing that every answer must show: a kind of `gatt.kinds.KINDS` and its value ("opening", "Ahoy!")."""
+
+    kind: str
+    value: str = ""
+
+    @property
+    def name(self) -> str:
+        """The constraint as tables show it."""
+        return f"{self.kind}: {self.value}" if self.value else self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """What the user asks for in message 1 and expects to hold to the end (paper, section 3.3).
+
+    `text` is the full wording; `short` the shortened one ("Figure: Napoleon."), which the paper puts in its place half
+    of the time.
+    """
+
+    id: str
+    text: str
+    short: str
+    constraints: tuple[Constraint, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """A dialogue with the instruction that it is to keep, and the way to an obedient answer.
+
+    `instruction` is None for a plain dialogue, from which the model learns not to invent one. `shortened` says that
+    the training data show `Instruction.short`.
+    """
+
+    dialogue: str
+    instruction: str | None
+    way: Way
+    shortened: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One candidate for an assistant message in synthesis, accepted or not.
+
+    `raw` is what the teacher said, `text` the same after editing. `verdict` is "accepted", or why it was not.
+    """
+
+    dialogue: str
+    turn: int
+    candidate: int
+    raw: str
+    text: str
+    tokens: int
+    verdict: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """One assistant message of an evaluated model. `finish` is "stop", "length" (of the answer) or "context".
+
+    `obeys` is the instruction's own check. `flaw` names what makes the reply no reply at all (a loop, a repeat, empty),
+    or is "". A reply is *adherent* when it obeys and has no flaw.
+    """
+
+    arm: str
+    dialogue: str
+    turn: int
+    text: str
+    prompt_tokens: int
+    tokens: int
+    finish: str
+    obeys: bool
+    flaw: str
+
+    @property
+    def adherent(self) -> bool:
+        """Obeys the instruction, and is a reply."""
+        return self.obeys and not self.flaw
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Ask a model for the next assistant message after `messages`. Equal requests get equal completions."""
+
+    messages: tuple[Message, ...]
+    seed: int
+    max_tokens: int
+    temperature: float = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the model said, and why it stopped: "stop" (its own end), "length" (`max_tokens`) or "context" (full)."""
+
+    text: str
+    tokens: int
+    prompt_tokens: int
+    finish: str
