@@ -1,0 +1,1 @@
+"""The heavy libraries, one file each; nothing else imports them."""

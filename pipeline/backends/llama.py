@@ -1,0 +1,297 @@
+"""Batched multi-turn generation over llama.cpp's low-level API.
+
+Dialogues run side by side, each in a sequence of its own; one that ends makes room for the next at once. Only new
+tokens are fed: a request's tokens are compared with what its sequence holds in the cache.
+
+The answers do not depend, bit for bit, on what runs beside them (measured on CPU, llama.cpp of llama-cpp-python
+0.3.36): each sequence has its own stream of cells, flash attention is on, a prompt is fed in chunks below 64 tokens
+(from there on another kernel sums in another order), and no token is ever decoded alone (a lone one splits the cache
+among the threads). So a request is a pure function of its text and seed, and a run that was cut off goes on as if it
+had not been.
+"""
+
+from __future__ import annotations
+
+import codecs
+import ctypes
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.backends.template import ChatTemplate
+from pipeline.errors import GattError
+from pipeline.gguf.read import open_gguf
+from pipeline.machine import require_memory
+from pipeline.records import Completion, Request
+
+Task = Generator[Request, Completion, None]
+"""A dialogue: yields requests, receives completions, keeps its own results."""
+
+_CHUNK = 63
+_PADDING = 256
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One stream of the cache and the dialogue that runs in it. `cached` are the tokens whose cells are filled."""
+
+    id: int
+    task: Task | None = None
+    request: Request | None = None
+    cached: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    tokens: int = 0
+    text: str = ""
+    decoder: Any = None
+    sampler: Any = None
+
+
+class Llama:
+    """A GGUF file with room for `sequences` dialogues of up to `context` tokens each.
+
+    Raises:
+        GattError: no GGUF, a broken one, one without a chat template, or too little memory.
+    """
+
+    def __init__(self, path: Path, sequences: int, context: int, threads: int | None = None) -> None:
+        info = open_gguf(path)
+        cells = (sequences + 1) * _padded(context)
+        require_memory(info.bytes + cells * info.cache_bytes_per_token, f"run {path.name} with {sequences} sequences")
+        import llama_cpp
+
+        self._api = llama_cpp
+        _silence(llama_cpp)
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+        if not self._model:
+            raise GattError(f"llama.cpp cannot load {path}: {info.architecture} may be newer than this llama-cpp-python.")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.context = _padded(context)
+        self._context = llama_cpp.llama_init_from_model(self._model, self._context_params(sequences, threads))
+        if not self._context:
+            raise GattError(f"No memory for a cache of {cells} tokens. Lower `sequences` or the number of turns.")
+        self._memory = llama_cpp.llama_get_memory(self._context)
+        self._batch = llama_cpp.llama_batch_init(max(_CHUNK, sequences) + 1, 0, 1)
+        self._sequences = [_Sequence(n) for n in range(sequences)]
+        self._ballast = sequences
+        self.template = ChatTemplate(info.chat_template, info.bos, info.eos)
+
+    def _context_params(self, sequences: int, threads: int | None) -> Any:
+        params = self._api.llama_context_default_params()
+        params.n_ctx = (sequences + 1) * self.context
+        params.n_seq_max = sequences + 1
+        params.n_batch = params.n_ubatch = 512
+        params.n_threads = params.n_threads_batch = threads or os.cpu_count() or 1
+        params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        params.kv_unified = False
+        return params
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for sequence in self._sequences:
+            self._free_sampler(sequence)
+        self._api.llama_batch_free(self._batch)
+        self._api.llama_free(self._context)
+        self._api.llama_model_free(self._model)
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a rendered chat: special tokens are parsed, and none is added (the template writes its own)."""
+        raw = text.encode()
+        room = len(raw) + 8
+        ids = (self._api.llama_token * room)()
+        count = self._api.llama_tokenize(self._vocab, raw, len(raw), ids, room, False, True)
+        return list(ids[:count])
+
+    def run(self, tasks: Iterable[Task], on_text: Callable[[str], None] | None = None) -> None:
+        """Drive all `tasks` to their end. `on_text` receives each piece of text (meant for one task: a chat)."""
+        waiting = iter(tasks)
+        busy = [s for s in self._sequences if self._next_task(s, waiting)]
+        while busy:
+            for sequence in busy:
+                while len(sequence.pending) > 1:
+                    self._prefill(sequence)
+            self._decode([(s, s.pending[0]) for s in busy])
+            for row, sequence in enumerate(busy):
+                self._sample(sequence, row, on_text)
+            busy = [s for s in busy if s.pending or self._advance(s) or self._next_task(s, waiting)]
+
+    def complete(self, request: Request, on_text: Callable[[str], None] | None = None) -> Completion:
+        """One answer, by itself."""
+        got: list[Completion] = []
+
+        def once() -> Task:
+            got.append((yield request))
+
+        self.run([once()], on_text)
+        return got[0]
+
+    def _next_task(self, sequence: _Sequence, waiting: Iterator[Task]) -> bool:
+        """Start tasks in a free sequence until one has something to generate."""
+        for task in waiting:
+            sequence.task = task
+            # Cells in any other order would be summed in another order: a new dialogue starts in an empty stream.
+            self._api.llama_memory_seq_rm(self._memory, sequence.id, 0, -1)
+            sequence.cached.clear()
+            if self._ask(sequence, None):
+                return True
+        return False
+
+    def _advance(self, sequence: _Sequence) -> bool:
+        """Hand the finished completion to the dialogue and take its next request."""
+        return self._ask(sequence, self._completion(sequence))
+
+    def _ask(self, sequence: _Sequence, completion: Completion | None) -> bool:
+        """Send `completion` and admit requests until one needs decoding; False when the dialogue has ended."""
+        assert sequence.task is not None
+        while True:
+            try:
+                request = sequence.task.send(completion) if completion else next(sequence.task)
+            except StopIteration:
+                return False
+            completion = self._admit(sequence, request)
+            if completion is None:
+                return True
+
+    def _admit(self, sequence: _Sequence, request: Request) -> Completion | None:
+        """Line up the tokens that the cache lacks; a prompt that leaves no room to answer is completed at once."""
+        tokens = self.tokenize(self.template.render(request.messages))
+        if len(tokens) + request.max_tokens > self.context:
+            return Completion("", 0, len(tokens), "context")
+        shared = 0
+        for ours, theirs in zip(sequence.cached, tokens[:-1], strict=False):
+            if ours != theirs:
+                break
+            shared += 1
+        self._api.llama_memory_seq_rm(self._memory, sequence.id, shared, -1)
+        del sequence.cached[shared:]
+        sequence.request, sequence.pending = request, tokens[shared:]
+        sequence.prompt_tokens, sequence.tokens, sequence.text = len(tokens), 0, ""
+        sequence.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._free_sampler(sequence)
+        sequence.sampler = self._sampler(request)
+        return None
+
+    def _prefill(self, sequence: _Sequence) -> None:
+        """Feed one chunk of a prompt, all but its last token (which is decoded with everybody's)."""
+        chunk = sequence.pending[: min(_CHUNK, len(sequence.pending) - 1)]
+        self._feed([(sequence.id, len(sequence.cached) + n, token, False) for n, token in enumerate(chunk)])
+        sequence.cached += chunk
+        del sequence.pending[: len(chunk)]
+
+    def _decode(self, rows: list[tuple[_Sequence, int]]) -> None:
+        """One new token for each sequence, with logits."""
+        self._feed([(s.id, len(s.cached), token, True) for s, token in rows])
+        for sequence, token in rows:
+            sequence.cached.append(token)
+            sequence.pending = []
+
+    def _feed(self, rows: list[tuple[int, int, int, bool]]) -> None:
+        """Decode (sequence, position, token, logits?) rows; a lone row gets ballast in a spare sequence."""
+        alone = len(rows) == 1
+        if alone:
+            rows = [*rows, (self._ballast, 0, rows[0][2], False)]
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for n, (sequence, position, token, logits) in enumerate(rows):
+            batch.token[n], batch.pos[n], batch.logits[n] = token, position, logits
+            batch.n_seq_id[n], batch.seq_id[n][0] = 1, sequence
+        status = self._api.llama_decode(self._context, batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status} for {len(rows)} tokens")
+        if alone:
+            self._api.llama_memory_seq_rm(self._memory, self._ballast, 0, -1)
+
+    def _sample(self, sequence: _Sequence, row: int, on_text: Callable[[str], None] | None) -> None:
+        """Draw the next token; leave it pending, or nothing where the answer ends."""
+        token = self._api.llama_sampler_sample(sequence.sampler, self._context, row)
+        sequence.tokens += 1
+        assert sequence.request is not None
+        if self._api.llama_vocab_is_eog(self._vocab, token):
+            sequence.text += sequence.decoder.decode(b"", True)
+            sequence.request = None
+            return
+        piece = sequence.decoder.decode(self._piece(token))
+        sequence.text += piece
+        if on_text and piece:
+            on_text(piece)
+        if sequence.tokens < sequence.request.max_tokens:
+            sequence.pending = [token]
+
+    def _completion(self, sequence: _Sequence) -> Completion:
+        finish = "length" if sequence.request else "stop"
+        return Completion(sequence.text, sequence.tokens, sequence.prompt_tokens, finish)
+
+    def _piece(self, token: int) -> bytes:
+        buffer = ctypes.create_string_buffer(256)
+        size = self._api.llama_token_to_piece(self._vocab, token, buffer, 256, 0, False)
+        return buffer.raw[: max(size, 0)]
+
+    def _sampler(self, request: Request) -> Any:
+        """llama.cpp's chain of one request: repeat penalty within the answer, min-p, temperature, seeded draw."""
+        api = self._api
+        chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        if request.temperature == 0:
+            api.llama_sampler_chain_add(chain, api.llama_sampler_init_greedy())
+            return chain
+        vocabulary = api.llama_vocab_n_tokens(self._vocab)
+        for part in (
+            api.llama_sampler_init_top_k(40),
+            api.llama_sampler_init_penalties(vocabulary, 64, 1.1, 0.0, 0.0),
+            api.llama_sampler_init_min_p(0.05, 1),
+            api.llama_sampler_init_temp(request.temperature),
+            api.llama_sampler_init_dist(request.seed & 0xFFFFFFFF),
+        ):
+            api.llama_sampler_chain_add(chain, part)
+        return chain
+
+    def _free_sampler(self, sequence: _Sequence) -> None:
+        if sequence.sampler:
+            self._api.llama_sampler_free(sequence.sampler)
+            sequence.sampler = None
+
+
+def quantize(source: Path, target: Path, format_name: str) -> None:
+    """Write `source` (F16 or F32) to `target` in llama.cpp's format `format_name` ("Q8_0", "Q4_K_M", ...).
+
+    Raises:
+        GattError: no such format, or llama.cpp refused.
+    """
+    import llama_cpp
+
+    _silence(llama_cpp)
+    kind = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{format_name}", None)
+    if kind is None:
+        raise GattError(f"Unknown format {format_name!r}. Use llama.cpp's names, such as F16, Q8_0, Q5_K_M or Q4_K_M.")
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = kind, os.cpu_count() or 1
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
+        raise GattError(f"llama.cpp could not quantise {source.name} to {format_name} (is the disk full?).")
+
+
+def system_info() -> str:
+    """What llama.cpp was built with on this machine."""
+    import llama_cpp
+
+    return str(llama_cpp.llama_print_system_info().decode())
+
+
+def _padded(context: int) -> int:
+    return -(-context // _PADDING) * _PADDING
+
+
+_quiet: list[Any] = []
+
+
+def _silence(llama_cpp: Any) -> None:
+    """Send llama.cpp's own log nowhere; the callback must outlive the library's use of it."""
+    if not _quiet:
+        _quiet.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
+        llama_cpp.llama_log_set(_quiet[0], ctypes.c_void_p(0))

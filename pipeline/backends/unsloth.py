@@ -1,0 +1,131 @@
+"""4-bit QLoRA through Unsloth, the same code on CUDA and CPU. Labels are ours."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from pipeline.backends.template import ChatTemplate, answer_spans
+from pipeline.config import Train
+from pipeline.errors import GattError
+from pipeline.gatt.ghost import loss_turns
+from pipeline.records import Message
+
+IGNORED = -100
+_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_COMPLETE = "complete"
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One dialogue as the model learns it: token ids, and the same ids or -100 where nothing is learned."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The base's tokenizer."""
+    import transformers
+
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def label(tokenizer: Any, messages: Sequence[Message], settings: Train) -> Labelled:
+    """Tokenise a dialogue and label the answers that `settings.loss` learns, each with its end-of-turn token.
+
+    A dialogue over `max_length` is cut at a turn boundary, from the end.
+
+    Raises:
+        GattError: not even turn 1 fits.
+    """
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or "")
+    while messages:
+        text, spans = answer_spans(template, messages)
+        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if len(coded["input_ids"]) <= settings.max_length:
+            break
+        messages = messages[:-2]
+    if not messages or not spans:
+        raise GattError(f"Turn 1 of a dialogue is longer than train.max_length = {settings.max_length} tokens. Raise it.")
+    learned = [spans[turn] for turn in loss_turns(len(spans), settings.loss)]
+    labels = [
+        token if any(start <= left and right <= end and left < right for start, end in learned) else IGNORED
+        for token, (left, right) in zip(coded["input_ids"], coded["offset_mapping"], strict=True)
+    ]
+    return Labelled(list(coded["input_ids"]), labels)
+
+
+def train(
+    folder: Path, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path, adapter: Path,
+    on_step: Callable[[int, float], None],
+) -> list[float]:  # fmt: skip
+    """Train an adapter on the base in `folder` and save it; goes on from the last whole checkpoint.
+
+    Returns:
+        The loss of every step.
+    """
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(platformdirs.user_cache_dir("gatt")) / "unsloth"))
+    os.environ["HF_HUB_OFFLINE"] = "1"  # the base is on this disk
+    warnings.filterwarnings("ignore")
+    import torch
+    from unsloth import FastLanguageModel  # isort: skip  (Unsloth must be imported before transformers)
+    import transformers
+
+    network, tokenizer = FastLanguageModel.from_pretrained(
+        str(folder), max_seq_length=settings.max_length, load_in_4bit=True, local_files_only=True
+    )
+    network = FastLanguageModel.get_peft_model(
+        network, r=settings.rank, lora_alpha=settings.rank, lora_dropout=0, target_modules=_TARGETS, random_state=seed,
+        use_gradient_checkpointing=False if not torch.cuda.is_available() else "unsloth",
+    )  # fmt: skip
+
+    class Watch(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                on_step(state.global_step, logs["loss"])
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # Written last: a checkpoint without it was cut off.
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+    trainer = transformers.Trainer(
+        model=network,
+        args=transformers.TrainingArguments(
+            output_dir=str(checkpoints), max_steps=settings.steps, per_device_train_batch_size=settings.batch,
+            learning_rate=settings.learning_rate, lr_scheduler_type="cosine", warmup_steps=max(1, settings.steps // 10),
+            weight_decay=0.01, seed=seed, data_seed=seed, logging_steps=1, save_steps=settings.save_steps,
+            save_total_limit=2, report_to="none", disable_tqdm=True, remove_unused_columns=False,
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(), dataloader_pin_memory=False,
+        ),
+        train_dataset=[{"input_ids": e.input_ids, "labels": e.labels} for e in examples],
+        data_collator=lambda rows: _pad(rows, tokenizer.pad_token_id or 0),
+        callbacks=[Watch()],
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    whole = [c.parent for c in checkpoints.glob(f"checkpoint-*/{_COMPLETE}")]
+    latest = max(whole, key=lambda c: int(c.name.split("-")[1]), default=None)
+    trainer.train(resume_from_checkpoint=str(latest) if latest else None)
+    network.save_pretrained(adapter)
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def _pad(rows: list[dict[str, list[int]]], pad: int) -> dict[str, Any]:
+    """A batch of equal lengths: (dialogues, tokens) of ids, labels and attention mask."""
+    import torch
+
+    length = max(len(row["input_ids"]) for row in rows)
+
+    def stack(key: str, filler: int) -> Any:
+        return torch.tensor([row[key] + [filler] * (length - len(row[key])) for row in rows])
+
+    ones = [{"mask": [1] * len(row["input_ids"])} for row in rows]
+    mask = torch.tensor([one["mask"] + [0] * (length - len(one["mask"])) for one in ones])
+    return {"input_ids": stack("input_ids", pad), "labels": stack("labels", IGNORED), "attention_mask": mask}

@@ -1,0 +1,1 @@
+"""GGUF files: read with care, merge an adapter tensor by tensor, write."""
