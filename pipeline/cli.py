@@ -1,0 +1,175 @@
+"""The `gatt` command: thin. A stage and its libraries are imported when it is called."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline import __version__
+from pipeline.errors import GattError
+
+if TYPE_CHECKING:
+    from pipeline.config import Recipe
+    from pipeline.rundir import RunDir
+
+app = typer.Typer(
+    help="Teach a chat model to keep an instruction for a whole conversation (Ghost Attention).\n\n"
+    "Example: gatt run --quick",
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+)  # fmt: skip
+
+RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe (TOML); left out: the built-in demo.")]
+Run = Annotated[Path, typer.Option("--run", help="Folder of the run.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The same in miniature, to see that everything works.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.steps=20.")]
+DEFAULT_RUN = Path("runs/demo")
+
+
+@app.command()
+def init(path: Annotated[Path, typer.Argument()] = Path("recipe.toml")) -> None:
+    """Write a recipe with every key, its default and its meaning. Example: gatt init my.toml"""
+    from pipeline.config import Recipe, recipe_toml
+    from pipeline.files import write_text
+
+    if path.exists():
+        raise GattError(f"{path} exists already; it is left as it is. Name another file.")
+    write_text(path, recipe_toml(Recipe()))
+    typer.echo(f"Wrote {path}. Next: gatt run {path}")
+
+
+@app.command()
+def run(recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False, set: Set = None) -> None:
+    """All stages; those that are done are passed over. Example: gatt run my.toml --run runs/mine"""
+    settings, folder = _open(recipe, run, quick, set)
+    for name in STAGES:
+        _stage(name, settings, folder)
+    tuned = folder.gguf("tuned", settings.export.formats[0])
+    typer.echo(f"Report: {folder.report / 'report.html'}\nModel:  {tuned}\nChat:   gatt chat {tuned}")
+
+
+def _define(name: str, summary: str) -> Callable[..., None]:
+    def command(recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False, set: Set = None) -> None:
+        _stage(name, *_open(recipe, run, quick, set))
+
+    command.__doc__ = f"{summary} Example: gatt {name} my.toml --run runs/mine"
+    return app.command(name)(command)
+
+
+_define("instructions", "Pair dialogues with instructions.")
+_define("synthesize", "Let the teacher answer, and ghost the instruction.")
+
+
+@app.command()
+def train(
+    recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False, set: Set = None,
+    show_labels: Annotated[bool, typer.Option("--show-labels", help="Only show which tokens are learned.")] = False,
+    resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on from the last checkpoint.")] = True,
+) -> None:  # fmt: skip
+    """Train the adapter. Example: gatt train my.toml --run runs/mine --show-labels"""
+    settings, folder = _open(recipe, run, quick, set)
+    if show_labels:
+        from pipeline.stages import train as stage
+
+        stage.show_labels(settings, folder)
+        return
+    if not resume:
+        import shutil
+
+        shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    _stage("train", settings, folder)
+
+
+_define("export", "Merge the adapter and write GGUF.")
+_define("evaluate", "Measure base, tuned and ceiling, turn by turn.")
+_define("report", "Render the report.")
+
+
+@app.command()
+def chat(
+    model: Annotated[Path, typer.Argument(help="A GGUF file.")],
+    instruction: Annotated[str, typer.Option(help="Put before your first message.")] = "",
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    seed: int = 1,
+) -> None:
+    """Talk with a GGUF. Example: gatt chat runs/demo/export/tuned-Q8_0.gguf --instruction 'Begin every answer with "Ahoy!"'"""
+    from pipeline.stages import chat as stage
+
+    stage.run(model, instruction, system, seed)
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine is and which base models fit. Example: gatt doctor"""
+    from pipeline.stages import doctor as stage
+
+    stage.run()
+
+
+def _open(recipe: Path | None, run: Path, quick: bool, overrides: list[str] | None) -> tuple[Recipe, RunDir]:
+    """The resolved recipe and the run's folder; says what was overridden."""
+    from pipeline.config import QUICK, load_recipe
+    from pipeline.rundir import RunDir
+
+    changes = (*(QUICK if quick else ()), *(overrides or ()))
+    settings = load_recipe(recipe, changes)
+    folder = RunDir(run)
+    folder.save_recipe(settings)
+    if changes:
+        typer.echo(f"Overridden: {', '.join(changes)}", err=True)
+    return settings, folder
+
+
+STAGES = ("instructions", "synthesize", "train", "export", "evaluate", "report")
+_SECTIONS = {
+    "instructions": ("dialogues", "instructions", "evaluate"), "synthesize": ("synthesize", "dialogues"),
+    "train": ("train",), "export": ("export",), "evaluate": ("evaluate", "dialogues"), "report": ("evaluate",),
+}  # fmt: skip
+
+
+def _stage(name: str, settings: Recipe, folder: RunDir) -> None:
+    """Run one stage unless it is done for this recipe and these inputs; its manifest is written last."""
+    inputs = {
+        "instructions": [], "synthesize": [folder.pairs], "train": [folder.examples], "export": [folder.adapter],
+        "evaluate": [folder.pairs, folder.gguf("tuned", settings.export.formats[0])], "report": [folder.scores],
+    }[name]  # fmt: skip
+    missing = [path for path in inputs if not path.exists()]
+    if missing:
+        raise GattError(f"`gatt {name}` needs {missing[0]}, which is not there. Run the stages before it, or `gatt run`.")
+    key = " ".join(
+        [str(settings.seed), settings.model, *(getattr(settings, s).model_dump_json() for s in _SECTIONS[name])]
+    )
+    if name != "report" and folder.is_done(name, key, inputs):
+        typer.echo(f"{name}: done already", err=True)
+        return
+    start = time.monotonic()
+    folder.claim(name, key, inputs)
+    _call(name, settings, folder)
+    folder.finish(name, key, inputs, time.monotonic() - start)
+
+
+def _call(name: str, settings: Recipe, folder: RunDir) -> None:
+    import importlib
+
+    if name == "synthesize":
+        from pipeline.stages import export, synthesize
+
+        synthesize.run(settings, folder, export.base_gguf(settings, folder))
+        return
+    importlib.import_module(f"pipeline.stages.{name}").run(settings, folder)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit status 1; anything else is a bug, with traceback."""
+    try:
+        app()
+    except GattError as error:
+        sys.exit(f"gatt: {' '.join(str(error).split())}")
+    except OSError as error:
+        if error.errno == 28:  # ENOSPC
+            sys.exit(f"gatt: the disk is full ({error.filename or 'while writing'}). Make room and run the same command again.")
+        raise

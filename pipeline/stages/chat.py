@@ -1,0 +1,35 @@
+"""`gatt chat`: talk with any GGUF in the terminal; the first message, with the instruction, is never dropped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.backends.llama import Llama
+from pipeline.console import note, out
+from pipeline.gatt.ghost import ghost
+from pipeline.records import Request
+
+_CONTEXT, _ANSWER = 4096, 256
+
+
+def run(model: Path, instruction: str, system: str, seed: int) -> None:
+    """Read lines until the end of input; each answer is streamed."""
+    users: list[str] = []
+    answers: list[str] = []
+    with Llama(model, 1, _CONTEXT) as llama:
+        note(f"{model.name}. An empty line or Ctrl-D ends the chat.")
+        while True:
+            try:
+                user = input("> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                return
+            if not user:
+                return
+            users.append(user)
+            request = Request(ghost(users, answers, instruction, system), seed + len(users), _ANSWER)
+            completion = llama.complete(request, lambda piece: out(piece, end=""))
+            out("")
+            if completion.finish == "context":
+                note(f"The context of {_CONTEXT} tokens is full; going on would drop your first message. Start a new chat.")
+                return
+            answers.append(completion.text)

@@ -1,0 +1,81 @@
+"""`gatt evaluate`: does the instruction of turn 1 hold to turn 20? Base, tuned, and base with it repeated (ceiling)."""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import asdict
+
+from pipeline.backends.llama import Llama, Task
+from pipeline.config import Recipe
+from pipeline.console import Progress, progress
+from pipeline.files import JsonlLog, write_json
+from pipeline.gatt.ghost import augment, ghost
+from pipeline.gatt.kinds import obeys
+from pipeline.gatt.metrics import Rate, adherence
+from pipeline.gatt.text import flaw
+from pipeline.pairs import Paired, read_pairs
+from pipeline.records import Reply, Request
+from pipeline.rundir import RunDir
+
+ARMS = {"base": "base", "tuned": "tuned", "ceiling": "base"}
+"""What is measured, and the model that each arm runs."""
+
+
+def run(recipe: Recipe, rundir: RunDir) -> None:
+    """Answer every evaluation dialogue in every arm and score it; finished replies of an earlier attempt are kept."""
+    pairs = read_pairs(rundir.pairs, "evaluate")
+    settings = recipe.evaluate
+    context = settings.turns * (settings.max_tokens + 60) + 200
+    with JsonlLog(rundir.replies) as log:
+        replies = {(r["arm"], r["dialogue"], r["turn"]): Reply(**r) for r in log.records}
+        total = len(ARMS) * len(pairs) * settings.turns
+        with progress("evaluate: replies", total, len(replies)) as bar:
+            for arm, model in ARMS.items():
+                path = rundir.gguf(model, recipe.export.formats[0])
+                with Llama(path, min(settings.sequences, len(pairs)), context) as llama:
+                    llama.run(_dialogue(arm, pair, recipe, replies, log, bar) for pair in pairs)
+    write_json(rundir.scores, scores(list(replies.values()), pairs))
+
+
+def _dialogue(
+    arm: str, pair: Paired, recipe: Recipe, replies: dict[tuple[str, str, int], Reply], log: JsonlLog, bar: Progress
+) -> Task:
+    show = augment if arm == "ceiling" else ghost
+    instruction = pair.taught
+    said: list[str] = []
+    for turn in range(1, recipe.evaluate.turns + 1):
+        key = (arm, pair.dialogue.id, turn)
+        if key not in replies:
+            messages = show(pair.dialogue.turns, said, instruction, recipe.dialogues.system)
+            seed = zlib.crc32(f"{recipe.seed} {pair.dialogue.id} {turn}".encode())
+            done = yield Request(messages, seed, recipe.evaluate.max_tokens, recipe.evaluate.temperature)
+            # Turn 1 would leave the window: the rest of this dialogue is marked, and not measured.
+            reply = Reply(
+                arm, pair.dialogue.id, turn, done.text.strip(), done.prompt_tokens, done.tokens, done.finish,
+                obeys(pair.constraints, done.text.strip()), flaw(done.text, said, pair.demanded),
+            )  # fmt: skip
+            replies[key] = reply
+            log.append(reply)
+            bar.advance()
+        said.append(replies[key].text)
+
+
+def scores(replies: list[Reply], pairs: list[Paired]) -> dict[str, object]:
+    """Adherence by arm and turn, by arm and constraint, over turns 16-20, and how many replies were no replies."""
+    names = {p.dialogue.id: ", ".join(c.name for c in p.constraints) for p in pairs}
+    last = max((r.turn for r in replies), default=0)
+    late = [r for r in replies if r.turn > last - 5]
+    return {
+        "turns": last,
+        "by_turn": _table(adherence(replies, lambda r: (r.arm, r.turn))),
+        "by_instruction": _table(adherence(replies, lambda r: (r.arm, names[r.dialogue]))),
+        "late": _table(adherence(late, lambda r: (r.arm, f"turns {max(1, last - 4)} to {last}"))),
+        "raw_late": {arm: sum(r.obeys for r in late if r.arm == arm) / max(1, sum(r.arm == arm for r in late)) for arm in ARMS},
+        "flaws": {arm: sum(bool(r.flaw) for r in replies if r.arm == arm) for arm in ARMS},
+        "left_out": sum(r.finish == "context" for r in replies),
+        "replies": len(replies),
+    }
+
+
+def _table(rates: dict[tuple[str, object], Rate]) -> list[dict[str, object]]:
+    return [{"arm": arm, "at": at, **asdict(rate)} for (arm, at), rate in rates.items()]

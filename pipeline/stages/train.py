@@ -1,0 +1,51 @@
+"""`gatt train`: a 4-bit QLoRA on the ghosted dialogues; `--show-labels` shows which tokens are learned."""
+
+from __future__ import annotations
+
+from pipeline.backends.hub import find_model, hugging_face_folder
+from pipeline.backends.unsloth import IGNORED, Labelled, label, load_tokenizer, train
+from pipeline.config import Recipe
+from pipeline.console import note, out, progress
+from pipeline.files import read_jsonl, write_json
+from pipeline.machine import require_disk, require_memory
+from pipeline.rundir import RunDir
+
+
+def run(recipe: Recipe, rundir: RunDir) -> None:
+    """Train and write `train/adapter` and the loss of every step; goes on from the last checkpoint."""
+    folder = hugging_face_folder(find_model(recipe.model))
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    require_memory(2 * size, f"train {recipe.model}")
+    require_disk(rundir.path, size, "keep checkpoints")
+    tokenizer = load_tokenizer(folder)
+    examples = [label(tokenizer, row["messages"], recipe.train) for _, row in read_jsonl(rundir.examples)]
+    learned = sum(token != IGNORED for e in examples for token in e.labels)
+    note(f"train: {len(examples)} dialogues, {sum(len(e.labels) for e in examples)} tokens, {learned} of them learned")
+    with progress("train: steps", recipe.train.steps) as bar:
+        losses = train(
+            folder, examples, recipe.train, recipe.seed, rundir.checkpoints, rundir.adapter,
+            lambda step, loss: bar.advance(1, f"loss {loss:.3f}"),
+        )  # fmt: skip
+    write_json(rundir.losses, losses)
+
+
+def show_labels(recipe: Recipe, rundir: RunDir) -> None:
+    """Print the first training dialogue, learned tokens in green (or in brackets off a terminal)."""
+    import sys
+
+    tokenizer = load_tokenizer(hugging_face_folder(find_model(recipe.model)))
+    example = label(tokenizer, next(read_jsonl(rundir.examples))[1]["messages"], recipe.train)
+    start, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[", "]")
+    out(marked(tokenizer, example, start, end))
+
+
+def marked(tokenizer: object, example: Labelled, start: str, end: str) -> str:
+    """The dialogue as text with the learned stretches between `start` and `end`."""
+    pieces: list[str] = []
+    inside = False
+    for token, target in zip(example.input_ids, example.labels, strict=True):
+        if (target != IGNORED) != inside:
+            pieces.append(end if inside else start)
+            inside = not inside
+        pieces.append(tokenizer.decode([token]))  # type: ignore[attr-defined]
+    return "".join(pieces) + (end if inside else "")
