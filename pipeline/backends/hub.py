@@ -107,6 +107,9 @@ def hugging_face_folder(model: Model) -> Path:
     shutil.rmtree(draft, ignore_errors=True)
     source = {"pretrained_model_name_or_path": str(model.path.parent), "gguf_file": model.path.name}
     network = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    # Dequantised by now, but still labelled as quantised, which transformers refuses to save.
+    network.hf_quantizer = None
+    network.config.__dict__.pop("quantization_config", None)
     network.to(torch.bfloat16).save_pretrained(draft)
     tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
     tokenizer.bos_token, tokenizer.eos_token = info.bos or None, info.eos

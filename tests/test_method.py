@@ -1,0 +1,119 @@
+"""The pure part: ghosting, kinds, quality gate, pairing, intervals."""
+
+from __future__ import annotations
+
+import string
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.dialogues import load_dialogues
+from pipeline.gatt.ghost import augment, ghost, loss_turns
+from pipeline.gatt.instructions import pair_for_training, word
+from pipeline.gatt.kinds import KINDS, compatible, edit, editable, obeys
+from pipeline.gatt.metrics import adherence, wilson
+from pipeline.gatt.text import first_sentences, flaw
+from pipeline.records import Constraint, Reply
+
+EVERY = [Constraint(name, value) for name, kind in KINDS.items() for value in kind.values]
+TEXT = st.text(alphabet=string.ascii_letters + " ,.!?'", min_size=1).filter(lambda t: any(c.isalpha() for c in t))
+
+
+def test_augment_says_it_in_every_turn_and_ghost_in_the_first_only() -> None:
+    users, answers = ["one?", "two?", "three?"], ["a", "b"]
+    told = [m["content"] for m in augment(users, answers, "Be kind.", "sys")]
+    assert told == ["sys", "Be kind.\n\none?", "a", "Be kind.\n\ntwo?", "b", "Be kind.\n\nthree?"]
+    kept = [m["content"] for m in ghost(users, answers, "Be kind.", "")]
+    assert kept == ["Be kind.\n\none?", "a", "two?", "b", "three?"]
+
+
+def test_loss_turns() -> None:
+    assert list(loss_turns(3, "last_turn")) == [2]
+    assert list(loss_turns(3, "all_turns")) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("constraint", [c for c in EVERY if editable((c,))], ids=lambda c: c.name)
+@given(text=TEXT)
+def test_an_edited_text_obeys(constraint: Constraint, text: str) -> None:
+    if constraint.kind == "max_words":
+        text = "It is so. " + text
+    assert obeys((constraint,), edit((constraint,), text))
+
+
+@given(text=st.text())
+def test_no_check_raises(text: str) -> None:
+    for constraint in EVERY:
+        obeys((constraint,), text)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "good", "bad"),
+    [
+        (Constraint("opening", "Ahoy!"), "Ahoy! It is blue.", "It is blue. Ahoy!"),
+        (Constraint("closing", "Over and out."), "It is blue. Over and out.", "Over and out. It is blue."),
+        (Constraint("persona", "Napoleon"), "March on. — Napoleon", "I am Napoleon."),
+        (Constraint("hobby", "tennis"), "Like Tennis, it takes time.", "It takes time."),
+        (Constraint("uppercase"), "YES, IT IS.", "Yes, it is."),
+        (Constraint("max_words", "3"), "Yes, it is.", "Yes, it is so."),
+        (Constraint("quotes"), '"Yes."', '"Yes." he said'),
+        (Constraint("question"), "Is it?", "It is."),
+        (Constraint("no_commas"), "Yes it is.", "Yes, it is."),
+    ],
+)
+def test_checks(constraint: Constraint, good: str, bad: str) -> None:
+    assert obeys((constraint,), good)
+    assert not obeys((constraint,), bad)
+
+
+def test_flaws() -> None:
+    good = "The tallest mountain on Earth is Mount Everest."
+    assert flaw(good, []) == ""
+    assert flaw("Ahoy! Ahoy!", [], "Ahoy!") == "empty"
+    assert flaw("of the sea " * 6, []) == "loop"
+    assert flaw(good, [good]) == "repeat"
+    assert flaw("The tallest mountain on Earth is", [], finished=True) == "unfinished"
+
+
+def test_first_sentences_leaves_the_unfinished_tail() -> None:
+    assert first_sentences("It is blue. Why? Because of the", 2) == "It is blue. Why?"
+    assert first_sentences("no end", 2) == ""
+
+
+def test_pairing_is_the_same_for_the_same_seed_and_combines_only_compatible_constraints() -> None:
+    dialogues = load_dialogues("seed")[:60]
+    shares = {"combine_share": 0.5, "short_share": 0.5, "plain_share": 0.2, "edited_share": 0.5}
+    pool = [c for c in EVERY if c.kind in ("opening", "closing", "uppercase", "hobby")]
+    made, pairs = pair_for_training(dialogues, pool, **shares, seed=3)
+    assert (made, pairs) == pair_for_training(dialogues, pool, **shares, seed=3)
+    assert pairs != pair_for_training(dialogues, pool, **shares, seed=4)[1]
+    assert any(len(i.constraints) == 2 for i in made.values())
+    assert all(compatible(*i.constraints) for i in made.values() if len(i.constraints) == 2)
+    assert {p.way for p in pairs} == {"plain", "edited", "sampled"}
+
+
+def test_wording_and_shortening() -> None:
+    made = word((Constraint("persona", "Napoleon"),))
+    assert made.text == 'Act as Napoleon and sign every answer with "— Napoleon".'
+    assert made.short == "Figure: Napoleon, signs every answer."
+
+
+def test_wilson_against_published_values() -> None:
+    # Newcombe 1998, Statistics in Medicine 17, table I, method 3.
+    rate = wilson(81, 263)
+    assert (round(rate.low, 4), round(rate.high, 4)) == (0.2553, 0.3662)
+    assert round(wilson(0, 20).high, 4) == 0.1611
+
+
+def test_a_reply_out_of_the_window_is_not_counted() -> None:
+    replies = [Reply("base", "d", t, "", 1, 1, f, obeys=True, flaw="") for t, f in ((1, "stop"), (2, "context"))]
+    assert adherence(replies, lambda r: r.arm)["base"].n == 1
+
+
+def test_seed_dialogues() -> None:
+    found = load_dialogues("seed")
+    assert len(found) >= 120
+    assert all(len(d.turns) >= 20 for d in found)
+    turns = [t.lower() for d in found for t in d.turns]
+    assert len(set(turns)) > 0.99 * len(turns)
+    assert len({d.id for d in found}) == len(found)

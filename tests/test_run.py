@@ -1,0 +1,83 @@
+"""The whole job through the real command line: real model, real training, real GGUF."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Gatt
+
+from pipeline.files import read_jsonl
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, gatt: Gatt, tiny: list[str]) -> Path:
+    """A run of a minute."""
+    folder = tmp_path_factory.mktemp("run")
+    done = gatt("run", "--run", folder, *tiny)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_everything_is_there(finished: Path) -> None:
+    report = json.loads((finished / "report" / "report.json").read_text())
+    assert {row["arm"] for row in report["scores"]["by_turn"]} == {"base", "tuned", "ceiling"}
+    assert report["scores"]["replies"] == 3 * 3 * 3
+    page = (finished / "report" / "report.html").read_text()
+    assert "<svg" in page and "A shortened run" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons", "")
+
+
+def test_training_and_evaluation_do_not_share_a_dialogue(finished: Path) -> None:
+    pairs = json.loads((finished / "instructions" / "pairs.json").read_text())
+    trained = {row["dialogue"]["id"].split("@")[0] for row in pairs["train"]}
+    assert not trained & {row["dialogue"]["id"] for row in pairs["evaluate"]}
+
+
+def test_the_instruction_stands_in_turn_one_only(finished: Path) -> None:
+    pairs = {row["dialogue"]["id"]: row for row in json.loads((finished / "instructions" / "pairs.json").read_text())["train"]}
+    for _, row in read_jsonl(finished / "synthesize" / "dialogues.jsonl"):
+        users = [m["content"] for m in row["messages"] if m["role"] == "user"]
+        plain = pairs[row["dialogue"]]["dialogue"]["turns"]
+        assert users[1:] == plain[1 : len(users)]
+        assert users[0].endswith(plain[0])
+
+
+def test_a_second_run_repeats_nothing(finished: Path, gatt: Gatt, tiny: list[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*.jsonl")}
+    done = gatt("run", "--run", finished, *tiny)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("done already") == 5
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.jsonl")} == before
+
+
+def test_synthesis_cut_off_goes_on_and_gives_the_same_data(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
+    for stage in ("instructions", "synthesize"):
+        if stage == "synthesize":  # as a killed process leaves it: some answers, half a line
+            whole = (finished / "synthesize" / "answers.jsonl").read_bytes()
+            (tmp_path / "synthesize").mkdir()
+            (tmp_path / "synthesize" / "answers.jsonl").write_bytes(whole[: len(whole) // 2])
+        done = gatt(stage, "--run", tmp_path, *tiny)
+        assert done.returncode == 0, done.stderr
+    name = Path("synthesize") / "dialogues.jsonl"
+    assert (tmp_path / name).read_text() == (finished / name).read_text()
+    keys = [(r["dialogue"], r["turn"], r["candidate"]) for _, r in read_jsonl(tmp_path / "synthesize" / "answers.jsonl")]
+    assert len(keys) == len(set(keys))
+
+
+def test_labels_cover_answers_and_their_end_of_turn_only(finished: Path, gatt: Gatt, tiny: list[str]) -> None:
+    shown = gatt("train", "--run", finished, "--show-labels", *tiny).stdout
+    example = next(read_jsonl(finished / "synthesize" / "dialogues.jsonl"))[1]
+    learned = [piece.split("]")[0] for piece in shown.split("[")[1:]]
+    answers = [m["content"] + "<|im_end|>" for m in example["messages"] if m["role"] == "assistant"]
+    assert learned == answers
+
+
+def test_the_tuned_file_answers(finished: Path) -> None:
+    from pipeline.backends.llama import Llama
+    from pipeline.records import Request
+
+    with Llama(finished / "export" / "tuned-Q8_0.gguf", 1, 256) as llama:
+        said = llama.complete(Request(({"role": "user", "content": "What colour is the sky?"},), 1, 16))
+    assert said.tokens and said.text
