@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline import __version__
 from pipeline.errors import GattError
 
 if TYPE_CHECKING:

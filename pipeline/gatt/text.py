@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _SENTENCE = re.compile(r".+?[.!?…]+[\"'”’)]*(?=\s|$)", re.DOTALL)
@@ -54,5 +55,5 @@ def _loops(said: list[str]) -> bool:
 
 def _overlap(one: list[str], other: list[str]) -> float:
     """Jaccard similarity of the two texts' pairs of words."""
-    first, second = set(zip(one, one[1:], strict=False)), set(zip(other, other[1:], strict=False))
+    first, second = set(pairwise(one)), set(pairwise(other))
     return len(first & second) / len(first | second) if first and second else 0.0

@@ -31,7 +31,7 @@ class Delta:
 
     def matrix(self) -> Array:
         """The change, (outputs, inputs), float32."""
-        return (self.scale * self.b) @ self.a
+        return np.float32(self.scale) * (self.b @ self.a)
 
 
 def merge(base: Path, adapter: Path | None, target: Path) -> None:

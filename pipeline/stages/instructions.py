@@ -11,7 +11,7 @@ from pipeline.dialogues import load_dialogues
 from pipeline.errors import GattError
 from pipeline.files import write_json
 from pipeline.gatt.instructions import pair_for_evaluation, pair_for_training
-from pipeline.records import Dialogue
+from pipeline.records import Dialogue, Pairing
 from pipeline.rundir import RunDir
 
 
@@ -50,8 +50,8 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     note(f"instructions: {len(training)} training dialogues, {len(held_out)} for evaluation, {len(made)} instructions")
 
 
-def _pair(pair: object) -> dict[str, object]:
-    return {k: v for k, v in asdict(pair).items() if k != "dialogue"}  # type: ignore[call-overload, no-any-return]
+def _pair(pair: Pairing) -> dict[str, object]:
+    return {k: v for k, v in asdict(pair).items() if k != "dialogue"}
 
 
 def _pieces(dialogues: list[Dialogue], turns: int, count: int) -> list[Dialogue]:

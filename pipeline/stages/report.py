@@ -10,8 +10,8 @@ from jinja2 import Environment
 
 from pipeline.config import Recipe
 from pipeline.console import out
-from pipeline.files import read_jsonl, write_json, write_text
 from pipeline.figures import adherence_curve
+from pipeline.files import read_jsonl, write_json, write_text
 from pipeline.pairs import read_pairs
 from pipeline.records import Reply
 from pipeline.rundir import RunDir
@@ -93,5 +93,6 @@ def _markdown(sentence: str, scores: dict[str, Any], late: dict[str, Any]) -> st
     cells = {(row["arm"], row["at"]): row for row in scores["by_turn"]}
     for turn in range(1, scores["turns"] + 1):
         row = [cells.get((arm, turn)) for arm in late]
-        lines.append(f"| {turn} | " + " | ".join(f"{c['value']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" if c else "" for c in row) + " |")
+        shown = [f"{c['value']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" if c else "" for c in row]
+        lines.append(f"| {turn} | {' | '.join(shown)} |")
     return "\n".join(lines) + "\n"
