@@ -168,6 +168,8 @@ def main() -> None:
         app()
     except GattError as error:
         sys.exit(f"gatt: {' '.join(str(error).split())}")
+    except MemoryError:
+        sys.exit("gatt: Too little memory: an allocation was refused. Close other programs, or take a smaller model.")
     except OSError as error:
         if error.errno == 28:  # ENOSPC
             sys.exit(f"gatt: the disk is full ({error.filename or 'while writing'}). Make room and run the same command again.")

@@ -33,6 +33,6 @@ def adherence_curve(rows: list[dict[str, Any]], turns: int) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center right")
     picture = io.StringIO()
-    figure.savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None}, transparent=True)
+    figure.savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}, transparent=True)
     pyplot.close(figure)
     return picture.getvalue()[picture.getvalue().index("<svg") :]

@@ -68,7 +68,7 @@ def test_too_little_memory(base: Path, gatt: Gatt) -> None:
     import resource
 
     def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (300_000_000, 300_000_000))
+        resource.setrlimit(resource.RLIMIT_AS, (400_000_000, 400_000_000))
 
     _refused(gatt("chat", base, preexec_fn=limit, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}), "Too little memory")
 
