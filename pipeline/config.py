@@ -70,7 +70,7 @@ class Synthesize(Section):
     temperature: float = Field(default=0.7, ge=0)
     """Of the sampling, with min-p 0.05."""
     sequences: int = Field(default=24, ge=1)
-    """Dialogues that are generated side by side. The data do not depend on it (CPU)."""
+    """Dialogues that are generated side by side. A few answers in a hundred depend on it."""
 
 
 class Train(Section):

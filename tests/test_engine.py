@@ -1,4 +1,4 @@
-"""Generation: independent of the batch, and each completion says why it stopped."""
+"""Generation: independent of the batch while contexts are short, and each completion says why it stopped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _converse(base: Path, sequences: int) -> dict[tuple[str, int], Completion]:
     return got
 
 
-def test_answers_do_not_depend_on_what_runs_beside_them(base: Path) -> None:
+def test_short_answers_do_not_depend_on_what_runs_beside_them(base: Path) -> None:
     alone, together = _converse(base, 1), _converse(base, 5)
     assert len(alone) == 18
     assert alone == together
