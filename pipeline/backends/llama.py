@@ -3,8 +3,9 @@
 Dialogues run side by side, each in a sequence of its own; one that ends makes room for the next at once. Only new
 tokens are fed: a request's tokens are compared with what its sequence holds in the cache.
 
-The answers depend little on what runs beside them (CPU, llama.cpp of llama-cpp-python 0.3.36): of 138 answers, 127 were
-the same among 24 sequences and among 5; the others came after about 256 tokens of context, for a reason not yet found. Each sequence has its own stream of cells, flash attention is on, a prompt is fed in chunks below 64 tokens
+The answers depend little on what runs beside them (CPU, llama.cpp of llama-cpp-python 0.3.36): of 138 answers, 127
+were the same among 24 sequences and among 5; the others came after about 256 tokens of context, for a reason not yet
+found. Each sequence has its own stream of cells, flash attention is on, a prompt is fed in chunks below 64 tokens
 (from there on another kernel sums in another order), and no token is ever decoded alone (a lone one splits the cache
 among the threads): without these, nearly all differ. Up to there a request is a function of its text and seed.
 """
