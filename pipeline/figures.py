@@ -31,7 +31,7 @@ def adherence_curve(rows: list[dict[str, Any]], turns: int) -> str:
     axes.set_xticks(range(1, turns + 1))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     picture = io.StringIO()
     figure.savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}, transparent=True)
     pyplot.close(figure)
