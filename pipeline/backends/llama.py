@@ -3,11 +3,10 @@
 Dialogues run side by side, each in a sequence of its own; one that ends makes room for the next at once. Only new
 tokens are fed: a request's tokens are compared with what its sequence holds in the cache.
 
-The answers depend little on what runs beside them (CPU, llama.cpp of llama-cpp-python 0.3.36): of 138 answers, 127
-were the same among 24 sequences and among 5; the others came after about 256 tokens of context, for a reason not yet
-found. Each sequence has its own stream of cells, flash attention is on, a prompt is fed in chunks below 64 tokens
-(from there on another kernel sums in another order), and no token is ever decoded alone (a lone one splits the cache
-among the threads): without these, nearly all differ. Up to there a request is a function of its text and seed.
+On a CPU an answer does not depend on what runs beside it (llama.cpp of llama-cpp-python 0.3.36): a request is a
+function of its text and seed, bit by bit. That takes four things, and each was found by measurement. Every sequence has
+a stream of cells of its own; flash attention is on; a prompt is fed in chunks below 64 tokens (from there on another
+kernel sums in another order); and no token is decoded alone, because a lone one has its cache split among the threads.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ import ctypes
 import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class _Sequence:
     prompt_tokens: int = 0
     tokens: int = 0
     text: str = ""
+    finish: str = ""
     decoder: Any = None
     sampler: Any = None
 
@@ -73,9 +74,8 @@ class Llama:
         if not self._context:
             raise GattError(f"No memory for a cache of {cells} tokens. Lower `sequences` or the number of turns.")
         self._memory = llama_cpp.llama_get_memory(self._context)
-        self._batch = llama_cpp.llama_batch_init(max(_CHUNK, sequences) + 1, 0, 1)
-        self._sequences = [_Sequence(n) for n in range(sequences)]
-        self._ballast = sequences
+        self._batch = llama_cpp.llama_batch_init(max(_CHUNK, 2 * sequences) + 1, 0, 1)
+        self._sequences = [_Sequence(n) for n in range(sequences + 1)]
         self.template = ChatTemplate(info.chat_template, info.bos, info.eos)
 
     def _context_params(self, sequences: int, threads: int | None) -> Any:
@@ -113,13 +113,12 @@ class Llama:
     def run(self, tasks: Iterable[Task], on_text: Callable[[str], None] | None = None) -> None:
         """Drive all `tasks` to their end. `on_text` receives each piece of text (meant for one task: a chat)."""
         waiting = iter(tasks)
-        busy = [s for s in self._sequences if self._next_task(s, waiting)]
+        busy = [s for s in self._sequences[:-1] if self._next_task(s, waiting)]
         while busy:
             for sequence in busy:
                 while len(sequence.pending) > 1:
                     self._prefill(sequence)
-            self._decode([(s, s.pending[0]) for s in busy])
-            for row, sequence in enumerate(busy):
+            for sequence, row in zip(busy, self._decode(busy), strict=True):
                 self._sample(sequence, row, on_text)
             busy = [s for s in busy if s.pending or self._advance(s) or self._next_task(s, waiting)]
 
@@ -146,7 +145,8 @@ class Llama:
 
     def _advance(self, sequence: _Sequence) -> bool:
         """Hand the finished completion to the dialogue and take its next request."""
-        return self._ask(sequence, self._completion(sequence))
+        done = Completion(sequence.text, sequence.tokens, sequence.prompt_tokens, sequence.finish)
+        return self._ask(sequence, done)
 
     def _ask(self, sequence: _Sequence, completion: Completion | None) -> bool:
         """Send `completion` and admit requests until one needs decoding; False when the dialogue has ended."""
@@ -186,28 +186,43 @@ class Llama:
         sequence.cached += chunk
         del sequence.pending[: len(chunk)]
 
-    def _decode(self, rows: list[tuple[_Sequence, int]]) -> None:
-        """One new token for each sequence, with logits."""
-        self._feed([(s.id, len(s.cached), token, True) for s, token in rows])
-        for sequence, token in rows:
-            sequence.cached.append(token)
+    def _decode(self, busy: list[_Sequence]) -> list[int]:
+        """One new token for each sequence, with logits; where in the batch each stands."""
+        rows = self._feed([(s.id, len(s.cached), s.pending[0], True) for s in busy])
+        for sequence in busy:
+            sequence.cached += sequence.pending
             sequence.pending = []
+        return rows
 
-    def _feed(self, rows: list[tuple[int, int, int, bool]]) -> None:
-        """Decode (sequence, position, token, logits?) rows; a lone row gets ballast in a spare sequence."""
-        alone = len(rows) == 1
-        if alone:
-            rows = [*rows, (self._ballast, 0, rows[0][2], False)]
+    def _feed(self, rows: list[tuple[int, int, int, bool]]) -> list[int]:
+        """Decode (sequence, position, token, logits?) rows in the order of their sequences; their indices in the batch.
+
+        llama.cpp splits a batch where the numbers of the sequences are not consecutive. A token that would be decoded
+        alone for that gets ballast: a token in the next stream, forgotten at once.
+        """
+        placed: list[tuple[int, int, int, bool]] = []
+        indices: list[int] = []
+        ballast: list[tuple[int, int]] = []
+        for row, following in zip_longest(rows, rows[1:]):
+            id, _, token, _ = row
+            indices.append(len(placed))
+            joined = (placed and placed[-1][0] >= id - 1) or (following and following[0] <= id + 1)
+            placed.append(row)
+            if not joined:
+                end = len(self._sequences[id + 1].cached)
+                placed.append((id + 1, end, token, False))
+                ballast.append((id + 1, end))
         batch = self._batch
-        batch.n_tokens = len(rows)
-        for n, (sequence, position, token, logits) in enumerate(rows):
+        batch.n_tokens = len(placed)
+        for n, (id, position, token, logits) in enumerate(placed):
             batch.token[n], batch.pos[n], batch.logits[n] = token, position, logits
-            batch.n_seq_id[n], batch.seq_id[n][0] = 1, sequence
+            batch.n_seq_id[n], batch.seq_id[n][0] = 1, id
         status = self._api.llama_decode(self._context, batch)
         if status:
-            raise RuntimeError(f"llama_decode returned {status} for {len(rows)} tokens")
-        if alone:
-            self._api.llama_memory_seq_rm(self._memory, self._ballast, 0, -1)
+            raise RuntimeError(f"llama_decode returned {status} for {len(placed)} tokens")
+        for id, end in ballast:
+            self._api.llama_memory_seq_rm(self._memory, id, end, -1)
+        return indices
 
     def _sample(self, sequence: _Sequence, row: int, on_text: Callable[[str], None] | None) -> None:
         """Draw the next token; leave it pending, or nothing where the answer ends."""
@@ -216,18 +231,18 @@ class Llama:
         assert sequence.request is not None
         if self._api.llama_vocab_is_eog(self._vocab, token):
             sequence.text += sequence.decoder.decode(b"", True)
-            sequence.request = None
+            sequence.finish = "stop"
             return
         piece = sequence.decoder.decode(self._piece(token))
         sequence.text += piece
         if on_text and piece:
             on_text(piece)
-        if sequence.tokens < sequence.request.max_tokens:
+        if sequence.request.enough and sequence.request.enough(sequence.text):
+            sequence.finish = "enough"
+        elif sequence.tokens < sequence.request.max_tokens:
             sequence.pending = [token]
-
-    def _completion(self, sequence: _Sequence) -> Completion:
-        finish = "length" if sequence.request else "stop"
-        return Completion(sequence.text, sequence.tokens, sequence.prompt_tokens, finish)
+        else:
+            sequence.finish = "length"
 
     def _piece(self, token: int) -> bytes:
         buffer = ctypes.create_string_buffer(256)
@@ -235,16 +250,17 @@ class Llama:
         return buffer.raw[: max(size, 0)]
 
     def _sampler(self, request: Request) -> Any:
-        """llama.cpp's chain of one request: repeat penalty within the answer, min-p, temperature, seeded draw."""
+        """llama.cpp's chain of one request: top-k 40, min-p 0.05, temperature, seeded draw.
+
+        No repeat penalty: it takes the full stop away from a model that should end with "Over and out.".
+        """
         api = self._api
         chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         if request.temperature == 0:
             api.llama_sampler_chain_add(chain, api.llama_sampler_init_greedy())
             return chain
-        vocabulary = api.llama_vocab_n_tokens(self._vocab)
         for part in (
             api.llama_sampler_init_top_k(40),
-            api.llama_sampler_init_penalties(vocabulary, 64, 1.1, 0.0, 0.0),
             api.llama_sampler_init_min_p(0.05, 1),
             api.llama_sampler_init_temp(request.temperature),
             api.llama_sampler_init_dist(request.seed & 0xFFFFFFFF),
@@ -277,10 +293,11 @@ def quantize(source: Path, target: Path, format_name: str) -> None:
 
 
 def system_info() -> str:
-    """What llama.cpp was built with on this machine."""
+    """Whether llama.cpp can use a GPU, and what it was built with on this machine."""
     import llama_cpp
 
-    return str(llama_cpp.llama_print_system_info().decode())
+    gpu = "works with GPU offload" if llama_cpp.llama_supports_gpu_offload() else "works on the CPU"
+    return f"{gpu} ({llama_cpp.llama_print_system_info().decode().strip(' |')})"
 
 
 def _padded(context: int) -> int:
