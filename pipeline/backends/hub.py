@@ -15,7 +15,12 @@ import tomlkit
 
 from pipeline.errors import GattError
 from pipeline.files import sha256, write_json
+from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.read import open_gguf
+from pipeline.gguf.vocabulary import PRE_TOKENIZERS
+
+_CONVERSION = 2
+"""Part of the name of a converted base in the cache: raised with every change of the conversion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +34,11 @@ class Model:
     def is_gguf(self) -> bool:
         """Whether the base is one GGUF file."""
         return self.path.is_file()
+
+    @property
+    def bytes(self) -> int:
+        """Size of the weights on disk."""
+        return sum(f.stat().st_size for f in ([self.path] if self.is_gguf else self.path.glob("*.safetensors")))
 
 
 def presets() -> dict[str, dict[str, Any]]:
@@ -78,9 +88,11 @@ def _download(name: str, repository: str) -> Model:
     import huggingface_hub
 
     try:
-        folder = huggingface_hub.snapshot_download(
-            repository, allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
-        )
+        folder = huggingface_hub.snapshot_download(repository, allow_patterns=["*.json", "*.jinja"])
+        CheckpointBase(Path(folder))  # gigabytes of weights are fetched only for a model that can be exported
+        huggingface_hub.snapshot_download(repository, allow_patterns=["*.json", "*.jinja", "model*.safetensors"])
+    except GattError:
+        raise
     except Exception as error:  # network, authentication and 404 are many classes of several libraries
         raise GattError(
             f"Cannot get {repository} from the Hub ({type(error).__name__}). Without a network these work: "
@@ -96,7 +108,7 @@ def hugging_face_folder(model: Model) -> Path:
     """
     if not model.is_gguf:
         return model.path
-    folder = Path(platformdirs.user_cache_dir("gatt")) / sha256(model.path)[:16]
+    folder = Path(platformdirs.user_cache_dir("gatt")) / f"{sha256(model.path)[:16]}-{_CONVERSION}"
     if (folder / "done.json").exists():
         return folder
     import torch
@@ -117,6 +129,7 @@ def hugging_face_folder(model: Model) -> Path:
     tokenizer.pad_token = tokenizer.pad_token or info.eos
     tokenizer.chat_template = info.chat_template
     tokenizer.save_pretrained(draft)
+    _split_as_llama_cpp(draft / "tokenizer.json", info.field("tokenizer.ggml.pre"))
     config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
     ids = {f"{n}_token_id": info.field(f"tokenizer.ggml.{n}_token_id") for n in ("bos", "eos")}
     write_json(draft / "config.json", {**config, **ids})
@@ -124,3 +137,10 @@ def hugging_face_folder(model: Model) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
     return folder
+
+
+def _split_as_llama_cpp(file: Path, name: str | None) -> None:
+    """Give a converted tokenizer the pre-tokenizer that the GGUF names: transformers takes GPT-2's for all of them."""
+    if name in PRE_TOKENIZERS:
+        tokenizer = json.loads(file.read_text(encoding="utf-8"))
+        write_json(file, {**tokenizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[name]}})

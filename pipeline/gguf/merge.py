@@ -1,24 +1,25 @@
-"""Base GGUF plus LoRA adapter → F16 GGUF, one tensor in memory at a time.
+"""Base model (GGUF or Hugging Face folder) plus LoRA adapter → F16 GGUF, one tensor in memory at a time.
 
-The sum `W + alpha / rank * B @ A` is taken in float32 and rounded once. Every key of the base file, its tokenizer and
-chat template among them, is copied as it stands. Only the llama architecture for now.
+The sum `W + alpha / rank * B @ A` is taken in float32 and rounded once. Only the llama architecture for now.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.errors import GattError
 from pipeline.files import whole_file
-from pipeline.gguf.read import GgufInfo, open_gguf
-
-Array = npt.NDArray[np.float32]
+from pipeline.gguf.base import Array, Base, Tensor, permute
+from pipeline.gguf.checkpoint import CheckpointBase
+from pipeline.gguf.read import open_gguf
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,37 +35,80 @@ class Delta:
         return np.float32(self.scale) * (self.b @ self.a)
 
 
-def merge(base: Path, adapter: Path | None, target: Path) -> None:
-    """Write `base` with `adapter` (a PEFT folder, or None) to `target` as F16; norms and other vectors stay F32.
+def open_base(path: Path) -> Base:
+    """The base in a GGUF file or in a Hugging Face folder.
+
+    Raises:
+        GattError: broken, or of an architecture other than llama.
+    """
+    return CheckpointBase(path) if path.is_dir() else GgufBase(path)
+
+
+class GgufBase:
+    """A GGUF file; every key of it, its tokenizer and chat template among them, is copied as it stands."""
+
+    def __init__(self, path: Path) -> None:
+        self._info = info = open_gguf(path)
+        self.name, self.architecture, self.layers = path.name, info.architecture, info.layers
+        if info.architecture != "llama":
+            raise GattError(f"{path.name} is of architecture {info.architecture!r}; this version can export 'llama' only.")
+        self.heads = int(info.field("llama.attention.head_count"))
+        self.key_heads = int(info.field("llama.attention.head_count_kv", self.heads))
+
+    def write_fields(self, writer: Any) -> None:
+        """Copy them."""
+        import gguf
+
+        for name, field in self._info.reader.fields.items():
+            if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
+                continue
+            kind = field.types[0]
+            writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every weight, dequantised when it is loaded."""
+        import gguf
+
+        for tensor in self._info.reader.tensors:
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            yield Tensor(tensor.name, shape, partial(gguf.quants.dequantize, tensor.data, tensor.tensor_type))
+
+
+def merge(source: Path, adapter: Path | None, target: Path) -> None:
+    """Write `source` with `adapter` (a PEFT folder, or None) to `target` as F16; norms and other vectors stay F32.
 
     Raises:
         GattError: another architecture than llama, or an adapter that does not fit the base.
     """
     import gguf
 
-    info = open_gguf(base)
-    if info.architecture != "llama":
-        raise GattError(f"{base.name} is of architecture {info.architecture!r}; this version can export 'llama' only.")
-    deltas = read_adapter(adapter, info) if adapter else {}
-    unknown = deltas.keys() - {t.name for t in info.reader.tensors}
+    base = open_base(source)
+    deltas = read_adapter(adapter, base) if adapter else {}
+    tensors = list(base.tensors())
+    unknown = deltas.keys() - {t.name for t in tensors}
     if unknown:
         raise GattError(f"The adapter changes {sorted(unknown)[0]}, which {base.name} does not have: it is of another base.")
     with whole_file(target) as draft:
-        writer = gguf.GGUFWriter(draft, info.architecture)
-        _copy_fields(info, writer)
-        for tensor in info.reader.tensors:
-            shape, dtype = [int(n) for n in reversed(tensor.shape)], np.float16 if len(tensor.shape) > 1 else np.float32
-            count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            writer.add_tensor_info(tensor.name, shape, np.dtype(dtype), count)
+        writer = gguf.GGUFWriter(draft, base.architecture)
+        base.write_fields(writer)
+        writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+        for tensor in tensors:
+            dtype = _stored(tensor)
+            writer.add_tensor_info(tensor.name, tensor.shape, dtype, math.prod(tensor.shape) * dtype.itemsize)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in info.reader.tensors:
-            weights = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        for tensor in tensors:
+            weights = tensor.load()
             if tensor.name in deltas:
                 weights = weights + _fitting(deltas[tensor.name], weights, tensor.name)
-            writer.write_tensor_data(weights.astype(np.float16 if weights.ndim > 1 else np.float32))
+            writer.write_tensor_data(weights.astype(_stored(tensor)))
         writer.close()
+
+
+def _stored(tensor: Tensor) -> np.dtype[Any]:
+    """Matrices as F16, vectors as F32."""
+    return np.dtype(np.float16 if len(tensor.shape) > 1 else np.float32)
 
 
 def _fitting(delta: Delta, weights: Array, name: str) -> Array:
@@ -76,18 +120,7 @@ def _fitting(delta: Delta, weights: Array, name: str) -> Array:
     return change
 
 
-def _copy_fields(info: GgufInfo, writer: Any) -> None:
-    import gguf
-
-    for name, field in info.reader.fields.items():
-        if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
-            continue
-        kind = field.types[0]
-        writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
-    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-
-
-def read_adapter(folder: Path, info: GgufInfo) -> dict[str, Delta]:
+def read_adapter(folder: Path, base: Base) -> dict[str, Delta]:
     """A PEFT LoRA adapter by GGUF tensor name; the rows of q and k are permuted as llama.cpp stores them.
 
     Raises:
@@ -101,9 +134,7 @@ def read_adapter(folder: Path, info: GgufInfo) -> dict[str, Delta]:
         tensors = load_file(folder / "adapter_model.safetensors")
     except OSError as error:
         raise GattError(f"No adapter in {folder} ({error}). `gatt train` writes one.") from error
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, info.layers)
-    heads = int(info.field("llama.attention.head_count"))
-    key_heads = int(info.field("llama.attention.head_count_kv", heads))
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, base.layers)
     deltas = {}
     for key, a in tensors.items():
         if not key.endswith(".lora_A.weight"):
@@ -114,13 +145,8 @@ def read_adapter(folder: Path, info: GgufInfo) -> dict[str, Delta]:
             raise GattError(f"The adapter changes {module}, which has no place in a llama GGUF.")
         b = tensors[key.replace("lora_A", "lora_B")].astype(np.float32)
         if name.endswith("attn_q"):
-            b = permute(b, heads)
+            b = permute(b, base.heads)
         elif name.endswith("attn_k"):
-            b = permute(b, key_heads)
+            b = permute(b, base.key_heads)
         deltas[f"{name}.weight"] = Delta(a.astype(np.float32), b, settings["lora_alpha"] / settings["r"])
     return deltas
-
-
-def permute(rows: Array, heads: int) -> Array:
-    """Reorder the rows of a q or k matrix from halves (Hugging Face) to interleaved pairs (llama.cpp's rotary order)."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)

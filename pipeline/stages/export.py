@@ -9,7 +9,6 @@ from pipeline.backends.hub import find_model
 from pipeline.backends.llama import quantize
 from pipeline.config import Recipe
 from pipeline.console import note
-from pipeline.errors import GattError
 from pipeline.files import whole_file
 from pipeline.gguf.merge import merge
 from pipeline.gguf.read import open_gguf
@@ -33,9 +32,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
 
 def _write(recipe: Recipe, rundir: RunDir, adapter: Path | None, arm: str, formats: tuple[str, ...]) -> None:
     model = find_model(recipe.model)
-    if not model.is_gguf:
-        raise GattError(f"{model.name} is a Hugging Face checkpoint; this version exports from a GGUF base. Give its GGUF.")
-    require_disk(rundir.path, 8 * model.path.stat().st_size, "export")
+    require_disk(rundir.path, 8 * model.bytes, "export")
     rundir.models.mkdir(parents=True, exist_ok=True)
     full = rundir.models / f".{arm}-F16.gguf"
     try:
