@@ -28,7 +28,7 @@ class Dialogues(Section):
 
     source: str = "seed"
     """"seed" (built in), a JSONL file (`messages`, ShareGPT or `turns`), or the id of a dataset for `datasets`."""
-    turns: int = Field(default=6, ge=1)
+    turns: int = Field(default=8, ge=1)
     """User turns of a training dialogue; longer ones are cut."""
     train: int = Field(default=150, ge=1)
     """Training dialogues; the sources are cut into pieces of `turns`, and reused with other instructions if need be."""
@@ -50,9 +50,9 @@ class Instructions(Section):
     """The constraints to draw from; `gatt instructions --kinds` lists the kinds."""
     combine_share: float = Field(default=0.15, ge=0, le=1)
     """Share of the dialogues whose instruction combines two compatible constraints."""
-    short_share: float = Field(default=0.5, ge=0, le=1)
-    """Share of the training dialogues that show the shortened instruction (half of them in the paper)."""
-    plain_share: float = Field(default=0.15, ge=0, le=1)
+    short_share: float = Field(default=0.3, ge=0, le=1)
+    """Share of the training dialogues that show the shortened instruction (half of the combined ones in the paper)."""
+    plain_share: float = Field(default=0.1, ge=0, le=1)
     """Share of the training dialogues without an instruction, so that the model learns not to invent one."""
 
 
@@ -65,10 +65,10 @@ class Synthesize(Section):
     """Answers drawn for one turn before the dialogue is cut short there."""
     max_tokens: int = Field(default=80, ge=8)
     """Longest answer, in tokens."""
-    sentences: int = Field(default=2, ge=1)
-    """An answer is cut after so many sentences."""
-    temperature: float = Field(default=0.7, ge=0)
-    """Of the sampling, with min-p 0.05."""
+    sentences: int = Field(default=1, ge=1)
+    """An edited answer is cut after so many sentences."""
+    temperature: float = Field(default=0.8, ge=0)
+    """Of the sampling, with top-k 40 and min-p 0.05."""
     sequences: int = Field(default=24, ge=1)
     """Dialogues that are generated side by side. A few answers in a hundred depend on it."""
 
@@ -82,7 +82,7 @@ class Train(Section):
     """Rank of the adapter on all linear projections; alpha is the same."""
     learning_rate: float = Field(default=8e-4, gt=0)
     """Peak, after a warm-up of a tenth of the steps; then a cosine."""
-    steps: int = Field(default=80, ge=1)
+    steps: int = Field(default=90, ge=1)
     """Optimizer steps."""
     batch: int = Field(default=4, ge=1)
     """Dialogues a step."""

@@ -5,6 +5,7 @@ Plain, frozen values that turn into JSON and back. No behaviour beyond that, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -112,17 +113,21 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Ask a model for the next assistant message after `messages`. Equal requests get equal completions."""
+    """Ask a model for the next assistant message after `messages`. Equal requests get equal completions.
+
+    The answer is cut off as soon as `enough` holds of its text: what would follow is not wanted.
+    """
 
     messages: tuple[Message, ...]
     seed: int
     max_tokens: int
     temperature: float = 0.7
+    enough: Callable[[str], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the model said, and why it stopped: "stop" (its own end), "length" (`max_tokens`) or "context" (full)."""
+    """What the model said, and why it stopped: "stop" (its own end), "enough", "length" (`max_tokens`) or "context"."""
 
     text: str
     tokens: int

@@ -13,7 +13,7 @@ from pipeline.gatt.ghost import augment, ghost, loss_turns
 from pipeline.gatt.instructions import pair_for_training, word
 from pipeline.gatt.kinds import KINDS, compatible, edit, editable, obeys
 from pipeline.gatt.metrics import adherence, wilson
-from pipeline.gatt.text import first_sentences, flaw
+from pipeline.gatt.text import first_sentences, flaw, has_sentences
 from pipeline.records import Constraint, Reply
 
 EVERY = [Constraint(name, value) for name, kind in KINDS.items() for value in kind.values]
@@ -23,9 +23,15 @@ TEXT = st.text(alphabet=string.ascii_letters + " ,.!?'", min_size=1).filter(lamb
 def test_augment_says_it_in_every_turn_and_ghost_in_the_first_only() -> None:
     users, answers = ["one?", "two?", "three?"], ["a", "b"]
     told = [m["content"] for m in augment(users, answers, "Be kind.", "sys")]
-    assert told == ["sys", "Be kind.\n\none?", "a", "Be kind.\n\ntwo?", "b", "Be kind.\n\nthree?"]
+    assert told == ["sys", "one?\n\nBe kind.", "a", "two?\n\nBe kind.", "b", "three?\n\nBe kind."]
     kept = [m["content"] for m in ghost(users, answers, "Be kind.", "")]
-    assert kept == ["Be kind.\n\none?", "a", "two?", "b", "three?"]
+    assert kept == ["one?\n\nBe kind.", "a", "two?", "b", "three?"]
+
+
+@given(text=st.text(alphabet="ab .!?\n\"", max_size=30), more=st.text(alphabet="ab .!?\n\"", max_size=9), count=st.integers(1, 3))
+def test_a_generation_is_stopped_only_where_nothing_can_change(text: str, more: str, count: int) -> None:
+    if has_sentences(text, count):
+        assert first_sentences(text + more, count) == first_sentences(text, count)
 
 
 def test_loss_turns() -> None:
@@ -52,7 +58,7 @@ def test_no_check_raises(text: str) -> None:
     [
         (Constraint("opening", "Ahoy!"), "Ahoy! It is blue.", "It is blue. Ahoy!"),
         (Constraint("closing", "Over and out."), "It is blue. Over and out.", "Over and out. It is blue."),
-        (Constraint("persona", "Napoleon"), "March on. — Napoleon", "I am Napoleon."),
+        (Constraint("persona", "Napoleon"), "March on. — Napoleon", "I am the emperor."),
         (Constraint("hobby", "tennis"), "Like Tennis, it takes time.", "It takes time."),
         (Constraint("uppercase"), "YES, IT IS.", "Yes, it is."),
         (Constraint("max_words", "3"), "Yes, it is.", "Yes, it is so."),
@@ -94,7 +100,7 @@ def test_pairing_is_the_same_for_the_same_seed_and_combines_only_compatible_cons
 
 def test_wording_and_shortening() -> None:
     made = word((Constraint("persona", "Napoleon"),))
-    assert made.text == 'Act as Napoleon and sign every answer with "— Napoleon".'
+    assert made.text == "You are Napoleon. Say your name in every answer."
     assert made.short == "Figure: Napoleon, signs every answer."
 
 

@@ -35,10 +35,6 @@ def _closes(value: str, text: str) -> bool:
     return text.rstrip().endswith(value)
 
 
-def _signature(name: str) -> str:
-    return f"— {name}"
-
-
 def _count(value: str) -> int:
     return int(value)
 
@@ -66,9 +62,8 @@ KINDS: dict[str, Kind] = {
     ),
     "persona": Kind(
         "closing",
-        ('Act as {v} and sign every answer with "— {v}"', 'You are {v}. End each reply with "— {v}"'),
-        "Figure: {v}, signs every answer.",
-        lambda v, t: _closes(_signature(v), t), lambda v, t: f"{t.rstrip()} {_signature(v)}",
+        ("You are {v}. Say your name in every answer", "Act as {v} and give your name in each reply"),
+        "Figure: {v}, named in every answer.", lambda v, t: v.lower() in t.lower(), lambda v, t: f"{t.rstrip()} — {v}",
         ("Captain Nemo", "Napoleon", "Ada Lovelace"),
     ),
     "hobby": Kind(

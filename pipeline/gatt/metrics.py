@@ -32,7 +32,8 @@ def wilson(hits: int, n: int, z: float = 1.959963984540054) -> Rate:
     scale = 1 + z * z / n
     middle = (p + z * z / (2 * n)) / scale
     half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    return Rate(hits, n, p, max(0.0, middle - half), min(1.0, middle + half))
+    # At the ends the formula gives 0 and 1 but for rounding.
+    return Rate(hits, n, p, middle - half if hits else 0.0, middle + half if hits < n else 1.0)
 
 
 def adherence(replies: Iterable[Reply], key: Callable[[Reply], K]) -> dict[K, Rate]:

@@ -27,6 +27,13 @@ def first_sentences(text: str, count: int) -> str:
     return " ".join(sentences(text.strip().split("\n")[0])[:count])
 
 
+def has_sentences(text: str, count: int) -> bool:
+    """Whether nothing that may follow can change `first_sentences(text, count)`: used to stop a generation early."""
+    first, *rest = text.lstrip().split("\n", 1)
+    # A letter behind the last full stop: it ends a sentence only where a space follows it already.
+    return bool(first and rest) or len(sentences(f"{first}x")) >= count
+
+
 def flaw(text: str, earlier: Sequence[str], demanded: str = "", finished: bool = False) -> str:
     """What makes `text` no answer, or "".
 

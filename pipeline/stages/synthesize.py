@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from pipeline.backends.llama import Llama, Task
@@ -17,7 +18,7 @@ from pipeline.errors import GattError
 from pipeline.files import JsonlLog, write_jsonl
 from pipeline.gatt.ghost import augment, ghost
 from pipeline.gatt.kinds import edit, obeys
-from pipeline.gatt.text import first_sentences, flaw
+from pipeline.gatt.text import first_sentences, flaw, has_sentences
 from pipeline.pairs import Paired, read_pairs
 from pipeline.records import Answer, Completion, Request
 from pipeline.rundir import RunDir
@@ -57,6 +58,7 @@ def _dialogue(
     """Answer one dialogue turn by turn; it is cut short at a turn that no candidate answers well."""
     name = pair.dialogue.id
     accepted = finished[name] = []
+    enough = None if pair.way == "sampled" else partial(has_sentences, count=recipe.synthesize.sentences)
     text = pair.instruction.text if pair.instruction and pair.way == "sampled" else ""
     for turn in range(len(pair.dialogue.turns)):
         # An edited answer goes on from the teacher's own words, a sampled one from the words that were accepted.
@@ -67,7 +69,7 @@ def _dialogue(
             if answer is None:
                 seed = zlib.crc32(f"{recipe.seed} {name} {turn} {candidate}".encode())
                 settings = recipe.synthesize
-                completion = yield Request(messages, seed, settings.max_tokens, settings.temperature)
+                completion = yield Request(messages, seed, settings.max_tokens, settings.temperature, enough)
                 answer = _judge(pair, turn, candidate, completion, accepted, settings.sentences)
                 log.append(answer)
                 if answer.verdict == ACCEPTED:
