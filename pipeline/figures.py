@@ -33,6 +33,6 @@ def adherence_curve(rows: list[dict[str, Any]], turns: int) -> str:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
     picture = io.StringIO()
-    figure.savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}, transparent=True)
+    figure.savefig(picture, format="svg", bbox_inches="tight", metadata={"Date": None, "Creator": None}, facecolor="white")
     pyplot.close(figure)
     return picture.getvalue()[picture.getvalue().index("<svg") :]

@@ -10,6 +10,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
@@ -39,6 +40,15 @@ def bootstrap() -> Path:
 
 
 def _pip(python: Path, *arguments: str) -> None:
-    status = subprocess.call([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments], cwd=ROOT)
+    """Install, and say every half minute that it goes on: pip is silent while it compiles."""
+    start = time.monotonic()
+    pip = subprocess.Popen([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments], cwd=ROOT)
+    while True:
+        try:
+            status = pip.wait(timeout=30)
+            break
+        except subprocess.TimeoutExpired:
+            minutes, seconds = divmod(round(time.monotonic() - start), 60)
+            print(f"  still installing, {minutes} min {seconds:02d} s", flush=True)
     if status:
         sys.exit(f"Installing failed (pip returned {status}). A C/C++ compiler, CMake and a package index are needed.")

@@ -61,19 +61,32 @@ def _dialogue(
 
 
 def scores(replies: list[Reply], pairs: list[Paired]) -> dict[str, object]:
-    """Adherence by arm and turn, by arm and constraint, over turns 16-20, and how many replies were no replies."""
+    """Adherence by arm and turn, by arm and instruction, over the last five turns and over all but the first.
+
+    `replies` counts for each arm: all, those that obey (good answers or not), those that are no answer, those that were
+    cut at `max_tokens`, and those left out because turn 1 had left the window.
+    """
     names = {p.dialogue.id: ", ".join(c.name for c in p.constraints) for p in pairs}
     last = max((r.turn for r in replies), default=0)
-    late = [r for r in replies if r.turn > last - 5]
+    first_late = max(1, last - 4)
+    late, later = [r for r in replies if r.turn >= first_late], [r for r in replies if r.turn > 1]
     return {
         "turns": last,
         "by_turn": _table(adherence(replies, lambda r: (r.arm, r.turn))),
         "by_instruction": _table(adherence(replies, lambda r: (r.arm, names[r.dialogue]))),
-        "late": _table(adherence(late, lambda r: (r.arm, f"turns {max(1, last - 4)} to {last}"))),
-        "raw_late": {arm: sum(r.obeys for r in late if r.arm == arm) / max(1, sum(r.arm == arm for r in late)) for arm in ARMS},
-        "flaws": {arm: sum(bool(r.flaw) for r in replies if r.arm == arm) for arm in ARMS},
+        "late": _table(adherence(late, lambda r: (r.arm, f"turns {first_late} to {last}"))),
+        "later": _table(adherence(later, lambda r: (r.arm, f"turns 2 to {last}"))),
+        "replies": {arm: _count([r for r in replies if r.arm == arm]) for arm in ARMS},
+    }
+
+
+def _count(replies: list[Reply]) -> dict[str, int]:
+    return {
+        "all": len(replies),
+        "obey": sum(r.obeys for r in replies),
+        "no_answer": sum(bool(r.flaw) for r in replies),
+        "cut": sum(r.finish == "length" for r in replies),
         "left_out": sum(r.finish == "context" for r in replies),
-        "replies": len(replies),
     }
 
 

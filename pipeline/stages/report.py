@@ -16,6 +16,10 @@ from pipeline.pairs import read_pairs
 from pipeline.records import Reply
 from pipeline.rundir import RunDir
 
+_COUNTS = {
+    "obey": "obey, good answer or not", "no_answer": "are no answer (loop, repeat, empty)",
+    "cut": "cut at the longest length allowed", "left_out": "left out: turn 1 had left the window",
+}  # fmt: skip
 _STAGES = ("instructions", "synthesize", "train", "export", "evaluate")
 
 
@@ -27,14 +31,14 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
         f"In {late['tuned']['at']}, the tuned model keeps its instruction in {late['tuned']['value']:.0%} of the answers, "
         f"the base in {late['base']['value']:.0%}."
     )
-    facts = _facts(recipe, rundir, scores)
+    facts = _facts(recipe, rundir)
     curve = adherence_curve(scores["by_turn"], scores["turns"])
     page = Environment(autoescape=True).from_string(
         (resources.files("pipeline") / "data" / "report.html").read_text(encoding="utf-8")
     )
     html = page.render(
         sentence=sentence, recipe=recipe, scores=scores, curve=curve, turns=scores["turns"], arms=list(late), facts=facts,
-        by_instruction=_by_instruction(scores), examples=_examples(rundir), shortened=_shortened(recipe),
+        by_instruction=_by_instruction(scores), examples=_examples(rundir), shortened=_shortened(recipe), counts=_COUNTS,
     )  # fmt: skip
     write_text(rundir.report / "report.html", html)
     write_text(rundir.report / "adherence.svg", curve)
@@ -72,10 +76,8 @@ def _examples(rundir: RunDir) -> list[dict[str, Any]]:
     return examples
 
 
-def _facts(recipe: Recipe, rundir: RunDir, scores: dict[str, Any]) -> dict[str, str]:
-    facts = {"base model": recipe.model, "seed": str(recipe.seed), "replies": str(scores["replies"])}
-    for arm, count in scores["flaws"].items():
-        facts[f"replies that were none (loop, repeat, empty), {arm}"] = str(count)
+def _facts(recipe: Recipe, rundir: RunDir) -> dict[str, str]:
+    facts = {"base model": recipe.model, "seed": str(recipe.seed)}
     for stage in _STAGES:
         manifest = rundir.manifest(stage)
         if manifest:

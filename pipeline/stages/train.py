@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from pipeline.backends.hub import find_model, hugging_face_folder
-from pipeline.backends.unsloth import IGNORED, Labelled, label, load_tokenizer, train
+from pipeline.backends.unsloth import IGNORED, Labelled, label, last_checkpoint, load_tokenizer, on_gpu, train
 from pipeline.config import Recipe
-from pipeline.console import note, out, progress
+from pipeline.console import chatter, note, out, progress
 from pipeline.files import read_jsonl, write_json
-from pipeline.machine import require_disk, require_memory
+from pipeline.machine import require_disk, require_memory, training_memory
 from pipeline.rundir import RunDir
 
 
 def run(recipe: Recipe, rundir: RunDir) -> None:
     """Train and write `train/adapter` and the loss of every step; goes on from the last checkpoint."""
-    folder = hugging_face_folder(find_model(recipe.model))
+    log = rundir.checkpoints.parent / "unsloth.log"
+    with chatter(log):
+        folder = hugging_face_folder(find_model(recipe.model))
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    require_memory(2 * size, f"train {recipe.model}")
     require_disk(rundir.path, size, "keep checkpoints")
     tokenizer = load_tokenizer(folder)
     examples = [label(tokenizer, row["messages"], recipe.train) for _, row in read_jsonl(rundir.examples)]
+    if not on_gpu():
+        longest = recipe.train.batch * max(len(e.labels) for e in examples)
+        require_memory(training_memory(size / 2, "cpu", longest), f"train {recipe.model}")
     learned = sum(token != IGNORED for e in examples for token in e.labels)
     note(f"train: {len(examples)} dialogues, {sum(len(e.labels) for e in examples)} tokens, {learned} of them learned")
-    with progress("train: steps", recipe.train.steps) as bar:
+    with progress("train: steps", recipe.train.steps, last_checkpoint(rundir.checkpoints)) as bar, chatter(log):
         losses = train(
             folder, examples, recipe.train, recipe.seed, rundir.checkpoints, rundir.adapter,
             lambda step, loss: bar.advance(1, f"loss {loss:.3f}"),
