@@ -27,7 +27,7 @@ class Dialogues(Section):
     """Where the users' turns come from."""
 
     source: str = "seed"
-    """"seed" (built in), a JSONL file (`messages`, ShareGPT or `turns`), or the id of a dataset for `datasets`."""
+    """"seed" (built in), a JSONL, JSON or Parquet file (`messages`, ShareGPT or `turns`), or a dataset id for `datasets`."""
     turns: int = Field(default=8, ge=1)
     """User turns of a training dialogue; longer ones are cut."""
     train: int = Field(default=150, ge=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ _SHAREGPT = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "
 
 
 def load_dialogues(source: str) -> list[Dialogue]:
-    """All dialogues of `source`: "seed", a `.jsonl` file, or a dataset id.
+    """All dialogues of `source`: "seed", a JSONL, JSON or Parquet file, or what `datasets` loads (an id, a folder).
 
     Raises:
         GattError: nothing there, an empty file, or a broken dialogue (named by its line).
@@ -22,11 +23,15 @@ def load_dialogues(source: str) -> list[Dialogue]:
     if source == "seed":
         return _read(Path(str(resources.files("pipeline") / "data" / "dialogues.jsonl")))
     path = Path(source).expanduser()
-    if path.suffix in (".jsonl", ".json") or path.is_file():
-        if not path.is_file():
-            raise GattError(f"No dialogues at {path}. Expected a JSONL file, a dataset id, or \"seed\".")
-        return _read(path)
-    return _from_hub(source)
+    if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
+        raise GattError(f"No dialogues at {path}. Expected a JSONL file, a dataset id, or \"seed\".")
+    if path.suffix == ".parquet":
+        return _from_datasets(source, "parquet", data_files=str(path))
+    if not path.is_file():
+        return _from_datasets(source, source)
+    with path.open("rb") as file:
+        array = file.read(1) == b"["
+    return _read_array(path) if array else _read(path)
 
 
 def _read(path: Path) -> list[Dialogue]:
@@ -36,11 +41,20 @@ def _read(path: Path) -> list[Dialogue]:
     return found
 
 
-def _from_hub(source: str) -> list[Dialogue]:
+def _read_array(path: Path) -> list[Dialogue]:
+    """One JSON array of dialogues, as ShareGPT files are published."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise GattError(f"{path} begins as a JSON array and is none: {error}. Write one dialogue a line instead.") from error
+    return [parse(row, f"{path}, dialogue {n}", str(n)) for n, row in enumerate(rows, 1)]
+
+
+def _from_datasets(source: str, *arguments: str, **options: str) -> list[Dialogue]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(source, split="train")
+        rows = datasets.load_dataset(*arguments, split="train", **options)
     except Exception as error:  # datasets raises a dozen classes, of several libraries
         raise GattError(f"Cannot load the dataset {source!r} ({type(error).__name__}). Use a local JSONL, or \"seed\".") from error
     return [parse(row, f"{source}, row {n}", str(n)) for n, row in enumerate(rows, 1)]

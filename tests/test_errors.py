@@ -55,6 +55,13 @@ def test_unknown_model(gatt: Gatt, tmp_path: Path, tiny: list[str]) -> None:
     _refused(gatt("run", "--run", tmp_path, *tiny, "--set", "model=smollm2-135n"), "Did you mean 'smollm2-135m'")
 
 
+def test_hub_without_a_network(gatt: Gatt, tmp_path: Path, tiny: list[str]) -> None:
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    for model in ("llama-3.2-1b", "somebody/something"):
+        done = gatt("run", "--run", tmp_path / "run", *tiny, "--set", f"model={model}", env=offline)
+        _refused(done, "from the Hub", "these work: the preset smollm2-135m")
+
+
 def test_broken_gguf(base: Path, gatt: Gatt, tmp_path: Path) -> None:
     short, other = tmp_path / "short.gguf", tmp_path / "other.gguf"
     short.write_bytes(base.read_bytes()[:50_000_000])
@@ -81,6 +88,18 @@ def test_full_disk(tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
         pytest.skip("no mounting here")
     try:
         _refused(gatt("run", "--run", disk / "run", *tiny), "disk space")
+    finally:
+        subprocess.call(["umount", disk])
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
+def test_read_only_run_folder(tmp_path: Path, gatt: Gatt) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.call(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], stderr=subprocess.DEVNULL):
+        pytest.skip("no mounting here")
+    try:
+        _refused(gatt("run", "--run", disk), "Cannot write", "Read-only")
     finally:
         subprocess.call(["umount", disk])
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import string
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -32,6 +34,19 @@ def test_augment_says_it_in_every_turn_and_ghost_in_the_first_only() -> None:
 def test_a_generation_is_stopped_only_where_nothing_can_change(text: str, more: str, count: int) -> None:
     if has_sentences(text, count):
         assert first_sentences(text + more, count) == first_sentences(text, count)
+
+
+def test_dialogues_come_in_every_form(tmp_path: Path) -> None:
+    import datasets
+
+    said = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}, {"from": "human", "value": "Bye"}]
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    (tmp_path / "b.json").write_text(json.dumps([{"conversations": said}]))
+    (tmp_path / "folder").mkdir()
+    datasets.Dataset.from_list([{"turns": ["Hi", "Bye"]}]).to_parquet(tmp_path / "folder" / "c.parquet")
+    for source in ("a.jsonl", "b.json", "folder/c.parquet", "folder"):
+        assert [d.turns for d in load_dialogues(str(tmp_path / source))] == [("Hi", "Bye")], source
 
 
 def test_loss_turns() -> None:
@@ -101,7 +116,7 @@ def test_pairing_is_the_same_for_the_same_seed_and_combines_only_compatible_cons
 def test_wording_and_shortening() -> None:
     made = word((Constraint("persona", "Napoleon"),))
     assert made.text == "You are Napoleon. Say your name in every answer."
-    assert made.short == "Figure: Napoleon, signs every answer."
+    assert made.short == "Figure: Napoleon, named in every answer."
 
 
 def test_wilson_against_published_values() -> None:
