@@ -28,9 +28,9 @@ class Dialogues(Section):
 
     source: str = "seed"
     """"seed" (built in), a JSONL, JSON or Parquet file (`messages`, ShareGPT or `turns`), or a dataset id for `datasets`."""
-    turns: int = Field(default=8, ge=1)
+    turns: int = Field(default=6, ge=1)
     """User turns of a training dialogue; longer ones are cut."""
-    train: int = Field(default=150, ge=1)
+    train: int = Field(default=180, ge=1)
     """Training dialogues; the sources are cut into pieces of `turns`, and reused with other instructions if need be."""
     system: str = "You are a friendly assistant. Answer in one or two short sentences."
     """The system message of every arm, in training and in evaluation; "" leaves it to the chat template."""
@@ -68,7 +68,7 @@ class Synthesize(Section):
     sentences: int = Field(default=1, ge=1)
     """An edited answer is cut after so many sentences."""
     temperature: float = Field(default=0.8, ge=0)
-    """Of the sampling, with top-k 40 and min-p 0.05."""
+    """Of the sampling, with top-k 40, min-p 0.05 and DRY against repeating earlier answers."""
     sequences: int = Field(default=24, ge=1)
     """Dialogues that are generated side by side. A few answers in a hundred depend on it."""
 
@@ -106,7 +106,7 @@ class Evaluate(Section):
     """Evaluation dialogues, shared out over the constraints of the pool."""
     turns: int = Field(default=20, ge=1)
     """Turns of each."""
-    max_tokens: int = Field(default=80, ge=8)
+    max_tokens: int = Field(default=64, ge=8)
     """Longest reply, in tokens."""
     temperature: float = Field(default=0.7, ge=0)
     """Of the sampling, the same for all arms."""

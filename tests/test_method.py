@@ -73,7 +73,7 @@ def test_no_check_raises(text: str) -> None:
     [
         (Constraint("opening", "Ahoy!"), "Ahoy! It is blue.", "It is blue. Ahoy!"),
         (Constraint("closing", "Over and out."), "It is blue. Over and out.", "Over and out. It is blue."),
-        (Constraint("persona", "Napoleon"), "March on. — Napoleon", "I am the emperor."),
+        (Constraint("persona", "Napoleon"), "March on. — Napoleon", "I am Napoleon."),
         (Constraint("hobby", "tennis"), "Like Tennis, it takes time.", "It takes time."),
         (Constraint("uppercase"), "YES, IT IS.", "Yes, it is."),
         (Constraint("max_words", "3"), "Yes, it is.", "Yes, it is so."),
@@ -115,8 +115,8 @@ def test_pairing_is_the_same_for_the_same_seed_and_combines_only_compatible_cons
 
 def test_wording_and_shortening() -> None:
     made = word((Constraint("persona", "Napoleon"),))
-    assert made.text == "You are Napoleon. Say your name in every answer."
-    assert made.short == "Figure: Napoleon, named in every answer."
+    assert made.text == 'Act as Napoleon and sign every answer with "— Napoleon".'
+    assert made.short == "Figure: Napoleon, signs every answer."
 
 
 def test_wilson_against_published_values() -> None:

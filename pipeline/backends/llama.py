@@ -250,22 +250,29 @@ class Llama:
         return buffer.raw[: max(size, 0)]
 
     def _sampler(self, request: Request) -> Any:
-        """llama.cpp's chain of one request: top-k 40, min-p 0.05, temperature, seeded draw.
+        """llama.cpp's chain of one request: top-k 40, DRY, min-p 0.05, temperature, seeded draw.
 
-        No repeat penalty: it takes the full stop away from a model that should end with "Over and out.".
+        DRY keeps a small model from saying an earlier answer again; up to eight tokens in a row may come again, so that
+        a demanded phrase is free. A repeat penalty would not do: it takes the full stop away from "Over and out.".
         """
         api = self._api
         chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
         if request.temperature == 0:
             api.llama_sampler_chain_add(chain, api.llama_sampler_init_greedy())
             return chain
+        between = (ctypes.c_char_p * 1)(b"\n")
         for part in (
             api.llama_sampler_init_top_k(40),
+            api.llama_sampler_init_dry(self._vocab, 0.8, 1.75, 8, self.context, between, 1),
             api.llama_sampler_init_min_p(0.05, 1),
             api.llama_sampler_init_temp(request.temperature),
             api.llama_sampler_init_dist(request.seed & 0xFFFFFFFF),
         ):
             api.llama_sampler_chain_add(chain, part)
+        for message in request.messages:
+            if message["role"] == "assistant":
+                for token in self.tokenize(message["content"] + "\n"):
+                    api.llama_sampler_accept(chain, token)
         return chain
 
     def _free_sampler(self, sequence: _Sequence) -> None:

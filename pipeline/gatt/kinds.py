@@ -62,8 +62,9 @@ KINDS: dict[str, Kind] = {
     ),
     "persona": Kind(
         "closing",
-        ("You are {v}. Say your name in every answer", "Act as {v} and give your name in each reply"),
-        "Figure: {v}, named in every answer.", lambda v, t: v.lower() in t.lower(), lambda v, t: f"{t.rstrip()} — {v}",
+        ('Act as {v} and sign every answer with "— {v}"', 'You are {v}. End each reply with "— {v}"'),
+        "Figure: {v}, signs every answer.",
+        lambda v, t: _closes(f"— {v}", t), lambda v, t: f"{t.rstrip()} — {v}",
         ("Captain Nemo", "Napoleon", "Ada Lovelace"),
     ),
     "hobby": Kind(
