@@ -42,7 +42,10 @@ def bootstrap() -> Path:
 def _pip(python: Path, *arguments: str) -> None:
     """Install, and say every half minute that it goes on: pip is silent while it compiles."""
     start = time.monotonic()
-    pip = subprocess.Popen([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments], cwd=ROOT)
+    # Without llama.cpp's part for pictures: nothing here uses it, and it takes its time to compile.
+    environment = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF", **os.environ}
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    pip = subprocess.Popen(command, cwd=ROOT, env=environment)
     while True:
         try:
             status = pip.wait(timeout=30)
