@@ -30,7 +30,7 @@ class Dialogues(Section):
     """"seed" (built in), a JSONL, JSON or Parquet file (`messages`, ShareGPT or `turns`), or a dataset id for `datasets`."""
     turns: int = Field(default=6, ge=1)
     """User turns of a training dialogue; longer ones are cut."""
-    train: int = Field(default=180, ge=1)
+    train: int = Field(default=200, ge=1)
     """Training dialogues; the sources are cut into pieces of `turns`, and reused with other instructions if need be."""
     system: str = "You are a friendly assistant. Answer in one or two short sentences."
     """The system message of every arm, in training and in evaluation; "" leaves it to the chat template."""
@@ -82,7 +82,7 @@ class Train(Section):
     """Rank of the adapter on all linear projections; alpha is the same."""
     learning_rate: float = Field(default=8e-4, gt=0)
     """Peak, after a warm-up of a tenth of the steps; then a cosine."""
-    steps: int = Field(default=90, ge=1)
+    steps: int = Field(default=95, ge=1)
     """Optimizer steps."""
     batch: int = Field(default=4, ge=1)
     """Dialogues a step."""

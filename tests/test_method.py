@@ -25,9 +25,9 @@ TEXT = st.text(alphabet=string.ascii_letters + " ,.!?'", min_size=1).filter(lamb
 def test_augment_says_it_in_every_turn_and_ghost_in_the_first_only() -> None:
     users, answers = ["one?", "two?", "three?"], ["a", "b"]
     told = [m["content"] for m in augment(users, answers, "Be kind.", "sys")]
-    assert told == ["sys", "one?\n\nBe kind.", "a", "two?\n\nBe kind.", "b", "three?\n\nBe kind."]
+    assert told == ["sys", "Be kind.\n\none?", "a", "Be kind.\n\ntwo?", "b", "Be kind.\n\nthree?"]
     kept = [m["content"] for m in ghost(users, answers, "Be kind.", "")]
-    assert kept == ["one?\n\nBe kind.", "a", "two?", "b", "three?"]
+    assert kept == ["Be kind.\n\none?", "a", "two?", "b", "three?"]
 
 
 @given(text=st.text(alphabet="ab .!?\n\"", max_size=30), more=st.text(alphabet="ab .!?\n\"", max_size=9), count=st.integers(1, 3))

@@ -12,8 +12,8 @@ from pipeline.records import Message
 
 
 def with_instruction(instruction: str, user: str) -> str:
-    """The user's message with the instruction after it: there a small model follows it more often than before it."""
-    return f"{user}\n\n{instruction}" if instruction else user
+    """The user's message with the instruction before it, as the paper concatenates them."""
+    return f"{instruction}\n\n{user}" if instruction else user
 
 
 def augment(users: Sequence[str], answers: Sequence[str], instruction: str, system: str) -> tuple[Message, ...]:
