@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pipeline.dialogues import load_dialogues
 from pipeline.gatt.ghost import augment, ghost, loss_turns
 from pipeline.gatt.instructions import pair_for_training, word
-from pipeline.gatt.kinds import KINDS, compatible, edit, editable, obeys
+from pipeline.gatt.kinds import KINDS, compatible, edit, editable, hopeless, obeys
 from pipeline.gatt.metrics import adherence, wilson
 from pipeline.gatt.text import first_sentences, flaw, has_sentences
 from pipeline.records import Constraint, Reply
@@ -60,6 +60,14 @@ def test_an_edited_text_obeys(constraint: Constraint, text: str) -> None:
     if constraint.kind == "max_words":
         text = "It is so. " + text
     assert obeys((constraint,), edit((constraint,), text))
+
+
+@given(constraint=st.sampled_from(EVERY), start=st.text(alphabet='Ahoy! Gd news:a,"B', max_size=12), end=TEXT)
+def test_a_hopeless_beginning_cannot_be_saved(constraint: Constraint, start: str, end: str) -> None:
+    for cut in range(len(start) + 1):
+        if hopeless((constraint,), start[:cut]):
+            assert not obeys((constraint,), start + end)
+    assert not hopeless((constraint,), "")
 
 
 @given(text=st.text())

@@ -17,7 +17,10 @@ from pipeline.records import Constraint
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of constraint. `{v}` in a wording stands for the value. Two kinds of one `slot` never meet."""
+    """A kind of constraint. `{v}` in a wording stands for the value. Two kinds of one `slot` never meet.
+
+    `hopeless` says of the beginning of an answer that nothing that may follow can make it pass the check.
+    """
 
     slot: str
     wordings: tuple[str, ...]
@@ -25,10 +28,16 @@ class Kind:
     check: Callable[[str, str], bool]
     apply: Callable[[str, str], str] | None = None
     values: tuple[str, ...] = ("",)
+    hopeless: Callable[[str, str], bool] = lambda value, text: False
 
 
 def _opens(value: str, text: str) -> bool:
     return text.lstrip().startswith(value)
+
+
+def _opens_otherwise(value: str, text: str) -> bool:
+    begun = text.lstrip()
+    return not value.startswith(begun) and not begun.startswith(value)
 
 
 def _closes(value: str, text: str) -> bool:
@@ -54,6 +63,7 @@ KINDS: dict[str, Kind] = {
         "opening",
         ('Begin every answer with "{v}"', 'Always start your replies with "{v}"', 'From now on, open each answer with "{v}"'),
         'Opening: "{v}"', _opens, lambda v, t: f"{v} {t.lstrip()}", ("Ahoy!", "Hark!", "Good news:", "Well, well!"),
+        _opens_otherwise,
     ),
     "closing": Kind(
         "closing",
@@ -75,27 +85,28 @@ KINDS: dict[str, Kind] = {
     ),
     "uppercase": Kind(
         "case", ("Write every answer in capital letters only.",), "Capitals only.",
-        lambda v, t: t.isupper(), lambda v, t: t.upper(),
+        lambda v, t: t.isupper(), lambda v, t: t.upper(), hopeless=lambda v, t: any(map(str.islower, t)),
     ),
     "lowercase": Kind(
         "case", ("Write every answer in lowercase letters only.",), "Lowercase only.",
-        lambda v, t: t.islower(), lambda v, t: t.lower(),
+        lambda v, t: t.islower(), lambda v, t: t.lower(), hopeless=lambda v, t: any(map(str.isupper, t)),
     ),
     "max_words": Kind(
         "length", ("Use at most {v} words in every answer.",), "At most {v} words.",
         lambda v, t: 0 < len(words(t)) <= _count(v), _first_words, ("12", "20"),
+        lambda v, t: len(words(t)) > _count(v),
     ),
     "quotes": Kind(
         "wrap", ("Put every answer in double quotation marks.",), "Answers in double quotes.",
         lambda v, t: len(t.strip()) > 2 and t.strip()[0] == '"' == t.strip()[-1],
-        lambda v, t: '"' + t.strip().replace('"', "'") + '"',
+        lambda v, t: '"' + t.strip().replace('"', "'") + '"', hopeless=lambda v, t: t.lstrip()[:1] not in ("", '"'),
     ),
     "question": Kind(
         "closing", ("End every answer with a question.",), "Ends with a question.", lambda v, t: _closes("?", t),
     ),
     "no_commas": Kind(
         "punctuation", ("Never use a comma in your answers.",), "No commas.",
-        lambda v, t: bool(t.strip()) and "," not in t, lambda v, t: t.replace(",", ""),
+        lambda v, t: bool(t.strip()) and "," not in t, lambda v, t: t.replace(",", ""), hopeless=lambda v, t: "," in t,
     ),
 }  # fmt: skip
 
@@ -128,6 +139,11 @@ def compatible(one: Constraint, other: Constraint) -> bool:
 def obeys(constraints: tuple[Constraint, ...], text: str) -> bool:
     """Whether `text` shows every constraint."""
     return all(kind_of(c).check(c.value, text) for c in constraints)
+
+
+def hopeless(constraints: tuple[Constraint, ...], text: str) -> bool:
+    """Whether no answer that begins with `text` can show all of them: used to stop a candidate early."""
+    return any(kind_of(c).hopeless(c.value, text) for c in constraints)
 
 
 def editable(constraints: tuple[Constraint, ...]) -> bool:

@@ -17,7 +17,7 @@ from pipeline.console import Progress, note, progress
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, write_jsonl
 from pipeline.gatt.ghost import augment, ghost
-from pipeline.gatt.kinds import edit, obeys
+from pipeline.gatt.kinds import edit, hopeless, obeys
 from pipeline.gatt.text import first_sentences, flaw, has_sentences
 from pipeline.pairs import Paired, read_pairs
 from pipeline.records import Answer, Completion, Request
@@ -58,7 +58,10 @@ def _dialogue(
     """Answer one dialogue turn by turn; it is cut short at a turn that no candidate answers well."""
     name = pair.dialogue.id
     accepted = finished[name] = []
-    enough = None if pair.way == "sampled" else partial(has_sentences, count=recipe.synthesize.sentences)
+    if pair.way == "sampled":
+        enough = partial(hopeless, pair.constraints)
+    else:
+        enough = partial(has_sentences, count=recipe.synthesize.sentences)
     text = pair.instruction.text if pair.instruction and pair.way == "sampled" else ""
     for turn in range(len(pair.dialogue.turns)):
         # An edited answer goes on from the teacher's own words, a sampled one from the words that were accepted.
@@ -92,6 +95,8 @@ def _judge(
     verdict = ACCEPTED
     if completion.finish == "context":
         verdict = "context"
+    elif completion.finish == "enough" and pair.way == "sampled":
+        verdict = "disobeys"
     elif reason := flaw(raw, [a.raw for a in accepted], pair.demanded, finished=pair.way != "sampled"):
         verdict = reason
     elif completion.finish == "length" and pair.way == "sampled":
