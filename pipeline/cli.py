@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -48,7 +49,21 @@ def run(recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False,
     for name in STAGES:
         _stage(name, settings, folder)
     tuned = folder.gguf("tuned", settings.export.formats[0])
-    typer.echo(f"Report: {folder.report / 'report.html'}\nModel:  {tuned}\nChat:   gatt chat {tuned}")
+    typer.echo(f"Report: {folder.report / 'report.html'}\nModel:  {tuned}\nChat:   {_chat_command(settings, tuned)}")
+
+
+def _chat_command(settings: Recipe, tuned: Path) -> str:
+    """A line that can be pasted: this very program, with the first instruction that was taught."""
+    import shlex
+    import shutil
+    import subprocess
+
+    from pipeline.gatt.instructions import word
+
+    program = "gatt" if shutil.which("gatt") else os.path.relpath(Path(sys.executable).with_name("gatt"))
+    taught = word(settings.instructions.pool[:1]).text
+    words = [program, "chat", str(tuned), "--system", settings.dialogues.system, "--instruction", taught]
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def _define(name: str, summary: str) -> Callable[..., None]:
