@@ -41,6 +41,7 @@ class RunDir:
         self.pairs = path / "instructions" / "pairs.json"
         self.answers = path / "synthesize" / "answers.jsonl"
         self.examples = path / "synthesize" / "dialogues.jsonl"
+        self.acceptance = path / "synthesize" / "acceptance.json"
         self.adapter = path / "train" / "adapter"
         self.checkpoints = path / "train" / "checkpoints"
         self.losses = path / "train" / "losses.json"

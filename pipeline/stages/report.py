@@ -39,6 +39,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     html = page.render(
         sentence=sentence, recipe=recipe, scores=scores, curve=curve, turns=scores["turns"], arms=list(late), facts=facts,
         by_instruction=_by_instruction(scores), examples=_examples(rundir), shortened=_shortened(recipe), counts=_COUNTS,
+        acceptance=json.loads(rundir.acceptance.read_text(encoding="utf-8")),
     )  # fmt: skip
     write_text(rundir.report / "report.html", html)
     write_text(rundir.report / "adherence.svg", curve)

@@ -15,7 +15,7 @@ from pipeline.backends.llama import Llama, Task
 from pipeline.config import Recipe
 from pipeline.console import Progress, note, progress
 from pipeline.errors import GattError
-from pipeline.files import JsonlLog, write_jsonl
+from pipeline.files import JsonlLog, write_json, write_jsonl
 from pipeline.gatt.ghost import augment, ghost
 from pipeline.gatt.kinds import edit, hopeless, obeys
 from pipeline.gatt.text import first_sentences, flaw, has_sentences
@@ -48,7 +48,7 @@ def run(recipe: Recipe, rundir: RunDir, teacher: Path) -> None:
     if not examples:
         raise GattError("The teacher followed no instruction even once. Take others, a larger teacher, or edited_share = 1.")
     write_jsonl(rundir.examples, examples)
-    _summarise(rundir, len(examples), len(pairs))
+    _summarise(rundir, pairs, len(examples))
 
 
 def _dialogue(
@@ -117,8 +117,18 @@ def _example(pair: Paired, answers: list[Answer], recipe: Recipe) -> dict[str, o
     }
 
 
-def _summarise(rundir: RunDir, examples: int, pairs: int) -> None:
+def _summarise(rundir: RunDir, pairs: list[Paired], examples: int) -> None:
+    """Write how many candidates were drawn and accepted by instruction and way; name what the teacher cannot follow."""
+    of = {p.dialogue.id: (", ".join(c.name for c in p.constraints) or "none", p.way) for p in pairs}
     with JsonlLog(rundir.answers) as log:
         verdicts = Counter(row["verdict"] for row in log.records)
+        drawn = Counter(of[row["dialogue"]] for row in log.records)
+        taken = Counter(of[row["dialogue"]] for row in log.records if row["verdict"] == ACCEPTED)
+    rows = [{"instruction": key[0], "way": key[1], "drawn": drawn[key], "accepted": taken[key]} for key in sorted(drawn)]
+    write_json(rundir.acceptance, rows)
     rejected = ", ".join(f"{n} {reason}" for reason, n in verdicts.most_common() if reason != ACCEPTED)
-    note(f"synthesize: {examples} of {pairs} dialogues, {verdicts[ACCEPTED]} answers (rejected: {rejected or 'none'})")
+    note(f"synthesize: {examples} of {len(pairs)} dialogues, {verdicts[ACCEPTED]} answers (rejected: {rejected or 'none'})")
+    for row in rows:
+        if not row["accepted"]:
+            note(f"synthesize: the teacher never followed {row['instruction']!r} ({row['way']}, {row['drawn']} candidates); "
+                 "it is not taught that way. Word it otherwise, take it out of the pool, or take a larger teacher.")  # fmt: skip
