@@ -82,7 +82,7 @@ class Train(Section):
     """Rank of the adapter on all linear projections; alpha is the same."""
     learning_rate: float = Field(default=8e-4, gt=0)
     """Peak, after a warm-up of a tenth of the steps; then a cosine."""
-    steps: int = Field(default=110, ge=1)
+    steps: int = Field(default=95, ge=1)
     """Optimizer steps."""
     batch: int = Field(default=4, ge=1)
     """Dialogues a step."""

@@ -25,9 +25,9 @@ TEXT = st.text(alphabet=string.ascii_letters + " ,.!?'", min_size=1).filter(lamb
 def test_augment_says_it_in_every_turn_and_ghost_in_the_first_only() -> None:
     users, answers = ["one?", "two?", "three?"], ["a", "b"]
     told = [m["content"] for m in augment(users, answers, "Be kind.", "sys")]
-    assert told == ["sys", "Be kind.\n\none?", "a", "Be kind.\n\ntwo?", "b", "Be kind.\n\nthree?"]
+    assert told == ["sys", "one?\n\nBe kind.", "a", "two?\n\nBe kind.", "b", "three?\n\nBe kind."]
     kept = [m["content"] for m in ghost(users, answers, "Be kind.", "")]
-    assert kept == ["Be kind.\n\none?", "a", "two?", "b", "three?"]
+    assert kept == ["one?\n\nBe kind.", "a", "two?", "b", "three?"]
 
 
 @given(text=st.text(alphabet="ab .!?\n\"", max_size=30), more=st.text(alphabet="ab .!?\n\"", max_size=9), count=st.integers(1, 3))
@@ -81,7 +81,7 @@ def test_no_check_raises(text: str) -> None:
     [
         (Constraint("opening", "Ahoy!"), "Ahoy! It is blue.", "It is blue. Ahoy!"),
         (Constraint("closing", "Over and out."), "It is blue. Over and out.", "Over and out. It is blue."),
-        (Constraint("persona", "Napoleon"), "March on. — Napoleon", "I am Napoleon."),
+        (Constraint("persona", "Napoleon"), "Napoleon: March on.", "I am Napoleon."),
         (Constraint("hobby", "tennis"), "Like Tennis, it takes time.", "It takes time."),
         (Constraint("uppercase"), "YES, IT IS.", "Yes, it is."),
         (Constraint("max_words", "3"), "Yes, it is.", "Yes, it is so."),
@@ -123,8 +123,8 @@ def test_pairing_is_the_same_for_the_same_seed_and_combines_only_compatible_cons
 
 def test_wording_and_shortening() -> None:
     made = word((Constraint("persona", "Napoleon"),))
-    assert made.text == 'Act as Napoleon and sign every answer with "— Napoleon".'
-    assert made.short == "Figure: Napoleon, signs every answer."
+    assert made.text == 'Act as Napoleon and begin every answer with "Napoleon:".'
+    assert made.short == "Figure: Napoleon, named first."
 
 
 def test_wilson_against_published_values() -> None:

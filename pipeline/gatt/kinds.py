@@ -71,11 +71,10 @@ KINDS: dict[str, Kind] = {
         'Closing: "{v}"', _closes, lambda v, t: f"{t.rstrip()} {v}", ("Over and out.", "Stay curious!", "So it goes."),
     ),
     "persona": Kind(
-        "closing",
-        ('Act as {v} and sign every answer with "— {v}"', 'You are {v}. End each reply with "— {v}"'),
-        "Figure: {v}, signs every answer.",
-        lambda v, t: _closes(f"— {v}", t), lambda v, t: f"{t.rstrip()} — {v}",
-        ("Captain Nemo", "Napoleon", "Ada Lovelace"),
+        "opening",
+        ('Act as {v} and begin every answer with "{v}:"', 'You are {v}. Start each reply with "{v}:"'),
+        "Figure: {v}, named first.", lambda v, t: _opens(f"{v}:", t), lambda v, t: f"{v}: {t.lstrip()}",
+        ("Captain Nemo", "Napoleon", "Ada Lovelace"), lambda v, t: _opens_otherwise(f"{v}:", t),
     ),
     "hobby": Kind(
         "content",
