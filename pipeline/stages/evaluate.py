@@ -34,7 +34,8 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
                 path = rundir.gguf(model, recipe.export.formats[0])
                 with Llama(path, min(settings.sequences, len(pairs)), context) as llama:
                     llama.run(_dialogue(arm, pair, recipe, replies, log, bar) for pair in pairs)
-    write_json(rundir.scores, scores(list(replies.values()), pairs))
+    order = list(ARMS)  # not that of the log, which an interrupted run leaves otherwise
+    write_json(rundir.scores, scores(sorted(replies.values(), key=lambda r: (order.index(r.arm), r.turn)), pairs))
 
 
 def _dialogue(
