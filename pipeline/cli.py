@@ -48,7 +48,7 @@ def run(recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False,
     settings, folder = _open(recipe, run, quick, set)
     for name in STAGES:
         _stage(name, settings, folder)
-    tuned = folder.gguf("tuned", settings.export.formats[0])
+    tuned = folder.tuned(settings.export.formats[0])
     typer.echo(f"Report: {folder.report / 'report.html'}\nModel:  {tuned}\nChat:   {_chat_command(settings, tuned)}")
 
 
@@ -75,7 +75,24 @@ def _define(name: str, summary: str) -> Callable[..., None]:
 
 
 _define("instructions", "Pair dialogues with instructions.")
-_define("synthesize", "Let the teacher answer, and ghost the instruction.")
+
+
+@app.command()
+def synthesize(
+    recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False, set: Set = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Only show what was drawn and accepted.")] = False,
+    push: Annotated[str, typer.Option(help="Upload the dialogues to this dataset of the Hub: owner/name.")] = "",
+) -> None:  # fmt: skip
+    """Let the teacher answer, and ghost the instruction. Example: gatt synthesize my.toml --run runs/mine --stats"""
+    settings, folder = _open(recipe, run, quick, set)
+    if not stats:
+        _stage("synthesize", settings, folder)
+    if stats or push:
+        from pipeline.stages import synthesize as stage
+
+        stage.show_statistics(folder)
+        if push:
+            stage.push(folder, push)
 
 
 @app.command()
@@ -105,7 +122,7 @@ _define("report", "Render the report.")
 
 @app.command()
 def chat(
-    model: Annotated[Path, typer.Argument(help="A GGUF file.")],
+    model: Annotated[str, typer.Argument(help="A GGUF file, or a base model as in the recipe.")],
     instruction: Annotated[str, typer.Option(help="Put before your first message.")] = "",
     system: Annotated[str, typer.Option(help="System message.")] = "",
     seed: int = 1,
@@ -140,17 +157,32 @@ def _open(recipe: Path | None, run: Path, quick: bool, overrides: list[str] | No
 
 STAGES = ("instructions", "synthesize", "train", "export", "evaluate", "report")
 _SECTIONS = {
-    "instructions": ("dialogues", "instructions", "evaluate"), "synthesize": ("synthesize", "dialogues"),
+    "instructions": ("dialogues", "instructions", "synthesize", "evaluate"), "synthesize": ("synthesize", "dialogues"),
     "train": ("train",), "export": ("export",), "evaluate": ("evaluate", "dialogues"), "report": ("evaluate",),
 }  # fmt: skip
 
 
+def _inputs(name: str, settings: Recipe, folder: RunDir) -> list[Path]:
+    """The files whose content decides what the stage gives."""
+    from pipeline.backends.hub import find_model
+
+    if name == "report":  # which needs no model
+        return [folder.scores]
+    base = find_model(settings.model).path
+    return {
+        "instructions": [base, *([folder.lists] if folder.lists.exists() else [])],
+        "synthesize": [base, folder.pairs],
+        "train": [base, folder.examples],
+        "export": [base, folder.adapter],
+        "evaluate": [base, folder.pairs, folder.tuned(settings.export.formats[0])],
+    }[name]
+
+
 def _stage(name: str, settings: Recipe, folder: RunDir) -> None:
     """Run one stage unless it is done for this recipe and these inputs; its manifest is written last."""
-    inputs = {
-        "instructions": [], "synthesize": [folder.pairs], "train": [folder.examples], "export": [folder.adapter],
-        "evaluate": [folder.pairs, folder.gguf("tuned", settings.export.formats[0])], "report": [folder.scores],
-    }[name]  # fmt: skip
+    import importlib
+
+    inputs = _inputs(name, settings, folder)
     missing = [path for path in inputs if not path.exists()]
     if missing:
         raise GattError(f"`gatt {name}` needs {missing[0]}, which is not there. Run the stages before it, or `gatt run`.")
@@ -162,19 +194,9 @@ def _stage(name: str, settings: Recipe, folder: RunDir) -> None:
         return
     start = time.monotonic()
     folder.claim(name, key, inputs)
-    _call(name, settings, folder)
-    folder.finish(name, key, inputs, time.monotonic() - start)
-
-
-def _call(name: str, settings: Recipe, folder: RunDir) -> None:
-    import importlib
-
-    if name == "synthesize":
-        from pipeline.stages import export, synthesize
-
-        synthesize.run(settings, folder, export.base_gguf(settings, folder))
-        return
     importlib.import_module(f"pipeline.stages.{name}").run(settings, folder)
+    # Asked for again: the stage may have written an input that users can edit.
+    folder.finish(name, key, _inputs(name, settings, folder), time.monotonic() - start)
 
 
 def main() -> None:

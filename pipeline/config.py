@@ -48,12 +48,21 @@ class Instructions(Section):
         Constraint("persona", "Captain Nemo"),
     )
     """The constraints to draw from; `gatt instructions --kinds` lists the kinds."""
+    generate: tuple[Literal["persona", "hobby", "language"], ...] = ()
+    """Kinds of which the teacher lists values itself, as in the paper; only those that it proves to know join the pool.
+    They stand in `lists.toml` of the run, to be edited."""
+    generate_count: int = Field(default=8, ge=1)
+    """Values of each such kind."""
     combine_share: float = Field(default=0.15, ge=0, le=1)
     """Share of the dialogues whose instruction combines two compatible constraints."""
     short_share: float = Field(default=0.3, ge=0, le=1)
     """Share of the training dialogues that show the shortened instruction (half of the combined ones in the paper)."""
     plain_share: float = Field(default=0.1, ge=0, le=1)
     """Share of the training dialogues without an instruction, so that the model learns not to invent one."""
+    system_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the instructed dialogues that have the instruction in the system message instead of the first turn."""
+    change_share: float = Field(default=0.0, ge=0, le=1)
+    """Share of the instructed dialogues in which another instruction takes over half-way ("From now on: ...")."""
 
 
 class Synthesize(Section):
@@ -61,6 +70,11 @@ class Synthesize(Section):
 
     edited_share: float = Field(default=0.9, ge=0, le=1)
     """Of the dialogues whose instruction can be obeyed by an exact edit: the share that is edited, not sampled."""
+    teacher: str = ""
+    """Who answers: "" is the base itself; another model, as in `model`; or an OpenAI-compatible server, "http://host:port/v1"
+    or "http://host:port/v1#name-of-the-model"."""
+    format: str = "Q4_0"
+    """llama.cpp's format that a local teacher runs in; Q4_0 is the quickest on a CPU. "" takes a GGUF as it is."""
     candidates: int = Field(default=4, ge=1)
     """Answers drawn for one turn before the dialogue is cut short there."""
     max_tokens: int = Field(default=80, ge=8)
@@ -170,6 +184,8 @@ def _override(data: dict[str, Any], override: str) -> None:
     *sections, key = name.strip().split(".")
     for section in sections:
         data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise GattError(f"--set {override}: {section} is no section. `gatt init` shows every key.")
     data[key] = value
 
 

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -113,13 +114,15 @@ def sha256(path: Path) -> str:
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
         return digest.hexdigest()
-    with path.open("rb") as content:
-        return _file_digest(content)
+    state = path.stat()
+    return _file_hash(path, state.st_size, state.st_mtime_ns)
 
 
-def _file_digest(content: IO[bytes]) -> str:
-    """SHA-256 of an open file (`hashlib.file_digest` exists from Python 3.11 on)."""
+@cache
+def _file_hash(path: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file, read once per state of it: a base may have gigabytes, and every stage asks for it."""
     digest = hashlib.sha256()
-    while block := content.read(1 << 20):
-        digest.update(block)
+    with path.open("rb") as content:  # `hashlib.file_digest` exists from Python 3.11 on
+        while block := content.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

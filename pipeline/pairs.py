@@ -1,38 +1,68 @@
-"""Read back what `gatt instructions` wrote."""
+"""Read back what `gatt instructions` wrote: each dialogue with what it is to keep."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from pipeline.records import Constraint, Dialogue, Instruction, Way
+from pipeline.gatt.ghost import augment, ghost
+from pipeline.records import Constraint, Dialogue, Instruction, Message, Way
 
 
-class Paired(NamedTuple):
-    """A dialogue with its instruction (None: a plain dialogue)."""
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """A dialogue with its instruction (None: a plain dialogue), which `then` replaces from turn `change` on."""
 
     dialogue: Dialogue
     instruction: Instruction | None
     way: Way
-    shortened: bool
+    shortened: bool = False
+    in_system: bool = False
+    then: Instruction | None = None
+    change: int = 0
 
     @property
-    def taught(self) -> str:
-        """The wording that the student sees in turn 1; "" for a plain dialogue."""
-        if self.instruction is None:
-            return ""
-        return self.instruction.short if self.shortened else self.instruction.text
-
-    @property
-    def constraints(self) -> tuple[Constraint, ...]:
-        """What every answer must show."""
-        return self.instruction.constraints if self.instruction else ()
+    def name(self) -> str:
+        """What is demanded, as tables show it."""
+        asked = [i for i in (self.instruction, self.then) if i]
+        return ", then ".join(", ".join(c.name for c in i.constraints) for i in asked) or "none"
 
     @property
     def demanded(self) -> str:
         """The words that the constraints demand, which do not count as content."""
-        return " ".join(c.value for c in self.constraints)
+        return " ".join(c.value for i in (self.instruction, self.then) if i for c in i.constraints)
+
+    def in_force(self, turn: int) -> Instruction | None:
+        """The instruction that the answer of `turn` (from 0) is to obey."""
+        return self.then if self.then and turn >= self.change else self.instruction
+
+    def constraints(self, turn: int) -> tuple[Constraint, ...]:
+        """What the answer of `turn` must show."""
+        instruction = self.in_force(turn)
+        return instruction.constraints if instruction else ()
+
+    @property
+    def taught(self) -> list[str]:
+        """The wording in force in each turn, as the student sees it; "" in a plain dialogue."""
+        turns = [self.in_force(turn) for turn in range(len(self.dialogue.turns))]
+        wordings = [(i.short if self.shortened else i.text) if i else "" for i in turns]
+        return [f"From now on: {w}" if i and i is self.then else w for i, w in zip(turns, wordings, strict=True)]
+
+    def ask_teacher(self, answers: Sequence[str], system: str) -> tuple[Message, ...]:
+        """The next turn as the teacher sees it: the instruction in every message where answers are sampled, else nowhere."""
+        turns = range(len(self.dialogue.turns))
+        told = [i.text if i and self.way == "sampled" else "" for i in map(self.in_force, turns)]
+        return augment(self.dialogue.turns, answers, told, system)
+
+    def ask_student(self, answers: Sequence[str], system: str) -> tuple[Message, ...]:
+        """The dialogue up to the next turn (or the last answer) as the student sees it: ghosted."""
+        users = self.dialogue.turns
+        if self.in_system:
+            return ghost(users, answers, [""] * len(users), f"{system} {self.taught[0]}".strip())
+        return ghost(users, answers, self.taught, system)
 
 
 def read_pairs(path: Path, side: str) -> list[Paired]:
@@ -40,8 +70,12 @@ def read_pairs(path: Path, side: str) -> list[Paired]:
     data = json.loads(path.read_text(encoding="utf-8"))
     made = {row["id"]: _instruction(row) for row in data["instructions"]}
     return [
-        Paired(_dialogue(row["dialogue"]), made.get(row["instruction"]), row["way"], row["shortened"]) for row in data[side]
-    ]
+        Paired(
+            _dialogue(row["dialogue"]), made.get(row["instruction"]), row["way"], row["shortened"], row["in_system"],
+            made.get(row["then"]), row["change"],
+        )
+        for row in data[side]
+    ]  # fmt: skip
 
 
 def _dialogue(row: dict[str, Any]) -> Dialogue:

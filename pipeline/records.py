@@ -5,7 +5,7 @@ Plain, frozen values that turn into JSON and back. No behaviour beyond that, and
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
@@ -62,13 +62,17 @@ class Pairing:
     """A dialogue with the instruction that it is to keep, and the way to an obedient answer.
 
     `instruction` is None for a plain dialogue, from which the model learns not to invent one. `shortened` says that
-    the training data show `Instruction.short`.
+    the training data show `Instruction.short`, `in_system` that it stands in the system message. From turn `change`
+    (counted from 0) on, the instruction `then` takes its place, if there is one.
     """
 
     dialogue: str
     instruction: str | None
     way: Way
     shortened: bool = False
+    in_system: bool = False
+    then: str | None = None
+    change: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +137,7 @@ class Completion:
     tokens: int
     prompt_tokens: int
     finish: str
+
+
+Task = Generator[Request, Completion, None]
+"""A dialogue as an engine drives it: yields requests, receives completions, keeps its own results."""

@@ -38,21 +38,22 @@ class RunDir:
             probe.unlink()
         except OSError as error:
             raise GattError(f"Cannot write in the run folder {path} ({error.strerror}). Choose another with --run.") from error
+        self.lists = path / "lists.toml"
         self.pairs = path / "instructions" / "pairs.json"
         self.answers = path / "synthesize" / "answers.jsonl"
         self.examples = path / "synthesize" / "dialogues.jsonl"
+        self.card = path / "synthesize" / "README.md"
         self.acceptance = path / "synthesize" / "acceptance.json"
         self.adapter = path / "train" / "adapter"
         self.checkpoints = path / "train" / "checkpoints"
         self.losses = path / "train" / "losses.json"
-        self.models = path / "export"
         self.replies = path / "evaluate" / "replies.jsonl"
         self.scores = path / "evaluate" / "scores.json"
         self.report = path / "report"
 
-    def gguf(self, arm: str, format_name: str) -> Path:
-        """The exported file of `arm` ("base" or "tuned")."""
-        return self.models / f"{arm}-{format_name}.gguf"
+    def tuned(self, format_name: str) -> Path:
+        """The exported file."""
+        return self.path / "export" / f"tuned-{format_name}.gguf"
 
     def save_recipe(self, recipe: Recipe) -> None:
         """Keep the resolved recipe beside the results."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.backends.llama import Llama, Task
+from pipeline.backends.llama import Llama
 from pipeline.dialogues import load_dialogues
-from pipeline.records import Completion, Message, Request
+from pipeline.records import Completion, Message, Request, Task
 
 
 def _converse(base: Path, sequences: int) -> dict[tuple[str, int], Completion]:

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 
 from pipeline.dialogues import load_dialogues
 from pipeline.gatt.ghost import augment, ghost, loss_turns
-from pipeline.gatt.instructions import pair_for_training, word
+from pipeline.gatt.instructions import Shares, pair_for_training, word
 from pipeline.gatt.kinds import KINDS, compatible, edit, editable, hopeless, obeys
+from pipeline.gatt.lists import distinct, items, known, masked
 from pipeline.gatt.metrics import adherence, wilson
-from pipeline.gatt.text import first_sentences, flaw, has_sentences
-from pipeline.records import Constraint, Reply
+from pipeline.gatt.text import first_sentences, flaw, has_sentences, touches
+from pipeline.pairs import Paired
+from pipeline.records import Constraint, Dialogue, Reply
 
 EVERY = [Constraint(name, value) for name, kind in KINDS.items() for value in kind.values]
 TEXT = st.text(alphabet=string.ascii_letters + " ,.!?'", min_size=1).filter(lambda t: any(c.isalpha() for c in t))
@@ -24,10 +26,41 @@ TEXT = st.text(alphabet=string.ascii_letters + " ,.!?'", min_size=1).filter(lamb
 
 def test_augment_says_it_in_every_turn_and_ghost_in_the_first_only() -> None:
     users, answers = ["one?", "two?", "three?"], ["a", "b"]
-    told = [m["content"] for m in augment(users, answers, "Be kind.", "sys")]
+    told = [m["content"] for m in augment(users, answers, ["Be kind."] * 3, "sys")]
     assert told == ["sys", "one?\n\nBe kind.", "a", "two?\n\nBe kind.", "b", "three?\n\nBe kind."]
-    kept = [m["content"] for m in ghost(users, answers, "Be kind.", "")]
+    kept = [m["content"] for m in ghost(users, answers, ["Be kind."] * 3, "")]
     assert kept == ["one?\n\nBe kind.", "a", "two?", "b", "three?"]
+
+
+def test_an_instruction_that_changes_is_said_where_it_changes() -> None:
+    kind, brief = word((Constraint("opening", "Ahoy!"),)), word((Constraint("max_words", "12"),))
+    pair = Paired(Dialogue("d", "", ("one?", "two?", "three?")), kind, "sampled", shortened=True, then=brief, change=1)
+    student = [m["content"] for m in pair.ask_student(["a", "b"], "")]
+    assert student == ['one?\n\nOpening: "Ahoy!".', "a", "two?\n\nFrom now on: At most 12 words.", "b", "three?"]
+    teacher = [m["content"] for m in pair.ask_teacher(["a", "b"], "") if m["role"] == "user"]
+    assert teacher == [f"one?\n\n{kind.text}", f"two?\n\n{brief.text}", f"three?\n\n{brief.text}"]
+    assert [pair.constraints(turn)[0].kind for turn in range(3)] == ["opening", "max_words", "max_words"]
+
+
+def test_an_instruction_in_the_system_message_stands_nowhere_else() -> None:
+    pair = Paired(Dialogue("d", "", ("one?", "two?")), word((Constraint("opening", "Ahoy!"),)), "edited", in_system=True)
+    student = [m["content"] for m in pair.ask_student(["a"], "Be brief.")]
+    assert student == ['Be brief. Begin every answer with "Ahoy!".', "one?", "a", "two?"]
+    assert [m["content"] for m in pair.ask_teacher(["a"], "Be brief.")] == ["Be brief.", "one?", "a", "two?"]
+
+
+def test_lists_are_read_from_whatever_form_they_come_in() -> None:
+    said = "Here are famous people who changed the world:\n1. Napoleon Bonaparte - a general\n2) **Ada Lovelace**"
+    said += '\n- napoleon bonaparte\n* "Gandhi"'
+    assert distinct(items(said)) == ["Napoleon Bonaparte", "Ada Lovelace", "Gandhi"]
+    assert masked("Ada Lovelace", "Lovelace's notes made Ada famous.") == "___'s notes made Ada famous."
+    assert known("persona", "Ada Lovelace", "It is Lovelace!")
+    assert not known("persona", "Ada Lovelace", "It is Gandhi.")
+
+
+def test_an_answer_off_the_topic_touches_nothing() -> None:
+    assert touches("Dolphins sleep with one eye open.", ["How does a dolphin sleep?"])
+    assert not touches("That is a great question, and I would be glad.", ["How does a dolphin sleep?"])
 
 
 @given(text=st.text(alphabet="ab .!?\n\"", max_size=30), more=st.text(alphabet="ab .!?\n\"", max_size=9), count=st.integers(1, 3))
@@ -111,14 +144,16 @@ def test_first_sentences_leaves_the_unfinished_tail() -> None:
 
 def test_pairing_is_the_same_for_the_same_seed_and_combines_only_compatible_constraints() -> None:
     dialogues = load_dialogues("seed")[:60]
-    shares = {"combine_share": 0.5, "short_share": 0.5, "plain_share": 0.2, "edited_share": 0.5}
+    shares = Shares(plain=0.2, system=0.2, change=0.2, combine=0.5, short=0.5, edited=0.5)
     pool = [c for c in EVERY if c.kind in ("opening", "closing", "uppercase", "hobby")]
-    made, pairs = pair_for_training(dialogues, pool, **shares, seed=3)
-    assert (made, pairs) == pair_for_training(dialogues, pool, **shares, seed=3)
-    assert pairs != pair_for_training(dialogues, pool, **shares, seed=4)[1]
+    made, pairs = pair_for_training(dialogues, pool, shares, seed=3)
+    assert (made, pairs) == pair_for_training(dialogues, pool, shares, seed=3)
+    assert pairs != pair_for_training(dialogues, pool, shares, seed=4)[1]
     assert any(len(i.constraints) == 2 for i in made.values())
     assert all(compatible(*i.constraints) for i in made.values() if len(i.constraints) == 2)
     assert {p.way for p in pairs} == {"plain", "edited", "sampled"}
+    assert {p.in_system for p in pairs} == {True, False}
+    assert any(p.then for p in pairs) and all(0 < p.change < 20 for p in pairs if p.then)
 
 
 def test_wording_and_shortening() -> None:

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import difflib
-import json
-import shutil
 from dataclasses import dataclass
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import tomlkit
 
 from pipeline.errors import GattError
-from pipeline.files import sha256, write_json
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.read import open_gguf
-from pipeline.gguf.vocabulary import PRE_TOKENIZERS
-
-_CONVERSION = 2
-"""Part of the name of a converted base in the cache: raised with every change of the conversion."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,46 +93,22 @@ def _download(name: str, repository: str) -> Model:
     return Model(name, Path(folder))
 
 
-def hugging_face_folder(model: Model) -> Path:
-    """The base as transformers and Unsloth load it; a GGUF is converted once and kept in the user's cache folder.
+def upload_dataset(repository: str, files: dict[str, Path]) -> str:
+    """Put `files` (by their names there) into the dataset `repository`, made private where it is new; its address.
 
-    Special tokens and chat template come from the GGUF's own fields: transformers guesses them wrong.
+    Raises:
+        GattError: the Hub refused, or cannot be reached.
     """
-    if not model.is_gguf:
-        return model.path
-    folder = Path(platformdirs.user_cache_dir("gatt")) / f"{sha256(model.path)[:16]}-{_CONVERSION}"
-    if (folder / "done.json").exists():
-        return folder
-    import torch
-    import transformers
+    import huggingface_hub
 
-    transformers.utils.logging.disable_progress_bar()
-    info = open_gguf(model.path)
-    draft = folder.with_suffix(".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    source = {"pretrained_model_name_or_path": str(model.path.parent), "gguf_file": model.path.name}
-    network = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # Dequantised by now, but still labelled as quantised, which transformers refuses to save.
-    network.hf_quantizer = None
-    network.config.__dict__.pop("quantization_config", None)
-    network.to(torch.bfloat16).save_pretrained(draft)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-    tokenizer.bos_token, tokenizer.eos_token = info.bos or None, info.eos
-    tokenizer.pad_token = tokenizer.pad_token or info.eos
-    tokenizer.chat_template = info.chat_template
-    tokenizer.save_pretrained(draft)
-    _split_as_llama_cpp(draft / "tokenizer.json", info.field("tokenizer.ggml.pre"))
-    config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
-    ids = {f"{n}_token_id": info.field(f"tokenizer.ggml.{n}_token_id") for n in ("bos", "eos")}
-    write_json(draft / "config.json", {**config, **ids})
-    write_json(draft / "done.json", {"source": model.path.name})
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
-    return folder
-
-
-def _split_as_llama_cpp(file: Path, name: str | None) -> None:
-    """Give a converted tokenizer the pre-tokenizer that the GGUF names: transformers takes GPT-2's for all of them."""
-    if name in PRE_TOKENIZERS:
-        tokenizer = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, {**tokenizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[name]}})
+    api = huggingface_hub.HfApi()
+    operations = [huggingface_hub.CommitOperationAdd(name, path) for name, path in files.items()]
+    try:
+        address = api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
+        api.create_commit(repository, operations, commit_message="Dialogues made by gatt", repo_type="dataset")
+    except Exception as error:  # network, authentication and 404 are many classes of several libraries
+        raise GattError(
+            f"Cannot upload to {repository} ({type(error).__name__}). Expected owner/name of a dataset of yours; "
+            "`hf auth login` signs you in."
+        ) from error
+    return str(address)

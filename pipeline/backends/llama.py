@@ -13,21 +13,21 @@ from __future__ import annotations
 
 import codecs
 import ctypes
+import math
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.backends.template import ChatTemplate
 from pipeline.errors import GattError
 from pipeline.gguf.read import open_gguf
 from pipeline.machine import require_memory
-from pipeline.records import Completion, Request
-
-Task = Generator[Request, Completion, None]
-"""A dialogue: yields requests, receives completions, keeps its own results."""
+from pipeline.records import Completion, Request, Task
 
 _CHUNK = 63
 _PADDING = 256
@@ -59,6 +59,7 @@ class Llama:
 
     def __init__(self, path: Path, sequences: int, context: int, threads: int | None = None) -> None:
         info = open_gguf(path)
+        self.name = path.name
         cells = (sequences + 1) * _padded(context)
         require_memory(info.bytes + cells * info.cache_bytes_per_token, f"run {path.name} with {sequences} sequences")
         import llama_cpp
@@ -132,6 +133,27 @@ class Llama:
         self.run([once()], on_text)
         return got[0]
 
+    def perplexity(self, texts: Iterable[str]) -> float:
+        """exp of the mean negative log-likelihood of the texts' tokens, each but the first given those before it."""
+        losses: list[float] = []
+        for text in texts:
+            tokens = self.tokenize(text)[: self.context]
+            self._api.llama_memory_seq_rm(self._memory, 0, 0, -1)
+            self._sequences[0].cached.clear()
+            for start in range(0, len(tokens) - 1, _CHUNK):
+                chunk = range(start, min(start + _CHUNK, len(tokens) - 1))
+                rows = self._feed([(0, at, tokens[at], True) for at in chunk])
+                losses += [self._loss(row, tokens[at + 1]) for row, at in zip(rows, chunk, strict=True)]
+            self._api.llama_memory_seq_rm(self._memory, 0, 0, -1)
+        return math.exp(sum(losses) / len(losses))
+
+    def _loss(self, row: int, token: int) -> float:
+        """The negative log-likelihood of `token` by the logits of a row of the last batch."""
+        size = self._api.llama_vocab_n_tokens(self._vocab)
+        logits = np.ctypeslib.as_array(self._api.llama_get_logits_ith(self._context, row), (size,)).astype(np.float64)
+        peak = float(logits.max())
+        return math.log(float(np.exp(logits - peak).sum())) + peak - float(logits[token])
+
     def _next_task(self, sequence: _Sequence, waiting: Iterator[Task]) -> bool:
         """Start tasks in a free sequence until one has something to generate."""
         for task in waiting:
@@ -165,19 +187,25 @@ class Llama:
         tokens = self.tokenize(self.template.render(request.messages))
         if len(tokens) + request.max_tokens > self.context:
             return Completion("", 0, len(tokens), "context")
-        shared = 0
-        for ours, theirs in zip(sequence.cached, tokens[:-1], strict=False):
-            if ours != theirs:
-                break
-            shared += 1
-        self._api.llama_memory_seq_rm(self._memory, sequence.id, shared, -1)
-        del sequence.cached[shared:]
+        shared = self._keep_shared(sequence, tokens[:-1])
         sequence.request, sequence.pending = request, tokens[shared:]
         sequence.prompt_tokens, sequence.tokens, sequence.text = len(tokens), 0, ""
         sequence.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._free_sampler(sequence)
         sequence.sampler = self._sampler(request)
         return None
+
+    def _keep_shared(self, sequence: _Sequence, tokens: list[int]) -> int:
+        """Keep of the cache what `tokens` begin with; an empty stream takes it from the one that holds most of it."""
+        if not sequence.cached:
+            fullest = max(self._sequences, key=lambda s: _common(s.cached, tokens))
+            if fullest is not sequence and _common(fullest.cached, tokens):
+                self._api.llama_memory_seq_cp(self._memory, fullest.id, sequence.id, 0, -1)
+                sequence.cached = list(fullest.cached)
+        shared = _common(sequence.cached, tokens)
+        self._api.llama_memory_seq_rm(self._memory, sequence.id, shared, -1)
+        del sequence.cached[shared:]
+        return shared
 
     def _prefill(self, sequence: _Sequence) -> None:
         """Feed one chunk of a prompt, all but its last token (which is decoded with everybody's)."""
@@ -282,7 +310,7 @@ class Llama:
 
 
 def quantize(source: Path, target: Path, format_name: str) -> None:
-    """Write `source` (F16 or F32) to `target` in llama.cpp's format `format_name` ("Q8_0", "Q4_K_M", ...).
+    """Write `source` (of any format) to `target` in llama.cpp's format `format_name` ("F16", "Q8_0", "Q4_K_M", ...).
 
     Raises:
         GattError: no such format, or llama.cpp refused.
@@ -294,7 +322,7 @@ def quantize(source: Path, target: Path, format_name: str) -> None:
     if kind is None:
         raise GattError(f"Unknown format {format_name!r}. Use llama.cpp's names, such as F16, Q8_0, Q5_K_M or Q4_K_M.")
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = kind, os.cpu_count() or 1
+    params.ftype, params.nthread, params.allow_requantize = kind, os.cpu_count() or 1, True
     if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
         raise GattError(f"llama.cpp could not quantise {source.name} to {format_name} (is the disk full?).")
 
@@ -305,6 +333,11 @@ def system_info() -> str:
 
     gpu = "works with GPU offload" if llama_cpp.llama_supports_gpu_offload() else "works on the CPU"
     return f"{gpu} ({llama_cpp.llama_print_system_info().decode().strip(' |')})"
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _padded(context: int) -> int:

@@ -1,4 +1,4 @@
-"""Ghost Attention: say the instruction in every turn to get the answers, keep it in the first turn only to teach.
+"""Ghost Attention: say the instruction in every turn to get the answers, keep only its first mention to teach.
 
 Touvron et al. 2023, *Llama 2*, section 3.3.
 """
@@ -20,14 +20,15 @@ def with_instruction(instruction: str, user: str) -> str:
     return f"{user}\n\n{instruction}" if instruction else user
 
 
-def augment(users: Sequence[str], answers: Sequence[str], instruction: str, system: str) -> tuple[Message, ...]:
-    """What the teacher sees in turn `len(answers) + 1`: the instruction stands in every user message."""
-    return _messages([with_instruction(instruction, user) for user in users], answers, system)
+def augment(users: Sequence[str], answers: Sequence[str], told: Sequence[str], system: str) -> tuple[Message, ...]:
+    """What the teacher sees in turn `len(answers) + 1`: every user message has the instruction in force, `told[turn]`."""
+    return _messages(list(map(with_instruction, told, users)), answers, system)
 
 
-def ghost(users: Sequence[str], answers: Sequence[str], instruction: str, system: str) -> tuple[Message, ...]:
-    """What the student sees: the instruction stands in the first user message only."""
-    return _messages([with_instruction(instruction, users[0]), *users[1:]], answers, system)
+def ghost(users: Sequence[str], answers: Sequence[str], told: Sequence[str], system: str) -> tuple[Message, ...]:
+    """What the student sees: the instruction stands where it is first said, in turn 1 or where it changes."""
+    new = [text if turn == 0 or text != told[turn - 1] else "" for turn, text in enumerate(told)]
+    return augment(users, answers, new, system)
 
 
 def _messages(users: Sequence[str], answers: Sequence[str], system: str) -> tuple[Message, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from pipeline.gatt.kinds import compatible, editable, kind_of
 from pipeline.records import Constraint, Dialogue, Instruction, Pairing, Way
@@ -21,34 +22,51 @@ def _sentence(text: str) -> str:
     return text if text[-1] in ".!?" else text + "."
 
 
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Of all training dialogues: `plain` ones have no instruction, `system` ones have it in the system message, and in
+    `change` ones it changes half-way. Of the instructions: those that `combine` two constraints, and those that are
+    shown `short`. Of those that can be obeyed by an edit: the `edited` ones.
+    """
+
+    plain: float
+    system: float
+    change: float
+    combine: float
+    short: float
+    edited: float
+
+
 def pair_for_training(
-    dialogues: Sequence[Dialogue],
-    pool: Sequence[Constraint],
-    *,
-    combine_share: float,
-    short_share: float,
-    plain_share: float,
-    edited_share: float,
-    seed: int,
+    dialogues: Sequence[Dialogue], pool: Sequence[Constraint], shares: Shares, seed: int
 ) -> tuple[dict[str, Instruction], list[Pairing]]:
     """Give every dialogue an instruction, or none, evenly over the pool; the same seed gives the same pairs."""
-    rng = random.Random(f"pair {seed}")
+    rng, harder = random.Random(f"pair {seed}"), random.Random(f"harder {seed}")
     made: dict[str, Instruction] = {}
     pairs: list[Pairing] = []
     turn = 0
     for dialogue in dialogues:
-        if rng.random() < plain_share:
+        if rng.random() < shares.plain:
             pairs.append(Pairing(dialogue.id, None, "plain"))
             continue
         chosen: tuple[Constraint, ...] = (pool[turn % len(pool)],)
         turn += 1
         partners = [c for c in pool if compatible(chosen[0], c)]
-        if partners and rng.random() < combine_share:
+        if partners and rng.random() < shares.combine:
             chosen = (*chosen, rng.choice(partners))
         instruction = word(chosen, rng.randrange(3))
         made[instruction.id] = instruction
-        way: Way = "edited" if editable(chosen) and rng.random() < edited_share else "sampled"
-        pairs.append(Pairing(dialogue.id, instruction.id, way, rng.random() < short_share))
+        way: Way = "edited" if editable(chosen) and rng.random() < shares.edited else "sampled"
+        pair = Pairing(dialogue.id, instruction.id, way, rng.random() < shares.short)
+        others = [c for c in pool if editable((c,)) == editable(chosen) and c not in chosen]
+        which = harder.random()
+        if which < shares.change and others and len(dialogue.turns) > 1:
+            then = word((harder.choice(others),), harder.randrange(3))
+            made[then.id] = then
+            pair = replace(pair, then=then.id, change=len(dialogue.turns) // 2)
+        elif shares.change <= which < shares.change + shares.system:
+            pair = replace(pair, in_system=True)
+        pairs.append(pair)
     return made, pairs
 
 

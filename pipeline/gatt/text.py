@@ -17,6 +17,15 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
+_FUNCTION_WORDS = frozenset(
+    words(
+        "the and but for with from are was were been being does did have has had you she they them your his her its our their "
+        "this that these those what which who how why when where can could would should will shall may might must not yes "
+        "then than there here some any all more most very just also about into out down over"
+    )
+)
+
+
 def sentences(text: str) -> list[str]:
     """The finished sentences; a tail without a full stop is left out."""
     return [s.strip() for s in _SENTENCE.findall(text)]
@@ -64,3 +73,15 @@ def _overlap(one: list[str], other: list[str]) -> float:
     """Jaccard similarity of the two texts' pairs of words."""
     first, second = set(pairwise(one)), set(pairwise(other))
     return len(first & second) / len(first | second) if first and second else 0.0
+
+
+def touches(text: str, dialogue: Sequence[str]) -> bool:
+    """Whether a content word of `text` stands in the dialogue too, in whatever ending (its first five letters are compared).
+
+    A filter for data, where a good answer lost costs one more draw; too blunt to measure with ("Yes, you can." fails).
+    """
+    return bool(_content(text) & {stem for said in dialogue for stem in _content(said)})
+
+
+def _content(text: str) -> set[str]:
+    return {word[:5] for word in words(text) if len(word) > 2 and word not in _FUNCTION_WORDS}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from pipeline.backends.convert import gguf_file
+from pipeline.backends.hub import find_model
 from pipeline.backends.llama import Llama
 from pipeline.console import note, out
 from pipeline.gatt.ghost import ghost
@@ -12,12 +12,13 @@ from pipeline.records import Request
 _CONTEXT, _ANSWER = 4096, 256
 
 
-def run(model: Path, instruction: str, system: str, seed: int) -> None:
+def run(model: str, instruction: str, system: str, seed: int) -> None:
     """Read lines until the end of input; each answer is streamed."""
     users: list[str] = []
     answers: list[str] = []
-    with Llama(model, 1, _CONTEXT) as llama:
-        note(f"{model.name}. An empty line or Ctrl-D ends the chat.")
+    base = find_model(model)
+    with Llama(base.path if base.is_gguf else gguf_file(base, "Q8_0"), 1, _CONTEXT) as llama:
+        note(f"{base.name}. An empty line or Ctrl-D ends the chat.")
         while True:
             try:
                 user = input("> ").strip()
@@ -26,7 +27,7 @@ def run(model: Path, instruction: str, system: str, seed: int) -> None:
             if not user:
                 return
             users.append(user)
-            request = Request(ghost(users, answers, instruction, system), seed + len(users), _ANSWER)
+            request = Request(ghost(users, answers, [instruction] * len(users), system), seed + len(users), _ANSWER)
             completion = llama.complete(request, lambda piece: out(piece, end=""))
             out("")
             if completion.finish == "context":

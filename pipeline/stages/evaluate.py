@@ -5,20 +5,22 @@ from __future__ import annotations
 import zlib
 from dataclasses import asdict
 
-from pipeline.backends.llama import Llama, Task
+from pipeline.backends.convert import gguf_file
+from pipeline.backends.hub import find_model
+from pipeline.backends.llama import Llama
 from pipeline.config import Recipe
 from pipeline.console import Progress, progress
 from pipeline.files import JsonlLog, write_json
-from pipeline.gatt.ghost import augment, ghost
+from pipeline.gatt.ghost import augment
 from pipeline.gatt.kinds import obeys
 from pipeline.gatt.metrics import Rate, adherence
 from pipeline.gatt.text import flaw
 from pipeline.pairs import Paired, read_pairs
-from pipeline.records import Reply, Request
+from pipeline.records import Reply, Request, Task
 from pipeline.rundir import RunDir
 
-ARMS = {"base": "base", "tuned": "tuned", "ceiling": "base"}
-"""What is measured, and the model that each arm runs."""
+ARMS = ("base", "tuned", "ceiling")
+"""What is measured; the ceiling is the base, told in every turn."""
 
 
 def run(recipe: Recipe, rundir: RunDir) -> None:
@@ -30,30 +32,31 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
         replies = {(r["arm"], r["dialogue"], r["turn"]): Reply(**r) for r in log.records}
         total = len(ARMS) * len(pairs) * settings.turns
         with progress("evaluate: replies", total, len(replies)) as bar:
-            for arm, model in ARMS.items():
-                path = rundir.gguf(model, recipe.export.formats[0])
+            for arm in ARMS:
+                chosen = recipe.export.formats[0]
+                path = rundir.tuned(chosen) if arm == "tuned" else gguf_file(find_model(recipe.model), chosen)
                 with Llama(path, min(settings.sequences, len(pairs)), context) as llama:
                     llama.run(_dialogue(arm, pair, recipe, replies, log, bar) for pair in pairs)
-    order = list(ARMS)  # not that of the log, which an interrupted run leaves otherwise
-    write_json(rundir.scores, scores(sorted(replies.values(), key=lambda r: (order.index(r.arm), r.turn)), pairs))
+    # Not in the order of the log, which an interrupted run leaves otherwise.
+    write_json(rundir.scores, scores(sorted(replies.values(), key=lambda r: (ARMS.index(r.arm), r.turn)), pairs))
 
 
 def _dialogue(
     arm: str, pair: Paired, recipe: Recipe, replies: dict[tuple[str, str, int], Reply], log: JsonlLog, bar: Progress
 ) -> Task:
-    show = augment if arm == "ceiling" else ghost
-    instruction = pair.taught
     said: list[str] = []
     for turn in range(1, recipe.evaluate.turns + 1):
         key = (arm, pair.dialogue.id, turn)
         if key not in replies:
-            messages = show(pair.dialogue.turns, said, instruction, recipe.dialogues.system)
+            system = recipe.dialogues.system
+            told = augment(pair.dialogue.turns, said, pair.taught, system)
+            messages = told if arm == "ceiling" else pair.ask_student(said, system)
             seed = zlib.crc32(f"{recipe.seed} {pair.dialogue.id} {turn}".encode())
             done = yield Request(messages, seed, recipe.evaluate.max_tokens, recipe.evaluate.temperature)
             # Turn 1 would leave the window: the rest of this dialogue is marked, and not measured.
             reply = Reply(
                 arm, pair.dialogue.id, turn, done.text.strip(), done.prompt_tokens, done.tokens, done.finish,
-                obeys(pair.constraints, done.text.strip()), flaw(done.text, said, pair.demanded),
+                obeys(pair.constraints(turn - 1), done.text.strip()), flaw(done.text, said, pair.demanded),
             )  # fmt: skip
             replies[key] = reply
             log.append(reply)
@@ -67,7 +70,7 @@ def scores(replies: list[Reply], pairs: list[Paired]) -> dict[str, object]:
     `replies` counts for each arm: all, those that obey (good answers or not), those that are no answer, those that were
     cut at `max_tokens`, and those left out because turn 1 had left the window.
     """
-    names = {p.dialogue.id: ", ".join(c.name for c in p.constraints) for p in pairs}
+    names = {p.dialogue.id: p.name for p in pairs}
     last = max((r.turn for r in replies), default=0)
     first_late = max(1, last - 4)
     late, later = [r for r in replies if r.turn >= first_late], [r for r in replies if r.turn > 1]

@@ -5,14 +5,24 @@ from __future__ import annotations
 import random
 from dataclasses import asdict
 
+import tomlkit
+
+from pipeline.backends.hub import find_model
+from pipeline.backends.teacher import Teacher, open_teacher
 from pipeline.config import Recipe
 from pipeline.console import note
 from pipeline.dialogues import load_dialogues
 from pipeline.errors import GattError
-from pipeline.files import write_json
-from pipeline.gatt.instructions import pair_for_evaluation, pair_for_training
-from pipeline.records import Dialogue, Pairing
+from pipeline.files import write_json, write_text
+from pipeline.gatt.instructions import Shares, pair_for_evaluation, pair_for_training
+from pipeline.gatt.kinds import kind_of
+from pipeline.gatt.lists import LISTINGS, distinct, items, known, masked
+from pipeline.gguf.merge import open_base
+from pipeline.records import Constraint, Dialogue, Pairing, Request, Task
 from pipeline.rundir import RunDir
+
+_ASKED = 8
+"""How often the teacher is asked for a list."""
 
 
 def run(recipe: Recipe, rundir: RunDir) -> None:
@@ -21,6 +31,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     Raises:
         GattError: too few dialogues to keep training and evaluation apart.
     """
+    open_base(find_model(recipe.model).path)  # refuses what cannot be exported now, and not after the training
     everything = load_dialogues(recipe.dialogues.source)
     random.Random(f"split {recipe.seed}").shuffle(everything)
     held_out = [d for d in everything if len(d.turns) >= recipe.evaluate.turns][: recipe.evaluate.dialogues]
@@ -33,21 +44,69 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
             "Bring more, or lower evaluate.dialogues or evaluate.turns."
         )
     training = _pieces(rest, recipe.dialogues.turns, recipe.dialogues.train)
-    shares = recipe.instructions
-    made, pairs = pair_for_training(
-        training, shares.pool, combine_share=shares.combine_share, short_share=shares.short_share,
-        plain_share=shares.plain_share, edited_share=recipe.synthesize.edited_share, seed=recipe.seed,
+    asked = recipe.instructions
+    pool = (*asked.pool, *_generated(recipe, rundir))
+    if not pool:
+        raise GattError("instructions.pool is empty. Name at least one, for example {kind = \"opening\", value = \"Ahoy!\"}.")
+    shares = Shares(
+        asked.plain_share, asked.system_share, asked.change_share, asked.combine_share, asked.short_share,
+        recipe.synthesize.edited_share,
     )  # fmt: skip
-    asked, evaluation = pair_for_evaluation(held_out, shares.pool)
+    made, pairs = pair_for_training(training, pool, shares, recipe.seed)
+    tested, evaluation = pair_for_evaluation(held_out, pool)
     write_json(
         rundir.pairs,
         {
-            "instructions": [asdict(i) for i in {**made, **asked}.values()],
+            "instructions": [asdict(i) for i in {**made, **tested}.values()],
             "train": [{"dialogue": asdict(d), **_pair(p)} for d, p in zip(training, pairs, strict=True)],
             "evaluate": [{"dialogue": asdict(d), **_pair(p)} for d, p in zip(held_out, evaluation, strict=True)],
         },
     )
     note(f"instructions: {len(training)} training dialogues, {len(held_out)} for evaluation, {len(made)} instructions")
+
+
+def _generated(recipe: Recipe, rundir: RunDir) -> list[Constraint]:
+    """The values of `lists.toml`, which the teacher fills where a kind is missing."""
+    asked = recipe.instructions
+    lists = tomlkit.parse(rundir.lists.read_text(encoding="utf-8")).unwrap() if rundir.lists.exists() else {}
+    missing = [kind for kind in asked.generate if kind not in lists]
+    if missing:
+        with open_teacher(recipe, _ASKED) as teacher:
+            lists |= {kind: _list(kind, teacher, asked.generate_count, recipe.seed) for kind in missing}
+        write_text(rundir.lists, "# Edit as you like: what stands here is used.\n" + tomlkit.dumps(lists))
+    found = [Constraint(kind, value) for kind in asked.generate for value in lists[kind]]
+    for constraint in found:
+        kind_of(constraint)  # a mistake in an edited list is told now
+    return found
+
+
+def _list(kind: str, teacher: Teacher, count: int, seed: int) -> list[str]:
+    """Up to `count` values that the teacher lists and knows, in the order of its lists."""
+    listing = LISTINGS[kind]
+    said: dict[int, str] = {}
+    shown: dict[str, str] = {}
+
+    def ask(n: int) -> Task:
+        said[n] = (yield _question(listing.ask, seed + n)).text
+
+    def probe(item: str) -> Task:
+        answer = (yield _question(listing.probe.format(v=item), seed)).text
+        if listing.guess:
+            answer = (yield _question(listing.guess.format(text=masked(item, answer)), seed)).text
+        shown[item] = answer
+
+    teacher.run(ask(n) for n in range(_ASKED))
+    candidates = distinct([item for n in range(_ASKED) for item in items(said[n])])
+    teacher.run(probe(item) for item in candidates)
+    kept = [item for item in candidates if known(kind, item, shown[item])]
+    note(f"instructions: {kind}: {len(candidates)} listed, {len(kept)} of them known to the teacher: {', '.join(kept[:count])}")
+    if not kept:
+        raise GattError(f"The teacher knows none of what it listed as {kind}. Take a larger teacher, or name values in the pool.")
+    return kept[:count]
+
+
+def _question(text: str, seed: int) -> Request:
+    return Request(({"role": "user", "content": text},), seed, 120)
 
 
 def _pair(pair: Pairing) -> dict[str, object]:

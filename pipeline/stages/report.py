@@ -73,7 +73,7 @@ def _examples(rundir: RunDir) -> list[dict[str, Any]]:
              "tuned": replies["tuned", pair.dialogue.id, turn]}
             for turn, user in enumerate(pair.dialogue.turns, 1) if ("tuned", pair.dialogue.id, turn) in replies
         ]  # fmt: skip
-        examples.append({"instruction": pair.taught, "rows": rows})
+        examples.append({"instruction": pair.taught[0], "rows": rows})
     return examples
 
 
@@ -86,7 +86,7 @@ def _facts(recipe: Recipe, rundir: RunDir) -> dict[str, str]:
             facts["versions"] = ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())
             facts["commit"], facts["machine"] = manifest["commit"], manifest["platform"]
     for name in recipe.export.formats:
-        path = rundir.gguf("tuned", name)
+        path = rundir.tuned(name)
         facts[path.name] = f"{path.stat().st_size / 1e6:.0f} MB"
     return facts
 

@@ -1,4 +1,4 @@
-"""`gatt synthesize`: the teacher answers with the instruction in every turn; we keep it in turn 1 only.
+"""`gatt synthesize`: the teacher answers with the instruction in every turn; we keep only its first mention.
 
 Two ways to an obedient answer: *sampled* (candidates are drawn until one passes the instruction's check) and *edited*
 (the teacher answers without the instruction, and the answer is edited to obey). Either way it must be a good answer.
@@ -6,82 +6,145 @@ Two ways to an obedient answer: *sampled* (candidates are drawn until one passes
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections import Counter
+from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
+from typing import Any
 
-from pipeline.backends.llama import Llama, Task
+from pipeline.backends.hub import upload_dataset
+from pipeline.backends.teacher import Teacher, open_teacher
 from pipeline.config import Recipe
-from pipeline.console import Progress, note, progress
+from pipeline.console import Progress, note, out, progress
 from pipeline.errors import GattError
-from pipeline.files import JsonlLog, write_json, write_jsonl
-from pipeline.gatt.ghost import augment, ghost
-from pipeline.gatt.kinds import edit, hopeless, obeys
-from pipeline.gatt.text import first_sentences, flaw, has_sentences
+from pipeline.files import JsonlLog, write_json, write_jsonl, write_text
+from pipeline.gatt.kinds import edit, hopeless, kind_of, obeys
+from pipeline.gatt.text import first_sentences, flaw, has_sentences, touches, words
 from pipeline.pairs import Paired, read_pairs
-from pipeline.records import Answer, Completion, Request
+from pipeline.records import Answer, Completion, Request, Task
 from pipeline.rundir import RunDir
 
 ACCEPTED = "accepted"
+_PILOTS = 6
+"""Dialogues by which an instruction is tried: if none of their first turns is obeyed, the others are not begun."""
+_COMMON = 3
+"""Accepted answers of the same words that the corpus may hold."""
 
 
-def run(recipe: Recipe, rundir: RunDir, teacher: Path) -> None:
+def run(recipe: Recipe, rundir: RunDir) -> None:
     """Answer every training dialogue and write the ghosted ones; candidates of an earlier attempt are not drawn again.
 
     Raises:
         GattError: no dialogue was answered, because the teacher cannot follow the instructions.
     """
     pairs = read_pairs(rundir.pairs, "train")
-    settings = recipe.synthesize
-    with JsonlLog(rundir.answers) as log:
-        known = {(row["dialogue"], row["turn"], row["candidate"]): Answer(**row) for row in log.records}
-        turns = sum(len(p.dialogue.turns) for p in pairs)
-        finished: dict[str, list[Answer]] = {}
-        context = recipe.dialogues.turns * (settings.max_tokens + 100) + 200
-        with (
-            Llama(teacher, min(settings.sequences, len(pairs)), context) as llama,
-            progress("synthesize: answers", turns, sum(a.verdict == ACCEPTED for a in known.values())) as bar,
-        ):
-            llama.run(_dialogue(pair, recipe, known, log, bar, finished) for pair in pairs)
-    examples = [_example(p, finished[p.dialogue.id], recipe) for p in pairs if finished[p.dialogue.id]]
+    turns = sum(len(p.dialogue.turns) for p in pairs)
+    with JsonlLog(rundir.answers) as log, open_teacher(recipe, len(pairs)) as teacher:
+        before = sum(row["verdict"] == ACCEPTED for row in log.records)
+        with progress("synthesize: answers", turns, before) as bar:
+            synthesis = Synthesis(recipe, log, bar)
+            synthesis.answer(teacher, pairs)
+        name = teacher.name
+    common = synthesis.cut_common(pairs)
+    examples = [synthesis.example(pair, name) for pair in pairs if synthesis.accepted(pair)]
     if not examples:
         raise GattError("The teacher followed no instruction even once. Take others, a larger teacher, or edited_share = 1.")
     write_jsonl(rundir.examples, examples)
-    _summarise(rundir, pairs, len(examples))
+    _write_statistics(rundir, pairs, synthesis.answers.values(), common)
+    write_text(rundir.card, _card(recipe, examples, name))
+    note(f"synthesize: {len(examples)} of {len(pairs)} dialogues, {sum(len(synthesis.accepted(p)) for p in pairs)} answers")
+    show_statistics(rundir)
 
 
-def _dialogue(
-    pair: Paired, recipe: Recipe, known: dict[tuple[str, int, int], Answer], log: JsonlLog, bar: Progress,
-    finished: dict[str, list[Answer]],
-) -> Task:  # fmt: skip
-    """Answer one dialogue turn by turn; it is cut short at a turn that no candidate answers well."""
-    name = pair.dialogue.id
-    accepted = finished[name] = []
-    if pair.way == "sampled":
-        enough = partial(hopeless, pair.constraints)
-    else:
-        enough = partial(has_sentences, count=recipe.synthesize.sentences)
-    text = pair.instruction.text if pair.instruction and pair.way == "sampled" else ""
-    for turn in range(len(pair.dialogue.turns)):
-        # An edited answer goes on from the teacher's own words, a sampled one from the words that were accepted.
-        history = [a.raw if pair.way == "edited" else a.text for a in accepted]
-        messages = augment(pair.dialogue.turns, history, text, recipe.dialogues.system)
-        for candidate in range(recipe.synthesize.candidates):
-            answer = known.get((name, turn, candidate))
-            if answer is None:
-                seed = zlib.crc32(f"{recipe.seed} {name} {turn} {candidate}".encode())
-                settings = recipe.synthesize
-                completion = yield Request(messages, seed, settings.max_tokens, settings.temperature, enough)
-                answer = _judge(pair, turn, candidate, completion, accepted, settings.sentences)
-                log.append(answer)
-                if answer.verdict == ACCEPTED:
-                    bar.advance()
-            if answer.verdict == ACCEPTED:
-                accepted.append(answer)
-                break
-        else:
-            return
+class Synthesis:
+    """All candidates by (dialogue, turn, candidate), and the rules by which more are drawn."""
+
+    def __init__(self, recipe: Recipe, log: JsonlLog, bar: Progress) -> None:
+        self._recipe, self._settings, self._log, self._bar = recipe, recipe.synthesize, log, bar
+        self.answers = {(row["dialogue"], row["turn"], row["candidate"]): Answer(**row) for row in log.records}
+        self._accepted: dict[str, list[Answer]] = {}
+
+    def accepted(self, pair: Paired) -> list[Answer]:
+        """The answers of a dialogue, in order of the turns."""
+        return self._accepted.get(pair.dialogue.id, [])
+
+    def answer(self, teacher: Teacher, pairs: list[Paired]) -> None:
+        """Answer the dialogues, but not those of an instruction that its pilots show to be beyond the teacher.
+
+        The pilots are done first, so that who is given up does not depend on what ran when.
+        """
+        nth: Counter[str] = Counter()
+        first: list[Paired] = []
+        later: list[Paired] = []
+        for pair in pairs:
+            nth[pair.name] += pair.way == "sampled"
+            (later if pair.way == "sampled" and nth[pair.name] > _PILOTS else first).append(pair)
+        teacher.run(map(self._dialogue, first))
+        followed = {pair.name for pair in first if pair.way == "sampled" and self.accepted(pair)}
+        teacher.run(self._dialogue(pair) for pair in later if pair.name in followed)
+        for name in sorted({p.name for p in pairs if p.way == "sampled"} - followed):
+            note(f"synthesize: the teacher never followed {name!r}: given up after {min(nth[name], _PILOTS)} dialogues. "
+                 "Word it otherwise, take it out of the pool, or take a larger teacher.")  # fmt: skip
+
+    def _dialogue(self, pair: Paired) -> Task:
+        """Answer one dialogue turn by turn; it is cut short at a turn that no candidate answers well."""
+        accepted = self._accepted[pair.dialogue.id] = []
+        settings = self._settings
+        for turn in range(len(pair.dialogue.turns)):
+            constraints = pair.constraints(turn)
+            # An edited answer goes on from the teacher's own words, a sampled one from the words that were accepted.
+            history = [a.text if pair.way == "sampled" else a.raw for a in accepted]
+            messages = pair.ask_teacher(history, self._recipe.dialogues.system)
+            sampled, plain = partial(hopeless, constraints), partial(has_sentences, count=settings.sentences)
+            for candidate in range(settings.candidates):
+                key = (pair.dialogue.id, turn, candidate)
+                if key not in self.answers:
+                    seed = zlib.crc32(f"{self._recipe.seed} {pair.dialogue.id} {turn} {candidate}".encode())
+                    enough = sampled if pair.way == "sampled" else plain
+                    completion = yield Request(messages, seed, settings.max_tokens, settings.temperature, enough)
+                    self.answers[key] = answer = _judge(pair, turn, candidate, completion, accepted, settings.sentences)
+                    self._log.append(answer)
+                    self._bar.advance(answer.verdict == ACCEPTED)
+                if self.answers[key].verdict == ACCEPTED:
+                    accepted.append(self.answers[key])
+                    break
+            else:
+                return
+
+    def cut_common(self, pairs: list[Paired]) -> int:
+        """Cut a dialogue where its answer is one that the corpus holds already too often; how many answers that costs."""
+        seen: Counter[frozenset[str]] = Counter()
+        cut = 0
+        for pair in pairs:
+            answers = self.accepted(pair)
+            for turn, answer in enumerate(answers):
+                said = frozenset(words(answer.raw))
+                seen[said] += 1
+                if seen[said] > _COMMON:
+                    cut += len(answers) - turn
+                    del answers[turn:]
+        return cut
+
+    def example(self, pair: Paired, teacher: str) -> dict[str, Any]:
+        """The ghosted dialogue in the `messages` form, with where it came from."""
+        answers = self.accepted(pair)
+        messages = pair.ask_student([a.text for a in answers], self._recipe.dialogues.system)
+        verdicts = [[a.verdict for a in self._candidates(pair, turn)] for turn in range(len(answers))]
+        return {
+            # A dialogue that was cut short ends with the answer before.
+            "messages": messages[:-1] if messages[-1]["role"] == "user" else messages,
+            "dialogue": pair.dialogue.id,
+            "instruction": pair.name,
+            "way": pair.way,
+            "teacher": teacher,
+            "seed": self._recipe.seed,
+            "verdicts": verdicts,
+        }
+
+    def _candidates(self, pair: Paired, turn: int) -> list[Answer]:
+        keys = ((pair.dialogue.id, turn, candidate) for candidate in range(self._settings.candidates))
+        return [self.answers[key] for key in keys if key in self.answers]
 
 
 def _judge(
@@ -89,9 +152,10 @@ def _judge(
 ) -> Answer:
     """Cut the candidate to whole sentences, edit it where that is the way, and say whether it is a good, obedient answer."""
     raw = completion.text.strip()
+    constraints, asked = pair.constraints(turn), pair.dialogue.turns[: turn + 1]
     if pair.way != "sampled":
         raw = first_sentences(raw, sentences)
-    text = edit(pair.constraints, raw) if pair.way == "edited" and raw else raw
+    text = edit(constraints, raw) if pair.way == "edited" and raw else raw
     verdict = ACCEPTED
     if completion.finish == "context":
         verdict = "context"
@@ -99,36 +163,75 @@ def _judge(
         verdict = "disobeys"
     elif reason := flaw(raw, [a.raw for a in accepted], pair.demanded, finished=pair.way != "sampled"):
         verdict = reason
+    elif not any(kind_of(c).family == "language" for c in constraints) and not touches(raw, [*asked, *(a.raw for a in accepted)]):
+        verdict = "off topic"
     elif completion.finish == "length" and pair.way == "sampled":
         verdict = "unfinished"
-    elif not obeys(pair.constraints, text):
+    elif not obeys(constraints, text):
         verdict = "disobeys"
     return Answer(pair.dialogue.id, turn, candidate, raw, text, completion.tokens, verdict)
 
 
-def _example(pair: Paired, answers: list[Answer], recipe: Recipe) -> dict[str, object]:
-    """The ghosted dialogue in the `messages` form, with where it came from."""
-    users = pair.dialogue.turns[: len(answers)]
-    return {
-        "messages": list(ghost(users, [a.text for a in answers], pair.taught, recipe.dialogues.system)),
-        "dialogue": pair.dialogue.id,
-        "instruction": pair.instruction.id if pair.instruction else None,
-        "way": pair.way,
-    }
+def _write_statistics(rundir: RunDir, pairs: list[Paired], answers: Iterable[Answer], common: int) -> None:
+    """Candidates drawn and accepted by instruction and way, why the others were rejected, and how long answers are."""
+    of = {p.dialogue.id: (p.name, p.way) for p in pairs}
+    table: dict[tuple[str, str], list[Answer]] = {}
+    for answer in sorted(answers, key=lambda a: (a.dialogue, a.turn, a.candidate)):
+        table.setdefault(of[answer.dialogue], []).append(answer)
+    rows = []
+    for (name, way), drawn in sorted(table.items()):
+        taken = [a for a in drawn if a.verdict == ACCEPTED]
+        lengths = [len(words(a.text)) for a in taken]
+        rows.append({
+            "instruction": name, "way": way, "drawn": len(drawn), "accepted": len(taken),
+            "rejected": dict(Counter(a.verdict for a in drawn if a.verdict != ACCEPTED).most_common()),
+            "words": round(sum(lengths) / len(lengths), 1) if lengths else None, "example": taken[0].text if taken else "",
+        })  # fmt: skip
+    write_json(rundir.acceptance, {"answers": rows, "too_common": common})
 
 
-def _summarise(rundir: RunDir, pairs: list[Paired], examples: int) -> None:
-    """Write how many candidates were drawn and accepted by instruction and way; name what the teacher cannot follow."""
-    of = {p.dialogue.id: (", ".join(c.name for c in p.constraints) or "none", p.way) for p in pairs}
-    with JsonlLog(rundir.answers) as log:
-        verdicts = Counter(row["verdict"] for row in log.records)
-        drawn = Counter(of[row["dialogue"]] for row in log.records)
-        taken = Counter(of[row["dialogue"]] for row in log.records if row["verdict"] == ACCEPTED)
-    rows = [{"instruction": key[0], "way": key[1], "drawn": drawn[key], "accepted": taken[key]} for key in sorted(drawn)]
-    write_json(rundir.acceptance, rows)
-    rejected = ", ".join(f"{n} {reason}" for reason, n in verdicts.most_common() if reason != ACCEPTED)
-    note(f"synthesize: {examples} of {len(pairs)} dialogues, {verdicts[ACCEPTED]} answers (rejected: {rejected or 'none'})")
-    for row in rows:
-        if not row["accepted"]:
-            note(f"synthesize: the teacher never followed {row['instruction']!r} ({row['way']}, {row['drawn']} candidates); "
-                 "it is not taught that way. Word it otherwise, take it out of the pool, or take a larger teacher.")  # fmt: skip
+def show_statistics(rundir: RunDir) -> None:
+    """Print the acceptance by instruction and way.
+
+    Raises:
+        GattError: nothing was synthesised in this run yet.
+    """
+    if not rundir.acceptance.exists():
+        raise GattError(f"No synthesis in {rundir.path} yet. `gatt synthesize --run {rundir.path}` makes one.")
+    found = json.loads(rundir.acceptance.read_text(encoding="utf-8"))
+    out(f"{'instruction':44} {'way':8} accepted of drawn  words  rejected")
+    for row in found["answers"]:
+        why = ", ".join(f"{n} {reason}" for reason, n in row["rejected"].items())
+        out(f"{row['instruction'][:44]:44} {row['way']:8} {row['accepted']:8} {row['drawn']:8}  {row['words'] or '':>5}  {why}")
+    out(f"{found['too_common']} accepted answers were cut, because the corpus held the same words {_COMMON} times already.")
+
+
+def _card(recipe: Recipe, examples: list[dict[str, Any]], teacher: str) -> str:
+    """The data card in the Hub's form: a YAML head that says which file to load, then what is in it."""
+    rows = Counter((example["instruction"], example["way"]) for example in examples)
+    lines = [
+        "---", "task_categories: [text-generation]", "tags: [ghost-attention, synthetic]",
+        "configs: [{config_name: default, data_files: dialogues.jsonl}]", "---", "",
+        "# Dialogues that keep an instruction", "",
+        f"{len(examples)} dialogues in the `messages` form, made by `gatt` after Ghost Attention (Llama 2, section 3.3): the "
+        "instruction stands where it is first said, and every answer after it obeys. Answers were *sampled* until one obeyed "
+        "a program's check, or the teacher's own were *edited* to obey; *plain* dialogues have no instruction.", "",
+        f"Teacher: {teacher}. Users' turns: {recipe.dialogues.source}. Seed: {recipe.seed}.", "",
+        "| column | meaning |", "|---|---|", "| messages | the chat |", "| dialogue | whose user turns they are |",
+        "| instruction | what is kept, \"A, then B\" where it changes |", "| way | sampled, edited or plain |",
+        "| teacher, seed | where the answers come from |",
+        "| verdicts | for each turn, what was found of each candidate; the last one was taken |", "",
+        "| instruction | way | dialogues |", "|---|---|---|",
+        *(f"| {name} | {way} | {count} |" for (name, way), count in sorted(rows.items())),
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def push(rundir: RunDir, repository: str) -> None:
+    """Upload the dialogues with their card to a dataset of the Hub, private until its owner opens it.
+
+    Raises:
+        GattError: no such account, no permission, or no network.
+    """
+    address = upload_dataset(repository, {"README.md": rundir.card, "dialogues.jsonl": rundir.examples})
+    out(f"Uploaded (private): {address}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pipeline.backends.hub import find_model, hugging_face_folder
+from pipeline.backends.convert import hugging_face_folder
+from pipeline.backends.hub import find_model
 from pipeline.backends.unsloth import IGNORED, Labelled, label, last_checkpoint, load_tokenizer, on_gpu, train
 from pipeline.config import Recipe
 from pipeline.console import chatter, note, out, progress

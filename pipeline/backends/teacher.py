@@ -1,0 +1,80 @@
+"""Who answers in synthesis: a model on this machine, or an OpenAI-compatible server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.backends.convert import gguf_file
+from pipeline.backends.hub import find_model
+from pipeline.backends.llama import Llama
+from pipeline.backends.openai import Server
+from pipeline.config import Recipe
+from pipeline.console import note
+from pipeline.dialogues import load_dialogues
+from pipeline.files import write_json
+from pipeline.gatt.text import first_sentences, flaw, has_sentences
+from pipeline.records import Message, Request, Task
+
+
+class Teacher(Protocol):
+    """Something that drives many dialogues side by side."""
+
+    name: str
+
+    def run(self, tasks: Iterable[Task]) -> None:
+        """Drive all `tasks` to their end."""
+
+    def __enter__(self) -> Teacher: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+def open_teacher(recipe: Recipe, dialogues: int) -> Teacher:
+    """The teacher that the recipe names, with room for up to `dialogues` at a time.
+
+    Raises:
+        GattError: no such model, or nobody answers at that address.
+    """
+    settings = recipe.synthesize
+    name = settings.teacher or recipe.model
+    if name.startswith(("http://", "https://")):
+        url, _, served = name.partition("#")
+        return Server(url, served, settings.sequences)
+    model = find_model(name)
+    path = model.path
+    if settings.format or not model.is_gguf:
+        path = gguf_file(model, settings.format or "F16")
+        _compare(model.path if model.is_gguf else gguf_file(model, "Q8_0"), path)
+    context = recipe.dialogues.turns * (settings.max_tokens + 100) + 200
+    return Llama(path, min(settings.sequences, dialogues), context)
+
+
+def _compare(shipped: Path, converted: Path) -> None:
+    """Print what the conversion costs in quality; measured once, and kept beside the converted file."""
+    kept = converted.with_suffix(".json")
+    if not kept.exists():
+        note(f"Measuring {converted.name} against {shipped.name}, once")
+        write_json(kept, {"before": _quality(shipped), "after": _quality(converted)})
+    found = json.loads(kept.read_text(encoding="utf-8"))
+    sides = [f"{found[side]['perplexity']:.2f} and {found[side]['accepted']:.0%}" for side in ("before", "after")]
+    note(f"synthesize: {converted.name}: perplexity and good first answers {sides[1]}, before the conversion {sides[0]}")
+
+
+def _quality(path: Path) -> dict[str, Any]:
+    """Perplexity on users' turns of the built-in dialogues, and the share of good answers to their first ones."""
+    dialogues = load_dialogues("seed")[::2]
+    answers: list[str] = []
+
+    def ask(question: str) -> Task:
+        message: Message = {"role": "user", "content": question}
+        said = yield Request((message,), 1, 80, enough=lambda text: has_sentences(text, 1))
+        answers.append(first_sentences(said.text, 1))
+
+    with Llama(path, 24, 512) as llama:
+        llama.run(ask(d.turns[0]) for d in dialogues)
+        perplexity = llama.perplexity([" ".join(d.turns) for d in dialogues[:8]])
+    good = sum(not flaw(answer, (), finished=True) for answer in answers)
+    return {"perplexity": perplexity, "accepted": good / len(answers)}
