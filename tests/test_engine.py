@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.backends.llama import Llama, Task
+from pipeline.backends.llama import Llama
+from pipeline.backends.teacher import Task
 from pipeline.dialogues import load_dialogues
 from pipeline.records import Completion, Message, Request
 

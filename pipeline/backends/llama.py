@@ -14,20 +14,18 @@ from __future__ import annotations
 import codecs
 import ctypes
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from pipeline.backends.teacher import Task
 from pipeline.backends.template import ChatTemplate
 from pipeline.errors import GattError
 from pipeline.gguf.read import open_gguf
 from pipeline.machine import require_memory
 from pipeline.records import Completion, Request
-
-Task = Generator[Request, Completion, None]
-"""A dialogue: yields requests, receives completions, keeps its own results."""
 
 _CHUNK = 63
 _PADDING = 256

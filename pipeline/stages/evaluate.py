@@ -5,7 +5,8 @@ from __future__ import annotations
 import zlib
 from dataclasses import asdict
 
-from pipeline.backends.llama import Llama, Task
+from pipeline.backends.llama import Llama
+from pipeline.backends.teacher import Task
 from pipeline.config import Recipe
 from pipeline.console import Progress, progress
 from pipeline.files import JsonlLog, write_json

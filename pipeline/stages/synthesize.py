@@ -11,7 +11,8 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from pipeline.backends.llama import Llama, Task
+from pipeline.backends.llama import Llama
+from pipeline.backends.teacher import Task
 from pipeline.config import Recipe
 from pipeline.console import Progress, note, progress
 from pipeline.errors import GattError

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import llama_cpp
 
 from pipeline.backends.hub import find_model
-from pipeline.backends.llama import Llama, Task, quantize
+from pipeline.backends.llama import Llama, quantize
+from pipeline.backends.teacher import Task
 from pipeline.dialogues import load_dialogues
 from pipeline.gatt.text import first_sentences, flaw, has_sentences
 from pipeline.gguf.merge import merge
