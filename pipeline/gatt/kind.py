@@ -18,7 +18,8 @@ def never(value: str, text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of constraint. `{v}` in a wording stands for the value. Two kinds of one `slot` never meet.
+    """A kind of constraint. `{v}` in a wording stands for the value. Two kinds of one `slot` never meet; reports sum up by
+    `family`.
 
     `apply` turns an answer into one that passes the check, or is None where obeying is no edit. `values` are examples, and
     `accepts` says which others may be given: any, whole numbers, or only those that are listed.

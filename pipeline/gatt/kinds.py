@@ -27,7 +27,7 @@ NEVER_MEET: dict[str, tuple[str, ...]] = {
 """Slots that one answer cannot show together, each pair named once; a slot never meets itself either.
 
 Words that are demanded or forbidden are English, so they do not meet a language. Everything that an answer has around it
-or in front of it would be left out of JSON, and would count as words.
+or in front of it would be left out of JSON, and would count as words. A code block shows no bold.
 """
 
 EDIT_ORDER = (
