@@ -74,7 +74,18 @@ def _define(name: str, summary: str) -> Callable[..., None]:
     return app.command(name)(command)
 
 
-_define("instructions", "Pair dialogues with instructions.")
+@app.command()
+def instructions(
+    recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False, set: Set = None,
+    kinds: Annotated[bool, typer.Option("--kinds", help="Only list the kinds of instruction.")] = False,
+) -> None:  # fmt: skip
+    """Pair dialogues with instructions. Example: gatt instructions my.toml --run runs/mine"""
+    if kinds:
+        from pipeline.gatt.instructions import table_of_kinds
+
+        typer.echo(table_of_kinds())
+        return
+    _stage("instructions", *_open(recipe, run, quick, set))
 
 
 @app.command()

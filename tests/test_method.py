@@ -1,19 +1,17 @@
-"""The pure part: ghosting, kinds, quality gate, pairing, intervals."""
+"""The pure part: ghosting, quality gate, pairing, intervals."""
 
 from __future__ import annotations
 
 import json
-import string
 from pathlib import Path
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.dialogues import load_dialogues
 from pipeline.gatt.ghost import augment, ghost, loss_turns
 from pipeline.gatt.instructions import Shares, pair_for_training, word
-from pipeline.gatt.kinds import KINDS, compatible, edit, editable, hopeless, obeys
+from pipeline.gatt.kinds import KINDS, compatible
 from pipeline.gatt.lists import distinct, items, known, masked
 from pipeline.gatt.metrics import adherence, wilson
 from pipeline.gatt.text import first_sentences, flaw, has_sentences, touches
@@ -21,7 +19,6 @@ from pipeline.pairs import Paired
 from pipeline.records import Constraint, Dialogue, Reply
 
 EVERY = [Constraint(name, value) for name, kind in KINDS.items() for value in kind.values]
-TEXT = st.text(alphabet=string.ascii_letters + " ,.!?'", min_size=1).filter(lambda t: any(c.isalpha() for c in t))
 
 
 def test_augment_says_it_in_every_turn_and_ghost_in_the_first_only() -> None:
@@ -85,47 +82,6 @@ def test_dialogues_come_in_every_form(tmp_path: Path) -> None:
 def test_loss_turns() -> None:
     assert list(loss_turns(3, "last_turn")) == [2]
     assert list(loss_turns(3, "all_turns")) == [0, 1, 2]
-
-
-@pytest.mark.parametrize("constraint", [c for c in EVERY if editable((c,))], ids=lambda c: c.name)
-@given(text=TEXT)
-def test_an_edited_text_obeys(constraint: Constraint, text: str) -> None:
-    if constraint.kind == "max_words":
-        text = "It is so. " + text
-    assert obeys((constraint,), edit((constraint,), text))
-
-
-@given(constraint=st.sampled_from(EVERY), start=st.text(alphabet='Ahoy! Gd news:a,"B', max_size=12), end=TEXT)
-def test_a_hopeless_beginning_cannot_be_saved(constraint: Constraint, start: str, end: str) -> None:
-    for cut in range(len(start) + 1):
-        if hopeless((constraint,), start[:cut]):
-            assert not obeys((constraint,), start + end)
-    assert not hopeless((constraint,), "")
-
-
-@given(text=st.text())
-def test_no_check_raises(text: str) -> None:
-    for constraint in EVERY:
-        obeys((constraint,), text)
-
-
-@pytest.mark.parametrize(
-    ("constraint", "good", "bad"),
-    [
-        (Constraint("opening", "Ahoy!"), "Ahoy! It is blue.", "It is blue. Ahoy!"),
-        (Constraint("closing", "Over and out."), "It is blue. Over and out.", "Over and out. It is blue."),
-        (Constraint("persona", "Napoleon"), "Napoleon: March on.", "I am Napoleon."),
-        (Constraint("hobby", "tennis"), "Like Tennis, it takes time.", "It takes time."),
-        (Constraint("uppercase"), "YES, IT IS.", "Yes, it is."),
-        (Constraint("max_words", "3"), "Yes, it is.", "Yes, it is so."),
-        (Constraint("quotes"), '"Yes."', '"Yes." he said'),
-        (Constraint("question"), "Is it?", "It is."),
-        (Constraint("no_commas"), "Yes it is.", "Yes, it is."),
-    ],
-)
-def test_checks(constraint: Constraint, good: str, bad: str) -> None:
-    assert obeys((constraint,), good)
-    assert not obeys((constraint,), bad)
 
 
 def test_flaws() -> None:

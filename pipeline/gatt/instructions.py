@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pipeline.gatt.kinds import compatible, editable, kind_of
+from pipeline.gatt.kinds import KINDS, compatible, editable, kind_of
 from pipeline.records import Constraint, Dialogue, Instruction, Pairing, Way
 
 
@@ -20,6 +20,15 @@ def word(constraints: tuple[Constraint, ...], wording: int = 0) -> Instruction:
 
 def _sentence(text: str) -> str:
     return text if text[-1] in ".!?" else text + "."
+
+
+def table_of_kinds() -> str:
+    """The kinds as a table. "edited": an answer can be edited to obey; "sampled": answers are drawn until one obeys."""
+    examples = [Constraint(name, kind.values[0]) for name, kind in KINDS.items()]
+    rows = [("kind", "family", "way", "example")] + [
+        (c.kind, kind_of(c).family, "edited" if editable((c,)) else "sampled", word((c,)).text) for c in examples
+    ]
+    return "\n".join(f"{name:14} {family:9} {way:8} {text}" for name, family, way, text in rows)
 
 
 @dataclass(frozen=True, slots=True)

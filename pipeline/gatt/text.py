@@ -7,14 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _SENTENCE = re.compile(r".+?[.!?…]+[\"'”’)]*(?=\s|$)", re.DOTALL)
 _ENDING = re.compile(r"[.!?…][\"'”’)]*$")
+_PART = re.compile(r".+?(?:[.!?…]+[\"'”’)\]}*_]*(?=\s|$)|$)")
+_LETTER = re.compile(r"[^\W\d_]")
+_ABBREVIATION = re.compile(r"(?<![\w.])(?:mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e)\.$", re.IGNORECASE)
 
 
 def words(text: str) -> list[str]:
     """The words of a text, in lowercase, without punctuation."""
-    return _WORD.findall(text.lower())
+    return [word.lower() for word in WORD.findall(text)]
 
 
 _FUNCTION_WORDS = frozenset(
@@ -29,6 +32,29 @@ _FUNCTION_WORDS = frozenset(
 def sentences(text: str) -> list[str]:
     """The finished sentences; a tail without a full stop is left out."""
     return [s.strip() for s in _SENTENCE.findall(text)]
+
+
+def split_sentences(text: str) -> list[str]:
+    """The sentences of every line, an unfinished one with them; signs without a word belong to the sentence beside them.
+
+    A line's end ends a sentence. A number alone, such as the "1." of a list, does not, nor does "Dr.".
+    """
+    return [sentence for line in text.splitlines() for sentence in _line_sentences(line)]
+
+
+def _line_sentences(line: str) -> list[str]:
+    found: list[str] = []
+    begun = ""
+    for part in _PART.findall(line):
+        begun = f"{begun} {part.strip()}".strip()
+        if _LETTER.search(begun) and not _ABBREVIATION.search(begun.replace("*", "")):
+            found.append(begun)
+            begun = ""
+    if WORD.search(begun):
+        found.append(begun)
+    elif begun and found:
+        found[-1] += f" {begun}"
+    return found
 
 
 def first_sentences(text: str, count: int) -> str:
