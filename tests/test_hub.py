@@ -61,7 +61,7 @@ def test_dialogues_are_pushed_with_their_card(hub: ThreadingHTTPServer, tmp_path
     assert done.returncode == 0, done.stderr
     assert "me/mine" in done.stdout
     received = hub.received  # type: ignore[attr-defined]
-    assert received["/api/repos/create"][0]["private"] is True
+    assert received["/api/repos/create"][0]["visibility"] == "private"
     commit = next(rows for path, rows in received.items() if "/commit/" in path)
     sent = {row["value"]["path"]: base64.b64decode(row["value"]["content"]) for row in commit if row["key"] == "file"}
     assert sent == {"README.md": b"# card\n", "dialogues.jsonl": b'{"messages": []}\n'}
