@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import signal
 import socket
@@ -17,10 +18,11 @@ from urllib.request import urlopen
 
 import pytest
 
-from pipeline.backends.openai import Server
+from pipeline.backends.openai import Server, _within
+from pipeline.backends.teacher import Task
 from pipeline.dialogues import load_dialogues
 from pipeline.errors import GattError
-from pipeline.records import Completion, Message, Request, Task
+from pipeline.records import Completion, Message, Request
 
 
 def _request(text: str = "Say something.", **more: Any) -> Request:
@@ -366,6 +368,29 @@ def test_an_exception_stops_the_others_and_closes_them(wire: Wire, caplog: pytes
     assert started == [0, 1, 2]
     assert sorted(closed) == started
     assert not [record for record in caplog.records if record.name == "asyncio"]
+
+
+@pytest.mark.parametrize("turns", range(6))
+def test_a_cancellation_is_not_lost_where_the_answer_comes_at_that_moment(turns: int) -> None:
+    said = Completion("Yes.", 1, 1, "stop")
+
+    async def race() -> tuple[bool, bool]:
+        reply: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+
+        async def answer() -> Completion:
+            return await reply
+
+        waiting = asyncio.ensure_future(_within(9, answer()))
+        await asyncio.sleep(0.01)
+        reply.set_result(said)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asked = waiting.cancel()
+        await asyncio.wait([waiting])
+        return asked, waiting.cancelled()
+
+    asked, cancelled = asyncio.run(race())
+    assert asked == cancelled
 
 
 INTERRUPTED = """

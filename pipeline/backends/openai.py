@@ -19,8 +19,9 @@ from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
 
+from pipeline.backends.teacher import Task
 from pipeline.errors import GattError
-from pipeline.records import Completion, Request, Task
+from pipeline.records import Completion, Request
 
 _EXAMPLE = "http://127.0.0.1:8000/v1"
 _RETRIES = 6
@@ -36,7 +37,7 @@ _CUT = ("length", "content_filter", "abort")
 class Server:
     """The model `model` behind `url`, with `concurrency` dialogues in flight; "" is the first model that it offers.
 
-    The key is taken from the environment variable OPENAI_API_KEY.
+    `model` is the name in use once a run has begun. The key is taken from the environment variable OPENAI_API_KEY.
 
     Raises:
         GattError: `url` is no address.
@@ -45,8 +46,7 @@ class Server:
     def __init__(self, url: str, model: str = "", concurrency: int = 24) -> None:
         if not _is_address(url):
             raise GattError(f"{url!r} is not the address of a server. Expected one such as {_EXAMPLE}.")
-        self.name = model or url
-        self._url, self._model, self._concurrency = url, model, concurrency
+        self._url, self.model, self._concurrency = url, model, concurrency
         self._offered: list[str] = []
         self._options: dict[str, Any] = {"stream_options": {"include_usage": True}}
 
@@ -87,16 +87,16 @@ class Server:
         except json.JSONDecodeError as error:
             raise self._stranger("broken JSON") from error
         except openai.APIStatusError:
-            if self._model:
+            if self.model:
                 return  # Some gateways have no list, or keep it from a key that may chat.
             raise
         try:
             self._offered = [str(model["id"]) for model in answer["data"]]
         except (TypeError, KeyError) as error:
             raise self._stranger(answer) from error
-        if not self._model and not self._offered:
+        if not self.model and not self._offered:
             raise GattError(f"The server at {self._url} offers no model. Load one there, and run again.")
-        self.name = self._model = self._model or self._offered[0]
+        self.model = self.model or self._offered[0]
 
     async def _work(self, client: Any, waiting: Iterator[Task]) -> None:
         """One place in flight: start the next dialogue whenever the last one has ended."""
@@ -111,13 +111,12 @@ class Server:
                 request = task.send(completion) if completion else next(task)
             except StopIteration:
                 return
-            try:
-                completion = await asyncio.wait_for(self._complete(client, request), _SECONDS)
-            except asyncio.TimeoutError as error:
+            completion = await _within(_SECONDS, self._complete(client, request))
+            if completion is None:
                 raise GattError(
                     f"The server at {self._url} took more than {_SECONDS} s for one answer. See whether it hangs; "
                     f"if it is only slow, lower the concurrency ({self._concurrency}). Then run again."
-                ) from error
+                )
 
     async def _complete(self, client: Any, request: Request) -> Completion:
         """One answer; a stream that broke off is asked for again as a whole, where an error has a status to name it."""
@@ -181,7 +180,7 @@ class Server:
 
     async def _create(self, client: Any, request: Request, **how: Any) -> Any:
         return await client.chat.completions.create(
-            model=self._model, messages=list(request.messages), max_tokens=request.max_tokens,
+            model=self.model, messages=list(request.messages), max_tokens=request.max_tokens,
             temperature=request.temperature, seed=request.seed, **how,
         )  # fmt: skip
 
@@ -201,9 +200,9 @@ class Server:
         if status in (401, 403):
             key = "the key in OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else "a request without a key"
             return f"The server at {self._url} refuses {key} {said}. Set OPENAI_API_KEY to one that it knows."
-        if (status == 404 or error.code == "model_not_found") and self._model not in self._offered:
+        if (status == 404 or error.code == "model_not_found") and self.model not in self._offered:
             if self._offered:
-                return f"The server at {self._url} has no model {self._model!r}. Take one of: {', '.join(self._offered)}."
+                return f"The server at {self._url} has no model {self.model!r}. Take one of: {', '.join(self._offered)}."
             return f"Nothing to chat with at {self._url} {said}. Correct the address (it mostly ends in /v1) or the model's name."
         if status == 429:
             return f"The server at {self._url} has no room {said}. Lower the concurrency ({self._concurrency}) and run again."
@@ -221,6 +220,20 @@ async def _together(workers: Iterable[Coroutine[Any, Any, None]]) -> None:
         for one in running:
             one.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+async def _within(seconds: float, answer: Coroutine[Any, Any, Completion]) -> Completion | None:
+    """The answer, or None where it takes longer.
+
+    Not `asyncio.wait_for`: before Python 3.12 that can lose a cancellation, and its dialogue would go on to the end.
+    """
+    running = asyncio.ensure_future(answer)
+    try:
+        await asyncio.wait([running], timeout=seconds)
+        return running.result() if running.done() else None
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 def _is_address(url: str) -> bool:
