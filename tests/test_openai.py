@@ -19,10 +19,9 @@ from urllib.request import urlopen
 import pytest
 
 from pipeline.backends.openai import Server, _within
-from pipeline.backends.teacher import Task
 from pipeline.dialogues import load_dialogues
 from pipeline.errors import GattError
-from pipeline.records import Completion, Message, Request
+from pipeline.records import Completion, Message, Request, Task
 
 
 def _request(text: str = "Say something.", **more: Any) -> Request:

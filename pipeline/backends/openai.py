@@ -19,9 +19,8 @@ from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
 
-from pipeline.backends.teacher import Task
 from pipeline.errors import GattError
-from pipeline.records import Completion, Request
+from pipeline.records import Completion, Request, Task
 
 _EXAMPLE = "http://127.0.0.1:8000/v1"
 _RETRIES = 6
@@ -37,7 +36,7 @@ _CUT = ("length", "content_filter", "abort")
 class Server:
     """The model `model` behind `url`, with `concurrency` dialogues in flight; "" is the first model that it offers.
 
-    `model` is the name in use once a run has begun. The key is taken from the environment variable OPENAI_API_KEY.
+    `name` is that of the model in use, once a run has begun. The key is taken from the environment variable OPENAI_API_KEY.
 
     Raises:
         GattError: `url` is no address.
@@ -46,7 +45,7 @@ class Server:
     def __init__(self, url: str, model: str = "", concurrency: int = 24) -> None:
         if not _is_address(url):
             raise GattError(f"{url!r} is not the address of a server. Expected one such as {_EXAMPLE}.")
-        self._url, self.model, self._concurrency = url, model, concurrency
+        self._url, self.name, self._concurrency = url, model, concurrency
         self._offered: list[str] = []
         self._options: dict[str, Any] = {"stream_options": {"include_usage": True}}
 
@@ -87,16 +86,16 @@ class Server:
         except json.JSONDecodeError as error:
             raise self._stranger("broken JSON") from error
         except openai.APIStatusError:
-            if self.model:
+            if self.name:
                 return  # Some gateways have no list, or keep it from a key that may chat.
             raise
         try:
             self._offered = [str(model["id"]) for model in answer["data"]]
         except (TypeError, KeyError) as error:
             raise self._stranger(answer) from error
-        if not self.model and not self._offered:
+        if not self.name and not self._offered:
             raise GattError(f"The server at {self._url} offers no model. Load one there, and run again.")
-        self.model = self.model or self._offered[0]
+        self.name = self.name or self._offered[0]
 
     async def _work(self, client: Any, waiting: Iterator[Task]) -> None:
         """One place in flight: start the next dialogue whenever the last one has ended."""
@@ -180,7 +179,7 @@ class Server:
 
     async def _create(self, client: Any, request: Request, **how: Any) -> Any:
         return await client.chat.completions.create(
-            model=self.model, messages=list(request.messages), max_tokens=request.max_tokens,
+            model=self.name, messages=list(request.messages), max_tokens=request.max_tokens,
             temperature=request.temperature, seed=request.seed, **how,
         )  # fmt: skip
 
@@ -200,9 +199,9 @@ class Server:
         if status in (401, 403):
             key = "the key in OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else "a request without a key"
             return f"The server at {self._url} refuses {key} {said}. Set OPENAI_API_KEY to one that it knows."
-        if (status == 404 or error.code == "model_not_found") and self.model not in self._offered:
+        if (status == 404 or error.code == "model_not_found") and self.name not in self._offered:
             if self._offered:
-                return f"The server at {self._url} has no model {self.model!r}. Take one of: {', '.join(self._offered)}."
+                return f"The server at {self._url} has no model {self.name!r}. Take one of: {', '.join(self._offered)}."
             return f"Nothing to chat with at {self._url} {said}. Correct the address (it mostly ends in /v1) or the model's name."
         if status == 429:
             return f"The server at {self._url} has no room {said}. Lower the concurrency ({self._concurrency}) and run again."
