@@ -356,7 +356,7 @@ def test_the_key_is_sent(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nobody_listens() -> None:
-    with pytest.raises(GattError, match=r"No server answers at http://127.0.0.1:\d+/v1 \(.*\)\. Start it"):
+    with pytest.raises(GattError, match=r"No server answers at http://127.0.0.1:\d+/v1 \(.*\)\. Start it or correct"):
         _ask(Server(f"http://127.0.0.1:{_free_port()}/v1"), _request())
 
 

@@ -195,7 +195,7 @@ class Server:
         said = f"({status}: {_said(error)})"
         if not status:
             cause = _short(error.__cause__ or error)
-            return f"No server answers at {self._url} ({cause}). Start it, or correct the address (such as {_EXAMPLE})."
+            return f"No server answers at {self._url} ({cause}). Start it or correct the address ({_EXAMPLE}), and run again."
         if status in (401, 403):
             key = "the key in OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else "a request without a key"
             return f"The server at {self._url} refuses {key} {said}. Set OPENAI_API_KEY to one that it knows."
