@@ -84,7 +84,7 @@ class Synthesize(Section):
     temperature: float = Field(default=0.8, ge=0)
     """Of the sampling, with top-k 40, min-p 0.05 and DRY against repeating earlier answers."""
     sequences: int = Field(default=24, ge=1)
-    """Dialogues that are generated side by side. A few answers in a hundred depend on it."""
+    """Dialogues that are generated side by side; on a CPU the answers do not depend on it."""
 
 
 class Train(Section):

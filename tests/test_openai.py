@@ -18,10 +18,12 @@ from typing import Any
 from urllib.request import urlopen
 
 import pytest
+from conftest import Gatt
 
 from pipeline.backends.openai import Server, _within
 from pipeline.dialogues import load_dialogues
 from pipeline.errors import GattError
+from pipeline.files import read_jsonl
 from pipeline.records import Completion, Message, Request, Task
 
 
@@ -187,6 +189,20 @@ def test_dialogues_with_a_real_server(real: str) -> None:
         assert said.finish in ("stop", "length")
         assert 0 < said.tokens <= 16
     assert len({said.text for said in got.values()}) > 10
+
+
+def test_the_command_line_takes_a_server_as_the_teacher(real: str, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
+    words = ["--run", tmp_path, *tiny, "--set", f"synthesize.teacher='{real}'"]
+    for stage in ("instructions", "synthesize"):
+        done = gatt(stage, *words)
+        assert done.returncode == 0, done.stderr
+    examples = [row for _, row in read_jsonl(tmp_path / "synthesize" / "dialogues.jsonl")]
+    assert examples
+    assert all(row["teacher"].endswith(".gguf") and row["messages"][-1]["role"] == "assistant" for row in examples)
+    import datasets
+
+    loaded = datasets.load_dataset("json", data_files=str(tmp_path / "synthesize" / "dialogues.jsonl"), split="train")
+    assert len(loaded) == len(examples)
 
 
 def test_a_real_server_is_left_as_soon_as_it_is_enough(real: str) -> None:

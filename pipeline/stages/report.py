@@ -78,7 +78,8 @@ def _examples(rundir: RunDir) -> list[dict[str, Any]]:
 
 
 def _facts(recipe: Recipe, rundir: RunDir) -> dict[str, str]:
-    facts = {"base model": recipe.model, "seed": str(recipe.seed)}
+    _, example = next(read_jsonl(rundir.examples))
+    facts = {"base model": recipe.model, "teacher": example["teacher"], "seed": str(recipe.seed)}
     for stage in _STAGES:
         manifest = rundir.manifest(stage)
         if manifest:
