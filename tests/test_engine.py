@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.backends.llama import Llama
+import pytest
+
+from pipeline.backends.convert import gguf_file
+from pipeline.backends.hub import find_model
+from pipeline.backends.llama import Llama, quantize
 from pipeline.dialogues import load_dialogues
 from pipeline.records import Completion, Message, Request, Task
 
@@ -24,8 +28,10 @@ def _converse(base: Path, sequences: int) -> dict[tuple[str, int], Completion]:
     return got
 
 
-def test_answers_do_not_depend_on_what_runs_beside_them(base: Path) -> None:
-    alone, together = _converse(base, 1), _converse(base, 4)
+@pytest.mark.parametrize("format_name", ["Q4_0", pytest.param("Q8_0", marks=pytest.mark.slow)])
+def test_answers_do_not_depend_on_what_runs_beside_them(format_name: str) -> None:
+    model = gguf_file(find_model("smollm2-135m"), format_name)
+    alone, together = _converse(model, 1), _converse(model, 4)
     assert len(alone) == 30
     assert max(said.prompt_tokens for said in alone.values()) > 256  # llama.cpp pads the cache to multiples of 256
     assert alone == together
@@ -36,3 +42,33 @@ def test_a_full_context_is_said_and_not_cut(base: Path) -> None:
         said = llama.complete(Request(({"role": "user", "content": "word " * 300},), 1, 16))
     assert said.finish == "context"
     assert said.text == ""
+
+
+@pytest.mark.slow
+def test_greedy_answers_are_those_of_llama_cpp_alone(base: Path, tmp_path: Path) -> None:
+    import llama_cpp
+
+    model = tmp_path / "f32.gguf"
+    quantize(base, model, "F32")
+    questions = [d.turns[0] for d in load_dialogues("seed")[:50]]
+    together, alone = (_greedy(model, questions, sequences) for sequences in (32, 1))
+    kind = llama_cpp.GGML_TYPE_F32
+    peer = llama_cpp.Llama(str(model), n_ctx=512, type_k=kind, type_v=kind, flash_attn=True, verbose=False)
+    with Llama(model, 1, 256, "F32") as llama:
+        prompts = [llama.tokenize(llama.template.render(({"role": "user", "content": q},))) for q in questions]
+    theirs = [
+        peer.create_completion(p, max_tokens=24, temperature=0, repeat_penalty=1.0)["choices"][0]["text"] for p in prompts
+    ]
+    assert together == alone
+    assert alone == theirs
+
+
+def _greedy(model: Path, questions: list[str], sequences: int) -> list[str]:
+    got: dict[str, str] = {}
+
+    def ask(question: str) -> Task:
+        got[question] = (yield Request(({"role": "user", "content": question},), 1, 24, temperature=0)).text
+
+    with Llama(model, sequences, 256, "F32") as llama:
+        llama.run(map(ask, questions))
+    return [got[question] for question in questions]

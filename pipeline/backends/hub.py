@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from dataclasses import dataclass
+from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,7 @@ def _embedded(package: str) -> Path:
     return Path(str(next(file for file in files if str(file).endswith(".gguf")).locate()))
 
 
+@cache
 def _download(name: str, repository: str) -> Model:
     """A snapshot of a Hub repository: configuration, tokenizer, safetensors."""
     import huggingface_hub

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -57,11 +57,12 @@ class Llama:
         GattError: no GGUF, a broken one, one without a chat template, or too little memory.
     """
 
-    def __init__(self, path: Path, sequences: int, context: int, threads: int | None = None) -> None:
+    def __init__(self, path: Path, sequences: int, context: int, cache: Literal["F16", "F32"] = "F16") -> None:
         info = open_gguf(path)
         self.name = path.name
         cells = (sequences + 1) * _padded(context)
-        require_memory(info.bytes + cells * info.cache_bytes_per_token, f"run {path.name} with {sequences} sequences")
+        needed = info.bytes + cells * info.cache_bytes_per_token * (2 if cache == "F32" else 1)
+        require_memory(needed, f"run {path.name} with {sequences} sequences")
         import llama_cpp
 
         self._api = llama_cpp
@@ -71,7 +72,7 @@ class Llama:
             raise GattError(f"llama.cpp cannot load {path}: {info.architecture} may be newer than this llama-cpp-python.")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.context = _padded(context)
-        self._context = llama_cpp.llama_init_from_model(self._model, self._context_params(sequences, threads))
+        self._context = llama_cpp.llama_init_from_model(self._model, self._context_params(sequences, cache))
         if not self._context:
             raise GattError(f"No memory for a cache of {cells} tokens. Lower `sequences` or the number of turns.")
         self._memory = llama_cpp.llama_get_memory(self._context)
@@ -79,12 +80,13 @@ class Llama:
         self._sequences = [_Sequence(n) for n in range(sequences + 1)]
         self.template = ChatTemplate(info.chat_template, info.bos, info.eos)
 
-    def _context_params(self, sequences: int, threads: int | None) -> Any:
+    def _context_params(self, sequences: int, cache: str) -> Any:
         params = self._api.llama_context_default_params()
         params.n_ctx = (sequences + 1) * self.context
         params.n_seq_max = sequences + 1
         params.n_batch = params.n_ubatch = 512
-        params.n_threads = params.n_threads_batch = threads or os.cpu_count() or 1
+        params.n_threads = params.n_threads_batch = os.cpu_count() or 1
+        params.type_k = params.type_v = getattr(self._api, f"GGML_TYPE_{cache}")
         params.flash_attn_type = self._api.LLAMA_FLASH_ATTN_TYPE_ENABLED
         params.kv_unified = False
         return params
@@ -318,7 +320,7 @@ def quantize(source: Path, target: Path, format_name: str) -> None:
     import llama_cpp
 
     _silence(llama_cpp)
-    kind = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{format_name}", None)
+    kind = getattr(llama_cpp, f"LLAMA_FTYPE_{'ALL' if format_name == 'F32' else 'MOSTLY'}_{format_name}", None)
     if kind is None:
         raise GattError(f"Unknown format {format_name!r}. Use llama.cpp's names, such as F16, Q8_0, Q5_K_M or Q4_K_M.")
     params = llama_cpp.llama_model_quantize_default_params()

@@ -75,6 +75,6 @@ def _quality(path: Path) -> dict[str, Any]:
 
     with Llama(path, 24, 512) as llama:
         llama.run(ask(d.turns[0]) for d in dialogues)
-        perplexity = llama.perplexity([" ".join(d.turns) for d in dialogues[:8]])
+        perplexity = llama.perplexity([" ".join(d.turns) for d in dialogues[:4]])
     good = sum(not flaw(answer, (), finished=True) for answer in answers)
     return {"perplexity": perplexity, "accepted": good / len(answers)}

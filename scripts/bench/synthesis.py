@@ -212,9 +212,9 @@ def growth(path: Path, sequences: int, dialogues: int) -> float:
 def main() -> None:
     """Interleaved runs; the ratio of each pair, and their medians."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one pair of runs over 8 dialogues")
+    parser.add_argument("--quick", action="store_true", help="one pair of runs over 24 dialogues")
     quick = parser.parse_args().quick
-    rounds, dialogues = (1, 8) if quick else (3, 40)
+    rounds, dialogues = (1, 24) if quick else (3, 40)
     ratios: dict[str, list[float]] = {"answers_demo": [], "answers_sampled": [], "tokens": []}
     path = gguf_file(MODEL, Recipe().synthesize.format)
     ways = {"answers_demo": paired(0.9, dialogues), "answers_sampled": paired(0.0, dialogues)}
