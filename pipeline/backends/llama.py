@@ -53,13 +53,15 @@ class _Sequence:
 class Llama:
     """A GGUF file with room for `sequences` dialogues of up to `context` tokens each.
 
+    `cache` is the type of the attention's keys and values; records call the model `name`, or else by its file's name.
+
     Raises:
         GattError: no GGUF, a broken one, one without a chat template, or too little memory.
     """
 
-    def __init__(self, path: Path, sequences: int, context: int, cache: Literal["F16", "F32"] = "F16") -> None:
+    def __init__(self, path: Path, sequences: int, context: int, cache: Literal["F16", "F32"] = "F16", name: str = "") -> None:
         info = open_gguf(path)
-        self.name = path.name
+        self.name = name or path.name
         cells = (sequences + 1) * _padded(context)
         needed = info.bytes + cells * info.cache_bytes_per_token * (2 if cache == "F32" else 1)
         require_memory(needed, f"run {path.name} with {sequences} sequences")

@@ -44,23 +44,24 @@ def open_teacher(recipe: Recipe, dialogues: int) -> Teacher:
         url, _, served = name.partition("#")
         return Server(url, served, settings.sequences)
     model = find_model(name)
-    path = model.path
-    if settings.format or not model.is_gguf:
-        path = gguf_file(model, settings.format or "F16")
-        _compare(model.path if model.is_gguf else gguf_file(model, "Q8_0"), path)
+    path, format_name = model.path, settings.format
+    if format_name or not model.is_gguf:
+        format_name = format_name or "F16"
+        path = gguf_file(model, format_name)
+        _compare(f"{model.name} in {format_name}", model.path if model.is_gguf else gguf_file(model, "Q8_0"), path)
     context = recipe.dialogues.turns * (settings.max_tokens + 100) + 200
-    return Llama(path, min(settings.sequences, dialogues), context)
+    return Llama(path, min(settings.sequences, dialogues), context, name=f"{model.name} {format_name}".strip())
 
 
-def _compare(shipped: Path, converted: Path) -> None:
+def _compare(name: str, shipped: Path, converted: Path) -> None:
     """Print what the conversion costs in quality; measured once, and kept beside the converted file."""
     kept = converted.with_suffix(".json")
     if not kept.exists():
-        note(f"Measuring {converted.name} against {shipped.name}, once")
+        note(f"synthesize: measuring {name} against {shipped.name}, once")
         write_json(kept, {"before": _quality(shipped), "after": _quality(converted)})
     found = json.loads(kept.read_text(encoding="utf-8"))
     sides = [f"{found[side]['perplexity']:.2f} and {found[side]['accepted']:.0%}" for side in ("before", "after")]
-    note(f"synthesize: {converted.name}: perplexity and good first answers {sides[1]}, before the conversion {sides[0]}")
+    note(f"synthesize: {name}: perplexity and good first answers {sides[1]}, before the conversion {sides[0]}")
 
 
 def _quality(path: Path) -> dict[str, Any]:

@@ -83,9 +83,10 @@ class Synthesis:
         teacher.run(map(self._dialogue, first))
         followed = {pair.name for pair in first if pair.way == "sampled" and self.accepted(pair)}
         teacher.run(self._dialogue(pair) for pair in later if pair.name in followed)
-        for name in sorted({p.name for p in pairs if p.way == "sampled"} - followed):
-            note(f"synthesize: the teacher never followed {name!r}: given up after {min(nth[name], _PILOTS)} dialogues. "
-                 "Word it otherwise, take it out of the pool, or take a larger teacher.")  # fmt: skip
+        vain = [f"{name} ({min(n, _PILOTS)})" for name, n in sorted(nth.items()) if n and name not in followed]
+        if vain:
+            note(f"synthesize: given up after so many dialogues, because no sampled answer obeyed and was a good one: "
+                 f"{'; '.join(vain)}. Raise edited_share or candidates, take others, or a larger teacher.")  # fmt: skip
 
     def _dialogue(self, pair: Paired) -> Task:
         """Answer one dialogue turn by turn; it is cut short at a turn that no candidate answers well."""
