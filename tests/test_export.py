@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import Gatt
 
-from pipeline.backends.hub import find_model, hugging_face_folder
+from pipeline.backends.convert import hugging_face_folder
+from pipeline.backends.hub import find_model
 from pipeline.backends.llama import Llama
 from pipeline.errors import GattError
 from pipeline.gguf.checkpoint import CheckpointBase
