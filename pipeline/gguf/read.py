@@ -50,6 +50,8 @@ def open_gguf(path: Path) -> GgufInfo:
     try:
         reader = gguf.GGUFReader(path)
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+    except MemoryError:
+        raise
     except Exception as error:  # the reader raises ValueError, IndexError, KeyError or UnicodeDecodeError on damage
         raise GattError(f"{path} is a damaged GGUF file, perhaps cut short ({error}). Download or export it again.") from error
     size = path.stat().st_size
