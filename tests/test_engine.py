@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,14 +54,26 @@ def test_greedy_answers_are_those_of_llama_cpp_alone(base: Path, tmp_path: Path)
     questions = [d.turns[0] for d in load_dialogues("seed")[:50]]
     together, alone = (_greedy(model, questions, sequences) for sequences in (32, 1))
     kind = llama_cpp.GGML_TYPE_F32
-    peer = llama_cpp.Llama(str(model), n_ctx=512, type_k=kind, type_v=kind, flash_attn=True, verbose=False)
+    peer = llama_cpp.Llama(str(model), n_ctx=512, type_k=kind, type_v=kind, flash_attn=True, logits_all=True, verbose=False)
     with Llama(model, 1, 256, "F32") as llama:
         prompts = [llama.tokenize(llama.template.render(({"role": "user", "content": q},))) for q in questions]
     theirs = [
         peer.create_completion(p, max_tokens=24, temperature=0, repeat_penalty=1.0)["choices"][0]["text"] for p in prompts
     ]
     assert together == alone
-    assert alone == theirs
+    apart = [_gap(peer, p, ours, said) for p, ours, said in zip(prompts, alone, theirs, strict=True) if ours != said]
+    assert len(apart) <= 5
+    assert all(gap < 0.01 for gap in apart)  # a tie but for rounding: llama.cpp alone sums a long prompt in another order
+
+
+def _gap(peer: Any, prompt: list[int], ours: str, theirs: str) -> float:
+    """How far apart the logits of the two answers' first different tokens are."""
+    one, other = (peer.tokenize(text.encode(), add_bos=False) for text in (ours, theirs))
+    same = next(n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    peer.reset()
+    peer.eval([*prompt, *one[:same]])
+    logits = peer.scores[len(prompt) + same - 1]
+    return abs(float(logits[one[same]] - logits[other[same]]))
 
 
 def _greedy(model: Path, questions: list[str], sequences: int) -> list[str]:
