@@ -53,6 +53,9 @@ def test_lists_are_read_from_whatever_form_they_come_in() -> None:
     assert masked("Ada Lovelace", "Lovelace's notes made Ada famous.") == "___'s notes made Ada famous."
     assert known("persona", "Ada Lovelace", "It is Lovelace!")
     assert not known("persona", "Ada Lovelace", "It is Gandhi.")
+    assert not known("persona", "King Charles I", "I do not know.")
+    assert known("language", "French", "Il fait beau aujourd'hui et le soleil brille.")
+    assert not known("language", "Danish", "Vejret er godt i dag.")  # not among the languages that are told apart
 
 
 def test_an_answer_off_the_topic_touches_nothing() -> None:

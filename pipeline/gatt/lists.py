@@ -9,9 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pipeline.gatt.kinds import obeys
+from pipeline.gatt.language import LANGUAGES, language_of
 from pipeline.gatt.text import words
-from pipeline.records import Constraint
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,9 @@ def masked(item: str, text: str) -> str:
 
 
 def known(kind: str, item: str, answer: str) -> bool:
-    """Whether the teacher's last answer shows that it knows the item: it names it, or (a language) is written in it."""
+    """Whether the teacher's last answer shows that it knows the item: it says the longest word of its name, or is written
+    in it, if it is a language that can be told from others.
+    """
     if kind == "language":
-        return obeys((Constraint(kind, item),), answer)
-    return item.split()[-1].lower() in words(answer)
+        return item in LANGUAGES and language_of(answer) == item
+    return max(item.split(), key=len).lower() in words(answer)
