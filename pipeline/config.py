@@ -83,8 +83,9 @@ class Synthesize(Section):
     """An edited answer is cut after so many sentences."""
     temperature: float = Field(default=0.8, ge=0)
     """Of the sampling, with top-k 40, min-p 0.05 and DRY against repeating earlier answers."""
-    sequences: int = Field(default=24, ge=1)
-    """Dialogues that are generated side by side; on a CPU the answers do not depend on it."""
+    sequences: int = Field(default=0, ge=0)
+    """Dialogues that are generated side by side; 0 is what the machine allows (with a server: 24). On a CPU the answers do
+    not depend on it."""
 
 
 class Train(Section):
@@ -124,8 +125,8 @@ class Evaluate(Section):
     """Longest reply, in tokens."""
     temperature: float = Field(default=0.7, ge=0)
     """Of the sampling, the same for all arms."""
-    sequences: int = Field(default=24, ge=1)
-    """Dialogues that are evaluated side by side."""
+    sequences: int = Field(default=0, ge=0)
+    """Dialogues that are evaluated side by side; 0 is what the machine allows."""
 
 
 class Recipe(Section):

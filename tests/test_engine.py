@@ -38,6 +38,18 @@ def test_answers_do_not_depend_on_what_runs_beside_them(format_name: str) -> Non
     assert alone == together
 
 
+def test_an_error_in_a_dialogue_ends_the_run_and_the_engine_goes_on(base: Path) -> None:
+    def talk(broken: bool) -> Task:
+        yield Request(({"role": "user", "content": "Say hello."},), 1, 200)
+        if broken:
+            raise ValueError("the disk is full")
+
+    with Llama(base, 4, 512) as llama:
+        with pytest.raises(ValueError, match="disk is full"):
+            llama.run(talk(n == 0) for n in range(400))
+        assert llama.complete(Request(({"role": "user", "content": "Say hello."},), 1, 8)).tokens > 0
+
+
 def test_a_full_context_is_said_and_not_cut(base: Path) -> None:
     with Llama(base, 1, 256) as llama:
         said = llama.complete(Request(({"role": "user", "content": "word " * 300},), 1, 16))
@@ -55,7 +67,7 @@ def test_greedy_answers_are_those_of_llama_cpp_alone(base: Path, tmp_path: Path)
     together, alone = (_greedy(model, questions, sequences) for sequences in (32, 1))
     kind = llama_cpp.GGML_TYPE_F32
     peer = llama_cpp.Llama(str(model), n_ctx=512, type_k=kind, type_v=kind, flash_attn=True, logits_all=True, verbose=False)
-    with Llama(model, 1, 256, "F32") as llama:
+    with Llama(model, 1, 256, cache="F32") as llama:
         prompts = [llama.tokenize(llama.template.render(({"role": "user", "content": q},))) for q in questions]
     theirs = [
         peer.create_completion(p, max_tokens=24, temperature=0, repeat_penalty=1.0)["choices"][0]["text"] for p in prompts
@@ -82,6 +94,6 @@ def _greedy(model: Path, questions: list[str], sequences: int) -> list[str]:
     def ask(question: str) -> Task:
         got[question] = (yield Request(({"role": "user", "content": question},), 1, 24, temperature=0)).text
 
-    with Llama(model, sequences, 256, "F32") as llama:
+    with Llama(model, sequences, 256, cache="F32") as llama:
         llama.run(map(ask, questions))
     return [got[question] for question in questions]

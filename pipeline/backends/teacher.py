@@ -18,6 +18,9 @@ from pipeline.files import write_json
 from pipeline.gatt.text import first_sentences, flaw, has_sentences
 from pipeline.records import Message, Request, Task
 
+_CONCURRENCY = 24
+"""Requests in flight to a server, where the recipe does not say."""
+
 
 class Teacher(Protocol):
     """Something that drives many dialogues side by side."""
@@ -42,7 +45,7 @@ def open_teacher(recipe: Recipe, dialogues: int) -> Teacher:
     name = settings.teacher or recipe.model
     if name.startswith(("http://", "https://")):
         url, _, served = name.partition("#")
-        return Server(url, served, settings.sequences)
+        return Server(url, served, settings.sequences or _CONCURRENCY)
     model = find_model(name)
     path, format_name = model.path, settings.format
     if format_name or not model.is_gguf:
@@ -50,7 +53,7 @@ def open_teacher(recipe: Recipe, dialogues: int) -> Teacher:
         path = gguf_file(model, format_name)
         _compare(f"{model.name} in {format_name}", model.path if model.is_gguf else gguf_file(model, "Q8_0"), path)
     context = recipe.dialogues.turns * (settings.max_tokens + 100) + 200
-    return Llama(path, min(settings.sequences, dialogues), context, name=f"{model.name} {format_name}".strip())
+    return Llama(path, dialogues, context, settings.sequences, name=f"{model.name} {format_name}".strip())
 
 
 def _compare(name: str, shipped: Path, converted: Path) -> None:
@@ -74,7 +77,7 @@ def _quality(path: Path) -> dict[str, Any]:
         said = yield Request((message,), 1, 80, enough=lambda text: has_sentences(text, 1))
         answers.append(first_sentences(said.text, 1))
 
-    with Llama(path, 24, 512) as llama:
+    with Llama(path, len(dialogues), 512) as llama:
         llama.run(ask(d.turns[0]) for d in dialogues)
         perplexity = llama.perplexity([" ".join(d.turns) for d in dialogues[:4]])
     good = sum(not flaw(answer, (), finished=True) for answer in answers)

@@ -89,10 +89,15 @@ def flaw(text: str, earlier: Sequence[str], demanded: str = "", finished: bool =
     return ""
 
 
-def _loops(said: list[str]) -> bool:
-    """A run of three words that comes four times, or fewer than a third of the words different."""
+def stuck(said: Sequence[str]) -> bool:
+    """Whether a run of three words comes four times: a loop, whatever may follow."""
     triples = Counter(zip(said, said[1:], said[2:], strict=False))
-    return max(triples.values(), default=0) >= 4 or (len(said) >= 12 and len(set(said)) < len(said) / 3)
+    return max(triples.values(), default=0) >= 4
+
+
+def _loops(said: list[str]) -> bool:
+    """Stuck, or fewer than a third of the words different."""
+    return stuck(said) or (len(said) >= 12 and len(set(said)) < len(said) / 3)
 
 
 def _overlap(one: list[str], other: list[str]) -> float:

@@ -35,7 +35,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
             for arm in ARMS:
                 chosen = recipe.export.formats[0]
                 path = rundir.tuned(chosen) if arm == "tuned" else gguf_file(find_model(recipe.model), chosen)
-                with Llama(path, min(settings.sequences, len(pairs)), context) as llama:
+                with Llama(path, len(pairs), context, settings.sequences) as llama:
                     llama.run(_dialogue(arm, pair, recipe, replies, log, bar) for pair in pairs)
     # Not in the order of the log, which an interrupted run leaves otherwise.
     write_json(rundir.scores, scores(sorted(replies.values(), key=lambda r: (ARMS.index(r.arm), r.turn)), pairs))

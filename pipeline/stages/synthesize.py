@@ -20,9 +20,9 @@ from pipeline.console import Progress, note, out, progress
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, write_json, write_jsonl, write_text
 from pipeline.gatt.kinds import edit, hopeless, kind_of, obeys
-from pipeline.gatt.text import first_sentences, flaw, has_sentences, touches, words
+from pipeline.gatt.text import first_sentences, flaw, has_sentences, stuck, touches, words
 from pipeline.pairs import Paired, read_pairs
-from pipeline.records import Answer, Completion, Request, Task
+from pipeline.records import Answer, Completion, Constraint, Request, Task
 from pipeline.rundir import RunDir
 
 ACCEPTED = "accepted"
@@ -97,7 +97,7 @@ class Synthesis:
             # An edited answer goes on from the teacher's own words, a sampled one from the words that were accepted.
             history = [a.text if pair.way == "sampled" else a.raw for a in accepted]
             messages = pair.ask_teacher(history, self._recipe.dialogues.system)
-            sampled, plain = partial(hopeless, constraints), partial(has_sentences, count=settings.sentences)
+            sampled, plain = partial(_in_vain, constraints), partial(has_sentences, count=settings.sentences)
             for candidate in range(settings.candidates):
                 key = (pair.dialogue.id, turn, candidate)
                 if key not in self.answers:
@@ -148,6 +148,11 @@ class Synthesis:
         return [self.answers[key] for key in keys if key in self.answers]
 
 
+def _in_vain(constraints: tuple[Constraint, ...], text: str) -> bool:
+    """Whether a candidate that begins so will be rejected, whatever follows."""
+    return hopeless(constraints, text) or stuck(words(text)[:-1])  # the last word may not be whole
+
+
 def _judge(
     pair: Paired, turn: int, candidate: int, completion: Completion, accepted: list[Answer], sentences: int
 ) -> Answer:
@@ -160,7 +165,7 @@ def _judge(
     verdict = ACCEPTED
     if completion.finish == "context":
         verdict = "context"
-    elif completion.finish == "enough" and pair.way == "sampled":
+    elif pair.way == "sampled" and completion.finish == "enough" and not stuck(words(raw)):
         verdict = "disobeys"
     elif reason := flaw(raw, [a.raw for a in accepted], pair.demanded, finished=pair.way != "sampled"):
         verdict = reason

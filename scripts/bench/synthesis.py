@@ -4,7 +4,7 @@ answers: accepted answers a second of the demo's recipe, and of the same with sa
 a loop over llama-cpp-python's `create_chat_completion` on the embedded file as shipped, which drives the very same dialogues:
 prompts, checks, gate and budget of candidates.
 tokens: generated tokens a second, against llama_decode alone in the same format: as many prompt and answer tokens, in
-lockstep, in batches as large, with no sampling, text or gate. Beside it, Python's share of the engine's time.
+lockstep, in batches of 24, all cores as its threads, with no sampling, text or gate. Beside it, Python's share of the time.
 memory: resident memory after 1,000 dialogues, against that after 100.
 """
 
@@ -15,6 +15,7 @@ import json
 import os
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -36,7 +37,7 @@ from pipeline.rundir import RunDir
 from pipeline.stages import instructions
 from pipeline.stages.synthesize import Synthesis
 
-CONTEXT, TURNS = 1280, 5
+CONTEXT, TURNS, SEQUENCES = 1280, 5, 24
 MODEL = find_model("smollm2-135m")
 
 
@@ -103,7 +104,7 @@ def synthesize(teacher: Any, recipe: Recipe, pairs: list[Paired]) -> Measured:
             teacher.run(map(counted.watch, tasks))
 
     with tempfile.TemporaryDirectory() as folder, JsonlLog(Path(folder) / "answers.jsonl") as log:
-        synthesis = Synthesis(recipe, log, Progress("", 10**9))
+        synthesis = Synthesis(recipe, log, Progress("bench", sum(len(p.dialogue.turns) for p in pairs)))
         start = time.perf_counter()
         synthesis.answer(Watched(), pairs)  # type: ignore[arg-type]
         seconds = time.perf_counter() - start
@@ -165,10 +166,11 @@ def bare(path: Path, sequences: int, ours: Measured) -> float:
 
 
 class Timed:
-    """llama_cpp with the time that its calls take."""
+    """llama_cpp with the time that its calls take, and the time from each thread's first call to its last."""
 
     def __init__(self) -> None:
-        self.seconds = 0.0
+        self._calls: dict[int, float] = {}
+        self._spans: dict[int, tuple[float, float]] = {}
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(llama_cpp, name)
@@ -178,23 +180,33 @@ class Timed:
         def call(*arguments: Any) -> Any:
             start = time.perf_counter()
             result = found(*arguments)
-            self.seconds += time.perf_counter() - start
+            end = time.perf_counter()
+            thread = threading.get_ident()
+            self._calls[thread] = self._calls.get(thread, 0.0) + end - start
+            self._spans[thread] = (self._spans.get(thread, (start, end))[0], end)
             return result
 
         return call
+
+    @property
+    def share(self) -> float:
+        """The share of the threads' time that was spent in the calls."""
+        return sum(self._calls.values()) / sum(end - start for start, end in self._spans.values())
 
 
 def python_share(path: Path, recipe: Recipe, pairs: list[Paired]) -> float:
     """The share of the engine's time that is spent outside llama.cpp's decoding, sampling and tokenizing."""
     timed = Timed()
-    with Llama(path, recipe.synthesize.sequences, CONTEXT) as llama:
-        llama._api = timed
-        seconds = synthesize(llama, recipe, pairs).seconds
-        llama._api = llama_cpp
-    return 1 - timed.seconds / seconds
+    with Llama(path, len(pairs), CONTEXT) as llama:
+        parts = [llama._weights, *llama._workers]
+        vars(parts[0])["api"] = timed
+        for worker in parts[1:]:
+            vars(worker)["_api"] = timed
+        synthesize(llama, recipe, pairs)
+    return 1 - timed.share
 
 
-def growth(path: Path, sequences: int, dialogues: int) -> float:
+def growth(path: Path, dialogues: int) -> float:
     """Resident memory after `dialogues` short dialogues, against that after a tenth of them."""
     turns = [turn for d in load_dialogues("seed") for turn in d.turns][:dialogues]
 
@@ -202,7 +214,7 @@ def growth(path: Path, sequences: int, dialogues: int) -> float:
         yield Request(({"role": "user", "content": turns[seed]},), seed, 12)
 
     memory = psutil.Process().memory_info
-    with Llama(path, sequences, 512) as llama:
+    with Llama(path, dialogues, 512) as llama:
         llama.run(map(talk, range(dialogues // 10)))
         early = memory().rss
         llama.run(map(talk, range(dialogues // 10, dialogues)))
@@ -220,7 +232,7 @@ def main() -> None:
     ways = {"answers_demo": paired(0.9, dialogues), "answers_sampled": paired(0.0, dialogues)}
     for _ in range(rounds):
         for name, (recipe, pairs) in ways.items():
-            with Llama(path, min(recipe.synthesize.sequences, dialogues), CONTEXT) as llama:
+            with Llama(path, dialogues, CONTEXT) as llama:
                 ours = synthesize(llama, recipe, pairs)
             theirs = synthesize(Loop(), recipe, pairs)
             rates = [m.accepted / m.seconds for m in (ours, theirs)]
@@ -228,12 +240,12 @@ def main() -> None:
             print(f"{name}: ours {rates[0]:.2f} accepted/s ({ours.accepted} of {ours.answers}), loop {rates[1]:.2f} "
                   f"({theirs.accepted} of {theirs.answers}), ratio {ratios[name][-1]:.2f}", flush=True)  # fmt: skip
             if name == "answers_demo":
-                bound = bare(path, min(recipe.synthesize.sequences, dialogues), ours)
+                bound = bare(path, SEQUENCES, ours)
                 ratios["tokens"].append(ours.tokens / ours.seconds / bound)
                 print(f"tokens/s: ours {ours.tokens / ours.seconds:.0f}, llama_decode {bound:.0f}", flush=True)
     medians = {name: statistics.median(values) for name, values in ratios.items()}
     share = python_share(path, *ways["answers_demo"])
-    memory = growth(path, 24, 100 if quick else 1000)
+    memory = growth(path, 100 if quick else 1000)
     figures = {
         "answers_demo_against_loop": {"value": medians["answers_demo"], "bar": 6, "holds": medians["answers_demo"] >= 6},
         "answers_sampled_against_loop": {"value": medians["answers_sampled"], "bar": 6, "holds": medians["answers_sampled"] >= 6},
