@@ -31,7 +31,7 @@ def folder(base: Path) -> Path:
 @pytest.fixture(scope="module")
 def converted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("converted") / "f16.gguf"
-    merge(folder, None, target)
+    merge(folder, None, {"F16": target})
     return target
 
 
@@ -103,7 +103,7 @@ def test_llama_cpp_says_what_transformers_says(tiny_llama: Path, tmp_path: Path)
 
     network = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
-    merge(tiny_llama, None, tmp_path / "tiny.gguf")
+    merge(tiny_llama, None, {"F16": tmp_path / "tiny.gguf"})
     question = {"role": "user", "content": "It's 2,026 and I'll pay €35.50! " * 3}
     with Llama(tmp_path / "tiny.gguf", 1, 256) as llama:
         said = llama.complete(Request((question,), 1, 24, temperature=0))
@@ -121,17 +121,17 @@ def test_what_cannot_be_written_is_named(tiny_llama: Path, tmp_path: Path) -> No
     config = json.loads((tiny_llama / "config.json").read_text())
     for name, change, said in (
         ("family", {"architectures": ["GPTNeoXForCausalLM"]}, "GPTNeoXForCausalLM"),
-        ("rope", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "'yarn'"),
+        ("rope", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "'dynamic'"),
     ):
         shutil.copytree(tiny_llama, tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(GattError, match=said):
-            merge(tmp_path / name, None, tmp_path / "out.gguf")
+            merge(tmp_path / name, None, {"F16": tmp_path / "out.gguf"})
     shutil.copytree(tiny_llama, tmp_path / "short")
     shard = next((tmp_path / "short").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(GattError, match="cut short"):
-        merge(tmp_path / "short", None, tmp_path / "out.gguf")
+        merge(tmp_path / "short", None, {"F16": tmp_path / "out.gguf"})
     assert not (tmp_path / "out.gguf").exists()
 
 

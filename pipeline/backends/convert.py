@@ -14,12 +14,12 @@ import platformdirs
 from pipeline.backends.hub import Model
 from pipeline.backends.llama import quantize
 from pipeline.files import sha256, whole_file, write_json
-from pipeline.gguf.merge import merge
+from pipeline.gguf.merge import DIRECT, merge
 from pipeline.gguf.read import open_gguf
 from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 from pipeline.machine import require_disk
 
-_CONVERSION = 3
+_CONVERSION = 4
 """Part of the name of whatever is converted: raised with every change of the conversion."""
 
 
@@ -46,14 +46,21 @@ def gguf_file(model: Model, format_name: str) -> Path:
 
 
 def write_formats(model: Model, adapter: Path | None, targets: dict[str, Path]) -> None:
-    """Merge `adapter` (or none) into the base once, and write each format to its file."""
-    full = next(iter(targets.values())).with_suffix(".F16")
+    """Merge `adapter` (or none) into the base once, and write each format to its file.
+
+    What is no format of `DIRECT` is made by llama.cpp from an F16 file, which is removed unless it was asked for.
+    """
+    direct = {name: target for name, target in targets.items() if name in DIRECT}
+    others = {name: target for name, target in targets.items() if name not in DIRECT}
+    kept = direct.get("F16")
+    full = kept or next(iter(targets.values())).with_suffix(".F16")
     try:
-        merge(model.path, adapter, full)
-        for format_name, target in targets.items():
+        merge(model.path, adapter, {**direct, "F16": full} if others else direct)
+        for format_name, target in others.items():
             quantize(full, target, format_name)
     finally:
-        full.unlink(missing_ok=True)
+        if not kept:
+            full.unlink(missing_ok=True)
 
 
 def hugging_face_folder(model: Model) -> Path:

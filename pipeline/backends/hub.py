@@ -82,9 +82,10 @@ def _download(name: str, repository: str) -> Model:
     import huggingface_hub
 
     try:
-        folder = huggingface_hub.snapshot_download(repository, allow_patterns=["*.json", "*.jinja"])
+        small = ["*.json", "*.jinja", "tokenizer.model"]
+        folder = huggingface_hub.snapshot_download(repository, allow_patterns=small)
         CheckpointBase(Path(folder))  # gigabytes of weights are fetched only for a model that can be exported
-        huggingface_hub.snapshot_download(repository, allow_patterns=["*.json", "*.jinja", "model*.safetensors"])
+        huggingface_hub.snapshot_download(repository, allow_patterns=[*small, "model*.safetensors"])
     except GattError:
         raise
     except Exception as error:  # network, authentication and 404 are many classes of several libraries

@@ -14,13 +14,14 @@ from __future__ import annotations
 import codecs
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from pipeline.backends.weights import CacheType, Weights
+from pipeline.gguf.base import Array
 from pipeline.records import Completion, Request, Task
 
 _CHUNK = 63
@@ -115,25 +116,24 @@ class Worker:
                 self._leave(sequence, busy)
         queue.leave()
 
+    def logits(self, tokens: Sequence[int]) -> Iterator[Array]:
+        """For each of the tokens, the logits (vocabulary) of what follows it, float32; no dialogue may be running."""
+        self._forget(self._sequences[0])
+        for start in range(0, len(tokens), _CHUNK):
+            chunk = range(start, min(start + _CHUNK, len(tokens)))
+            self._feed([(0, at, tokens[at], True) for at in chunk])
+            for row in range(len(chunk)):
+                found = self._api.llama_get_logits_ith(self._context, row)
+                yield np.ctypeslib.as_array(found, (self._weights.vocabulary,)).copy()
+        self._forget(self._sequences[0])
+
     def perplexity(self, texts: Iterable[str]) -> float:
         """exp of the mean negative log-likelihood of the texts' tokens, each but the first given those before it."""
         losses: list[float] = []
         for text in texts:
             tokens = self._weights.tokenize(text)[: self._room]
-            self._forget(self._sequences[0])
-            for start in range(0, len(tokens) - 1, _CHUNK):
-                chunk = range(start, min(start + _CHUNK, len(tokens) - 1))
-                self._feed([(0, at, tokens[at], True) for at in chunk])
-                losses += [self._loss(row, tokens[at + 1]) for row, at in enumerate(chunk)]
-            self._forget(self._sequences[0])
+            losses += [_loss(row, token) for row, token in zip(self.logits(tokens[:-1]), tokens[1:], strict=True)]
         return math.exp(sum(losses) / len(losses))
-
-    def _loss(self, row: int, token: int) -> float:
-        """The negative log-likelihood of `token` by the logits of a row of the last batch."""
-        found = self._api.llama_get_logits_ith(self._context, row)
-        logits = np.ctypeslib.as_array(found, (self._weights.vocabulary,)).astype(np.float64)
-        peak = float(logits.max())
-        return math.log(float(np.exp(logits - peak).sum())) + peak - float(logits[token])
 
     def _use(self, threads: int) -> None:
         if threads != self._threads:
@@ -267,6 +267,13 @@ class Worker:
         if sequence.sampler:
             self._api.llama_sampler_free(sequence.sampler)
             sequence.sampler = None
+
+
+def _loss(logits: Array, token: int) -> float:
+    """The negative log-likelihood of a token."""
+    exact = logits.astype(np.float64)
+    peak = float(exact.max())
+    return math.log(float(np.exp(exact - peak).sum())) + peak - float(exact[token])
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -22,21 +22,17 @@ class Tensor:
 
 
 class Base(Protocol):
-    """A base model of a known architecture."""
+    """A base model of a known architecture; `interleaved`: the rows of q and k stand in llama.cpp's rotary order."""
 
     name: str
     architecture: str
     layers: int
     heads: int
     key_heads: int
+    interleaved: bool
 
     def write_fields(self, writer: Any) -> None:
         """Every key of the GGUF but its architecture and file type."""
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight, once."""
-
-
-def permute(rows: Array, heads: int) -> Array:
-    """Reorder the rows of a q or k matrix from halves (Hugging Face) to interleaved pairs (llama.cpp's rotary order)."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)

@@ -1,14 +1,12 @@
-"""Base model (GGUF or Hugging Face folder) plus LoRA adapter → F16 GGUF, one tensor in memory at a time.
+"""Base model (GGUF or Hugging Face folder) plus LoRA adapter → GGUF, one tensor in memory at a time.
 
-The sum `W + alpha / rank * B @ A` is taken in float32 and rounded once. Only the llama architecture for now.
+The sum `W + scale * B @ A` is taken in float32 and rounded once, to the type that is stored.
 """
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,29 +15,21 @@ import numpy as np
 
 from pipeline.errors import GattError
 from pipeline.files import whole_file
-from pipeline.gguf.base import Array, Base, Tensor, permute
+from pipeline.gguf.adapter import Delta, read_adapter
+from pipeline.gguf.base import Array, Base, Tensor
 from pipeline.gguf.checkpoint import CheckpointBase
+from pipeline.gguf.families import FAMILIES
 from pipeline.gguf.read import open_gguf
 
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What an adapter adds to one matrix: `scale * b @ a`, with `a` (rank, inputs) and `b` (outputs, rank)."""
-
-    a: Array
-    b: Array
-    scale: float
-
-    def matrix(self) -> Array:
-        """The change, (outputs, inputs), float32."""
-        return np.float32(self.scale) * (self.b @ self.a)
+DIRECT = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
+"""The formats that are written in one pass, and their names as file types; llama.cpp makes all others from one of these."""
 
 
 def open_base(path: Path) -> Base:
     """The base in a GGUF file or in a Hugging Face folder.
 
     Raises:
-        GattError: broken, or of an architecture other than llama.
+        GattError: broken, or of an architecture that is not known here.
     """
     return CheckpointBase(path) if path.is_dir() else GgufBase(path)
 
@@ -50,10 +40,13 @@ class GgufBase:
     def __init__(self, path: Path) -> None:
         self._info = info = open_gguf(path)
         self.name, self.architecture, self.layers = path.name, info.architecture, info.layers
-        if info.architecture != "llama":
-            raise GattError(f"{path.name} is of architecture {info.architecture!r}; this version can export 'llama' only.")
-        self.heads = int(info.field("llama.attention.head_count"))
-        self.key_heads = int(info.field("llama.attention.head_count_kv", self.heads))
+        family = next((f for f in FAMILIES.values() if f.architecture == info.architecture), None)
+        if family is None:
+            known = ", ".join(sorted({f.architecture for f in FAMILIES.values()}))
+            raise GattError(f"{path.name} is of architecture {info.architecture!r}; this version can export {known}.")
+        self.interleaved = family.interleaved
+        self.heads = int(info.field(f"{info.architecture}.attention.head_count"))
+        self.key_heads = int(info.field(f"{info.architecture}.attention.head_count_kv", self.heads))
 
     def write_fields(self, writer: Any) -> None:
         """Copy them."""
@@ -74,79 +67,76 @@ class GgufBase:
             yield Tensor(tensor.name, shape, partial(gguf.quants.dequantize, tensor.data, tensor.tensor_type))
 
 
-def merge(source: Path, adapter: Path | None, target: Path) -> None:
-    """Write `source` with `adapter` (a PEFT folder, or None) to `target` as F16; norms and other vectors stay F32.
+def merge(source: Path, adapter: Path | None, targets: dict[str, Path]) -> None:
+    """Write `source` with `adapter` (a PEFT folder, or None) to one file for each format of `DIRECT`, in one pass.
 
     Raises:
-        GattError: another architecture than llama, or an adapter that does not fit the base.
+        GattError: an architecture that is not known here, weights that are no numbers, or an adapter of another base.
     """
-    import gguf
-
     base = open_base(source)
     deltas = read_adapter(adapter, base) if adapter else {}
     tensors = list(base.tensors())
     unknown = deltas.keys() - {t.name for t in tensors}
     if unknown:
         raise GattError(f"The adapter changes {sorted(unknown)[0]}, which {base.name} does not have: it is of another base.")
-    with whole_file(target) as draft:
-        writer = gguf.GGUFWriter(draft, base.architecture)
-        base.write_fields(writer)
-        writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    with ExitStack() as stack:
+        drafts = {name: stack.enter_context(whole_file(target)) for name, target in targets.items()}
+        writers = {name: _begin(base, tensors, draft, name) for name, draft in drafts.items()}
         for tensor in tensors:
-            dtype = _stored(tensor)
-            writer.add_tensor_info(tensor.name, tensor.shape, dtype, math.prod(tensor.shape) * dtype.itemsize)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for tensor in tensors:
-            weights = tensor.load()
-            if tensor.name in deltas:
-                weights = weights + _fitting(deltas[tensor.name], weights, tensor.name)
-            writer.write_tensor_data(weights.astype(_stored(tensor)))
-        writer.close()
+            weights = _sum(tensor, deltas.get(tensor.name))
+            for name, writer in writers.items():
+                writer.write_tensor_data(_rounded(weights, _stored(tensor, name)))
+        for writer in writers.values():
+            writer.close()
 
 
-def _stored(tensor: Tensor) -> np.dtype[Any]:
-    """Matrices as F16, vectors as F32."""
-    return np.dtype(np.float16 if len(tensor.shape) > 1 else np.float32)
+def _begin(base: Base, tensors: list[Tensor], draft: Path, format_name: str) -> Any:
+    """A GGUF with its keys and the list of its tensors, whose data come next."""
+    import gguf
+
+    writer = gguf.GGUFWriter(draft, base.architecture)
+    for tensor in tensors:
+        kind = _stored(tensor, format_name)
+        shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, kind)
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
+    base.write_fields(writer)
+    writer.add_file_type(gguf.LlamaFileType[DIRECT[format_name]])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return writer
 
 
-def _fitting(delta: Delta, weights: Array, name: str) -> Array:
+def _stored(tensor: Tensor, format_name: str) -> Any:
+    """The type that llama.cpp's converter gives a tensor: vectors, norms and routers stay F32."""
+    import gguf
+
+    small = len(tensor.shape) < 2 or tensor.name.endswith("_norm.weight") or ".ffn_gate_inp." in tensor.name
+    if small or not tensor.name.endswith(".weight"):
+        return gguf.GGMLQuantizationType.F32
+    if format_name == "Q8_0" and tensor.shape[-1] % 32:
+        return gguf.GGMLQuantizationType.F16
+    return gguf.GGMLQuantizationType[format_name]
+
+
+def _rounded(weights: Array, kind: Any) -> Any:
+    """The bytes of a tensor in its stored type."""
+    import gguf
+
+    stored = gguf.quants.quantize(weights, kind)
+    return np.ascontiguousarray(stored).view(np.uint8)
+
+
+def _sum(tensor: Tensor, delta: Delta | None) -> Array:
+    """The weights with what the adapter adds."""
+    weights = tensor.load()
+    if not np.isfinite(weights).all():
+        raise GattError(f"{tensor.name} of the base holds NaN or infinity. Download the model again.")
+    if delta is None:
+        return weights
     change = delta.matrix()
     if change.shape != weights.shape:
-        raise GattError(f"{name}: the adapter is for {change.shape}, the base has {weights.shape}: it is of another base.")
+        raise GattError(f"{tensor.name}: the adapter is for {change.shape}, the base has {weights.shape}: it is of another base.")
     if not np.isfinite(change).all():
-        raise GattError(f"{name}: the adapter holds NaN or infinity. Train again with a lower train.learning_rate.")
-    return change
-
-
-def read_adapter(folder: Path, base: Base) -> dict[str, Delta]:
-    """A PEFT LoRA adapter by GGUF tensor name; the rows of q and k are permuted as llama.cpp stores them.
-
-    Raises:
-        GattError: no adapter there, or a matrix that has no place in a llama GGUF.
-    """
-    import gguf
-    from safetensors.numpy import load_file
-
-    try:
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except OSError as error:
-        raise GattError(f"No adapter in {folder} ({error}). `gatt train` writes one.") from error
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, base.layers)
-    deltas = {}
-    for key, a in tensors.items():
-        if not key.endswith(".lora_A.weight"):
-            continue
-        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        name = names.get_name(module)
-        if name is None:
-            raise GattError(f"The adapter changes {module}, which has no place in a llama GGUF.")
-        b = tensors[key.replace("lora_A", "lora_B")].astype(np.float32)
-        if name.endswith("attn_q"):
-            b = permute(b, base.heads)
-        elif name.endswith("attn_k"):
-            b = permute(b, base.key_heads)
-        deltas[f"{name}.weight"] = Delta(a.astype(np.float32), b, settings["lora_alpha"] / settings["r"])
-    return deltas
+        raise GattError(f"{tensor.name}: the adapter holds NaN or infinity. Train again with a lower train.learning_rate.")
+    return weights + change

@@ -1,0 +1,267 @@
+"""Every family of models becomes the very file that llama.cpp's own converter writes: keys, types and bytes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+import pytest
+
+from pipeline.gguf.adapter import write_adapter
+from pipeline.gguf.merge import merge, open_base
+from pipeline.gguf.vocabulary import PRE_TOKENIZERS
+
+_TEXTS = ["It's 2,026 and I'll pay €35.50!", "naïve  café\n\n\tтест 漢字 🙂", "<|im_start|>user\nHi<|im_end|>\n", "x" * 40 + "  y "]
+_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+_SIZES: dict[str, Any] = {
+    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 256, "initializer_range": 0.2,
+}  # fmt: skip
+_LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+_LONG = {
+    "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [1.5 + n for n in range(8)],
+    "short_factor": [1.0 + n / 9 for n in range(8)], "original_max_position_embeddings": 64,
+}  # fmt: skip
+_GEMMA = {"head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16}
+
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "llama 3": ("Llama", "llama-bpe", {"rope_parameters": _LLAMA3, "tie_word_embeddings": False}),
+    "llama 2": ("Llama", "sentencepiece", {"num_key_value_heads": 4}),
+    "smollm2": ("Llama", "smollm", {"tie_word_embeddings": True}),
+    "mistral": ("Mistral", "sentencepiece", {"head_dim": 16, "sliding_window": None}),
+    "qwen2": ("Qwen2", "qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
+    "qwen2 yarn": (
+        "Qwen2", "qwen2",
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}},
+    ),
+    "qwen3": ("Qwen3", "qwen2", {"head_dim": 32, "tie_word_embeddings": True}),
+    "qwen3 moe": (
+        "Qwen3Moe", "qwen2",
+        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+    ),
+    "gemma 2": ("Gemma2", "sentencepiece", _GEMMA),
+    "gemma 3": ("Gemma3Text:Gemma3", "sentencepiece", _GEMMA),
+    "phi 3": ("Phi3", "sentencepiece", {"sliding_window": 64}),
+    "phi 4 mini": ("Phi3", "gpt-4o", {"rope_parameters": _LONG, "tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def converter() -> Path:
+    """llama.cpp's Python code as the source package of llama-cpp-python has it: downloaded once, read only."""
+    folder = Path(platformdirs.user_cache_dir("gatt")) / "llama_cpp_python-0.3.36"
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        wanted = ["llama-cpp-python==0.3.36", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder.parent)]
+        subprocess.run([sys.executable, "-m", "pip", "download", *wanted], check=True, capture_output=True)
+        archive = folder.parent / f"{folder.name}.tar.gz"
+        with tarfile.open(archive) as packed:
+            parts = ("/conversion/", "/gguf-py/", "/convert_")
+            packed.extractall(folder.parent, [m for m in packed.getmembers() if any(p in m.name for p in parts)], filter="data")
+        archive.unlink()
+    return folder / "vendor" / "llama.cpp"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A random model of a family in miniature, made once."""
+
+    def make(name: str) -> Path:
+        import torch
+        import transformers
+
+        target = tmp_path_factory.getbasetemp() / "tiny" / name.replace(" ", "-")
+        if target.exists():
+            return target
+        kind, tokenizer, changes = FAMILIES[name]
+        config_name, _, model_name = kind.partition(":")
+        target.mkdir(parents=True)
+        size = _sentencepiece(target) if tokenizer == "sentencepiece" else _byte_level(target, tokenizer)
+        torch.manual_seed(1)
+        settings = {**_SIZES, "vocab_size": size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **changes}
+        config = getattr(transformers, f"{config_name}Config")(**settings)
+        network = getattr(transformers, f"{model_name or config_name}ForCausalLM")(config)
+        with torch.no_grad():  # norms start at a constant, which would hide what is done to them
+            for parameter in network.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        network.to(torch.bfloat16).save_pretrained(target)
+        return target
+
+    return make
+
+
+def _byte_level(target: Path, rule: str) -> int:
+    import transformers
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    core = Tokenizer(models.BPE())
+    core.decoder = decoders.ByteLevel()
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=[AddedToken(t, special=True) for t in ("<|endoftext|>", "<|begin|>", "<|end|>")],
+    )  # fmt: skip
+    core.train_from_iterator([" ".join(_TEXTS)] * 4, trainer)
+    core.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
+    written = json.loads(core.to_str())
+    written["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[rule]}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(written)), bos_token="<|begin|>", eos_token="<|end|>",
+        pad_token="<|endoftext|>",
+    )  # fmt: skip
+    tokenizer.chat_template = _TEMPLATE
+    tokenizer.save_pretrained(target)
+    file = target / "tokenizer_config.json"
+    written = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps({**written, "tokenizer_class": "GPT2Tokenizer"}), encoding="utf-8")
+    return len(tokenizer) + 3  # an embedding may have rows that no token has
+
+
+def _sentencepiece(target: Path) -> int:
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.Train(
+        sentence_iterator=iter(_TEXTS * 9), model_prefix=str(target / "tokenizer"), vocab_size=340, model_type="bpe",
+        byte_fallback=True, pad_id=0, bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    (target / "tokenizer.vocab").unlink()
+    size = int(sentencepiece.SentencePieceProcessor(model_file=str(target / "tokenizer.model")).vocab_size())
+    added = {"<unused0>": False, "<start_of_turn>": True, "▁▁x": False}
+    settings = {
+        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
+        "add_eos_token": False, "chat_template": _TEMPLATE,
+        "added_tokens_decoder": {
+            str(size + n): {"content": text, "special": special} for n, (text, special) in enumerate(added.items())
+        },
+    }  # fmt: skip
+    (target / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    return size + len(added) + 2
+
+
+def _theirs(converter: Path, script: str, *arguments: object) -> None:
+    """Run one of llama.cpp's scripts; the name of a tokenizer's rule is told, since it knows published tokenizers only."""
+    told = "import sys, runpy; sys.path[:0] = [{root!r}, {gguf!r}]; sys.argv = {argv!r}\n" + (
+        "from conversion.base import TextModel\n"
+        "TextModel.get_vocab_base_pre = lambda self, tokenizer: {rule!r}\n"
+        "runpy.run_path({path!r}, run_name='__main__')\n"
+    )
+    *rest, rule = arguments
+    path = str(converter / script)
+    code = told.format(
+        root=str(converter), gguf=str(converter / "gguf-py"), argv=[path, *map(str, rest)], rule=rule, path=path
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def _content(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, bytes]]]:
+    gguf = importlib.import_module("gguf")
+    reader = gguf.GGUFReader(path)
+    keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    tensors = {t.name: (f"{t.tensor_type.name} {t.shape.tolist()}", t.data.tobytes()) for t in reader.tensors}
+    return keys, tensors
+
+
+def _equal(ours: Path, theirs: Path) -> None:
+    (keys, tensors), (their_keys, their_tensors) = _content(ours), _content(theirs)
+    assert keys == their_keys
+    assert {n: t[0] for n, t in tensors.items()} == {n: t[0] for n, t in their_tensors.items()}
+    for name, (_, data) in tensors.items():
+        assert data == their_tensors[name][1], name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_becomes_what_llama_cpp_writes(
+    name: str, model: Callable[[str], Path], converter: Path, tmp_path: Path
+) -> None:
+    folder, rule = model(name), FAMILIES[name][1]
+    formats = ("F32", "F16", "BF16", "Q8_0")
+    merge(folder, None, {f: tmp_path / f"{f}.gguf" for f in formats})
+    for f in formats:
+        _theirs(converter, "convert_hf_to_gguf.py", folder, "--outfile", tmp_path / "theirs.gguf", "--outtype", f.lower(), rule)
+        _equal(tmp_path / f"{f}.gguf", tmp_path / "theirs.gguf")
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Callable[[Path], Path]:
+    """A random adapter on every linear projection of a model."""
+
+    def make(folder: Path) -> Path:
+        import peft
+        import torch
+        import transformers
+
+        network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+        wrapped = peft.get_peft_model(network, settings)
+        with torch.no_grad():
+            for name, parameter in wrapped.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        wrapped.save_pretrained(tmp_path / "adapter")
+        return tmp_path / "adapter"
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama 3", "mistral", "qwen2", "qwen3", "gemma 2", "gemma 3", "phi 3"])
+def test_an_adapter_becomes_what_llama_cpp_writes(
+    name: str, model: Callable[[str], Path], adapter: Callable[[Path], Path], converter: Path, tmp_path: Path
+) -> None:
+    folder = model(name)
+    trained = adapter(folder)
+    write_adapter(open_base(folder), trained, tmp_path / "ours.gguf")
+    target = tmp_path / "theirs.gguf"
+    _theirs(converter, "convert_lora_to_gguf.py", trained, "--base", folder, "--outfile", target, "--outtype", "f32", "")
+    _equal(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_merged_family_says_what_transformers_says(
+    name: str, model: Callable[[str], Path], adapter: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    """Base plus adapter in F32: llama.cpp predicts what PEFT does."""
+    import peft
+    import torch
+    import transformers
+
+    from pipeline.backends.weights import Weights
+    from pipeline.backends.worker import Worker
+    from pipeline.gguf.read import open_gguf
+
+    folder = model(name)
+    trained = adapter(folder) if "moe" not in name else None
+    merge(folder, trained, {"F32": tmp_path / "tuned.gguf"})
+    network: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if trained:
+        network = peft.PeftModel.from_pretrained(network, trained)
+    tokens = list(range(5, 37))
+    with torch.no_grad():
+        expected = network(torch.tensor([tokens])).logits[0].numpy()
+    weights = Weights(open_gguf(tmp_path / "tuned.gguf"))
+    worker = Worker(weights, 1, 256, "F32", 1)
+    try:
+        found = np.stack(list(worker.logits(tokens)))
+    finally:
+        worker.close()
+        weights.close()
+    assert _divergence(expected[:, : found.shape[1]], found) < 1e-4
+
+
+def _divergence(one: Any, other: Any) -> float:
+    """The largest Kullback-Leibler divergence, in nats, of `other` from `one` in any row of logits."""
+    first, second = (x - np.log(np.exp(x).sum(-1, keepdims=True)) for x in (one.astype(np.float64), other.astype(np.float64)))
+    return float((np.exp(first) * (first - second)).sum(-1).max())
