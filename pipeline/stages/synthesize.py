@@ -28,6 +28,8 @@ from pipeline.rundir import RunDir
 ACCEPTED = "accepted"
 _PILOTS = 6
 """Dialogues by which an instruction is tried: if none of their first turns is obeyed, the others are not begun."""
+_NAMED = 8
+"""Instructions that a remark names."""
 _COMMON = 3
 """Accepted answers of the same words that the corpus may hold."""
 
@@ -83,8 +85,9 @@ class Synthesis:
         teacher.run(map(self._dialogue, first))
         followed = {pair.name for pair in first if pair.way == "sampled" and self.accepted(pair)}
         teacher.run(self._dialogue(pair) for pair in later if pair.name in followed)
-        vain = [f"{name} ({min(n, _PILOTS)})" for name, n in sorted(nth.items()) if n and name not in followed]
+        vain = [f"{name} ({min(n, _PILOTS)})" for name, n in nth.most_common() if n and name not in followed]
         if vain:
+            vain[_NAMED:] = [f"{len(vain) - _NAMED} more (see --stats)"] if len(vain) > _NAMED else []
             note(f"synthesize: given up after so many dialogues, because no sampled answer obeyed and was a good one: "
                  f"{'; '.join(vain)}. Raise edited_share or candidates, take others, or a larger teacher.")  # fmt: skip
 
