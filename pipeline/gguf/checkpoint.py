@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.errors import GattError
 from pipeline.gguf.base import Array, Tensor
 from pipeline.gguf.families import extra_tensors, family_of, interleave
-from pipeline.gguf.vocabulary import Vocabulary
+from pipeline.gguf.vocabulary import Vocabulary, read_object
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
@@ -156,12 +156,9 @@ def _split(key: str, shape: tuple[int, ...]) -> list[tuple[str, int, int]]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise GattError(f"{path.parent} lacks {path.name}. A Hugging Face folder holds it.") from error
-    except ValueError as error:
-        raise GattError(f"{path} is not JSON: {error}. Download the checkpoint again.") from error
+    if not path.is_file():
+        raise GattError(f"{path.parent} lacks {path.name}. A Hugging Face folder holds it.")
+    return read_object(path)
 
 
 def _mapped(file: Path) -> dict[str, _Stored]:

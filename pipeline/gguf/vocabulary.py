@@ -49,8 +49,8 @@ class Vocabulary:
 
     def __init__(self, folder: Path, config: dict[str, Any], architecture: str) -> None:
         self._folder, self._config, self._architecture = folder, config, architecture
-        self._settings = _read(folder / "tokenizer_config.json")
-        self._tokenizer = _read(folder / "tokenizer.json")
+        self._settings = read_object(folder / "tokenizer_config.json")
+        self._tokenizer = read_object(folder / "tokenizer.json")
         self._pieces = folder / "tokenizer.model"
         self._kind = self._find_kind()
         self._pre = name_of_pre_tokenizer(self._tokenizer, folder) if self._kind == "gpt2" else "default"
@@ -123,7 +123,7 @@ class Vocabulary:
 
     def _added(self) -> list[tuple[int, str, bool]]:
         """(id, text, special?) of the tokens beside the model's own; what is said later counts."""
-        older = [(int(id), text, False) for text, id in _read(self._folder / "added_tokens.json").items()]
+        older = [(int(id), text, False) for text, id in read_object(self._folder / "added_tokens.json").items()]
         listed = self._settings.get("added_tokens_decoder", {})
         found = older + [(int(id), t["content"], bool(t.get("special"))) for id, t in listed.items()]
         if self._architecture == "phi3":
@@ -131,7 +131,7 @@ class Vocabulary:
         return found
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object, or nothing where there is no such file."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
