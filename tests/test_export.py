@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from conftest import Gatt
 
-from pipeline.backends.convert import hugging_face_folder
-from pipeline.backends.hub import find_model
+from pipeline.backends.convert import hugging_face_folder, write_formats
+from pipeline.backends.hub import Model, find_model
 from pipeline.backends.llama import Llama
 from pipeline.errors import GattError
 from pipeline.gguf.checkpoint import CheckpointBase
-from pipeline.gguf.merge import GgufBase, merge
+from pipeline.gguf.merge import GgufBase
 from pipeline.gguf.read import open_gguf
 from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 from pipeline.records import Request
@@ -31,14 +31,14 @@ def folder(base: Path) -> Path:
 @pytest.fixture(scope="module")
 def converted(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("converted") / "f16.gguf"
-    merge(folder, None, {"F16": target})
+    write_formats(Model("tiny", folder), None, {"F16": target})
     return target
 
 
 def test_keys_are_those_of_the_gguf_it_came_from(base: Path, converted: Path) -> None:
     ours, theirs = open_gguf(converted), open_gguf(base)
-    passed_over = ("GGUF.", "general.")
-    for name in theirs.reader.fields:
+    passed_over = "general."
+    for name in theirs.fields:
         if not name.startswith(passed_over) and name != "tokenizer.ggml.add_space_prefix":
             assert ours.field(name) == theirs.field(name), name
 
@@ -46,7 +46,8 @@ def test_keys_are_those_of_the_gguf_it_came_from(base: Path, converted: Path) ->
 def test_weights_are_those_of_the_gguf_it_came_from(base: Path, folder: Path) -> None:
     theirs = {t.name: t for t in GgufBase(base).tensors()}
     for tensor in CheckpointBase(folder).tensors():
-        np.testing.assert_allclose(tensor.load(), theirs.pop(tensor.name).load(), rtol=2**-8)  # bfloat16 has 8 bits
+        ours = tensor.load(0, tensor.rows)
+        np.testing.assert_allclose(ours, theirs.pop(tensor.name).load(0, tensor.rows), rtol=2**-8)  # bfloat16 has 8 bits
     assert not theirs
 
 
@@ -103,7 +104,7 @@ def test_llama_cpp_says_what_transformers_says(tiny_llama: Path, tmp_path: Path)
 
     network = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
-    merge(tiny_llama, None, {"F16": tmp_path / "tiny.gguf"})
+    write_formats(Model("tiny", tiny_llama), None, {"F16": tmp_path / "tiny.gguf"})
     question = {"role": "user", "content": "It's 2,026 and I'll pay €35.50! " * 3}
     with Llama(tmp_path / "tiny.gguf", 1, 256) as llama:
         said = llama.complete(Request((question,), 1, 24, temperature=0))
@@ -126,12 +127,12 @@ def test_what_cannot_be_written_is_named(tiny_llama: Path, tmp_path: Path) -> No
         shutil.copytree(tiny_llama, tmp_path / name)
         (tmp_path / name / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(GattError, match=said):
-            merge(tmp_path / name, None, {"F16": tmp_path / "out.gguf"})
+            write_formats(Model("tiny", tmp_path / name), None, {"F16": tmp_path / "out.gguf"})
     shutil.copytree(tiny_llama, tmp_path / "short")
     shard = next((tmp_path / "short").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-8])
     with pytest.raises(GattError, match="cut short"):
-        merge(tmp_path / "short", None, {"F16": tmp_path / "out.gguf"})
+        write_formats(Model("tiny", tmp_path / "short"), None, {"F16": tmp_path / "out.gguf"})
     assert not (tmp_path / "out.gguf").exists()
 
 

@@ -15,8 +15,10 @@ import numpy as np
 import platformdirs
 import pytest
 
+from pipeline.backends.convert import write_formats
+from pipeline.backends.hub import Model
 from pipeline.gguf.adapter import write_adapter
-from pipeline.gguf.merge import merge, open_base
+from pipeline.gguf.merge import open_base
 from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 
 _TEXTS = ["It's 2,026 and I'll pay €35.50!", "naïve  café\n\n\tтест 漢字 🙂", "<|im_start|>user\nHi<|im_end|>\n", "x" * 40 + "  y "]
@@ -188,7 +190,7 @@ def test_a_family_becomes_what_llama_cpp_writes(
 ) -> None:
     folder, rule = model(name), FAMILIES[name][1]
     formats = ("F32", "F16", "BF16", "Q8_0")
-    merge(folder, None, {f: tmp_path / f"{f}.gguf" for f in formats})
+    write_formats(Model("tiny", folder), None, {f: tmp_path / f"{f}.gguf" for f in formats})
     for f in formats:
         _theirs(converter, "convert_hf_to_gguf.py", folder, "--outfile", tmp_path / "theirs.gguf", "--outtype", f.lower(), rule)
         _equal(tmp_path / f"{f}.gguf", tmp_path / "theirs.gguf")
@@ -244,7 +246,7 @@ def test_a_merged_family_says_what_transformers_says(
 
     folder = model(name)
     trained = adapter(folder) if "moe" not in name else None
-    merge(folder, trained, {"F32": tmp_path / "tuned.gguf"})
+    write_formats(Model("tiny", folder), trained, {"F32": tmp_path / "tuned.gguf"})
     network: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if trained:
         network = peft.PeftModel.from_pretrained(network, trained)

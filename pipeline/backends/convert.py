@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import platformdirs
 
 from pipeline.backends.hub import Model
-from pipeline.backends.llama import quantize
+from pipeline.backends.llama import chosen_types, file_type
 from pipeline.files import sha256, whole_file, write_json
-from pipeline.gguf.merge import DIRECT, merge
+from pipeline.gguf.merge import DIRECT, Format, Sum, add, direct, write, write_skeleton
 from pipeline.gguf.read import open_gguf
 from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 from pipeline.machine import require_disk
 
-_CONVERSION = 4
+_CONVERSION = 5
 """Part of the name of whatever is converted: raised with every change of the conversion."""
 
 
@@ -38,29 +39,30 @@ def gguf_file(model: Model, format_name: str) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         require_disk(target.parent, 4 * model.bytes, f"convert {model.name}")
         with whole_file(target) as draft:
-            if model.is_gguf:
-                quantize(model.path, draft, format_name)
-            else:
-                write_formats(model, None, {format_name: draft})
+            write_formats(model, None, {format_name: draft})
     return target
 
 
 def write_formats(model: Model, adapter: Path | None, targets: dict[str, Path]) -> None:
-    """Merge `adapter` (or none) into the base once, and write each format to its file.
+    """Write the base with `adapter` (or none) to one GGUF for each format."""
+    whole = add(model.path, adapter)
+    with TemporaryDirectory(dir=next(iter(targets.values())).parent) as scratch:
+        formats = {path: format_of(whole, name, Path(scratch)) for name, path in targets.items()}
+    write(whole, formats)
 
-    What is no format of `DIRECT` is made by llama.cpp from an F16 file, which is removed unless it was asked for.
+
+def format_of(whole: Sum, name: str, scratch: Path) -> Format:
+    """How llama.cpp would store the tensors of `whole` in the format `name`.
+
+    Raises:
+        GattError: no such format.
     """
-    direct = {name: target for name, target in targets.items() if name in DIRECT}
-    others = {name: target for name, target in targets.items() if name not in DIRECT}
-    kept = direct.get("F16")
-    full = kept or next(iter(targets.values())).with_suffix(".F16")
-    try:
-        merge(model.path, adapter, {**direct, "F16": full} if others else direct)
-        for format_name, target in others.items():
-            quantize(full, target, format_name)
-    finally:
-        if not kept:
-            full.unlink(missing_ok=True)
+    if name in DIRECT:
+        return direct(whole.tensors, name)
+    skeleton = scratch / "skeleton.gguf"
+    if not skeleton.exists():
+        write_skeleton(whole, skeleton)
+    return Format(file_type(name), chosen_types(skeleton, name, False))
 
 
 def hugging_face_folder(model: Model) -> Path:

@@ -1,13 +1,14 @@
-"""Find a model: a preset of `models/`, a GGUF file, a Hugging Face folder, or a Hub repository."""
+"""Find a model: a preset of `models/`, a GGUF file, a Hugging Face folder, or a Hub repository. Upload to the Hub."""
 
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tomlkit
 
@@ -96,8 +97,8 @@ def _download(name: str, repository: str) -> Model:
     return Model(name, Path(folder))
 
 
-def upload_dataset(repository: str, files: dict[str, Path]) -> str:
-    """Put `files` (by their names there) into the dataset `repository`, made private where it is new; its address.
+def upload(repository: str, kind: Literal["dataset", "model"], files: Mapping[str, Path | bytes], message: str) -> str:
+    """Commit `files` (by their names there) to `repository`, made private where it is new; its address.
 
     Raises:
         GattError: the Hub refused, or cannot be reached.
@@ -105,13 +106,13 @@ def upload_dataset(repository: str, files: dict[str, Path]) -> str:
     import huggingface_hub
 
     api = huggingface_hub.HfApi()
-    operations = [huggingface_hub.CommitOperationAdd(name, path) for name, path in files.items()]
+    operations = [huggingface_hub.CommitOperationAdd(name, content) for name, content in files.items()]
     try:
-        address = api.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
-        api.create_commit(repository, operations, commit_message="Dialogues made by gatt", repo_type="dataset")
+        address = api.create_repo(repository, repo_type=kind, private=True, exist_ok=True)
+        api.create_commit(repository, operations, commit_message=message, repo_type=kind)
     except Exception as error:  # network, authentication and 404 are many classes of several libraries
         raise GattError(
-            f"Cannot upload to {repository} ({type(error).__name__}). Expected owner/name of a dataset of yours; "
+            f"Cannot upload to {repository} ({type(error).__name__}). Expected owner/name of a {kind} of yours; "
             "`hf auth login` signs you in."
         ) from error
     return str(address)

@@ -108,4 +108,4 @@ def silence(llama_cpp: Any) -> None:
     """Send llama.cpp's own log nowhere; the callback must outlive the library's use of it."""
     if not _quiet:
         _quiet.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
-        llama_cpp.llama_log_set(_quiet[0], ctypes.c_void_p(0))
+    llama_cpp.llama_log_set(_quiet[0], ctypes.c_void_p(0))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ import numpy as np
 
 from pipeline.errors import GattError
 from pipeline.files import whole_file
-from pipeline.gguf.base import Array, Base
-from pipeline.gguf.families import interleave
+from pipeline.gguf.base import Array, Base, Tensor, row_order
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,21 +27,18 @@ class Delta:
     b: Array
     scale: float
 
-    def matrix(self) -> Array:
-        """The change, (outputs, inputs), float32."""
-        return np.float32(self.scale) * (self.b @ self.a)
+    def rows(self, first: int, last: int) -> Array:
+        """Some rows of the change, (rows, inputs), float32."""
+        return np.matmul(self.b[first:last] * np.float32(self.scale), self.a, dtype=np.float32)
 
 
-def read_adapter(folder: Path, base: Base) -> dict[str, Delta]:
-    """A PEFT LoRA adapter by GGUF tensor name; the rows of q and k stand as llama.cpp stores them.
+def read_adapter(folder: Path) -> dict[str, Delta]:
+    """A PEFT LoRA adapter by the names of the modules that it changes.
 
     Raises:
-        GattError: no adapter there, one that is more than a LoRA, or a matrix that has no place in the base.
+        GattError: no adapter there, one that is more than a LoRA, or one that holds NaN.
     """
-    import gguf
-
     settings, tensors = _files(folder)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[base.architecture.upper()], base.layers)
     deltas = {}
     for key, a in tensors.items():
         if key.endswith(".lora_B.weight"):
@@ -49,14 +46,37 @@ def read_adapter(folder: Path, base: Base) -> dict[str, Delta]:
         if not key.endswith(".lora_A.weight"):
             raise GattError(f"{folder} holds {key}; only the two matrices of a LoRA can be merged (no DoRA, no embeddings).")
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        name = names.get_name(module)
-        if name is None:
-            raise GattError(f"The adapter changes {module}, which has no place in a {base.architecture} GGUF.")
         b = tensors[key.replace("lora_A", "lora_B")].astype(np.float32)
-        heads = {"attn_q": base.heads, "attn_k": base.key_heads}.get(name.split(".")[-1], 0) if base.interleaved else 0
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise GattError(f"{module}: the adapter holds NaN or infinity. Train again with a lower train.learning_rate.")
         scale = settings["lora_alpha"] / (math.sqrt(len(a)) if settings.get("use_rslora") else len(a))
-        deltas[f"{name}.weight"] = Delta(a.astype(np.float32), interleave(b, heads) if heads else b, scale)
+        deltas[module] = Delta(a.astype(np.float32), b, scale)
     return deltas
+
+
+def fit(deltas: dict[str, Delta], base: Base, tensors: Iterable[Tensor]) -> dict[str, Delta]:
+    """The same by GGUF tensor name; the rows of q and k stand as llama.cpp stores them.
+
+    Raises:
+        GattError: a matrix that has no place in the base, or is of another shape than the base's.
+    """
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[base.architecture.upper()], base.layers)
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    fitted = {}
+    for module, delta in deltas.items():
+        name = f"{names.get_name(module)}.weight"
+        change = (len(delta.b), delta.a.shape[1])
+        if name not in shapes:
+            raise GattError(
+                f"The adapter changes {module}, which {base.name} ({base.architecture}) does not have: it is of another base."
+            )
+        if shapes[name] != change:
+            raise GattError(f"{name}: the adapter is for {change}, {base.name} has {shapes[name]}: it is of another base.")
+        order = row_order(base, name, len(delta.b))
+        fitted[name] = delta if order is None else Delta(delta.a, delta.b[order], delta.scale)
+    return fitted
 
 
 def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -78,11 +98,11 @@ def write_adapter(base: Base, folder: Path, target: Path) -> None:
     """Write the adapter alone as a GGUF in F32, which llama.cpp lays over the base's own file.
 
     Raises:
-        GattError: as `read_adapter`.
+        GattError: as `read_adapter` and `fit`.
     """
     import gguf
 
-    deltas = read_adapter(folder, base)
+    deltas = fit(read_adapter(folder), base, base.tensors())
     with whole_file(target) as draft:
         writer = gguf.GGUFWriter(draft, base.architecture)
         for name, delta in deltas.items():

@@ -16,15 +16,16 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import GattError
-from pipeline.gguf.base import Array, Tensor
-from pipeline.gguf.families import extra_tensors, family_of, interleave
+from pipeline.gguf.base import Array, Tensor, row_order
+from pipeline.gguf.families import extra_tensors, family_of
 from pipeline.gguf.vocabulary import Vocabulary, read_object
 
+_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
+class Stored:
     """A tensor of a safetensors file: where it stands, and its bytes in the mapped file."""
 
     file: Path
@@ -32,21 +33,17 @@ class _Stored:
     shape: tuple[int, ...]
     data: Any
 
-    def load(self) -> Array:
-        """float32 from F32, F16 or BF16 bytes.
+    def load(self, rows: Any) -> Array:
+        """(rows, columns) float32 of a slice or list of rows; a vector is one row.
 
         Raises:
-            GattError: another type.
+            GattError: a type other than F32, F16 or BF16.
         """
-        import gguf
-
-        try:
-            kind = gguf.GGMLQuantizationType[self.dtype]
-        except KeyError as error:
-            raise GattError(f"{self.file}: weights of type {self.dtype} found; F32, F16 or BF16 expected.") from error
-        plain = self.data if kind == gguf.GGMLQuantizationType.BF16 else self.data.view({"F32": "<f4", "F16": "<f2"}[self.dtype])
-        weights: Array = gguf.quants.dequantize(plain, kind).reshape(self.shape)
-        return weights
+        if self.dtype not in _TYPES:
+            raise GattError(f"{self.file}: weights of type {self.dtype} found; F32, F16 or BF16 expected.")
+        plain = self.data.view(_TYPES[self.dtype]).reshape(-1, self.shape[-1])[rows]
+        exact: Array = (plain.astype(np.uint32) << 16).view(np.float32) if self.dtype == "BF16" else plain.astype(np.float32)
+        return exact
 
 
 class CheckpointBase:
@@ -69,16 +66,18 @@ class CheckpointBase:
         self._vocabulary = Vocabulary(folder, self.config, self.architecture)
         self._extra = extra_tensors(self.family, self.config)
 
-    def write_fields(self, writer: Any) -> None:
+    def write_fields(self, writer: Any, about: dict[str, Any]) -> None:
         """What the model is, its hyperparameters, vocabulary, special tokens and chat template."""
         import gguf
 
         total, *sizes = writer.get_total_parameter_count()
-        about = gguf.Metadata.load(None, self.folder, None, total)
-        about.name = about.name or self.folder.name
-        about.size_label = about.size_label or (gguf.size_label(total, *sizes) if total > 0 else None)
+        known = gguf.Metadata.load(None, self.folder, None, total)
+        known.name = known.name or self.folder.name
+        known.size_label = known.size_label or (gguf.size_label(total, *sizes) if total > 0 else None)
+        for key, value in about.items():
+            setattr(known, key, value)
         writer.add_type(gguf.GGUFType.MODEL)
-        about.set_gguf_meta_model(writer)
+        known.set_gguf_meta_model(writer)
         for name, value in self.family.keys(self.config).items():
             if value is not None:
                 getattr(writer, f"add_{name}")(value)
@@ -91,7 +90,7 @@ class CheckpointBase:
 
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[self.architecture.upper()], self.layers)
         for name, values in self._extra.items():
-            yield Tensor(name, values.shape, partial(np.array, values))
+            yield Tensor(name, values.shape, partial(_rows_of, values))
         for key, parts in self._by_key().items():
             if self.family.without_head and key == "lm_head.weight":
                 continue
@@ -101,7 +100,7 @@ class CheckpointBase:
                     raise GattError(f"{parts[0].file} holds {key}, which has no place in a {self.architecture} GGUF.")
                 yield self._tensor(gguf_name, parts, first, rows)
 
-    def _tensor(self, name: str, parts: list[_Stored], first: int, rows: int) -> Tensor:
+    def _tensor(self, name: str, parts: list[Stored], first: int, rows: int) -> Tensor:
         """`rows` rows from `first` on of the last but one axis; several parts are the experts of one matrix."""
         shape = parts[0].shape
         if name == "token_embd.weight" and self.architecture == "gemma3":
@@ -109,40 +108,54 @@ class CheckpointBase:
         shape = (*shape[:-2], rows, shape[-1]) if len(shape) > 1 else (rows,)
         if len(parts) > 1:
             shape = (len(parts), *shape)
-        heads = {"attn_q": self.heads, "attn_k": self.key_heads}.get(name.split(".")[-2], 0) if self.family.interleaved else 0
-        shift = self.family.norm_shift if name.endswith("norm.weight") else 0.0
+        order = row_order(self, name, rows)
+        shift = np.float32(self.family.norm_shift if name.endswith("norm.weight") else 0)
 
-        def load() -> Array:
-            read = [part.load() for part in parts]
-            cut = [w[..., first : first + rows, :] if w.ndim > 1 else w[first : first + rows] for w in read]
-            weights = np.stack(cut) if len(cut) > 1 else cut[0]
-            if shift:
-                weights = weights + np.float32(shift)
-            return interleave(weights, heads) if heads else weights
+        def load(begin: int, end: int) -> Array:
+            expert, begin = divmod(begin, rows)
+            end -= expert * rows
+            source, before = (parts[expert], 0) if len(parts) > 1 else (parts[0], expert * parts[0].shape[-2])
+            if order is None:
+                return source.load(slice(before + first + begin, before + first + end)) + shift
+            return source.load(order[begin:end])
 
-        return Tensor(name, shape, load)
+        def load_vector(begin: int, end: int) -> Array:
+            vector = parts[0].load(slice(0, 1)) + shift
+            return vector if order is None else vector[:, order]
 
-    def _by_key(self) -> dict[str, list[_Stored]]:
+        return Tensor(name, shape, load if len(shape) > 1 else load_vector)
+
+    def _by_key(self) -> dict[str, list[Stored]]:
         """Every stored tensor by its key; the experts of one matrix together, under the key without their numbers."""
-        found: dict[str, list[_Stored]] = {}
-        experts: dict[str, dict[int, _Stored]] = {}
-        for file in self._shards():
-            for key, stored in _mapped(file).items():
+        found: dict[str, list[Stored]] = {}
+        experts: dict[str, dict[int, Stored]] = {}
+        for file in shards(self.folder):
+            for key, stored in mapped(file).items():
                 if expert := _EXPERT.fullmatch(key):
                     experts.setdefault(f"{expert[1]}.{expert[3]}", {})[int(expert[2])] = stored
                 else:
                     found[key] = [stored]
         return found | {key: [numbered[n] for n in sorted(numbered)] for key, numbered in experts.items()}
 
-    def _shards(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        names = sorted(set(_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-        missing = [name for name in names if not (self.folder / name).exists()]
-        if missing:
-            pickled = next(self.folder.glob("pytorch_model*.bin"), None)
-            advice = f"{pickled.name} is a pickle, which may run code: save it as safetensors." if pickled else "Download it again."
-            raise GattError(f"{self.folder} lacks {missing[0]}. {advice}")
-        return [self.folder / name for name in names]
+
+def shards(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+        GattError: one is missing, or the weights are a pickle.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing:
+        pickled = next(folder.glob("pytorch_model*.bin"), None)
+        advice = f"{pickled.name} is a pickle, which may run code: save it as safetensors." if pickled else "Download it again."
+        raise GattError(f"{folder} lacks {missing[0]}. {advice}")
+    return [folder / name for name in names]
+
+
+def _rows_of(values: Array, begin: int, end: int) -> Array:
+    return values.reshape(-1, values.shape[-1])[begin:end]
 
 
 def _split(key: str, shape: tuple[int, ...]) -> list[tuple[str, int, int]]:
@@ -161,7 +174,7 @@ def _json(path: Path) -> dict[str, Any]:
     return read_object(path)
 
 
-def _mapped(file: Path) -> dict[str, _Stored]:
+def mapped(file: Path) -> dict[str, Stored]:
     """Every tensor of a safetensors file: a length, a JSON header, then the data.
 
     Raises:
@@ -178,6 +191,6 @@ def _mapped(file: Path) -> dict[str, _Stored]:
     if end > raw.size:
         raise GattError(f"{file} is cut short: {raw.size:,} bytes found, {end:,} expected. Download the checkpoint again.")
     return {
-        key: _Stored(file, e["dtype"], tuple(e["shape"]), raw[start + e["data_offsets"][0] : start + e["data_offsets"][1]])
+        key: Stored(file, e["dtype"], tuple(e["shape"]), raw[start + e["data_offsets"][0] : start + e["data_offsets"][1]])
         for key, e in header.items()
     }

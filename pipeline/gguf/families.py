@@ -205,7 +205,3 @@ def _llama3_factors(rope: Config, size: int) -> Array:
     factors: Array = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
     return factors
 
-
-def interleave(rows: Array, heads: int) -> Array:
-    """Reorder the rows of a q or k matrix from halves (Hugging Face) to pairs (llama.cpp's rotary order)."""
-    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)

@@ -1,12 +1,17 @@
-"""Base model (GGUF or Hugging Face folder) plus LoRA adapter → GGUF, one tensor in memory at a time.
+"""Base model (GGUF or Hugging Face folder) plus LoRA adapter → GGUF in any formats, some rows in memory at a time.
 
-The sum `W + scale * B @ A` is taken in float32 and rounded once, to the type that is stored.
+The sum `W + scale * B @ A` is taken in float32 and rounded once, by ggml, to the type that is stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +20,46 @@ import numpy as np
 
 from pipeline.errors import GattError
 from pipeline.files import whole_file
-from pipeline.gguf.adapter import Delta, read_adapter
-from pipeline.gguf.base import Array, Base, Tensor
+from pipeline.gguf import ggml
+from pipeline.gguf.adapter import Delta, fit, read_adapter
+from pipeline.gguf.base import Array, Base, Tensor, row_order
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.families import FAMILIES
 from pipeline.gguf.read import open_gguf
 
 DIRECT = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
-"""The formats that are written in one pass, and their names as file types; llama.cpp makes all others from one of these."""
+"""The formats whose types follow from the tensor alone, and their names as file types; of others llama.cpp decides."""
+_BLOCK = 1 << 21
+"""Weights that are summed and rounded at a time by each thread."""
+_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How a file stores its tensors: llama.cpp's number of the file type, and the ggml type of each tensor.
+
+    `importance` is that of the columns of a matrix (one row for each expert), and `keys` say in the file what it came from.
+    """
+
+    file_type: int
+    types: dict[str, int]
+    importance: dict[str, Array] = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sum:
+    """A base with an adapter on it, or none.
+
+    `four_bits` rounds a matrix to 4 bits and back, as the base was when the adapter was trained on it; without it, the
+    adapter is laid on the weights as they are. `about` is what the file says of itself, by the fields of `gguf.Metadata`.
+    """
+
+    base: Base
+    tensors: list[Tensor]
+    deltas: dict[str, Delta]
+    four_bits: Callable[[Array], Array] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
 
 
 def open_base(path: Path) -> Base:
@@ -48,95 +85,171 @@ class GgufBase:
         self.heads = int(info.field(f"{info.architecture}.attention.head_count"))
         self.key_heads = int(info.field(f"{info.architecture}.attention.head_count_kv", self.heads))
 
-    def write_fields(self, writer: Any) -> None:
+    def write_fields(self, writer: Any, about: dict[str, Any]) -> None:
         """Copy them."""
         import gguf
 
-        for name, field in self._info.reader.fields.items():
-            if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type"):
-                continue
-            kind = field.types[0]
-            writer.add_key_value(name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+        told = ("general.name", "general.base_model", "general.dataset") if about else ()
+        replaced = ("general.architecture", "general.file_type", "quantize.imatrix", *told)
+        for name, held in self._info.fields.items():
+            if not name.startswith(replaced):
+                items = None if held.items is None else gguf.GGUFValueType(held.items)
+                writer.add_key_value(name, held.value, gguf.GGUFValueType(held.kind), items)
+        if about:
+            gguf.Metadata(**about).set_gguf_meta_model(writer)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight, dequantised when it is loaded."""
-        import gguf
-
-        for tensor in self._info.reader.tensors:
-            shape = tuple(int(n) for n in reversed(tensor.shape))
-            yield Tensor(tensor.name, shape, partial(gguf.quants.dequantize, tensor.data, tensor.tensor_type))
+        for name, shape, kind, data in self._info.tensors:
+            yield Tensor(name, shape, partial(_dequantized, data, kind, shape[-1]))
 
 
-def merge(source: Path, adapter: Path | None, targets: dict[str, Path]) -> None:
-    """Write `source` with `adapter` (a PEFT folder, or None) to one file for each format of `DIRECT`, in one pass.
+def _dequantized(stored: Any, kind: int, columns: int, first: int, last: int) -> Array:
+    return ggml.dequantize(stored[first:last], kind, columns)
+
+
+def add(source: Path, adapter: Path | None, four_bits: Callable[[Array], Array] | None = None, about: Any = None) -> Sum:
+    """`source` with `adapter` (a PEFT folder, or None), yet to be written.
 
     Raises:
-        GattError: an architecture that is not known here, weights that are no numbers, or an adapter of another base.
+        GattError: an architecture that is not known here, or an adapter of another base.
     """
     base = open_base(source)
-    deltas = read_adapter(adapter, base) if adapter else {}
     tensors = list(base.tensors())
-    unknown = deltas.keys() - {t.name for t in tensors}
-    if unknown:
-        raise GattError(f"The adapter changes {sorted(unknown)[0]}, which {base.name} does not have: it is of another base.")
-    with ExitStack() as stack:
-        drafts = {name: stack.enter_context(whole_file(target)) for name, target in targets.items()}
-        writers = {name: _begin(base, tensors, draft, name) for name, draft in drafts.items()}
-        for tensor in tensors:
-            weights = _sum(tensor, deltas.get(tensor.name))
-            for name, writer in writers.items():
-                writer.write_tensor_data(_rounded(weights, _stored(tensor, name)))
-        for writer in writers.values():
-            writer.close()
+    return Sum(base, tensors, fit(read_adapter(adapter), base, tensors) if adapter else {}, four_bits, about or {})
 
 
-def _begin(base: Base, tensors: list[Tensor], draft: Path, format_name: str) -> Any:
-    """A GGUF with its keys and the list of its tensors, whose data come next."""
+def direct(tensors: list[Tensor], format_name: str) -> Format:
+    """A format of `DIRECT` for these tensors, in the types of llama.cpp's converter: vectors, norms and routers stay F32."""
     import gguf
 
-    writer = gguf.GGUFWriter(draft, base.architecture)
+    types = {}
     for tensor in tensors:
-        kind = _stored(tensor, format_name)
+        small = len(tensor.shape) < 2 or tensor.name.endswith("_norm.weight") or ".ffn_gate_inp." in tensor.name
+        plain = "F16" if format_name == "Q8_0" and tensor.columns % 32 else format_name
+        types[tensor.name] = int(gguf.GGMLQuantizationType["F32" if small or not tensor.name.endswith(".weight") else plain])
+    return Format(int(gguf.LlamaFileType[DIRECT[format_name]]), types)
+
+
+def write(whole: Sum, targets: dict[Path, Format], on_tensor: Callable[[], object] = lambda: None) -> list[dict[str, float]]:
+    """Write one file for each format, in one pass over the weights; nothing stands under a name before all are whole.
+
+    Returns:
+        For each file, by kind of matrix ("attn_q"), how much of the adapter's change it holds:
+        `<stored - base, delta> / <delta, delta>`.
+
+    Raises:
+        GattError: weights that are no numbers.
+    """
+    kept: list[dict[str, list[float]]] = [defaultdict(lambda: [0.0, 0.0]) for _ in targets]
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        files = [_begin(whole, stack.enter_context(whole_file(path)), how) for path, how in targets.items()]
+        for file in files:
+            stack.callback(file.close)
+        for tensor in whole.tensors:
+            blocks = pool.map(partial(_round, whole, _as_trained(whole, tensor), list(targets.values())), *_ranges(tensor))
+            for block in blocks:
+                for file, sums, (stored, shares) in zip(files, kept, block, strict=True):
+                    file.append(stored)
+                    for n, share in enumerate(shares):
+                        sums[tensor.name.split(".")[-2]][n] += share
+            for file in files:
+                file.pad()
+            on_tensor()
+    return [{kind: held / wanted for kind, (held, wanted) in sums.items() if wanted} for sums in kept]
+
+
+def write_skeleton(whole: Sum, path: Path) -> None:
+    """A file of the keys and tensors of `whole` in F32, with a hole for the data: what llama.cpp needs to choose types."""
+    file = _begin(whole, path, direct(whole.tensors, "F32"))
+    file.close()
+    sizes = (-(-4 * tensor.rows * tensor.columns // 32) * 32 for tensor in whole.tensors)
+    os.truncate(path, path.stat().st_size + sum(sizes))
+
+
+class _File:
+    """A GGUF whose keys and list of tensors are written, and whose data come piece by piece."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer, self._out = writer, writer.fout[0]
+        writer.write_padding(self._out, self._out.tell())
+        self._bytes = 0
+
+    def append(self, stored: Any) -> None:
+        """Some rows of the tensor in hand."""
+        self._out.write(stored)
+        self._bytes += stored.nbytes
+
+    def pad(self) -> None:
+        """End of a tensor."""
+        self._writer.write_padding(self._out, self._bytes)
+        self._bytes = 0
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+def _begin(whole: Sum, draft: Path, how: Format) -> _File:
+    import gguf
+
+    writer = gguf.GGUFWriter(draft, whole.base.architecture)
+    for tensor in whole.tensors:
+        kind = gguf.GGMLQuantizationType(how.types[tensor.name])
         shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, kind)
         writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
-    base.write_fields(writer)
-    writer.add_file_type(gguf.LlamaFileType[DIRECT[format_name]])
+    whole.base.write_fields(writer, whole.about)
+    writer.add_uint32(gguf.Keys.General.FILE_TYPE, how.file_type)
+    for name, value in how.keys.items():
+        (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    return writer
+    return _File(writer)
 
 
-def _stored(tensor: Tensor, format_name: str) -> Any:
-    """The type that llama.cpp's converter gives a tensor: vectors, norms and routers stay F32."""
-    import gguf
-
-    small = len(tensor.shape) < 2 or tensor.name.endswith("_norm.weight") or ".ffn_gate_inp." in tensor.name
-    if small or not tensor.name.endswith(".weight"):
-        return gguf.GGMLQuantizationType.F32
-    if format_name == "Q8_0" and tensor.shape[-1] % 32:
-        return gguf.GGMLQuantizationType.F16
-    return gguf.GGMLQuantizationType[format_name]
+def _ranges(tensor: Tensor) -> tuple[list[int], list[int]]:
+    """First and last rows of the blocks that a tensor is done in; none crosses the bound between two experts."""
+    matrix = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+    step = max(1, _BLOCK // tensor.columns)
+    firsts = [first for start in range(0, tensor.rows, matrix) for first in range(start, start + matrix, step)]
+    return firsts, [min(first + step, (first // matrix + 1) * matrix) for first in firsts]
 
 
-def _rounded(weights: Array, kind: Any) -> Any:
-    """The bytes of a tensor in its stored type."""
-    import gguf
+def _as_trained(whole: Sum, tensor: Tensor) -> Tensor:
+    """The tensor as training had it: a linear projection in 4 bits, in Hugging Face's order of rows."""
+    if whole.four_bits is None or not _LINEAR.fullmatch(tensor.name):
+        return tensor
+    if len(tensor.shape) > 2:
+        raise GattError(f"{tensor.name}: experts are not rounded to 4 bits as training does it. Take merge_onto = \"16bit\".")
+    order = row_order(whole.base, tensor.name, tensor.rows)
+    rows = tensor.load(0, tensor.rows)
+    if order is not None:
+        there = np.empty_like(rows)
+        there[order] = rows
+        rows = there
+    rounded = whole.four_bits(rows)
+    rounded = rounded if order is None else rounded[order]
+    return Tensor(tensor.name, tensor.shape, lambda first, last: rounded[first:last])
 
-    stored = gguf.quants.quantize(weights, kind)
-    return np.ascontiguousarray(stored).view(np.uint8)
 
-
-def _sum(tensor: Tensor, delta: Delta | None) -> Array:
-    """The weights with what the adapter adds."""
-    weights = tensor.load()
-    if not np.isfinite(weights).all():
+def _round(whole: Sum, tensor: Tensor, formats: list[Format], first: int, last: int) -> list[tuple[Any, tuple[float, float]]]:
+    """Some rows of the sum in each format, with the two products that tell how much of the change they hold."""
+    weights = tensor.load(first, last)
+    if not np.isfinite(weights.sum()):
         raise GattError(f"{tensor.name} of the base holds NaN or infinity. Download the model again.")
-    if delta is None:
-        return weights
-    change = delta.matrix()
-    if change.shape != weights.shape:
-        raise GattError(f"{tensor.name}: the adapter is for {change.shape}, the base has {weights.shape}: it is of another base.")
-    if not np.isfinite(change).all():
-        raise GattError(f"{tensor.name}: the adapter holds NaN or infinity. Train again with a lower train.learning_rate.")
-    return weights + change
+    delta = whole.deltas.get(tensor.name)
+    change = delta.rows(first, last) if delta else None
+    total = weights if change is None else weights + change
+    done = []
+    for how in formats:
+        kind, importance = how.types[tensor.name], how.importance.get(tensor.name)
+        columns = None if importance is None else importance[first // tensor.shape[-2]]
+        stored = ggml.quantize(total, kind, columns)
+        shares = (0.0, 0.0)
+        if change is not None:
+            held = ggml.dequantize(stored, kind, tensor.columns) - weights
+            shares = (float(np.vdot(held, change)), float(np.vdot(change, change)))
+        done.append((stored, shares))
+    return done

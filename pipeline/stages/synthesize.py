@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from pipeline.backends.hub import upload_dataset
+from pipeline.backends.hub import upload
 from pipeline.backends.teacher import Teacher, open_teacher
 from pipeline.config import Recipe
 from pipeline.console import Progress, note, out, progress
@@ -242,5 +242,6 @@ def push(rundir: RunDir, repository: str) -> None:
     Raises:
         GattError: no such account, no permission, or no network.
     """
-    address = upload_dataset(repository, {"README.md": rundir.card, "dialogues.jsonl": rundir.examples})
+    files = {"README.md": rundir.card, "dialogues.jsonl": rundir.examples}
+    address = upload(repository, "dataset", files, "Dialogues made by gatt")
     out(f"Uploaded (private): {address}")

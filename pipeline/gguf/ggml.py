@@ -1,0 +1,91 @@
+"""ggml's own quantisers, on any rows of a matrix: the library inside llama-cpp-python, which itself is not imported.
+
+Source: `ggml.h` of llama-cpp-python 0.3.36. The functions let go of Python's lock and may run in several threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import GattError
+from pipeline.gguf.base import Array
+
+_FLOATS = ctypes.POINTER(ctypes.c_float)
+
+
+class _Traits(ctypes.Structure):
+    """`struct ggml_type_traits`."""
+
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("block", ctypes.c_int64),
+        ("interleaved", ctypes.c_int64),
+        ("bytes", ctypes.c_size_t),
+        ("quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, _FLOATS, ctypes.c_int64)),
+        ("from_float", ctypes.c_void_p),
+    ]
+
+
+@cache
+def _library() -> Any:
+    """The shared library beside llama-cpp-python.
+
+    Raises:
+        GattError: not installed.
+    """
+    package = importlib.util.find_spec("llama_cpp")
+    folder = Path(package.origin).parent / "lib" if package and package.origin else Path()
+    names = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")
+    found = next((folder / name for name in names if (folder / name).exists()), None)
+    if found is None:
+        raise GattError("llama-cpp-python is not installed whole: its library ggml-base is missing. Install it again.")
+    library = ctypes.CDLL(str(found))
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, _FLOATS, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, _FLOATS,
+    ]  # fmt: skip
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    return library
+
+
+def row_bytes(kind: int, columns: int) -> int:
+    """Bytes of a row of `columns` weights stored as the ggml type `kind`.
+
+    Raises:
+        ValueError: no such type, or a row that is no whole number of its blocks (the library would abort).
+    """
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    if columns % block:
+        raise ValueError(f"a row of {columns} weights is no whole number of blocks of {block}")
+    return int(columns // block * size)
+
+
+def quantize(rows: Array, kind: int, importance: Array | None = None) -> Any:
+    """`rows` (rows, columns) as the ggml type `kind`: (rows, bytes) uint8; `importance` is (columns), or None."""
+    rows = np.ascontiguousarray(rows, np.float32)
+    count, columns = rows.shape
+    stored = np.empty((count, row_bytes(kind, columns)), np.uint8)
+    weights = None if importance is None else importance.ctypes.data_as(_FLOATS)
+    _library().ggml_quantize_chunk(kind, rows.ctypes.data_as(_FLOATS), stored.ctypes.data, 0, count, columns, weights)
+    return stored
+
+
+def dequantize(stored: Any, kind: int, columns: int) -> Array:
+    """(rows, columns) float32 from (rows, bytes) of the ggml type `kind`."""
+    stored = np.ascontiguousarray(stored)
+    if kind == 0:  # float32 itself, which ggml has no function for
+        return np.array(stored.view(np.float32))
+    rows = np.empty((len(stored), columns), np.float32)
+    traits = _library().ggml_get_type_traits(kind).contents
+    traits.to_float(stored.ctypes.data, rows.ctypes.data_as(_FLOATS), rows.size)
+    return rows
