@@ -126,9 +126,61 @@ def train(
     _stage("train", settings, folder)
 
 
-_define("export", "Merge the adapter and write GGUF.")
-_define("evaluate", "Measure base, tuned and ceiling, turn by turn.")
+@app.command()
+def export(
+    recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False, set: Set = None,
+    model: Annotated[str, typer.Option(help="Export this base by itself, not a run: a preset, GGUF, folder or Hub id.")] = "",
+    adapter: Annotated[Path | None, typer.Option(help="With --model: a PEFT LoRA folder to merge into it.")] = None,
+    out: Annotated[Path, typer.Option(help="With --model: folder of the new files.")] = Path("export"),
+    format: Annotated[list[str] | None, typer.Option(help="Q8_0, F16, Q4_K_M, ...; may be given several times.")] = None,
+    merge_onto: Annotated[str, typer.Option(help="16bit, 4bit, or measure: whichever is nearer to the trained model.")] = "",
+    merged_dir: Annotated[Path | None, typer.Option(help="Write the merged model for transformers (float32) here, too.")] = None,
+    converter: Annotated[Path | None, typer.Option(help="Your own convert_hf_to_gguf.py, for a family not known here.")] = None,
+) -> None:  # fmt: skip
+    """Merge the adapter and write GGUF. Example: gatt export --model qwen3-0.6b --adapter my-lora --format Q4_K_M"""
+    from pipeline.stages import export as stage
+
+    if not model:
+        changes = [*(set or []), *([f"export.formats={list(format)!r}"] if format else [])]
+        changes += [f"export.merge_onto={merge_onto}"] if merge_onto else []
+        settings, folder = _open(recipe, run, quick, changes)
+        _stage("export", settings, folder)
+        model, adapter = settings.model, folder.adapter
+        if converter:
+            raise GattError("--converter is for --model: a run begins with a model whose family is known.")
+    else:
+        stage.alone(model, adapter, out, tuple(format or ("Q8_0",)), merge_onto or "16bit", converter)
+    if merged_dir:
+        stage.write_merged(model, adapter, merged_dir)
+
+
+@app.command()
+def evaluate(
+    recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False, set: Set = None,
+    adapter: Annotated[str, typer.Option(help="Measure the base with this GGUF adapter over it, not the exported file.")] = "",
+    adapter_scale: Annotated[float, typer.Option(help="How strongly the adapter counts; 1 is as it was trained.")] = 1.0,
+) -> None:  # fmt: skip
+    """Measure base, tuned and ceiling, turn by turn. Example: gatt evaluate --adapter runs/demo/export/adapter.gguf"""
+    changes = [f"evaluate.adapter={adapter}", f"evaluate.adapter_scale={adapter_scale}"] if adapter else []
+    _stage("evaluate", *_open(recipe, run, quick, [*(set or []), *changes]))
+
+
 _define("report", "Render the report.")
+
+
+@app.command()
+def push(
+    repository: Annotated[str, typer.Argument(help="owner/name on the Hub; made private where it is new.")],
+    run: Run = DEFAULT_RUN,
+) -> None:
+    """Upload a finished run: GGUF, adapter, model card. Example: gatt push me/keeps-its-word --run runs/demo"""
+    from pipeline.config import load_recipe
+    from pipeline.rundir import RunDir
+    from pipeline.stages import push as stage
+
+    if not (run / "recipe.toml").is_file():
+        raise GattError(f"No run in {run} (it has no recipe.toml). `gatt run --run {run}` makes one.")
+    stage.run(load_recipe(run / "recipe.toml"), RunDir(run), repository)
 
 
 @app.command()
@@ -136,12 +188,15 @@ def chat(
     model: Annotated[str, typer.Argument(help="A GGUF file, or a base model as in the recipe.")],
     instruction: Annotated[str, typer.Option(help="Put before your first message.")] = "",
     system: Annotated[str, typer.Option(help="System message.")] = "",
+    adapter: Annotated[Path | None, typer.Option(help="A GGUF adapter to lay over the model.")] = None,
+    adapter_scale: Annotated[float, typer.Option(help="How strongly it counts; 1 is as it was trained.")] = 1.0,
     seed: int = 1,
 ) -> None:
     """Talk with a GGUF. Example: gatt chat runs/demo/export/tuned-Q8_0.gguf --instruction 'Begin every answer with "Ahoy!"'"""
+    from pipeline.backends.weights import Adapter
     from pipeline.stages import chat as stage
 
-    stage.run(model, instruction, system, seed)
+    stage.run(model, instruction, system, seed, Adapter(adapter, adapter_scale) if adapter else None)
 
 
 @app.command()
@@ -169,7 +224,8 @@ def _open(recipe: Path | None, run: Path, quick: bool, overrides: list[str] | No
 STAGES = ("instructions", "synthesize", "train", "export", "evaluate", "report")
 _SECTIONS = {
     "instructions": ("dialogues", "instructions", "synthesize", "evaluate"), "synthesize": ("synthesize", "dialogues"),
-    "train": ("train",), "export": ("export",), "evaluate": ("evaluate", "dialogues"), "report": ("evaluate",),
+    "train": ("train",), "export": ("export", "dialogues"), "evaluate": ("evaluate", "dialogues", "export"),
+    "report": ("evaluate",),
 }  # fmt: skip
 
 
@@ -178,15 +234,22 @@ def _inputs(name: str, settings: Recipe, folder: RunDir) -> list[Path]:
     from pipeline.backends.hub import find_model
 
     if name == "report":  # which needs no model
-        return [folder.scores]
+        return [folder.scores, folder.exported]
     base = find_model(settings.model).path
     return {
         "instructions": [base, *([folder.lists] if folder.lists.exists() else [])],
         "synthesize": [base, folder.pairs],
         "train": [base, folder.examples],
-        "export": [base, folder.adapter],
-        "evaluate": [base, folder.pairs, folder.tuned(settings.export.formats[0])],
+        "export": [base, folder.adapter, folder.examples],
+        "evaluate": [base, folder.pairs, *_tuned(settings, folder)],
     }[name]
+
+
+def _tuned(settings: Recipe, folder: RunDir) -> list[Path]:
+    """What evaluation measures beside the base."""
+    if settings.evaluate.adapter:
+        return [Path(settings.evaluate.adapter)]
+    return [folder.tuned(name) for name in settings.export.formats]
 
 
 def _stage(name: str, settings: Recipe, folder: RunDir) -> None:

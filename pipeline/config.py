@@ -110,8 +110,13 @@ class Train(Section):
 class Export(Section):
     """The tuned GGUF."""
 
-    formats: tuple[str, ...] = ("Q8_0",)
-    """llama.cpp's names: F16, Q8_0, Q4_K_M, ... The first is evaluated, against the base in the same format."""
+    formats: tuple[str, ...] = Field(default=("Q8_0",), min_length=1)
+    """llama.cpp's names: F16, Q8_0, Q4_K_M, IQ4_XS, ... All of them are evaluated; base and ceiling are in the first."""
+    merge_onto: Literal["measure", "16bit", "4bit"] = "measure"
+    """What the adapter is added to: the base's own weights ("16bit"), or these rounded to 4 bits as they were in training.
+    "measure" takes what is closer to the trained model, at the price of two passing files in F16."""
+    importance_tokens: int = Field(default=8192, ge=1)
+    """Tokens of the run's dialogues from which the importance matrix is taken; only formats below Q8_0 need one."""
 
 
 class Evaluate(Section):
@@ -127,6 +132,10 @@ class Evaluate(Section):
     """Of the sampling, the same for all arms."""
     sequences: int = Field(default=0, ge=0)
     """Dialogues that are evaluated side by side; 0 is what the machine allows."""
+    adapter: str = ""
+    """A GGUF adapter that is laid over the base and measured in place of the exported files, over one copy of the weights."""
+    adapter_scale: float = 1.0
+    """How strongly it counts; 1 is as it was trained."""
 
 
 class Recipe(Section):

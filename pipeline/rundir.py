@@ -47,6 +47,8 @@ class RunDir:
         self.adapter = path / "train" / "adapter"
         self.checkpoints = path / "train" / "checkpoints"
         self.losses = path / "train" / "losses.json"
+        self.reference = path / "train" / "reference.npz"
+        self.exported = path / "export" / "export.json"
         self.replies = path / "evaluate" / "replies.jsonl"
         self.scores = path / "evaluate" / "scores.json"
         self.report = path / "report"

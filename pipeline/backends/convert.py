@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 import platformdirs
 
 from pipeline.backends.hub import Model
+from pipeline.backends.importance import Importance
 from pipeline.backends.llama import chosen_types, file_type
 from pipeline.files import sha256, whole_file, write_json
 from pipeline.gguf.merge import DIRECT, Format, Sum, add, direct, write, write_skeleton
@@ -51,8 +52,8 @@ def write_formats(model: Model, adapter: Path | None, targets: dict[str, Path]) 
     write(whole, formats)
 
 
-def format_of(whole: Sum, name: str, scratch: Path) -> Format:
-    """How llama.cpp would store the tensors of `whole` in the format `name`.
+def format_of(whole: Sum, name: str, scratch: Path, importance: Importance | None = None) -> Format:
+    """How llama.cpp would store the tensors of `whole` in the format `name`, with an importance matrix or without one.
 
     Raises:
         GattError: no such format.
@@ -62,7 +63,15 @@ def format_of(whole: Sum, name: str, scratch: Path) -> Format:
     skeleton = scratch / "skeleton.gguf"
     if not skeleton.exists():
         write_skeleton(whole, skeleton)
-    return Format(file_type(name), chosen_types(skeleton, name, False))
+    types = chosen_types(skeleton, name, importance is not None)
+    if importance is None:
+        return Format(file_type(name), types)
+    by_tensor = importance.by_tensor()
+    keys = {
+        "quantize.imatrix.file": "imatrix.gguf", "quantize.imatrix.dataset": "the run's dialogues",
+        "quantize.imatrix.entries_count": len(by_tensor), "quantize.imatrix.chunks_count": importance.chunks,
+    }  # fmt: skip
+    return Format(file_type(name), types, by_tensor, keys)
 
 
 def hugging_face_folder(model: Model) -> Path:

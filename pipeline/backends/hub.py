@@ -23,6 +23,8 @@ class Model:
 
     name: str
     path: Path
+    repository: str = ""
+    """Its id on the Hub, where that is known."""
 
     @property
     def is_gguf(self) -> bool:
@@ -57,7 +59,9 @@ def find_model(name: str) -> Model:
     known = presets()
     if name in known:
         preset = known[name]
-        return Model(name, _embedded(preset["package"])) if "package" in preset else _download(name, preset["repository"])
+        if "package" in preset:
+            return Model(name, _embedded(preset["package"]), preset["repository"])
+        return _download(name, preset["repository"])
     if name.count("/") == 1 and not path.exists() and not name.startswith((".", "/")):
         return _download(name, name)
     near = difflib.get_close_matches(name, known, n=1)
@@ -83,7 +87,7 @@ def _download(name: str, repository: str) -> Model:
     import huggingface_hub
 
     try:
-        small = ["*.json", "*.jinja", "tokenizer.model"]
+        small = ["*.json", "*.jinja", "tokenizer.model", "README.md"]  # the card tells the licence
         folder = huggingface_hub.snapshot_download(repository, allow_patterns=small)
         CheckpointBase(Path(folder))  # gigabytes of weights are fetched only for a model that can be exported
         huggingface_hub.snapshot_download(repository, allow_patterns=[*small, "model*.safetensors"])
@@ -94,7 +98,7 @@ def _download(name: str, repository: str) -> Model:
             f"Cannot get {repository} from the Hub ({type(error).__name__}). Without a network these work: "
             "the preset smollm2-135m, a GGUF file, or a Hugging Face folder on this disk."
         ) from error
-    return Model(name, Path(folder))
+    return Model(name, Path(folder), repository)
 
 
 def upload(repository: str, kind: Literal["dataset", "model"], files: Mapping[str, Path | bytes], message: str) -> str:

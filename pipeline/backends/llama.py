@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from pipeline.backends.weights import CacheType, Weights, silence
+from pipeline.backends.weights import Adapter, CacheType, Weights, silence
 from pipeline.backends.worker import Queue, Worker
 from pipeline.errors import GattError
 from pipeline.gguf.read import GgufInfo, open_gguf
@@ -27,38 +27,44 @@ _PER_CORE, _PER_GPU = 16, 64
 
 
 class Llama:
-    """A GGUF file with room for up to `dialogues` of `context` tokens each, side by side.
+    """A model with room for up to `dialogues` of `context` tokens each, side by side.
 
-    `most` limits them further; where it is 0, that is what the cores and half of the free memory allow. `cache` is the type
-    of the attention's keys and values; records call the model `name`, or else by its file's name.
+    `source` is a GGUF file, or weights that are loaded already and stay so; `adapter` is laid over them. `most` limits the
+    dialogues further; where it is 0, that is what the cores and half of the free memory allow. `cache` is the type of the
+    attention's keys and values; records call the model `name`, or else by its file's name.
 
     Raises:
-        GattError: no GGUF, a broken one, one without a chat template, or too little memory.
+        GattError: no GGUF, a broken one, one without a chat template, an adapter of another base, or too little memory.
     """
 
     def __init__(
-        self, path: Path, dialogues: int, context: int, most: int = 0, cache: CacheType = "F16", name: str = ""
-    ) -> None:
-        info = open_gguf(path)
-        self.name = name or path.name
+        self, source: Path | Weights, dialogues: int, context: int, most: int = 0, cache: CacheType = "F16", name: str = "",
+        adapter: Adapter | None = None,
+    ) -> None:  # fmt: skip
+        loaded = isinstance(source, Weights)
+        info = source.info if isinstance(source, Weights) else open_gguf(source)
+        self.name = name or info.path.name
         cells = -(-context // _PADDING) * _PADDING
         stream = cells * info.cache_bytes_per_token * (2 if cache == "F32" else 1)
         cores = 1 if _offloads() else os.cpu_count() or 1
         sequences = min(dialogues, most or _fitting(info, stream, cores))
         workers = min(cores, sequences)
-        require_memory(info.bytes + (sequences + workers) * stream, f"run {path.name} with {sequences} sequences")
+        needed = (0 if loaded else info.bytes) + (sequences + workers) * stream
+        require_memory(needed, f"run {info.path.name} with {sequences} sequences")
         self._cores = os.cpu_count() or 1
-        self._weights = Weights(info)
+        self._weights = source if isinstance(source, Weights) else Weights(info)
+        self._lent = loaded
         self.template, self.tokenize = self._weights.template, self._weights.tokenize
         shares = [len(range(n, sequences, workers)) for n in range(workers)]
         threads = self._cores // workers
-        self._workers = [Worker(self._weights, share, cells, cache, threads) for share in shares]
+        self._workers = [Worker(self._weights, share, cells, cache, threads, adapter) for share in shares]
 
     def close(self) -> None:
         """Give the memory back."""
         for worker in self._workers:
             worker.close()
-        self._weights.close()
+        if not self._lent:
+            self._weights.close()
 
     def __enter__(self) -> Llama:
         return self
@@ -124,6 +130,21 @@ def file_type(format_name: str) -> int:
     if kind is None:
         raise GattError(f"Unknown format {format_name!r}. Use llama.cpp's names, such as F16, Q8_0, Q5_K_M or Q4_K_M.")
     return int(kind)
+
+
+def quantize(source: Path, target: Path, format_name: str) -> None:
+    """Write a GGUF to `target` in another format by llama.cpp alone: for files that our own export cannot write.
+
+    Raises:
+        GattError: no such format, or llama.cpp refused.
+    """
+    import llama_cpp
+
+    silence(llama_cpp)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = file_type(format_name), os.cpu_count() or 1
+    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
+        raise GattError(f"llama.cpp could not quantise {source.name} to {format_name} (is the disk full?).")
 
 
 def chosen_types(skeleton: Path, format_name: str, importance: bool) -> dict[str, int]:

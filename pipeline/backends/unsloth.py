@@ -8,19 +8,21 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import platformdirs
 
 from pipeline.backends.template import ChatTemplate, answer_spans
 from pipeline.config import Train
 from pipeline.errors import GattError
+from pipeline.files import whole_file
 from pipeline.gatt.ghost import loss_turns
 from pipeline.records import Message
 
 IGNORED = -100
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _COMPLETE = "complete"
+_PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,24 +109,33 @@ def last_checkpoint(checkpoints: Path) -> int:
     return max((int(c.parent.name.split("-")[1]) for c in checkpoints.glob(f"checkpoint-*/{_COMPLETE}")), default=0)
 
 
-def train(
-    folder: Path, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path, adapter: Path,
-    on_step: Callable[[int, float], None],
-) -> list[float]:  # fmt: skip
-    """Train an adapter on the base in `folder` and save it; goes on from the last whole checkpoint.
-
-    Returns:
-        The loss of every step.
-    """
+def _unsloth() -> Any:
+    """Unsloth's loader; it must be imported before transformers."""
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(platformdirs.user_cache_dir("gatt")) / "unsloth"))
+    os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"  # the base is on this disk
     warnings.filterwarnings("ignore")
-    import torch
-    from unsloth import FastLanguageModel  # isort: skip  (Unsloth must be imported before transformers)
+    from unsloth import FastLanguageModel  # isort: skip
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    return FastLanguageModel
+
+
+def train(
+    folder: Path, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path, adapter: Path,
+    on_step: Callable[[int, float], None],
+) -> tuple[list[float], Reference]:  # fmt: skip
+    """Train an adapter on the base in `folder` and save it; goes on from the last whole checkpoint.
+
+    Returns:
+        The loss of every step, and what the trained model predicts.
+    """
+    FastLanguageModel = _unsloth()
+    import torch
+    import transformers
+
     network, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=settings.max_length, load_in_4bit=True, local_files_only=True
     )
@@ -160,7 +171,71 @@ def train(
     step = last_checkpoint(checkpoints)
     trainer.train(resume_from_checkpoint=str(checkpoints / f"checkpoint-{step}") if step else None)
     network.save_pretrained(adapter)
-    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    return losses, _predict(network, [e.input_ids for e in examples])
+
+
+class Reference(NamedTuple):
+    """What a model predicts: sequences of token ids, and (all their tokens, vocabulary) logits of what follows each."""
+
+    sequences: list[list[int]]
+    logits: Any
+
+    def save(self, path: Path) -> None:
+        """Keep it as NumPy arrays; the logits in half precision."""
+        import numpy as np
+
+        with whole_file(path) as draft, draft.open("wb") as file:
+            lengths = [len(s) for s in self.sequences]
+            np.savez(file, ids=np.concatenate(self.sequences), lengths=lengths, logits=self.logits.astype(np.float16))
+
+    @classmethod
+    def load(cls, path: Path) -> Reference:
+        """As saved."""
+        import numpy as np
+
+        with np.load(path) as found:
+            ends = np.cumsum(found["lengths"])[:-1]
+            return cls([part.tolist() for part in np.split(found["ids"], ends)], found["logits"].astype(np.float32))
+
+
+def predict(folder: Path, adapter: Path | None, sequences: Sequence[Sequence[int]], four_bits: bool) -> Reference:
+    """What the base in `folder` with `adapter` on it predicts, in 4 bits as in training, or in float32 as it is."""
+    if four_bits:
+        network, _ = _unsloth().from_pretrained(str(folder), max_seq_length=4096, load_in_4bit=True, local_files_only=True)
+    else:
+        import transformers
+
+        network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
+    if adapter:
+        import peft
+
+        network = peft.PeftModel.from_pretrained(network, str(adapter))
+    return _predict(network, sequences)
+
+
+def _predict(network: Any, sequences: Sequence[Sequence[int]]) -> Reference:
+    """The first tokens of the first few sequences are enough to compare models by."""
+    import numpy as np
+    import torch
+
+    device = next(network.parameters()).device
+    heads = [list(s[:_PREDICTED_TOKENS]) for s in sequences[:_PREDICTED_SEQUENCES]]
+    with torch.no_grad():
+        rows = [network(input_ids=torch.tensor([s], device=device)).logits[0].float().cpu().numpy() for s in heads]
+    return Reference(heads, np.concatenate(rows))
+
+
+def four_bits(matrix: Any) -> Any:
+    """A matrix (outputs, inputs) as 4-bit training has it: rounded to NF4 and back, float32 in and out."""
+    import torch
+    from bitsandbytes import functional
+
+    device = "cuda" if on_gpu() else "cpu"
+    stored, state = functional.quantize_4bit(
+        torch.from_numpy(matrix).to(device, torch.bfloat16), blocksize=64, compress_statistics=True, quant_type="nf4"
+    )
+    return functional.dequantize_4bit(stored, state).float().cpu().numpy()
 
 
 def _pad(rows: list[dict[str, list[int]]], pad: int) -> dict[str, Any]:

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any, Literal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 from pipeline.backends.template import ChatTemplate
 from pipeline.errors import GattError
-from pipeline.gguf.read import GgufInfo
+from pipeline.gguf.read import GgufInfo, read_gguf
 from pipeline.records import Request
 
 CacheType = Literal["F16", "F32"]
+Observer = Callable[[int, bool], bool]
+"""llama.cpp's `cb_eval`: (address of a graph's node, is it only a question?) → yes, or go on."""
+
+
+class Adapter(NamedTuple):
+    """A LoRA as a GGUF file, and how strongly it counts (1: as it was trained)."""
+
+    path: Path
+    scale: float = 1.0
 
 
 class Weights:
@@ -24,6 +35,9 @@ class Weights:
         import llama_cpp
 
         self.api: Any = llama_cpp
+        self.info, self.name = info, info.path.name
+        self._adapters: dict[Path, Any] = {}
+        self._observers: list[Any] = []  # llama.cpp holds no reference to a Python function
         silence(llama_cpp)
         self._model = llama_cpp.llama_model_load_from_file(str(info.path).encode(), llama_cpp.llama_model_default_params())
         if not self._model:
@@ -40,11 +54,16 @@ class Weights:
         self.api.llama_sampler_free(self._dry)
         self.api.llama_model_free(self._model)
 
-    def new_context(self, streams: int, cells: int, batch: int, cache: CacheType, threads: int) -> Any:
+    def new_context(
+        self, streams: int, cells: int, batch: int, cache: CacheType, threads: int, adapter: Adapter | None = None,
+        observer: Observer | None = None,
+    ) -> Any:  # fmt: skip
         """A llama.cpp context with `streams` caches of `cells` tokens each, which decodes up to `batch` tokens at a time.
 
+        Its cache belongs to its adapter: contexts with different ones share the weights and nothing else.
+
         Raises:
-            GattError: no memory for it.
+            GattError: no memory for it, or an adapter of another base.
         """
         params = self.api.llama_context_default_params()
         params.n_ctx, params.n_seq_max, params.kv_unified = streams * cells, streams, False
@@ -52,10 +71,27 @@ class Weights:
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = getattr(self.api, f"GGML_TYPE_{cache}")
         params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        if observer:
+            self._observers.append(type(params.cb_eval)(lambda node, ask, data: observer(node, ask)))
+            params.cb_eval = self._observers[-1]
         context = self.api.llama_init_from_model(self._model, params)
         if not context:
             raise GattError(f"No memory for a cache of {streams * cells} tokens. Lower `sequences` or the number of turns.")
+        if adapter:
+            one = (self.api.llama_adapter_lora_p_ctypes * 1)(self._adapter(adapter.path))
+            self.api.llama_set_adapters_lora(context, one, 1, (ctypes.c_float * 1)(adapter.scale))
         return context
+
+    def _adapter(self, path: Path) -> Any:
+        """The loaded adapter; llama.cpp frees it with the model."""
+        if path not in self._adapters:
+            if read_gguf(path).field("general.type") != "adapter":
+                raise GattError(f"{path} is no adapter. `gatt export` writes one: adapter.gguf.")
+            loaded = self.api.llama_adapter_lora_init(self._model, str(path).encode())
+            if not loaded:
+                raise GattError(f"{path} does not fit {self.name}: it is an adapter of another base.")
+            self._adapters[path] = loaded
+        return self._adapters[path]
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a rendered chat: special tokens are parsed, and none is added (the template writes its own)."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.backends.weights import CacheType, Weights
+from pipeline.backends.weights import Adapter, CacheType, Weights
 from pipeline.gguf.base import Array
 from pipeline.records import Completion, Request, Task
 
@@ -82,13 +82,15 @@ class _Sequence:
 class Worker:
     """One context with room for `sequences` dialogues of up to `context` tokens each; one thread at a time may run it."""
 
-    def __init__(self, weights: Weights, sequences: int, context: int, cache: CacheType, threads: int) -> None:
+    def __init__(
+        self, weights: Weights, sequences: int, context: int, cache: CacheType, threads: int, adapter: Adapter | None = None
+    ) -> None:
         self._weights, self._api = weights, weights.api
         self._room = context
         self._threads = threads
         most = max(_CHUNK, sequences) + 1
         # One stream more than dialogues: a lone token gets company there.
-        self._context = weights.new_context(sequences + 1, context, most, cache, threads)
+        self._context = weights.new_context(sequences + 1, context, most, cache, threads, adapter)
         self._memory = self._api.llama_get_memory(self._context)
         self._batch = self._api.llama_batch_init(most, 0, 1)
         self._sequences = [_Sequence(n) for n in range(sequences + 1)]

@@ -5,10 +5,9 @@ Source of the file's form: llama.cpp's `convert_lora_to_gguf` as it comes with l
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,59 @@ import numpy as np
 from pipeline.errors import GattError
 from pipeline.files import whole_file
 from pipeline.gguf.base import Array, Base, Tensor, row_order
+from pipeline.gguf.checkpoint import Stored, mapped
+from pipeline.gguf.vocabulary import read_object
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """What an adapter adds to one matrix: `scale * b @ a`, with `a` (rank, inputs) and `b` (outputs, rank)."""
+    """What an adapter adds to one matrix: `scale * b @ a`, with `a` (rank, inputs) and `b` (outputs, rank) in a mapped file.
 
-    a: Array
-    b: Array
+    `order` says which row of `b` each row is; None where they are the same.
+    """
+
+    a: Stored
+    b: Stored
     scale: float
+    order: Any = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        return self.b.shape[0], self.a.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Of the adapter."""
+        return self.a.shape[0]
+
+    def factors(self, first: int, last: int) -> tuple[Array, Array]:
+        """`a`, and some rows of `b`.
+
+        Raises:
+            GattError: they hold NaN or infinity.
+        """
+        a = self.a.load(slice(None))
+        b = self.b.load(slice(first, last) if self.order is None else self.order[first:last])
+        if not (np.isfinite(a.sum()) and np.isfinite(b.sum())):
+            raise GattError(f"{self.a.file}: the adapter holds NaN or infinity. Train again with a lower train.learning_rate.")
+        return a, b
 
     def rows(self, first: int, last: int) -> Array:
         """Some rows of the change, (rows, inputs), float32."""
-        return np.matmul(self.b[first:last] * np.float32(self.scale), self.a, dtype=np.float32)
+        a, b = self.factors(first, last)
+        change: Array = np.matmul(b * np.float32(self.scale), a)
+        return change
 
 
 def read_adapter(folder: Path) -> dict[str, Delta]:
     """A PEFT LoRA adapter by the names of the modules that it changes.
 
     Raises:
-        GattError: no adapter there, one that is more than a LoRA, or one that holds NaN.
+        GattError: no adapter there, or one that is more than a LoRA.
     """
-    settings, tensors = _files(folder)
+    settings = _settings(folder)
+    tensors = mapped(folder / "adapter_model.safetensors")
     deltas = {}
     for key, a in tensors.items():
         if key.endswith(".lora_B.weight"):
@@ -46,11 +76,9 @@ def read_adapter(folder: Path) -> dict[str, Delta]:
         if not key.endswith(".lora_A.weight"):
             raise GattError(f"{folder} holds {key}; only the two matrices of a LoRA can be merged (no DoRA, no embeddings).")
         module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        b = tensors[key.replace("lora_A", "lora_B")].astype(np.float32)
-        if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise GattError(f"{module}: the adapter holds NaN or infinity. Train again with a lower train.learning_rate.")
-        scale = settings["lora_alpha"] / (math.sqrt(len(a)) if settings.get("use_rslora") else len(a))
-        deltas[module] = Delta(a.astype(np.float32), b, scale)
+        rank = a.shape[0]
+        scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        deltas[module] = Delta(a, tensors[key.replace("lora_A", "lora_B")], scale)
     return deltas
 
 
@@ -67,31 +95,26 @@ def fit(deltas: dict[str, Delta], base: Base, tensors: Iterable[Tensor]) -> dict
     fitted = {}
     for module, delta in deltas.items():
         name = f"{names.get_name(module)}.weight"
-        change = (len(delta.b), delta.a.shape[1])
         if name not in shapes:
             raise GattError(
                 f"The adapter changes {module}, which {base.name} ({base.architecture}) does not have: it is of another base."
             )
-        if shapes[name] != change:
-            raise GattError(f"{name}: the adapter is for {change}, {base.name} has {shapes[name]}: it is of another base.")
-        order = row_order(base, name, len(delta.b))
-        fitted[name] = delta if order is None else Delta(delta.a, delta.b[order], delta.scale)
+        if shapes[name] != delta.shape:
+            raise GattError(f"{name}: the adapter is for {delta.shape}, {base.name} has {shapes[name]}: it is of another base.")
+        fitted[name] = replace(delta, order=row_order(base, name, delta.shape[0]))
     return fitted
 
 
-def _files(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings and the tensors of a PEFT folder."""
-    from safetensors.numpy import load_file
-
-    try:
-        settings = dict(json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except OSError as error:
-        raise GattError(f"No adapter in {folder} ({error}). `gatt train` writes one.") from error
+def _settings(folder: Path) -> dict[str, Any]:
+    """What PEFT says of an adapter."""
+    file = folder / "adapter_config.json"
+    if not (file.is_file() and (folder / "adapter_model.safetensors").is_file()):
+        raise GattError(f"No adapter in {folder}: adapter_config.json or adapter_model.safetensors is missing.")
+    settings = read_object(file)
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if settings.get(name)]
     if patterns:
         raise GattError(f"{folder} has a {patterns[0]}: adapters of one rank and one alpha can be merged only.")
-    return settings, tensors
+    return settings
 
 
 def write_adapter(base: Base, folder: Path, target: Path) -> None:
@@ -106,15 +129,16 @@ def write_adapter(base: Base, folder: Path, target: Path) -> None:
     with whole_file(target) as draft:
         writer = gguf.GGUFWriter(draft, base.architecture)
         for name, delta in deltas.items():
-            writer.add_tensor(f"{name}.lora_a", delta.a)
-            writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(delta.b))
+            a, b = delta.factors(0, delta.shape[0])
+            writer.add_tensor(f"{name}.lora_a", a)
+            writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b))
         about = gguf.Metadata.load(None, folder, None, writer.get_total_parameter_count()[0])
         about.name = about.name or folder.name
         writer.add_type(gguf.GGUFType.ADAPTER)
         about.set_gguf_meta_model(writer)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         # llama.cpp divides by the rank, whatever the adapter was trained with.
-        scales = {delta.scale * len(delta.a) for delta in deltas.values()}
+        scales = {delta.scale * delta.rank for delta in deltas.values()}
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, scales.pop())
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.write_header_to_file()

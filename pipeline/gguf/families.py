@@ -176,8 +176,9 @@ def family_of(config: Config, source: str) -> Family:
     named = (config.get("architectures") or ["none"])[0]
     if named not in FAMILIES:
         raise GattError(
-            f"{source} is a {named}; this version writes GGUF for {', '.join(FAMILIES)}. Give the model's GGUF instead, "
-            "where it is a llama."
+            f"{source} is a {named}; this version writes GGUF for {', '.join(FAMILIES)}. Give the model's GGUF instead, where it "
+            "is of one of these, or export a folder with `gatt export --model FOLDER --converter PATH` and your own "
+            "convert_hf_to_gguf.py of llama.cpp."
         )
     return FAMILIES[named]
 

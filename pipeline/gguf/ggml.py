@@ -51,6 +51,12 @@ def _library() -> Any:
     library.ggml_quantize_chunk.argtypes = [
         ctypes.c_int, _FLOATS, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, _FLOATS,
     ]  # fmt: skip
+    library.ggml_op_name.restype = ctypes.c_char_p
+    library.ggml_op_name.argtypes = [ctypes.c_int]
+    library.ggml_nbytes.restype = ctypes.c_size_t
+    library.ggml_nbytes.argtypes = [ctypes.c_void_p]
+    library.ggml_backend_tensor_get.restype = None
+    library.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
     library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     return library
@@ -89,3 +95,16 @@ def dequantize(stored: Any, kind: int, columns: int) -> Array:
     traits = _library().ggml_get_type_traits(kind).contents
     traits.to_float(stored.ctypes.data, rows.ctypes.data_as(_FLOATS), rows.size)
     return rows
+
+
+@cache
+def operation(number: int) -> str:
+    """The name of a graph's operation ("MUL_MAT")."""
+    return str(_library().ggml_op_name(number).decode())
+
+
+def read_node(address: int) -> Any:
+    """The bytes of a graph's tensor, uint8, from whatever device holds it."""
+    raw = np.empty(_library().ggml_nbytes(address), np.uint8)
+    _library().ggml_backend_tensor_get(address, raw.ctypes.data, 0, raw.nbytes)
+    return raw

@@ -89,14 +89,14 @@ class GgufBase:
         """Copy them."""
         import gguf
 
-        told = ("general.name", "general.base_model", "general.dataset") if about else ()
+        told = ("general.name", "general.finetune", "general.base_model", "general.dataset") if about else ()
         replaced = ("general.architecture", "general.file_type", "quantize.imatrix", *told)
         for name, held in self._info.fields.items():
             if not name.startswith(replaced):
                 items = None if held.items is None else gguf.GGUFValueType(held.items)
                 writer.add_key_value(name, held.value, gguf.GGUFValueType(held.kind), items)
         if about:
-            gguf.Metadata(**about).set_gguf_meta_model(writer)
+            gguf.Metadata(name=self._info.field("general.name", self.name), **about).set_gguf_meta_model(writer)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight, dequantised when it is loaded."""
@@ -158,6 +158,11 @@ def write(whole: Sum, targets: dict[Path, Format], on_tensor: Callable[[], objec
                 file.pad()
             on_tensor()
     return [{kind: held / wanted for kind, (held, wanted) in sums.items() if wanted} for sums in kept]
+
+
+def size(whole: Sum, how: Format) -> int:
+    """Bytes of the data of a file in the format `how`."""
+    return sum(tensor.rows * ggml.row_bytes(how.types[tensor.name], tensor.columns) for tensor in whole.tensors)
 
 
 def write_skeleton(whole: Sum, path: Path) -> None:

@@ -1,13 +1,20 @@
-"""`gatt evaluate`: does the instruction of turn 1 hold to turn 20? Base, tuned, and base with it repeated (ceiling)."""
+"""`gatt evaluate`: does the instruction of turn 1 hold to turn 20? Base, tuned, and base with it repeated (ceiling).
+
+With an adapter file, all of them run over one loaded copy of the base; each in contexts of its own.
+"""
 
 from __future__ import annotations
 
 import zlib
 from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.backends.convert import gguf_file
 from pipeline.backends.hub import find_model
 from pipeline.backends.llama import Llama
+from pipeline.backends.weights import Adapter, Weights
 from pipeline.config import Recipe
 from pipeline.console import Progress, progress
 from pipeline.files import JsonlLog, write_json
@@ -15,30 +22,49 @@ from pipeline.gatt.ghost import augment
 from pipeline.gatt.kinds import obeys
 from pipeline.gatt.metrics import Rate, adherence
 from pipeline.gatt.text import flaw
+from pipeline.gguf.read import open_gguf
 from pipeline.pairs import Paired, read_pairs
 from pipeline.records import Reply, Request, Task
 from pipeline.rundir import RunDir
-
-ARMS = ("base", "tuned", "ceiling")
-"""What is measured; the ceiling is the base, told in every turn."""
 
 
 def run(recipe: Recipe, rundir: RunDir) -> None:
     """Answer every evaluation dialogue in every arm and score it; finished replies of an earlier attempt are kept."""
     pairs = read_pairs(rundir.pairs, "evaluate")
-    settings = recipe.evaluate
+    settings, measured = recipe.evaluate, arms(recipe, rundir)
     context = settings.turns * (settings.max_tokens + 60) + 200
     with JsonlLog(rundir.replies) as log:
         replies = {(r["arm"], r["dialogue"], r["turn"]): Reply(**r) for r in log.records}
-        total = len(ARMS) * len(pairs) * settings.turns
+        total = len(measured) * len(pairs) * settings.turns
         with progress("evaluate: replies", total, len(replies)) as bar:
-            for arm in ARMS:
-                chosen = recipe.export.formats[0]
-                path = rundir.tuned(chosen) if arm == "tuned" else gguf_file(find_model(recipe.model), chosen)
-                with Llama(path, len(pairs), context, settings.sequences) as llama:
-                    llama.run(_dialogue(arm, pair, recipe, replies, log, bar) for pair in pairs)
+            for path, tested in groupby(sorted(measured, key=lambda arm: arm.path), key=lambda arm: arm.path):
+                weights = Weights(open_gguf(path))
+                for arm in tested:
+                    with Llama(weights, len(pairs), context, settings.sequences, adapter=arm.adapter) as llama:
+                        llama.run(_dialogue(arm.name, pair, recipe, replies, log, bar) for pair in pairs)
+                weights.close()
+    names = [arm.name for arm in measured]
     # Not in the order of the log, which an interrupted run leaves otherwise.
-    write_json(rundir.scores, scores(sorted(replies.values(), key=lambda r: (ARMS.index(r.arm), r.turn)), pairs))
+    write_json(rundir.scores, scores(sorted(replies.values(), key=lambda r: (names.index(r.arm), r.turn)), pairs))
+
+
+class Arm(NamedTuple):
+    """What is measured under a name: a file, perhaps with an adapter over it."""
+
+    name: str
+    path: Path
+    adapter: Adapter | None = None
+
+
+def arms(recipe: Recipe, rundir: RunDir) -> list[Arm]:
+    """Base, tuned in the first format, the other formats by their names, and ceiling (the base, told in every turn)."""
+    first, *others = recipe.export.formats
+    base = gguf_file(find_model(recipe.model), first)
+    if recipe.evaluate.adapter:
+        tuned = [Arm("tuned", base, Adapter(Path(recipe.evaluate.adapter), recipe.evaluate.adapter_scale))]
+    else:
+        tuned = [Arm("tuned", rundir.tuned(first)), *(Arm(f"tuned, {name}", rundir.tuned(name)) for name in others)]
+    return [Arm("base", base), *tuned, Arm("ceiling", base)]
 
 
 def _dialogue(
@@ -80,7 +106,7 @@ def scores(replies: list[Reply], pairs: list[Paired]) -> dict[str, object]:
         "by_instruction": _table(adherence(replies, lambda r: (r.arm, names[r.dialogue]))),
         "late": _table(adherence(late, lambda r: (r.arm, f"turns {first_late} to {last}"))),
         "later": _table(adherence(later, lambda r: (r.arm, f"turns 2 to {last}"))),
-        "replies": {arm: _count([r for r in replies if r.arm == arm]) for arm in ARMS},
+        "replies": {arm: _count([r for r in replies if r.arm == arm]) for arm in dict.fromkeys(r.arm for r in replies)},
     }
 
 

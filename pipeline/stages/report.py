@@ -39,7 +39,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     html = page.render(
         sentence=sentence, recipe=recipe, scores=scores, curve=curve, turns=scores["turns"], arms=list(late), facts=facts,
         by_instruction=_by_instruction(scores), examples=_examples(rundir), shortened=_shortened(recipe), counts=_COUNTS,
-        acceptance=json.loads(rundir.acceptance.read_text(encoding="utf-8")),
+        acceptance=json.loads(rundir.acceptance.read_text(encoding="utf-8")), export=_export(recipe, rundir, late),
     )  # fmt: skip
     write_text(rundir.report / "report.html", html)
     write_text(rundir.report / "adherence.svg", curve)
@@ -47,6 +47,16 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     summary = _markdown(sentence, scores, late)
     write_text(rundir.report / "report.md", summary)
     out(summary)
+
+
+def _export(recipe: Recipe, rundir: RunDir, late: dict[str, Any]) -> dict[str, Any]:
+    """What `gatt export` measured, and beside each format how well it keeps its instruction."""
+    table: dict[str, Any] = json.loads(rundir.exported.read_text(encoding="utf-8"))
+    first = recipe.export.formats[0]
+    for name, row in table["formats"].items():
+        row["adherence"] = late.get("tuned" if name == first else f"tuned, {name}")
+        row["lowest"] = min(row["retained"].items(), key=lambda kept: kept[1], default=("", 1.0))
+    return table
 
 
 def _shortened(recipe: Recipe) -> bool:

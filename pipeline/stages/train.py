@@ -27,10 +27,11 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     learned = sum(token != IGNORED for e in examples for token in e.labels)
     note(f"train: {len(examples)} dialogues, {sum(len(e.labels) for e in examples)} tokens, {learned} of them learned")
     with progress("train: steps", recipe.train.steps, last_checkpoint(rundir.checkpoints)) as bar, chatter(log):
-        losses = train(
+        losses, reference = train(
             folder, examples, recipe.train, recipe.seed, rundir.checkpoints, rundir.adapter,
             lambda step, loss: bar.advance(1, f"loss {loss:.3f}"),
         )  # fmt: skip
+    reference.save(rundir.reference)
     write_json(rundir.losses, losses)
 
 

@@ -1,0 +1,95 @@
+"""Look at a GGUF from a child process, which a broken file may abort: what llama.cpp makes of texts and tokens.
+
+`python -m pipeline.backends.probe FILE ADAPTER QUESTIONS.json ANSWERS.npz` is the child; ADAPTER is "-" for none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.backends.weights import Adapter
+from pipeline.errors import GattError
+from pipeline.gguf.base import Array
+
+
+class Probed(NamedTuple):
+    """Token ids of each text, and (tokens, vocabulary) logits of what follows each token of all sequences."""
+
+    ids: list[list[int]]
+    logits: Array
+
+
+def probe(path: Path, texts: Sequence[str], sequences: Sequence[Sequence[int]], adapter: Path | None = None) -> Probed:
+    """Load `path` in llama.cpp, tokenise `texts` and read `sequences` of token ids.
+
+    Raises:
+        GattError: llama.cpp refuses the file, or dies of it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        questions, answers = Path(folder) / "questions.json", Path(folder) / "answers.npz"
+        questions.write_text(json.dumps({"texts": list(texts), "sequences": [list(s) for s in sequences]}), encoding="utf-8")
+        command = [sys.executable, "-m", "pipeline.backends.probe", path, adapter or "-", questions, answers]
+        # The child finds this package where the parent did.
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            why = done.stderr.strip().splitlines()[-1:] or [f"it died with status {done.returncode}"]
+            raise GattError(f"llama.cpp cannot use {path.name}: {why[0]}")
+        with np.load(answers) as found:
+            ends = np.cumsum(found["lengths"])[:-1]
+            return Probed([part.tolist() for part in np.split(found["ids"], ends)] if texts else [], found["logits"])
+
+
+def divergence(trained: Array, other: Array) -> float:
+    """The mean Kullback-Leibler divergence, in nats a token, of `other` from `trained`, both (tokens, vocabulary) logits.
+
+    A file may leave out rows of the vocabulary that no token has: what both have counts.
+    """
+    width = min(trained.shape[1], other.shape[1])
+    total = 0.0
+    for one, two in zip(trained, other, strict=True):
+        first, second = (_log_probabilities(row[:width].astype(np.float64)) for row in (one, two))
+        total += float((np.exp(first) * (first - second)).sum())
+    return total / len(trained)
+
+
+def _log_probabilities(row: Any) -> Any:
+    shifted = row - row.max()
+    return shifted - np.log(np.exp(shifted).sum())
+
+
+def _answer(path: Path, adapter: Path | None, questions: Path, answers: Path) -> None:
+    """The child's part."""
+    from pipeline.backends.weights import Weights
+    from pipeline.backends.worker import Worker
+    from pipeline.gguf.read import open_gguf
+
+    asked = json.loads(questions.read_text(encoding="utf-8"))
+    weights = Weights(open_gguf(path))
+    ids = [weights.tokenize(text) for text in asked["texts"]]
+    sequences = asked["sequences"]
+    longest = max(map(len, sequences), default=0) + 1
+    worker = Worker(weights, 1, longest, "F32", os.cpu_count() or 1, Adapter(adapter) if adapter else None)
+    rows = [row for tokens in sequences for row in worker.logits(tokens)]
+    worker.close()
+    weights.close()
+    flat = np.array([id for text in ids for id in text], np.int32)
+    logits = np.stack(rows) if rows else np.empty((0, weights.vocabulary), np.float32)
+    np.savez(answers, ids=flat, lengths=[len(text) for text in ids], logits=logits)
+
+
+if __name__ == "__main__":
+    file, adapter_file, *rest = sys.argv[1:]
+    try:
+        _answer(Path(file), None if adapter_file == "-" else Path(adapter_file), *map(Path, rest))
+    except GattError as error:
+        sys.exit(str(error))
