@@ -232,6 +232,7 @@ def four_bits(matrix: Any) -> Any:
     from bitsandbytes import functional
 
     device = "cuda" if on_gpu() else "cpu"
+    torch.set_num_threads(1)  # the merge has threads of its own
     stored, state = functional.quantize_4bit(
         torch.from_numpy(matrix).to(device, torch.bfloat16), blocksize=64, compress_statistics=True, quant_type="nf4"
     )

@@ -147,8 +147,11 @@ def write(whole: Sum, targets: dict[Path, Format], on_tensor: Callable[[], objec
         files = [_begin(whole, stack.enter_context(whole_file(path)), how) for path, how in targets.items()]
         for file in files:
             stack.callback(file.close)
-        for tensor in whole.tensors:
-            blocks = pool.map(partial(_round, whole, _as_trained(whole, tensor), list(targets.values())), *_ranges(tensor))
+        ready = pool.submit(_as_trained, whole, whole.tensors[0])
+        for tensor, following in zip(whole.tensors, [*whole.tensors[1:], None], strict=True):
+            source = ready.result()
+            ready = pool.submit(_as_trained, whole, following or tensor)
+            blocks = pool.map(partial(_round, whole, source, list(targets.values())), *_ranges(tensor))
             for block in blocks:
                 for file, sums, (stored, shares) in zip(files, kept, block, strict=True):
                     file.append(stored)

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.backends.convert import format_of, gguf_file, hugging_face_folder
 from pipeline.backends.hub import Model, find_model
@@ -28,7 +28,7 @@ from pipeline.gatt.ghost import augment
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.base import Array
 from pipeline.gguf.checkpoint import shards
-from pipeline.gguf.merge import DIRECT, Sum, add, direct, open_base, size, write
+from pipeline.gguf.merge import DIRECT, add, open_base, size, write
 from pipeline.gguf.merged import write_checkpoint
 from pipeline.gguf.read import open_gguf
 from pipeline.machine import available_memory, require_disk
@@ -64,6 +64,10 @@ class Job:
     about: dict[str, Any]
     system: str
     temperature: float
+
+    def file(self, format_name: str) -> Path:
+        """Where a format goes."""
+        return self.folder / f"{self.stem}-{format_name}.gguf"
 
 
 def run(recipe: Recipe, rundir: RunDir) -> None:
@@ -120,7 +124,7 @@ def _converted(job: Job, converter: Path) -> dict[str, Any]:
         scratch = Path(name)
         write_merged(str(job.model.path), job.adapter, scratch / "merged")
         for format_name in job.settings.formats:
-            file = scratch / f"{job.stem}-{format_name}.gguf"
+            file = scratch / job.file(format_name).name
             made = file if format_name in DIRECT else scratch / "full.gguf"
             kind = format_name.lower() if format_name in DIRECT else "f16"
             command = [sys.executable, str(converter), str(scratch / "merged"), "--outfile", str(made), "--outtype", kind]
@@ -131,8 +135,7 @@ def _converted(job: Job, converter: Path) -> dict[str, Any]:
                 quantize(made, file, format_name)
             rows[format_name] = {"bytes": file.stat().st_size, "retained": {}, **_check(job, format_name, file, None)}
         for format_name in job.settings.formats:
-            file = scratch / f"{job.stem}-{format_name}.gguf"
-            file.replace(job.folder / file.name)
+            (scratch / job.file(format_name).name).replace(job.file(format_name))
     table = {"merge_onto": "16bit", "merges": {}, "formats": rows, "importance_tokens": 0}
     _show(job, table)
     return table
@@ -181,31 +184,21 @@ def export(job: Job) -> dict[str, Any]:
         if job.adapter:
             write_adapter(open_base(job.model.path), job.adapter, adapter)
         importance = _importance(job, adapter, scratch)
-        onto, merges, exact = _choose(job, scratch)
-        whole = _sum(job, onto)
-        formats = {
-            scratch / f"{job.stem}-{name}.gguf": format_of(whole, name, scratch, importance) for name in job.settings.formats
-        }
-        require_disk(job.folder, sum(size(whole, how) for how in formats.values()), "export")
-        with progress("export: tensors", len(whole.tensors)) as bar:
-            kept = write(whole, formats, bar.advance)
-        rows = {}
-        for name, file, retained in zip(job.settings.formats, formats, kept, strict=True):
-            rows[name] = {"bytes": file.stat().st_size, "retained": retained, **_check(job, name, file, exact)}
-        made = [*formats, *(p for p in (adapter, scratch / "imatrix.gguf") if p.exists())]
-        for file in made:
-            file.replace(job.folder / file.name)
+        merged = _merge_best(job, scratch, importance)
+        rows = {name: {"bytes": file.stat().st_size, "retained": kept, **_check(job, name, file, merged.exact)}
+                for name, (file, kept) in merged.files.items()}  # fmt: skip
+        for name, (file, _) in merged.files.items():
+            file.replace(job.file(name))
+        for file in (adapter, scratch / "imatrix.gguf"):
+            if file.exists():
+                file.replace(job.folder / file.name)
     for name in job.settings.formats:
-        file = job.folder / f"{job.stem}-{name}.gguf"
-        text = modelfile(open_gguf(file), file.name, job.temperature, 4096, job.system)
+        text = modelfile(open_gguf(job.file(name)), job.file(name).name, job.temperature, 4096, job.system)
         write_text(job.folder / ("Modelfile" if name == job.settings.formats[0] else f"Modelfile-{name}"), text)
-    table = {"merge_onto": onto, "merges": merges, "formats": rows, "importance_tokens": importance.tokens if importance else 0}
+    read = importance.tokens if importance else 0
+    table = {"merge_onto": merged.onto, "merges": merged.far, "formats": rows, "importance_tokens": read}
     _show(job, table)
     return table
-
-
-def _sum(job: Job, onto: str) -> Sum:
-    return add(job.model.path, job.adapter, four_bits if onto == "4bit" else None, job.about if job.adapter else {})
 
 
 def _importance(job: Job, adapter: Path, scratch: Path) -> Importance | None:
@@ -223,24 +216,46 @@ def _importance(job: Job, adapter: Path, scratch: Path) -> Importance | None:
     return importance
 
 
-def _choose(job: Job, scratch: Path) -> tuple[str, dict[str, float], Array | None]:
-    """What to merge onto, the divergence of either way from the trained model, and the F16 logits of the chosen one."""
-    asked = job.settings.merge_onto
+class _Merged(NamedTuple):
+    """The files of a merge by format, each with what it holds of the adapter's change, before they are checked.
+
+    `far`: how far either way to merge is from the trained model; `exact`: the logits of the chosen one in F16.
+    """
+
+    onto: str
+    files: dict[str, tuple[Path, dict[str, float]]]
+    far: dict[str, float]
+    exact: Array | None
+
+
+def _merge_best(job: Job, scratch: Path, importance: Importance | None) -> _Merged:
+    """Merge onto what was asked for; or try both in F16, and write the wanted formats onto what is nearer."""
+    names, asked = job.settings.formats, job.settings.merge_onto
     if asked != "measure" or not job.adapter or not job.reference:
-        return ("16bit" if asked == "measure" else asked), {}, None
-    found = {}
-    for onto in ("16bit", "4bit"):
-        whole = _sum(job, onto)
-        file = scratch / f"{onto}.gguf"
-        how = direct(whole.tensors, "F16")
-        require_disk(job.folder, size(whole, how), "compare merges (or set export.merge_onto)")
-        with progress(f"export: trying the merge onto {onto}, tensors", len(whole.tensors)) as bar:
-            write(whole, {file: how}, bar.advance)
-        logits = probe(file, (), job.reference.sequences).logits
-        found[onto] = (divergence(job.reference.logits, logits), logits)
-        file.unlink()
-    best = min(found, key=lambda onto: found[onto][0])
-    return best, {onto: far for onto, (far, _) in found.items()}, found[best][1]
+        onto = "16bit" if asked == "measure" else asked
+        return _Merged(onto, _merge(job, onto, scratch, importance, names), {}, None)
+    trial = _merge(job, "16bit", scratch, importance, ("F16",))["F16"][0]
+    plain = probe(trial, (), job.reference.sequences).logits
+    trial.unlink()
+    # In the same pass, since it mostly is the nearer one.
+    made = _merge(job, "4bit", scratch, importance, tuple(dict.fromkeys(("F16", *names))))
+    rounded = probe(made["F16"][0], (), job.reference.sequences).logits
+    far = {"16bit": divergence(job.reference.logits, plain), "4bit": divergence(job.reference.logits, rounded)}
+    if far["16bit"] < far["4bit"]:
+        return _Merged("16bit", _merge(job, "16bit", scratch, importance, names), far, plain)
+    return _Merged("4bit", {name: made[name] for name in names}, far, rounded)
+
+
+def _merge(
+    job: Job, onto: str, scratch: Path, importance: Importance | None, names: Sequence[str]
+) -> dict[str, tuple[Path, dict[str, float]]]:
+    """Write one merge in some formats."""
+    whole = add(job.model.path, job.adapter, four_bits if onto == "4bit" else None, job.about if job.adapter else {})
+    formats = {scratch / f"{onto}-{name}.gguf": format_of(whole, name, scratch, importance) for name in names}
+    require_disk(job.folder, sum(size(whole, how) for how in formats.values()), "export")
+    with progress(f"export: tensors, merged onto {onto}", len(whole.tensors)) as bar:
+        kept = write(whole, formats, bar.advance)
+    return dict(zip(names, zip(formats, kept, strict=True), strict=True))
 
 
 def _check(job: Job, name: str, file: Path, exact: Array | None) -> dict[str, float]:
@@ -299,7 +314,7 @@ def _show(job: Job, table: dict[str, Any]) -> None:
     for name, row in table["formats"].items():
         parts = [f"{row['bytes'] / 1e6:.0f} MB"]
         parts += [f"{row[key]:.4f} nats a token from {what}" for key, what in _FROM.items() if key in row]
-        out(f"{job.folder / f'{job.stem}-{name}.gguf'}: {', '.join(parts)}")
+        out(f"{job.file(name)}: {', '.join(parts)}")
         lost = {kind: share for kind, share in row["retained"].items() if share < _KEPT}
         if lost:
             shown = ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(lost.items()))
