@@ -23,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
 )  # fmt: skip
 
-RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe (TOML); left out: the built-in demo.")]
+RecipeFile = Annotated[Path | None, typer.Argument(help="Recipe (TOML); left out: that of the run, or the built-in demo.")]
 Run = Annotated[Path, typer.Option("--run", help="Folder of the run.")]
 Quick = Annotated[bool, typer.Option("--quick", help="The same in miniature, to see that everything works.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="Override a key: --set train.steps=20.")]
@@ -45,7 +45,7 @@ def init(path: Annotated[Path, typer.Argument()] = Path("recipe.toml")) -> None:
 @app.command()
 def run(recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False, set: Set = None) -> None:
     """All stages; those that are done are passed over. Example: gatt run my.toml --run runs/mine"""
-    settings, folder = _open(recipe, run, quick, set)
+    settings, folder = _open(recipe, run, quick, set, anew=True)
     for name in STAGES:
         _stage(name, settings, folder)
     tuned = folder.tuned(settings.export.formats[0])
@@ -135,21 +135,27 @@ def export(
     format: Annotated[list[str] | None, typer.Option(help="Q8_0, F16, Q4_K_M, ...; may be given several times.")] = None,
     merge_onto: Annotated[str, typer.Option(help="16bit, 4bit, or measure: whichever is nearer to the trained model.")] = "",
     merged_dir: Annotated[Path | None, typer.Option(help="Write the merged model for transformers (float32) here, too.")] = None,
+    other_tokens: Annotated[bool, typer.Option("--other-tokens", help="Export although llama.cpp reads other tokens.")] = False,
     converter: Annotated[Path | None, typer.Option(help="Your own convert_hf_to_gguf.py, for a family not known here.")] = None,
 ) -> None:  # fmt: skip
     """Merge the adapter and write GGUF. Example: gatt export --model qwen3-0.6b --adapter my-lora --format Q4_K_M"""
+    from pipeline.config import load_recipe
+    from pipeline.gguf.merged import require_new
     from pipeline.stages import export as stage
 
+    if merged_dir:
+        require_new(merged_dir)
+    asked = {"formats": list(format or ()), "merge_onto": merge_onto, "same_tokens": "false" if other_tokens else ""}
+    changes = [f"export.{key}={value}" for key, value in asked.items() if value]
     if not model:
-        changes = [*(set or []), *([f"export.formats={list(format)!r}"] if format else [])]
-        changes += [f"export.merge_onto={merge_onto}"] if merge_onto else []
-        settings, folder = _open(recipe, run, quick, changes)
+        settings, folder = _open(recipe, run, quick, [*(set or []), *changes])
         _stage("export", settings, folder)
         model, adapter = settings.model, folder.adapter
         if converter:
             raise GattError("--converter is for --model: a run begins with a model whose family is known.")
     else:
-        stage.alone(model, adapter, out, tuple(format or ("Q8_0",)), merge_onto or "16bit", converter)
+        alone = load_recipe(None, ("export.merge_onto=16bit", *changes)).export
+        stage.alone(model, adapter, out, alone, converter)
     if merged_dir:
         stage.write_merged(model, adapter, merged_dir)
 
@@ -207,13 +213,19 @@ def doctor() -> None:
     stage.run()
 
 
-def _open(recipe: Path | None, run: Path, quick: bool, overrides: list[str] | None) -> tuple[Recipe, RunDir]:
-    """The resolved recipe and the run's folder; says what was overridden."""
+def _open(
+    recipe: Path | None, run: Path, quick: bool, overrides: list[str] | None, anew: bool = False
+) -> tuple[Recipe, RunDir]:
+    """The resolved recipe and the run's folder; says what was overridden.
+
+    Without a recipe, a stage goes on with that of the run, and a run begun `anew` takes the demo's.
+    """
     from pipeline.config import QUICK, load_recipe
     from pipeline.rundir import RunDir
 
     changes = (*(QUICK if quick else ()), *(overrides or ()))
-    settings = load_recipe(recipe, changes)
+    kept = run / "recipe.toml"
+    settings = load_recipe(kept if recipe is None and not anew and kept.is_file() else recipe, changes)
     folder = RunDir(run)
     folder.save_recipe(settings)
     if changes:

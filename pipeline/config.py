@@ -115,6 +115,8 @@ class Export(Section):
     merge_onto: Literal["measure", "16bit", "4bit"] = "measure"
     """What the adapter is added to: the base's own weights ("16bit"), or these rounded to 4 bits as they were in training.
     "measure" takes what is closer to the trained model, at the price of two passing files in F16."""
+    same_tokens: bool = True
+    """Refuse to export a model whose chats llama.cpp would read in other tokens than training had."""
     importance_tokens: int = Field(default=8192, ge=1)
     """Tokens of the run's dialogues from which the importance matrix is taken; only formats below Q8_0 need one."""
 

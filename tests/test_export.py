@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,16 @@ from conftest import Gatt
 
 from pipeline.backends.convert import hugging_face_folder, write_formats
 from pipeline.backends.hub import Model, find_model
-from pipeline.backends.llama import Llama
+from pipeline.backends.importance import measure
+from pipeline.backends.llama import Llama, quantize
+from pipeline.backends.probe import divergence, probe
+from pipeline.backends.weights import Adapter, Weights
 from pipeline.errors import GattError
+from pipeline.gguf import ggml
+from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.checkpoint import CheckpointBase
-from pipeline.gguf.merge import GgufBase
-from pipeline.gguf.read import open_gguf
+from pipeline.gguf.merge import GgufBase, open_base
+from pipeline.gguf.read import open_gguf, read_gguf
 from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 from pipeline.records import Request
 
@@ -115,25 +123,206 @@ def test_llama_cpp_says_what_transformers_says(tiny_llama: Path, tmp_path: Path)
     assert said.text == tokenizer.decode(answer, skip_special_tokens=True)
 
 
-def test_what_cannot_be_written_is_named(tiny_llama: Path, tmp_path: Path) -> None:
-    import json
-    import shutil
+@pytest.fixture(scope="module")
+def tiny_adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random adapter for it."""
+    import peft
+    import torch
+    import transformers
 
-    config = json.loads((tiny_llama / "config.json").read_text())
-    for name, change, said in (
-        ("family", {"architectures": ["GPTNeoXForCausalLM"]}, "GPTNeoXForCausalLM"),
-        ("rope", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "'dynamic'"),
-    ):
-        shutil.copytree(tiny_llama, tmp_path / name)
-        (tmp_path / name / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(GattError, match=said):
-            write_formats(Model("tiny", tmp_path / name), None, {"F16": tmp_path / "out.gguf"})
-    shutil.copytree(tiny_llama, tmp_path / "short")
-    shard = next((tmp_path / "short").glob("*.safetensors"))
-    shard.write_bytes(shard.read_bytes()[:-8])
-    with pytest.raises(GattError, match="cut short"):
-        write_formats(Model("tiny", tmp_path / "short"), None, {"F16": tmp_path / "out.gguf"})
-    assert not (tmp_path / "out.gguf").exists()
+    network = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    wrapped = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.1)
+    target = tmp_path_factory.mktemp("adapter")
+    wrapped.save_pretrained(target)
+    return target
+
+
+def _refused(done: subprocess.CompletedProcess[str], said: str) -> None:
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert said in done.stderr.strip().splitlines()[-1]
+
+
+def _damaged(source: Path, target: Path, damage: str) -> Path:
+    """A copy of a checkpoint with something wrong."""
+    shutil.copytree(source, target)
+    shard = sorted(target.glob("*.safetensors"))[0]
+    config = json.loads((target / "config.json").read_text())
+    if damage in ("family", "rope"):
+        rope = {"rope_type": "dynamic", "rope_theta": 1e4}
+        change = {"architectures": ["GPTNeoXForCausalLM"]} if damage == "family" else {"rope_parameters": rope}
+        (target / "config.json").write_text(json.dumps({**config, **change}))
+    elif damage == "cut":
+        shard.write_bytes(shard.read_bytes()[:-8])
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "pickle":
+        (target / "pytorch_model.bin").write_bytes(b"")
+        for file in [*target.glob("*.safetensors"), target / "model.safetensors.index.json"]:
+            file.unlink()
+    elif damage == "tokenizer":
+        (target / "tokenizer.json").unlink()
+    else:
+        from safetensors.numpy import load_file, save_file
+
+        tensors = load_file(shard)
+        tensors[sorted(tensors)[0]].flat[3] = np.nan
+        save_file(tensors, shard)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("family", "GPTNeoXForCausalLM"), ("family", "--converter PATH"), ("rope", "'dynamic'"), ("cut", "cut short"),
+        ("missing", "lacks model-00001"), ("pickle", "is a pickle"), ("tokenizer", "lacks tokenizer.json"), ("NaN", "holds NaN"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_written_is_named(damage: str, said: str, tiny_llama: Path, tmp_path: Path) -> None:
+    folder = _damaged(tiny_llama, tmp_path / "model", damage)
+    (tmp_path / "out.gguf").write_bytes(b"an earlier file")
+    with pytest.raises(GattError, match=said):
+        write_formats(Model("tiny", folder), None, {"F16": tmp_path / "out.gguf"})
+    assert (tmp_path / "out.gguf").read_bytes() == b"an earlier file"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_adapter: Path, base: Path, gatt: Gatt, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    _refused(gatt("export", "--model", base, "--adapter", tiny_adapter, "--out", out), "it is of another base")
+    _refused(gatt("export", "--model", base, "--adapter", tmp_path, "--out", out), "No adapter in")
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_full_disk_leaves_no_half_file(tiny_llama: Path, tmp_path: Path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", full], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small disk takes root")
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            write_formats(Model("tiny", tiny_llama), None, {"F16": full / "out.gguf"})
+        assert not list(full.iterdir())
+    finally:
+        subprocess.run(["umount", full], check=True)
+
+
+@pytest.mark.parametrize("name", ["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
+def test_any_format_is_what_llama_cpp_makes_of_it(name: str, base: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    """Without the file in F32 that it starts from; in the tiny one no row is long enough for a K-quant."""
+    model = Model(name, base if name == "smollm2" else tiny_llama)
+    names = ("F32", "Q4_K_M", "Q4_0", "IQ4_XS")
+    write_formats(model, None, {name: tmp_path / f"{name}.gguf" for name in names})
+    for name in names[1:]:
+        quantize(tmp_path / "F32.gguf", tmp_path / "theirs.gguf", name)
+        ours, theirs = read_gguf(tmp_path / f"{name}.gguf"), read_gguf(tmp_path / "theirs.gguf")
+        assert ours.fields == theirs.fields
+        stored = {t.name: (t.kind, t.data.tobytes()) for t in theirs.tensors}
+        assert {t.name: (t.kind, t.data.tobytes()) for t in ours.tensors} == stored
+
+
+def test_the_importance_matrix_is_the_mean_square_of_what_comes_in(tiny_llama: Path, tmp_path: Path) -> None:
+    """What comes into the first attention can be told by hand: the normalised embeddings of the tokens."""
+    file = tmp_path / "tiny.gguf"
+    write_formats(Model("tiny", tiny_llama), None, {"F32": file})
+    text = "user: It's 2,026 and I'll pay. "
+    importance = measure(file, None, [text, text], 1000, lambda count: None)
+    importance.save(tmp_path / "imatrix.gguf", "test")
+    saved = {t.name: t for t in read_gguf(tmp_path / "imatrix.gguf").tensors}
+    tensors = {t.name: t for t in GgufBase(file).tensors()}
+    embedding, norm = (tensors[n].load(0, tensors[n].rows) for n in ("token_embd.weight", "blk.0.attn_norm.weight"))
+    with Llama(file, 1, 256) as llama:
+        tokens = llama.tokenize(text)
+    rows = embedding[tokens] / np.sqrt((embedding[tokens] ** 2).mean(-1, keepdims=True) + 1e-6) * norm
+    np.testing.assert_allclose(importance.by_tensor()["blk.0.attn_q.weight"][0], (rows**2).mean(0), rtol=1e-4)
+    assert saved["blk.0.attn_q.weight.counts"].data.view("<f4") == 2 * len(tokens)
+    assert importance.by_tensor()["blk.1.ffn_down.weight"].shape == (1, 96)
+
+
+@pytest.mark.slow
+def test_an_importance_matrix_helps(base: Path, tmp_path: Path) -> None:
+    """Rounded with it, a file is nearer to F32 on texts of the kind that it was taken from; and it needs it below 3 bits."""
+    tensors = GgufBase(base).tensors()
+    matrix = next(t for t in tensors if t.name == "blk.5.ffn_down.weight")
+    importance = measure(base, None, _TEXTS * 6, 400, lambda count: None)
+    columns = importance.by_tensor()[matrix.name]
+    weights = matrix.load(0, matrix.rows)
+
+    def lost(stored: Any, kind: int) -> float:
+        return float((columns[0] * (ggml.dequantize(stored, kind, matrix.columns) - weights) ** 2).sum())
+
+    for kind in (11, 12):  # Q3_K, Q4_K
+        plain, minded = ggml.quantize(weights, kind), ggml.quantize(weights, kind, columns[0])
+        assert lost(minded, kind) < 0.95 * lost(plain, kind)
+
+
+def test_an_adapter_over_the_base_is_the_merged_model(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    model = Model("tiny", tiny_llama)
+    write_formats(model, None, {"F32": tmp_path / "base.gguf"})
+    write_formats(model, tiny_adapter, {"F32": tmp_path / "tuned.gguf"})
+    write_adapter(open_base(tiny_llama), tiny_adapter, tmp_path / "adapter.gguf")
+    tokens = [list(range(5, 60))]
+    merged, base = (probe(tmp_path / f"{n}.gguf", (), tokens).logits for n in ("tuned", "base"))
+    laid = probe(tmp_path / "base.gguf", (), tokens, tmp_path / "adapter.gguf").logits
+    assert divergence(merged, laid) < 1e-6 < 1e-2 < divergence(merged, base)
+
+
+def test_contexts_over_one_copy_of_the_weights_do_not_mix(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    write_formats(Model("tiny", tiny_llama), None, {"F32": tmp_path / "base.gguf"})
+    write_adapter(open_base(tiny_llama), tiny_adapter, tmp_path / "adapter.gguf")
+    weights = Weights(open_gguf(tmp_path / "base.gguf"))
+    request = Request(({"role": "user", "content": "It's 2,026"},), 1, 12, temperature=0)
+
+    def says(adapter: Adapter | None) -> str:
+        with Llama(weights, 1, 256, adapter=adapter) as llama:
+            return llama.complete(request).text
+
+    with Llama(weights, 1, 256) as base, Llama(weights, 1, 256, adapter=Adapter(tmp_path / "adapter.gguf")) as tuned:
+        mixed = [base.complete(request).text, tuned.complete(request).text, base.complete(request).text]
+    assert mixed == [says(None), says(Adapter(tmp_path / "adapter.gguf")), says(None)]
+    assert mixed[0] != mixed[1]
+    assert says(Adapter(tmp_path / "adapter.gguf", 0.0)) == mixed[0]
+    weights.close()
+
+
+def test_a_file_that_kills_llama_cpp_kills_a_child(tiny_llama: Path, tmp_path: Path) -> None:
+    """A vocabulary without its bytes aborts llama.cpp when a text needs one."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    tokenizer["model"]["vocab"] = {("gone " * 3 + text if len(text) == 1 else text): id for text, id in vocabulary.items()}
+    tokenizer["model"]["merges"] = []
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_formats(Model("tiny", folder), None, {"F16": tmp_path / "broken.gguf"})
+    with pytest.raises(GattError, match="cannot use broken"):
+        probe(tmp_path / "broken.gguf", ["hello"], ())
+
+
+def test_a_merged_folder_is_what_peft_makes(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path, gatt: Gatt) -> None:
+    import peft
+    import torch
+    import transformers
+
+    words = ("--model", tiny_llama, "--adapter", tiny_adapter, "--out", tmp_path / "out", "--merged-dir", tmp_path / "merged")
+    done = gatt("export", *words, "--format", "F16")
+    assert done.returncode == 0, done.stderr
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    network = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(network, tiny_adapter).merge_and_unload()
+    expected = theirs.state_dict()
+    for name, weights in ours.state_dict().items():
+        torch.testing.assert_close(weights, expected[name], rtol=1e-5, atol=1e-6)
+    assert "nats a token from the trained model" in done.stdout
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"Modelfile", "adapter.gguf", "export.json", "llama-F16.gguf"}
+    again = gatt("export", *words, "--format", "F16")
+    _refused(again, "holds a model already")
 
 
 @pytest.mark.slow

@@ -100,6 +100,7 @@ def test_a_refused_push_is_one_line(tmp_path: Path, gatt: Gatt) -> None:
     assert done.stderr.strip().splitlines()[-1].startswith("gatt: Cannot upload to me/mine")
 
 
+_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 _SENTENCE = "In turns 16 to 20, the tuned model keeps its instruction in 68% of the answers, the base in 0%."
 _LOCAL = "/home/me/.cache/gatt/0123-hf"
 
@@ -131,15 +132,8 @@ def _finished_run(path: Path, **about: str) -> RunDir:
 
 
 def _push(rundir: RunDir, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """In a process of its own: the Hub's address is read when its library is imported."""
-    program = (
-        "import sys; from pathlib import Path; from pipeline.config import load_recipe; from pipeline.rundir import RunDir; "
-        "from pipeline.stages import push; run = Path(sys.argv[1]); "
-        "push.run(load_recipe(run / 'recipe.toml'), RunDir(run), 'me/mine')"
-    )
-    return subprocess.run(
-        [sys.executable, "-c", program, str(rundir.path)], env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-m", "pipeline", "push", "me/mine", "--run", str(rundir.path)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def _refused(rundir: RunDir) -> str:
@@ -163,7 +157,7 @@ def test_a_run_is_pushed_with_its_card(hub: ThreadingHTTPServer, tmp_path: Path)
     assert sent["tuned-Q8_0.gguf"] == rundir.tuned("Q8_0").read_bytes()
     assert sent["recipe.toml"] == (rundir.path / "recipe.toml").read_bytes()
     assert not any(_LOCAL.encode() in content for content in sent.values())
-    assert json.loads(sent["adapter/adapter_config.json"]) == {"base_model_name_or_path": "smollm2-135m", "r": 32}
+    assert json.loads(sent["adapter/adapter_config.json"]) == {"base_model_name_or_path": _BASE, "r": 32}
     assert all(f"| {name} |" in card for name in sent)
     assert "| tuned-Q8_0.gguf | 0.3 | the tuned model, Q8_0 |" in card
     assert card.count(_SENTENCE) == 1
@@ -219,5 +213,5 @@ def test_the_report_of_an_earlier_export_is_refused(tmp_path: Path) -> None:
 
 def test_a_model_that_the_hub_refuses_is_one_line(tmp_path: Path) -> None:
     done = _push(_finished_run(tmp_path), {**os.environ, "HF_HUB_OFFLINE": "1"})
-    assert done.stderr.strip().splitlines()[-1].startswith("pipeline.errors.GattError: Cannot upload to me/mine")
+    assert done.stderr.strip().splitlines()[-1].startswith("gatt: Cannot upload to me/mine")
     assert "owner/name of a model of yours" in done.stderr

@@ -37,6 +37,34 @@ def test_everything_is_there(finished: Path) -> None:
     assert not re.search(r"(src|href)=.http|url\(.?http|@import", page)  # asks nobody for anything
 
 
+def test_the_export_is_the_model_that_was_trained(finished: Path) -> None:
+    """Merged onto the weights that training had, rounded to 4 bits, the file predicts what the trained model did."""
+    table = json.loads((finished / "export" / "export.json").read_text())
+    assert table["merge_onto"] == "4bit"
+    assert table["merges"]["4bit"] < 0.002 < 0.05 < table["merges"]["16bit"]
+    assert table["formats"]["Q8_0"]["kl_trained"] < 0.02
+    assert min(table["formats"]["Q8_0"]["retained"].values()) > 0.5
+    made = {p.name for p in (finished / "export").iterdir()} - {"manifest.json", "started.json"}
+    assert made == {"Modelfile", "adapter.gguf", "export.json", "tuned-Q8_0.gguf"}
+
+
+def test_an_adapter_is_measured_over_the_base(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    adapter = finished / "export" / "adapter.gguf"
+    done = gatt("evaluate", "--run", tmp_path, "--adapter", adapter, "--adapter-scale", "0.5", *tiny)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (
+        {(r["arm"], r["dialogue"], r["turn"]): r["text"] for _, r in read_jsonl(folder / "evaluate" / "replies.jsonl")}
+        for folder in (tmp_path, finished)
+    )
+    assert ours.keys() == theirs.keys()
+    differ = {key[0] for key in ours if ours[key] != theirs[key]}
+    assert differ == {"tuned"}  # the base's own contexts know nothing of the adapter
+    wrong = gatt("evaluate", "--run", tmp_path, "--adapter", finished / "export" / "tuned-Q8_0.gguf", *tiny)
+    assert wrong.returncode == 1
+    assert "is no adapter" in wrong.stderr
+
+
 def test_training_and_evaluation_do_not_share_a_dialogue(finished: Path) -> None:
     pairs = json.loads((finished / "instructions" / "pairs.json").read_text())
     trained = {row["dialogue"]["id"].split("@")[0] for row in pairs["train"]}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,7 @@ class Probed(NamedTuple):
 
 
 def probe(path: Path, texts: Sequence[str], sequences: Sequence[Sequence[int]], adapter: Path | None = None) -> Probed:
-    """Load `path` in llama.cpp, tokenise `texts` and read `sequences` of token ids.
+    """Load `path` in llama.cpp, tokenise `texts` and read `sequences` of token ids (without any: load no weights).
 
     Raises:
         GattError: llama.cpp refuses the file, or dies of it.
@@ -74,16 +75,18 @@ def _answer(path: Path, adapter: Path | None, questions: Path, answers: Path) ->
     from pipeline.gguf.read import open_gguf
 
     asked = json.loads(questions.read_text(encoding="utf-8"))
-    weights = Weights(open_gguf(path))
-    ids = [weights.tokenize(text) for text in asked["texts"]]
     sequences = asked["sequences"]
-    longest = max(map(len, sequences), default=0) + 1
-    worker = Worker(weights, 1, longest, "F32", os.cpu_count() or 1, Adapter(adapter) if adapter else None)
-    rows = [row for tokens in sequences for row in worker.logits(tokens)]
-    worker.close()
+    weights = Weights(open_gguf(path), vocabulary_only=not sequences)
+    ids = [weights.tokenize(text) for text in asked["texts"]]
+    logits = np.empty((sum(map(len, sequences)), weights.vocabulary), np.float32)
+    if sequences:
+        longest = max(map(len, sequences)) + 1
+        worker = Worker(weights, 1, longest, "F32", os.cpu_count() or 1, Adapter(adapter) if adapter else None)
+        for place, row in enumerate(chain.from_iterable(map(worker.logits, sequences))):
+            logits[place] = row
+        worker.close()
     weights.close()
     flat = np.array([id for text in ids for id in text], np.int32)
-    logits = np.stack(rows) if rows else np.empty((0, weights.vocabulary), np.float32)
     np.savez(answers, ids=flat, lengths=[len(text) for text in ids], logits=logits)
 
 

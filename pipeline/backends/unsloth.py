@@ -7,6 +7,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,7 @@ def try_four_bits(device: str) -> str:
     return f"works on {device} with 4-bit weights (mean error of NF4 {(restored - matrix).abs().mean():.3f} of 1)"
 
 
+@cache
 def load_tokenizer(folder: Path) -> Any:
     """The base's tokenizer."""
     import transformers

@@ -25,13 +25,13 @@ class Adapter(NamedTuple):
 
 
 class Weights:
-    """The model of a GGUF in memory; after loading, several threads may use it at once.
+    """The model of a GGUF in memory, or only its vocabulary; after loading, several threads may use it at once.
 
     Raises:
         GattError: llama.cpp refuses the file.
     """
 
-    def __init__(self, info: GgufInfo) -> None:
+    def __init__(self, info: GgufInfo, vocabulary_only: bool = False) -> None:
         import llama_cpp
 
         self.api: Any = llama_cpp
@@ -39,7 +39,9 @@ class Weights:
         self._adapters: dict[Path, Any] = {}
         self._observers: list[Any] = []  # llama.cpp holds no reference to a Python function
         silence(llama_cpp)
-        self._model = llama_cpp.llama_model_load_from_file(str(info.path).encode(), llama_cpp.llama_model_default_params())
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only = vocabulary_only
+        self._model = llama_cpp.llama_model_load_from_file(str(info.path).encode(), params)
         if not self._model:
             raise GattError(f"llama.cpp cannot load {info.path}: {info.architecture} may be newer than this llama-cpp-python.")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)

@@ -52,7 +52,8 @@ class Sum:
     """A base with an adapter on it, or none.
 
     `four_bits` rounds a matrix to 4 bits and back, as the base was when the adapter was trained on it; without it, the
-    adapter is laid on the weights as they are. `about` is what the file says of itself, by the fields of `gguf.Metadata`.
+    adapter is laid on the weights as they are. `about` is what the file says of itself, by the fields of `gguf.Metadata`;
+    `keys` replace others of the base's keys.
     """
 
     base: Base
@@ -60,6 +61,7 @@ class Sum:
     deltas: dict[str, Delta]
     four_bits: Callable[[Array], Array] | None = None
     about: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
 
 
 def open_base(path: Path) -> Base:
@@ -108,7 +110,10 @@ def _dequantized(stored: Any, kind: int, columns: int, first: int, last: int) ->
     return ggml.dequantize(stored[first:last], kind, columns)
 
 
-def add(source: Path, adapter: Path | None, four_bits: Callable[[Array], Array] | None = None, about: Any = None) -> Sum:
+def add(
+    source: Path, adapter: Path | None, four_bits: Callable[[Array], Array] | None = None, about: dict[str, Any] | None = None,
+    keys: dict[str, Any] | None = None,
+) -> Sum:  # fmt: skip
     """`source` with `adapter` (a PEFT folder, or None), yet to be written.
 
     Raises:
@@ -116,7 +121,8 @@ def add(source: Path, adapter: Path | None, four_bits: Callable[[Array], Array] 
     """
     base = open_base(source)
     tensors = list(base.tensors())
-    return Sum(base, tensors, fit(read_adapter(adapter), base, tensors) if adapter else {}, four_bits, about or {})
+    deltas = fit(read_adapter(adapter), base, tensors) if adapter else {}
+    return Sum(base, tensors, deltas, four_bits, about or {}, keys or {})
 
 
 def direct(tensors: list[Tensor], format_name: str) -> Format:
@@ -209,8 +215,10 @@ def _begin(whole: Sum, draft: Path, how: Format) -> _File:
         writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
     whole.base.write_fields(writer, whole.about)
     writer.add_uint32(gguf.Keys.General.FILE_TYPE, how.file_type)
-    for name, value in how.keys.items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32)(name, value)
+    for name, value in {**whole.keys, **how.keys}.items():
+        writer.kv_data[0].pop(name, None)
+        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}[type(value)]
+        add(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

@@ -29,8 +29,7 @@ def write_checkpoint(source: Path, adapter: Path | None, target: Path, on_file: 
     Raises:
         GattError: the target holds a checkpoint already, a shard is missing or broken, or the adapter is of another base.
     """
-    if (target / "config.json").exists():
-        raise GattError(f"{target} holds a model already; it is left as it is. Name another folder.")
+    require_new(target)
     files = shards(source)
     stored = {file: mapped(file) for file in files}
     shapes = {key: tensor.shape for tensors in stored.values() for key, tensor in tensors.items()}
@@ -53,6 +52,16 @@ def write_checkpoint(source: Path, adapter: Path | None, target: Path, on_file: 
         write_json(target / "model.safetensors.index.json", {**index, "metadata": {"total_size": total}})
     config = {name: value for name, value in read_object(source / "config.json").items() if name != "torch_dtype"}
     write_json(target / "config.json", {**config, "dtype": "float32"})  # last: with it the folder is whole
+
+
+def require_new(target: Path) -> None:
+    """Stop before work that could not be written.
+
+    Raises:
+        GattError: `target` holds a checkpoint.
+    """
+    if (target / "config.json").exists():
+        raise GattError(f"{target} holds a model already; it is left as it is. Name another folder.")
 
 
 def _write_file(tensors: dict[str, Stored], deltas: dict[str, Delta], target: Path) -> None:
