@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -289,6 +290,19 @@ def test_contexts_over_one_copy_of_the_weights_do_not_mix(tiny_llama: Path, tiny
     assert mixed[0] != mixed[1]
     assert says(Adapter(tmp_path / "adapter.gguf", 0.0)) == mixed[0]
     weights.close()
+
+
+def test_chat_lays_an_adapter_over_a_base(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    write_formats(Model("tiny", tiny_llama), None, {"F32": tmp_path / "base.gguf"})
+    write_adapter(open_base(tiny_llama), tiny_adapter, tmp_path / "adapter.gguf")
+    command = [sys.executable, "-m", "pipeline", "chat", str(tmp_path / "base.gguf")]
+
+    def says(*words: object) -> str:
+        return subprocess.run([*command, *map(str, words)], input="Hi\n\n", capture_output=True, text=True, check=True).stdout
+
+    plain, tuned = says(), says("--adapter", tmp_path / "adapter.gguf")
+    assert plain != tuned
+    assert says("--adapter", tmp_path / "adapter.gguf", "--adapter-scale", 0) == plain
 
 
 def test_a_file_that_kills_llama_cpp_kills_a_child(tiny_llama: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from conftest import Gatt
 
 from pipeline.files import read_jsonl
+from pipeline.gguf.read import open_gguf
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,16 @@ def test_the_export_is_the_model_that_was_trained(finished: Path) -> None:
     assert min(table["formats"]["Q8_0"]["retained"].values()) > 0.5
     made = {p.name for p in (finished / "export").iterdir()} - {"manifest.json", "started.json"}
     assert made == {"Modelfile", "adapter.gguf", "export.json", "tuned-Q8_0.gguf"}
+
+
+def test_the_file_says_what_it_is(finished: Path, base: Path) -> None:
+    tuned, before = open_gguf(finished / "export" / "tuned-Q8_0.gguf"), open_gguf(base)
+    assert tuned.field("general.license") == before.field("general.license") == "apache-2.0"
+    assert tuned.field("general.name") == before.field("general.name")
+    assert tuned.field("general.finetune") == "GAtt"
+    assert tuned.field("general.base_model.0.repo_url") == "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert tuned.field("general.dataset.0.description") == "user turns: seed"
+    assert tuned.chat_template == before.chat_template
 
 
 def test_an_adapter_is_measured_over_the_base(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:

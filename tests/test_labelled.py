@@ -1,0 +1,42 @@
+"""The checks against answers that were labelled by hand, from the wording of the instruction alone (data/labelled.jsonl)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from pipeline.gatt.instructions import word
+from pipeline.gatt.kinds import KINDS, obeys
+from pipeline.gatt.text import flaw
+from pipeline.records import Constraint
+
+LOWEST_AGREEMENT = 0.98
+ROWS: list[dict[str, Any]] = [json.loads(line) for line in (Path(__file__).parent / "data/labelled.jsonl").read_text().splitlines()]
+OF_KINDS = [row for row in ROWS if "kind" in row]
+OF_FLAWS = [row for row in ROWS if "kind" not in row]
+
+
+def _disagreement(row: dict[str, Any]) -> str:
+    """What is wrong with the check, or ""."""
+    if "kind" in row:
+        asked = (Constraint(row["kind"], row["value"]),)
+        return "" if obeys(asked, row["answer"]) == row["obeys"] else f"{word(asked).text} obeys is {row['obeys']}"
+    found = flaw(row["answer"], row["earlier"], row["demanded"])
+    return "" if (not found) == row["good"] else f"flaw is {found!r}, good is {row['good']}"
+
+
+def test_the_checks_agree_with_the_labels() -> None:
+    wrong = [f"{said} ({row['why']}): {row['answer']!r}" for row in ROWS if (said := _disagreement(row))]
+    agreement = 1 - len(wrong) / len(ROWS)
+    assert agreement >= LOWEST_AGREEMENT, f"Agreement {agreement:.4f} over {len(ROWS)} answers. Not agreed:\n" + "\n".join(wrong)
+
+
+def test_every_kind_is_labelled_both_ways() -> None:
+    count = Counter(row["kind"] for row in OF_KINDS)
+    assert set(count) == set(KINDS)
+    assert min(count.values()) >= 5
+    assert {(row["kind"], row["obeys"]) for row in OF_KINDS} == {(name, label) for name in KINDS for label in (True, False)}
+    assert len(OF_KINDS) >= 240
+    assert len(OF_FLAWS) >= 30
