@@ -134,6 +134,8 @@ class Evaluate(Section):
     """Of the sampling, the same for all arms."""
     sequences: int = Field(default=0, ge=0)
     """Dialogues that are evaluated side by side; 0 is what the machine allows."""
+    attention: bool = True
+    """Map what the answers of one dialogue attend to, as in Figure 10 of the paper; it loads the model in float32."""
     adapter: str = ""
     """A GGUF adapter that is laid over the base and measured in place of the exported files, over one copy of the weights."""
     adapter_scale: float = 1.0

@@ -50,6 +50,7 @@ class RunDir:
         self.reference = path / "train" / "reference.npz"
         self.exported = path / "export" / "export.json"
         self.replies = path / "evaluate" / "replies.jsonl"
+        self.attention = path / "evaluate" / "attention.json"
         self.scores = path / "evaluate" / "scores.json"
         self.report = path / "report"
 

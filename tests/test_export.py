@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import TEXTS as _TEXTS
 from conftest import Gatt
 
 from pipeline.backends.convert import hugging_face_folder, write_formats
@@ -25,10 +26,7 @@ from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.merge import GgufBase, open_base
 from pipeline.gguf.read import open_gguf, read_gguf
-from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 from pipeline.records import Request
-
-_TEXTS = ("It's 2,026 and I'll pay €35.50!", "naïve  café\n\n\tтест 漢字 🙂", "<|im_start|>user\nHi<|im_end|>\n", "x" * 40 + "  y ")
 
 
 @pytest.fixture(scope="module")
@@ -69,44 +67,6 @@ def test_tokens_are_the_same_in_training_and_in_llama_cpp(folder: Path, base: Pa
             assert llama.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
 
 
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama 3 in miniature: scaled rotary embedding, grouped heads, untied output, sharded."""
-    import torch
-    import transformers
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, trainers
-    from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
-
-    target = tmp_path_factory.mktemp("tiny") / "llama"
-    core = Tokenizer(models.BPE())
-    rule = PRE_TOKENIZERS["llama-bpe"][0]["pattern"]["Regex"]
-    core.pre_tokenizer = Sequence([Split(Regex(rule), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
-    core.train_from_iterator([" ".join(_TEXTS)] * 4, trainer)
-    core.add_special_tokens([AddedToken("<|begin|>", special=True), AddedToken("<|end|>", special=True)])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|begin|>", eos_token="<|end|>")
-    tokenizer.chat_template = (
-        "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    tokenizer.save_pretrained(target)
-    torch.manual_seed(1)
-    scaling: dict[str, Any] = {
-        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    }  # fmt: skip
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, rope_parameters=scaling, tie_word_embeddings=False,
-        initializer_range=0.2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    network = transformers.LlamaForCausalLM(config)
-    network.save_pretrained(target, max_shard_size="100KB")
-    assert (target / "model.safetensors.index.json").exists()
-    return target
-
-
 def test_llama_cpp_says_what_transformers_says(tiny_llama: Path, tmp_path: Path) -> None:
     import torch
     import transformers
@@ -122,25 +82,6 @@ def test_llama_cpp_says_what_transformers_says(tiny_llama: Path, tmp_path: Path)
     assert prompt == list(expected)
     answer = network.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
     assert said.text == tokenizer.decode(answer, skip_special_tokens=True)
-
-
-@pytest.fixture(scope="module")
-def tiny_adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random adapter for it."""
-    import peft
-    import torch
-    import transformers
-
-    network = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    wrapped = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    torch.manual_seed(2)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    target = tmp_path_factory.mktemp("adapter")
-    wrapped.save_pretrained(target)
-    return target
 
 
 def _refused(done: subprocess.CompletedProcess[str], said: str) -> None:

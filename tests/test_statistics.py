@@ -19,7 +19,6 @@ from pipeline.gatt.metrics import adherence, wilson
 from pipeline.gatt.statistics import (
     Lifetime,
     answers_needed,
-    collapsed,
     design_effect,
     distinct_n,
     intraclass_correlation,
@@ -61,6 +60,8 @@ def correlated(dialogues: int, seed: int, gain: float = 0.0, spread: float = 0.3
 def test_wilson(n: int, share: float) -> None:
     hits = round(share * n)
     assert (wilson(hits, n).low, wilson(hits, n).high) == pytest.approx(proportion_confint(hits, n, method="wilson"), abs=1e-12)
+    # Exactly, where the formula has rounding in it.
+    assert (wilson(0, n).low, wilson(n, n).high) == (0.0, 1.0)
 
 
 # --- paired bootstrap
@@ -279,6 +280,8 @@ def test_sample_size() -> None:
     assert all(type(number) is int for number in (found.answers, found.dialogues))
     wider = sample_size(replies, difference=0.1)
     assert wider is not None and wider.answers == pytest.approx(found.answers / 4, rel=0.02)
+    surer = sample_size(replies, power=0.95, alpha=0.01)
+    assert surer is not None and surer.answers == answers_needed(sum(map(sum, base)) / lengths.sum(), 0.05, 0.95, 0.01)
 
 
 def test_sample_size_at_its_edges() -> None:
@@ -310,9 +313,3 @@ def test_distinct_n() -> None:
     assert math.isnan(distinct_n([], 1))
     with pytest.raises(ValueError, match="at least 1"):
         distinct_n(replies, 0)
-
-
-def test_collapsed() -> None:
-    assert collapsed(said("a", "b", flaw="loop") + said("c") + said("d", flaw="empty", finish="context")) == wilson(2, 3)
-    assert collapsed(said("a")) == wilson(0, 1)
-    assert collapsed([]).n == 0

@@ -15,7 +15,7 @@ from fractions import Fraction
 from random import Random
 from statistics import NormalDist, quantiles
 
-from pipeline.gatt.metrics import Rate, wilson
+from pipeline.gatt.metrics import wilson
 from pipeline.gatt.text import words
 from pipeline.records import Reply
 
@@ -243,9 +243,3 @@ def distinct_n(replies: Iterable[Reply], n: int) -> float:
             said = words(reply.text)
             grams += zip(*(said[start:] for start in range(n)), strict=False)
     return len(set(grams)) / len(grams) if grams else math.nan
-
-
-def collapsed(replies: Iterable[Reply]) -> Rate:
-    """The share of replies that are no reply (`Reply.flaw`: a loop, a repeat, empty), with its Wilson interval."""
-    flaws = [bool(reply.flaw) for reply in replies if reply.finish != "context"]
-    return wilson(sum(flaws), len(flaws))

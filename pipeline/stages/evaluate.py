@@ -11,20 +11,23 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.backends.convert import gguf_file
+from pipeline.backends.attention import attention_map
+from pipeline.backends.convert import gguf_file, hugging_face_folder
 from pipeline.backends.hub import find_model
 from pipeline.backends.llama import Llama
 from pipeline.backends.weights import Adapter, Weights
 from pipeline.config import Recipe
-from pipeline.console import Progress, progress
+from pipeline.console import Progress, chatter, note, progress
 from pipeline.files import JsonlLog, write_json
 from pipeline.gatt.ghost import augment
 from pipeline.gatt.kinds import obeys
 from pipeline.gatt.metrics import Rate, adherence
+from pipeline.gatt.statistics import distinct_n, kaplan_meier, lifetimes, paired_bootstrap, sample_size
 from pipeline.gatt.text import flaw
 from pipeline.gguf.read import open_gguf
+from pipeline.machine import available_memory
 from pipeline.pairs import Paired, read_pairs
-from pipeline.records import Reply, Request, Task
+from pipeline.records import Message, Reply, Request, Task
 from pipeline.rundir import RunDir
 
 
@@ -45,7 +48,27 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
                 weights.close()
     names = [arm.name for arm in measured]
     # Not in the order of the log, which an interrupted run leaves otherwise.
-    write_json(rundir.scores, scores(sorted(replies.values(), key=lambda r: (names.index(r.arm), r.turn)), pairs))
+    ordered = sorted(replies.values(), key=lambda r: (names.index(r.arm), r.turn))
+    if settings.attention:
+        _attention(recipe, rundir, pairs[0], ordered)
+    write_json(rundir.scores, scores(ordered, pairs))
+
+
+def _attention(recipe: Recipe, rundir: RunDir, pair: Paired, replies: list[Reply]) -> None:
+    """What the answers of one dialogue attend to, for base and tuned, each in the words of its own dialogue."""
+    model = find_model(recipe.model)
+    if 8 * model.bytes > available_memory():  # float32 of 4 bits, and its maps
+        note("evaluate: the model has no room here in float32; no map of its attention.")
+        return
+    maps = {}
+    with chatter(rundir.attention.with_name("transformers.log")):
+        folder = hugging_face_folder(model)
+        for arm, adapter in (("base", None), ("tuned", rundir.adapter)):
+            said = [r.text for r in replies if (r.arm, r.dialogue) == (arm, pair.dialogue.id) and r.finish != "context"]
+            asked = pair.ask_student(said[:-1], recipe.dialogues.system)
+            answered: tuple[Message, ...] = (*asked, {"role": "assistant", "content": said[-1]})
+            maps[arm] = asdict(attention_map(folder, adapter, answered, pair.taught[0]))
+    write_json(rundir.attention, maps)
 
 
 class Arm(NamedTuple):
@@ -94,19 +117,28 @@ def scores(replies: list[Reply], pairs: list[Paired]) -> dict[str, object]:
     """Adherence by arm and turn, by arm and instruction, over the last five turns and over all but the first.
 
     `replies` counts for each arm: all, those that obey (good answers or not), those that are no answer, those that were
-    cut at `max_tokens`, and those left out because turn 1 had left the window.
+    cut at `max_tokens`, and those left out because turn 1 had left the window. `difference` is that of the last five turns
+    from the base, `survival` the share of dialogues without a broken answer so far.
     """
     names = {p.dialogue.id: p.name for p in pairs}
     last = max((r.turn for r in replies), default=0)
     first_late = max(1, last - 4)
     late, later = [r for r in replies if r.turn >= first_late], [r for r in replies if r.turn > 1]
+    by_arm = {arm: [r for r in replies if r.arm == arm] for arm in dict.fromkeys(r.arm for r in replies)}
+    late_by_arm = {arm: [r for r in late if r.arm == arm] for arm in by_arm}
     return {
         "turns": last,
         "by_turn": _table(adherence(replies, lambda r: (r.arm, r.turn))),
         "by_instruction": _table(adherence(replies, lambda r: (r.arm, names[r.dialogue]))),
         "late": _table(adherence(late, lambda r: (r.arm, f"turns {first_late} to {last}"))),
         "later": _table(adherence(later, lambda r: (r.arm, f"turns 2 to {last}"))),
-        "replies": {arm: _count([r for r in replies if r.arm == arm]) for arm in dict.fromkeys(r.arm for r in replies)},
+        "replies": {arm: _count(mine) for arm, mine in by_arm.items()},
+        "difference": {
+            arm: asdict(paired_bootstrap(late_by_arm["base"], mine)) for arm, mine in late_by_arm.items() if arm != "base"
+        },
+        "survival": {arm: asdict(kaplan_meier(lifetimes(mine).values())) for arm, mine in by_arm.items()},
+        "distinct_2": {arm: distinct_n(mine, 2) for arm, mine in by_arm.items()},
+        "needed": asdict(needed) if (needed := sample_size(late_by_arm["tuned"])) else None,
     }
 
 

@@ -10,7 +10,7 @@ from jinja2 import Environment
 
 from pipeline.config import Recipe
 from pipeline.console import out
-from pipeline.figures import adherence_curve
+from pipeline.figures import adherence_curve, attention_picture, survival_curve
 from pipeline.files import read_jsonl, write_json, write_text
 from pipeline.pairs import read_pairs
 from pipeline.records import Reply
@@ -32,6 +32,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
         f"the base in {late['base']['value']:.0%}."
     )
     facts = _facts(recipe, rundir)
+    exported = _export(recipe, rundir, late)
     curve = adherence_curve(scores["by_turn"], scores["turns"])
     page = Environment(autoescape=True).from_string(
         (resources.files("pipeline") / "data" / "report.html").read_text(encoding="utf-8")
@@ -39,11 +40,13 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     html = page.render(
         sentence=sentence, recipe=recipe, scores=scores, curve=curve, turns=scores["turns"], arms=list(late), facts=facts,
         by_instruction=_by_instruction(scores), examples=_examples(rundir), shortened=_shortened(recipe), counts=_COUNTS,
-        acceptance=json.loads(rundir.acceptance.read_text(encoding="utf-8")), export=_export(recipe, rundir, late),
+        attention=attention_picture(json.loads(rundir.attention.read_text(encoding="utf-8"))) if rundir.attention.exists() else "",
+        survival=survival_curve(scores["survival"], scores["turns"]),
+        acceptance=json.loads(rundir.acceptance.read_text(encoding="utf-8")), export=exported,
     )  # fmt: skip
     write_text(rundir.report / "report.html", html)
     write_text(rundir.report / "adherence.svg", curve)
-    write_json(rundir.report / "report.json", {"sentence": sentence, "facts": facts, "scores": scores})
+    write_json(rundir.report / "report.json", {"sentence": sentence, "facts": facts, "scores": scores, "export": exported})
     summary = _markdown(sentence, scores, late)
     write_text(rundir.report / "report.md", summary)
     out(summary)
