@@ -23,23 +23,40 @@ EMOJI = (
 """Emoji as a set of a regular expression; the last two make one of a sign before them (1️⃣, ❤️)."""
 _EMOJI = re.compile(f"[{EMOJI}]")
 _BOLD = re.compile(r"\*\*(?=\S)[^*\n]*[^\W_][^*\n]*(?<=\S)\*\*")
-_POSTSCRIPT = re.compile(r"\S\s+[*_]*P\.\s?S\.\W*\w.*\s*\Z")
+_POSTSCRIPT = re.compile(r"(?:\S\s*\n|[^\w\s,;]\s)\s*[*_]*P\.\s?S\.\W*\w.*\s*\Z")
+_OTHER_END = re.compile(r"[?…]|\.(?!!)")
+_STRAIGHT = str.maketrans("‘’“”", "''\"\"")
+_EMPHASIS = str.maketrans("", "", "*_")
+_LATIN = "[A-Za-zÀ-ɏ]"
+_WITHIN_A_WORD = f"(?<={_LATIN})(?={_LATIN})"
+
+
+def _straight(text: str) -> str:
+    """With straight quotation marks and apostrophes, which models put for curved ones and the other way round."""
+    return text.translate(_STRAIGHT)
+
+
+def _plain(text: str) -> str:
+    """Straight, and without the marks of bold and italics."""
+    return _straight(text).translate(_EMPHASIS)
 
 
 def opens(value: str, text: str) -> bool:
-    """Begins with the value."""
-    return text.lstrip().startswith(value)
+    """Begins with the value, in bold or not, and not with a longer word."""
+    start = re.compile(f"{re.escape(_straight(value))}(?!{_WITHIN_A_WORD})")
+    return any(start.match(begun.lstrip()) for begun in (_straight(text), _plain(text)))
 
 
 def opens_hopeless(value: str, text: str) -> bool:
     """Has begun otherwise."""
-    begun = text.lstrip()
-    return not value.startswith(begun) and not begun.startswith(value)
+    start = _straight(value)
+    return not any(start.startswith(b) or b.startswith(start) for b in (_straight(text).lstrip(), _plain(text).lstrip()))
 
 
 def closes(value: str, text: str) -> bool:
-    """Ends with the value."""
-    return text.rstrip().endswith(value)
+    """Ends with the value, in bold or not, and not with a longer word."""
+    end = re.compile(f"(?!{_WITHIN_A_WORD}){re.escape(_straight(value))}\\Z")
+    return any(end.search(ended.rstrip()) for ended in (_straight(text), _plain(text)))
 
 
 def begins_with_letters(value: str, text: str) -> bool:
@@ -61,18 +78,23 @@ def signed(value: str, text: str) -> bool:
 
 
 def has_postscript(value: str, text: str) -> bool:
-    """Something, then "P.S." and a line that is the last."""
+    """Something, then "P.S." and a line that is the last; not "P.S." in the middle of a sentence."""
     return _POSTSCRIPT.search(text) is not None
 
 
 def mentions(value: str, text: str) -> bool:
     """Has the value as a word or words of its own, in capitals or not."""
-    return re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text, re.IGNORECASE) is not None
+    return _found(value, r"(?![^\W_])", text)
 
 
 def mentions_for_good(value: str, text: str) -> bool:
     """The same, of a beginning: the value's last letter is not the last one, so that no longer word can come of it."""
-    return re.search(rf"(?<!\w){re.escape(value)}(?=\W)", text, re.IGNORECASE) is not None
+    return _found(value, r"(?=[\W_])", text)
+
+
+def _found(value: str, behind: str, text: str) -> bool:
+    """Underscores are signs, not letters: they make italics."""
+    return re.search(rf"(?<![^\W_]){re.escape(_straight(value))}{behind}", _straight(text), re.IGNORECASE) is not None
 
 
 def has_letters(value: str, text: str) -> bool:
@@ -146,9 +168,8 @@ def sentence_end(sentence: str) -> str:
 
 
 def ends_with_question(value: str, text: str) -> bool:
-    """The last sentence has a question mark behind its last word, and no full stop."""
-    end = sentence_end(text.rstrip())
-    return bool(words(text)) and "?" in end and "." not in end
+    """The last sentence has a question mark behind its last word, and no full stop behind that."""
+    return bool(words(text)) and re.search(r"\?[^.]*$", sentence_end(text.rstrip())) is not None
 
 
 def exclaims(value: str, text: str) -> bool:
@@ -163,12 +184,12 @@ def exclaims_hopeless(value: str, text: str) -> bool:
 
 def _is_exclaimed(sentence: str) -> bool:
     end = sentence_end(sentence)
-    return "!" in end and not re.search(r"[.?…]", end)
+    return "!" in end and not _OTHER_END.search(end)
 
 
 def has_other_end(value: str, text: str) -> bool:
     """Has a sentence that ends with another sign than an exclamation mark."""
-    return any(re.search(r"[.?…]", sentence_end(s)) for s in split_sentences(text))
+    return any(_OTHER_END.search(sentence_end(s)) for s in split_sentences(text))
 
 
 def at_most_words(value: str, text: str) -> bool:

@@ -8,19 +8,20 @@ import re
 from pipeline.gatt.checks import filled_lines, opens_hopeless
 
 BRACKETS = {"parentheses": "()", "square brackets": "[]", "curly braces": "{}"}
-QUOTES = ('""', "“”")
+QUOTES = ('""', "“”", "„“", "„”")
+BULLET = "[-*•●◦▪‣]"
 
 
 def is_numbered_list(value: str, text: str) -> bool:
-    """Every line is a point, numbered from 1 on."""
+    """Every line is a point, numbered from 1 on, the number in bold or not."""
     lines = filled_lines(text)
-    return bool(lines) and all(re.match(rf"\s*{n}[.)]\s+\S", line) for n, line in enumerate(lines, 1))
+    return bool(lines) and all(re.match(rf"\s*[*_]*{n}[.)][*_]*\s+\S", line) for n, line in enumerate(lines, 1))
 
 
 def is_numbered_list_hopeless(value: str, text: str) -> bool:
     """A line has begun with something else than its number."""
     return any(
-        not re.match(rf"\s*{n}[.)](\s|$)", line) and not f"{n}".startswith(line.strip())
+        not re.match(rf"\s*[*_]*{n}[.)][*_]*(\s|$)", line) and not f"{n}".startswith(line.strip().lstrip("*_"))
         for n, line in enumerate(filled_lines(text), 1)
     )
 
@@ -28,12 +29,12 @@ def is_numbered_list_hopeless(value: str, text: str) -> bool:
 def is_bullet_list(value: str, text: str) -> bool:
     """Every line is a point with a bullet."""
     lines = filled_lines(text)
-    return bool(lines) and all(re.match(r"\s*[-*•]\s+\S", line) for line in lines)
+    return bool(lines) and all(re.match(rf"\s*{BULLET}\s+\S", line) for line in lines)
 
 
 def is_bullet_list_hopeless(value: str, text: str) -> bool:
     """A line has begun with something else than a bullet."""
-    return any(not re.match(r"\s*[-*•](\s|$)", line) for line in filled_lines(text))
+    return any(not re.match(rf"\s*{BULLET}(\s|$)", line) for line in filled_lines(text))
 
 
 def is_block_quote(value: str, text: str) -> bool:
@@ -48,7 +49,7 @@ def is_block_quote_hopeless(value: str, text: str) -> bool:
 
 
 def is_quoted(value: str, text: str) -> bool:
-    """Stands in double quotation marks, straight or curved, with none of the same marks in between."""
+    """Stands in double quotation marks, straight, curved or low, with none of the same marks in between."""
     inner = text.strip()[1:-1]
     return bool(inner.strip()) and any(
         text.strip()[0] == pair[0] and text.strip()[-1] == pair[1] and not set(pair) & set(inner) for pair in QUOTES
@@ -99,7 +100,7 @@ def is_code_block(value: str, text: str) -> bool:
     """One fenced block of Markdown with something in it, and nothing around it."""
     lines = text.strip().splitlines()
     inner = "\n".join(lines[1:-1])
-    fenced = len(lines) > 2 and re.fullmatch(r"```\w*", lines[0].rstrip()) is not None and lines[-1] == "```"
+    fenced = len(lines) > 2 and re.fullmatch(r"```[^\s`]*", lines[0].rstrip()) is not None and lines[-1] == "```"
     return fenced and "```" not in inner and bool(inner.strip())
 
 

@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+WORD = re.compile(r"[^\W_]+(?:(?:['’-]|(?<=\d)[.,:](?=\d)|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b))[^\W_]+)*")
+"""One with its apostrophes and hyphens; also a number such as 1,299.50 or 4:30, and letters such as U.S or a.m."""
 _SENTENCE = re.compile(r".+?[.!?…]+[\"'”’)]*(?=\s|$)", re.DOTALL)
 _ENDING = re.compile(r"[.!?…][\"'”’)]*$")
 _PART = re.compile(r".+?(?:[.!?…]+[\"'”’)\]}*_]*(?=\s|$)|$)")
 _LETTER = re.compile(r"[^\W\d_]")
-_ABBREVIATION = re.compile(r"(?<![\w.])(?:mr|mrs|ms|dr|prof|st|vs|e\.g|i\.e)\.$", re.IGNORECASE)
+_ABBREVIATION = re.compile(r"(?<![\w.])(?:mr|mrs|ms|dr|prof|st|mt|vs|approx|e\.g|i\.e)\.$", re.IGNORECASE)
+_INITIALS = re.compile(r"[\W\d_]*(?:[^\W\d_]\.[\W\d_]*)+")
 
 
 def words(text: str) -> list[str]:
@@ -37,7 +39,8 @@ def sentences(text: str) -> list[str]:
 def split_sentences(text: str) -> list[str]:
     """The sentences of every line, an unfinished one with them; signs without a word belong to the sentence beside them.
 
-    A line's end ends a sentence. A number alone, such as the "1." of a list, does not, nor does "Dr.".
+    A line's end ends a sentence. A number alone, such as the "1." of a list, does not, nor do "Dr." and the initials of a name
+    at the beginning, nor what a small letter follows in a sentence with a capital ("at 5 p.m. on").
     """
     return [sentence for line in text.splitlines() for sentence in _line_sentences(line)]
 
@@ -45,9 +48,10 @@ def split_sentences(text: str) -> list[str]:
 def _line_sentences(line: str) -> list[str]:
     found: list[str] = []
     begun = ""
-    for part in _PART.findall(line):
-        begun = f"{begun} {part.strip()}".strip()
-        if _LETTER.search(begun) and not _ABBREVIATION.search(begun.replace("*", "")):
+    parts = [part.strip() for part in _PART.findall(line)]
+    for part, following in zip(parts, [*parts, ""][1:], strict=True):
+        begun = f"{begun} {part}".strip()
+        if _LETTER.search(begun) and not _goes_on(begun.replace("*", ""), following.lstrip("*_ ")[:1]):
             found.append(begun)
             begun = ""
     if WORD.search(begun):
@@ -55,6 +59,13 @@ def _line_sentences(line: str) -> list[str]:
     elif begun and found:
         found[-1] += f" {begun}"
     return found
+
+
+def _goes_on(begun: str, sign: str) -> bool:
+    """Whether a sentence goes on behind its full stop, where `sign` follows."""
+    if _ABBREVIATION.search(begun) or _INITIALS.fullmatch(begun):
+        return True
+    return (sign.islower() and any(map(str.isupper, begun))) or (sign.isdigit() and begun.endswith(" No."))
 
 
 def first_sentences(text: str, count: int) -> str:
@@ -72,13 +83,13 @@ def has_sentences(text: str, count: int) -> bool:
 def flaw(text: str, earlier: Sequence[str], demanded: str = "", finished: bool = False) -> str:
     """What makes `text` no answer, or "".
 
-    "empty": fewer than three different words beside the `demanded` ones; "loop": a phrase again and again; "repeat":
-    nearly equal to an `earlier` answer; "unfinished": does not end a sentence (asked only where `finished`).
+    "empty": no word beside the `demanded` ones; "loop": a phrase again and again; "repeat": nearly equal to an `earlier`
+    answer; "unfinished": does not end a sentence (asked only where `finished`).
     """
     said = words(text)
     asked = set(words(demanded))
     content = [word for word in said if word not in asked]
-    if len(set(content)) < 3:
+    if not content:
         return "empty"
     if _loops(said):
         return "loop"
@@ -90,14 +101,14 @@ def flaw(text: str, earlier: Sequence[str], demanded: str = "", finished: bool =
 
 
 def stuck(said: Sequence[str]) -> bool:
-    """Whether a run of three words comes four times: a loop, whatever may follow."""
-    triples = Counter(zip(said, said[1:], said[2:], strict=False))
-    return max(triples.values(), default=0) >= 4
+    """Whether a run of five words comes four times: a loop, whatever may follow. Good lists begin four points with three."""
+    runs = Counter(zip(*(said[start:] for start in range(5)), strict=False))
+    return max(runs.values(), default=0) >= 4
 
 
 def _loops(said: list[str]) -> bool:
     """Stuck, or fewer than a third of the words different."""
-    return stuck(said) or (len(said) >= 12 and len(set(said)) < len(said) / 3)
+    return stuck(said) or len(set(said)) < len(said) / 3
 
 
 def _overlap(one: list[str], other: list[str]) -> float:
