@@ -141,6 +141,12 @@ class Evaluate(Section):
     adapter_scale: float = 1.0
     """How strongly it counts; 1 is as it was trained."""
 
+    @property
+    def shortened(self) -> bool:
+        """Whether it measures less than the default: such figures are marked."""
+        fields = type(self).model_fields
+        return self.dialogues < fields["dialogues"].default or self.turns < fields["turns"].default
+
 
 class Recipe(Section):
     """Everything that decides what a run does."""

@@ -80,6 +80,7 @@ def attention_picture(maps: dict[str, Any]) -> str:
         share.annotate(_STYLE[arm][2], (len(found["share"]), found["share"][-1]), (4, 0), textcoords="offset points",
                        color=_STYLE[arm][0], va="center")  # fmt: skip
     share.set(title="attention on the instruction", xlabel="turn", ylim=(0, None))
+    share.xaxis.get_major_locator().set_params(integer=True)
     share.yaxis.set_major_formatter(lambda value, _: f"{value:.1%}")
     share.spines[["top", "right"]].set_visible(False)
     return _svg(figure)

@@ -142,14 +142,13 @@ def model_card(recipe: Recipe, published: Published) -> str:
     taught = [f"- {word((constraint,)).text}" for constraint in recipe.instructions.pool]
     if recipe.instructions.generate:
         taught.append(f"- and what the teacher listed of these kinds: {', '.join(recipe.instructions.generate)}")
-    settings, standard = recipe.evaluate, Recipe().evaluate
-    shortened = settings.dialogues < standard.dialogues or settings.turns < standard.turns
+    settings = recipe.evaluate
     warning = f"A shortened run: {settings.dialogues} dialogues of {settings.turns} turns. Take no figure from it."
     lines = [
         "---", *_head(published), "---", "", f"# {title}", "",
         f"{base}, trained by `gatt` with Ghost Attention (Llama 2, section 3.3) to keep an instruction that is given once, in "
         "the first message.", "",
-        f"**{published.sentence}**", "", *([warning, ""] if shortened else []),
+        f"**{published.sentence}**", "", *([warning, ""] if settings.shortened else []),
         "![Share of the answers that keep the instruction, by turn](adherence.svg)", "",
         "## Instructions taught", "", *taught, "",
         "## Files", "", "| file | MB | |", "|---|---|---|",

@@ -39,7 +39,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     )
     html = page.render(
         sentence=sentence, recipe=recipe, scores=scores, curve=curve, turns=scores["turns"], arms=list(late), facts=facts,
-        by_instruction=_by_instruction(scores), examples=_examples(rundir), shortened=_shortened(recipe), counts=_COUNTS,
+        by_instruction=_by_instruction(scores), examples=_examples(rundir), shortened=recipe.evaluate.shortened, counts=_COUNTS,
         attention=attention_picture(json.loads(rundir.attention.read_text(encoding="utf-8"))) if rundir.attention.exists() else "",
         survival=survival_curve(scores["survival"], scores["turns"]),
         acceptance=json.loads(rundir.acceptance.read_text(encoding="utf-8")), export=exported,
@@ -60,11 +60,6 @@ def _export(recipe: Recipe, rundir: RunDir, late: dict[str, Any]) -> dict[str, A
         row["adherence"] = late.get("tuned" if name == first else f"tuned, {name}")
         row["lowest"] = min(row["retained"].items(), key=lambda kept: kept[1], default=("", 1.0))
     return table
-
-
-def _shortened(recipe: Recipe) -> bool:
-    standard = Recipe().evaluate
-    return recipe.evaluate.dialogues < standard.dialogues or recipe.evaluate.turns < standard.turns
 
 
 def _by_instruction(scores: dict[str, Any]) -> dict[str, dict[str, str]]:
