@@ -145,7 +145,7 @@ class Evaluate(Section):
     def shortened(self) -> bool:
         """Whether it measures less than the default: such figures are marked."""
         fields = type(self).model_fields
-        return self.dialogues < fields["dialogues"].default or self.turns < fields["turns"].default
+        return bool(self.dialogues < fields["dialogues"].default or self.turns < fields["turns"].default)
 
 
 class Recipe(Section):
