@@ -6,13 +6,12 @@ import importlib
 import json
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import pytest
+from converter import converter
 
 from pipeline.backends.convert import write_formats
 from pipeline.backends.hub import Model
@@ -58,20 +57,9 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def converter() -> Path:
-    """llama.cpp's Python code as the source package of llama-cpp-python has it: downloaded once, read only."""
-    folder = Path(platformdirs.user_cache_dir("gatt")) / "llama_cpp_python-0.3.36"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        wanted = ["llama-cpp-python==0.3.36", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder.parent)]
-        subprocess.run([sys.executable, "-m", "pip", "download", *wanted], check=True, capture_output=True)
-        archive = folder.parent / f"{folder.name}.tar.gz"
-        with tarfile.open(archive) as packed:
-            parts = ("/conversion/", "/gguf-py/", "/convert_")
-            packed.extractall(folder.parent, [m for m in packed.getmembers() if any(p in m.name for p in parts)], filter="data")
-        archive.unlink()
-    return folder / "vendor" / "llama.cpp"
+@pytest.fixture(scope="session", name="converter")
+def _converter() -> Path:
+    return converter()
 
 
 @pytest.fixture(scope="session")

@@ -20,11 +20,12 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+from converter import converter
 
 FORMATS = ("Q8_0", "F16", "Q4_K_M")
 DEEP = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
@@ -45,23 +46,6 @@ class Cost(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.seconds:8.2f} s" + "".join(f"{n / 1e6:10,.0f} MB" for n in self[1:])
-
-
-def converter() -> Path:
-    """llama.cpp's Python code as the source package of llama-cpp-python has it: downloaded once, read only."""
-    import platformdirs
-
-    folder = Path(platformdirs.user_cache_dir("gatt")) / "llama_cpp_python-0.3.36"
-    if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        wanted = ["llama-cpp-python==0.3.36", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder.parent)]
-        subprocess.run([sys.executable, "-m", "pip", "download", *wanted], check=True, capture_output=True)
-        archive = folder.parent / f"{folder.name}.tar.gz"
-        with tarfile.open(archive) as packed:
-            parts = ("/conversion/", "/gguf-py/", "/convert_")
-            packed.extractall(folder.parent, [m for m in packed.getmembers() if any(p in m.name for p in parts)], filter="data")
-        archive.unlink()
-    return folder / "vendor" / "llama.cpp"
 
 
 def ours(base: str, adapter: str, target: str, format_name: str) -> None:
