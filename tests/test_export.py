@@ -20,6 +20,7 @@ from pipeline.backends.importance import measure
 from pipeline.backends.llama import Llama, quantize
 from pipeline.backends.probe import divergence, probe
 from pipeline.backends.weights import Adapter, Weights
+from pipeline.config import Export
 from pipeline.errors import GattError
 from pipeline.gguf import ggml
 from pipeline.gguf.adapter import write_adapter
@@ -27,6 +28,7 @@ from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.merge import GgufBase, open_base
 from pipeline.gguf.read import open_gguf, read_gguf
 from pipeline.records import Request
+from pipeline.stages.export import alone
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +233,22 @@ def test_contexts_over_one_copy_of_the_weights_do_not_mix(tiny_llama: Path, tiny
     assert mixed[0] != mixed[1]
     assert says(Adapter(tmp_path / "adapter.gguf", 0.0)) == mixed[0]
     weights.close()
+
+
+def test_a_file_that_would_be_read_in_other_tokens_replaces_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    """Named like this, the tokenizer splits words by GPT-2's rule in transformers, and by Llama's in the GGUF."""
+    folder, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(tiny_llama, folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "GPT2Tokenizer"}))
+    out.mkdir()
+    (out / "model-F16.gguf").write_bytes(b"an earlier file")
+    with pytest.raises(GattError, match="in other tokens than the model is trained with"):
+        alone(str(folder), None, out, Export(formats=("F16",), merge_onto="16bit"), None)
+    assert [p.name for p in out.iterdir()] == ["model-F16.gguf"]
+    assert (out / "model-F16.gguf").read_bytes() == b"an earlier file"
+    alone(str(folder), None, out, Export(formats=("F16",), merge_onto="16bit", same_tokens=False), None)
+    assert open_gguf(out / "model-F16.gguf").architecture == "llama"
 
 
 def test_chat_lays_an_adapter_over_a_base(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
