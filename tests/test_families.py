@@ -235,12 +235,10 @@ def test_a_family_passes_the_checks_of_its_export(
 
     folder = model(name)
     trained = adapter(folder)
-    alone(str(folder), trained, tmp_path / "out", Export(formats=("F32", "Q8_0"), merge_onto="16bit"), None)
+    alone(str(folder), trained, tmp_path / "out", Export(formats=("F32",), merge_onto="16bit"), None)
     table = json.loads((tmp_path / "out" / "export.json").read_text())
     assert table["formats"]["F32"]["kl_trained"] < 1e-4
-    assert table["formats"]["Q8_0"]["kl_trained"] < 0.05
     assert all(abs(kept - 1) < 1e-5 for kept in table["formats"]["F32"]["retained"].values())
-    assert all(0.5 < kept < 1.5 for kept in table["formats"]["Q8_0"]["retained"].values())
 
 
 @pytest.mark.slow
