@@ -77,7 +77,9 @@ def attention_picture(maps: dict[str, Any]) -> str:
         axes.set(title=_STYLE[arm][2], xlabel="the dialogue so far (the band: the instruction)")
         axes.set_xticks([])
         share.plot(range(1, len(found["share"]) + 1), found["share"], color=_STYLE[arm][0], marker=_STYLE[arm][1], markersize=3)
-        share.annotate(_STYLE[arm][2], (len(found["share"]), found["share"][-1]), (4, 0), textcoords="offset points",
+        # Both lines end near zero: their names stand one above the other.
+        above = -5 if arm == "base" else 6
+        share.annotate(_STYLE[arm][2], (len(found["share"]), found["share"][-1]), (4, above), textcoords="offset points",
                        color=_STYLE[arm][0], va="center")  # fmt: skip
     share.set(title="attention on the instruction", xlabel="turn", ylim=(0, None))
     share.xaxis.get_major_locator().set_params(integer=True)
