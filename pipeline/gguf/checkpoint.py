@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import GattError
+from pipeline.gguf import ggml
 from pipeline.gguf.base import Array, Tensor, row_order
 from pipeline.gguf.families import extra_tensors, family_of
 from pipeline.gguf.vocabulary import Vocabulary, read_object
 
-_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+_KINDS = {"F32": 0, "F16": 1, "BF16": 30}
+"""The types of safetensors that are read, as ggml numbers them."""
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
 
@@ -39,11 +42,10 @@ class Stored:
         Raises:
             GattError: a type other than F32, F16 or BF16.
         """
-        if self.dtype not in _TYPES:
+        if self.dtype not in _BYTES:
             raise GattError(f"{self.file}: weights of type {self.dtype} found; F32, F16 or BF16 expected.")
-        plain = self.data.view(_TYPES[self.dtype]).reshape(-1, self.shape[-1])[rows]
-        exact: Array = (plain.astype(np.uint32) << 16).view(np.float32) if self.dtype == "BF16" else plain.astype(np.float32)
-        return exact
+        stored = np.asarray(self.data).reshape(-1, self.shape[-1] * _BYTES[self.dtype])[rows]
+        return ggml.dequantize(stored, _KINDS[self.dtype], self.shape[-1])
 
 
 class CheckpointBase:

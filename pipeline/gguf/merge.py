@@ -29,8 +29,8 @@ from pipeline.gguf.read import open_gguf
 
 DIRECT = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
 """The formats whose types follow from the tensor alone, and their names as file types; of others llama.cpp decides."""
-_BLOCK = 1 << 21
-"""Weights that are summed and rounded at a time by each thread."""
+_BLOCK = 1 << 18
+"""Weights that are summed and rounded at a time by each thread: as float32 they stay in its cache."""
 _LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.weight")
 
 
