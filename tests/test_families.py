@@ -225,7 +225,11 @@ def test_an_adapter_becomes_what_llama_cpp_writes(
     _equal(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+_QUICK = ("llama 3", "llama 2", "qwen2 yarn", "qwen3 moe", "gemma 3", "phi 4 mini")
+"""One of each kind of tokenizer and of weights."""
+
+
+@pytest.mark.parametrize("name", [n if n in _QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
 def test_a_family_passes_the_checks_of_its_export(
     name: str, model: Callable[[str], Path], adapter: Callable[[Path], Path], tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from pipeline.errors import GattError
 from pipeline.files import whole_file
@@ -31,6 +32,8 @@ DIRECT = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": 
 """The formats whose types follow from the tensor alone, and their names as file types; of others llama.cpp decides."""
 _BLOCK = 1 << 18
 """Weights that are summed and rounded at a time by each thread: as float32 they stay in its cache."""
+_FLUSH = 1 << 26
+"""Bytes after which a file is sent to the disk."""
 _LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.weight")
 
 
@@ -149,8 +152,10 @@ def write(whole: Sum, targets: dict[Path, Format], on_tensor: Callable[[], objec
     """
     kept: list[dict[str, list[float]]] = [defaultdict(lambda: [0.0, 0.0]) for _ in targets]
     with ExitStack() as stack:
+        stack.enter_context(threadpool_limits(1, "blas"))  # the pool has all cores already
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
-        files = [_begin(whole, stack.enter_context(whole_file(path)), how) for path, how in targets.items()]
+        flusher = stack.enter_context(ThreadPoolExecutor(1))
+        files = [_begin(whole, stack.enter_context(whole_file(path)), how, flusher) for path, how in targets.items()]
         for file in files:
             stack.callback(file.close)
         ready = pool.submit(_as_trained, whole, whole.tensors[0])
@@ -183,10 +188,15 @@ def write_skeleton(whole: Sum, path: Path) -> None:
 
 
 class _File:
-    """A GGUF whose keys and list of tensors are written, and whose data come piece by piece."""
+    """A GGUF whose keys and list of tensors are written, and whose data come piece by piece.
 
-    def __init__(self, writer: Any) -> None:
-        self._writer, self._out = writer, writer.fout[0]
+    They go to the disk meanwhile (`flusher`), not all at the end.
+    """
+
+    def __init__(self, writer: Any, flusher: Executor | None) -> None:
+        self._writer, self._out, self._flusher = writer, writer.fout[0], flusher
+        self._flushed: Future[None] | None = None
+        self._waiting = 0
         writer.write_padding(self._out, self._out.tell())
         self._bytes = 0
 
@@ -198,14 +208,21 @@ class _File:
     def pad(self) -> None:
         """End of a tensor."""
         self._writer.write_padding(self._out, self._bytes)
+        self._waiting += self._bytes
         self._bytes = 0
+        if self._flusher and self._waiting > _FLUSH and (self._flushed is None or self._flushed.done()):
+            self._flushed, self._waiting = self._flusher.submit(os.fsync, self._out.fileno()), 0
 
     def close(self) -> None:
         """Flush and close."""
-        self._writer.close()
+        try:
+            if self._flushed:
+                self._flushed.result()
+        finally:
+            self._writer.close()
 
 
-def _begin(whole: Sum, draft: Path, how: Format) -> _File:
+def _begin(whole: Sum, draft: Path, how: Format, flusher: Executor | None = None) -> _File:
     import gguf
 
     writer = gguf.GGUFWriter(draft, whole.base.architecture)
@@ -222,7 +239,7 @@ def _begin(whole: Sum, draft: Path, how: Format) -> _File:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    return _File(writer)
+    return _File(writer, flusher)
 
 
 def _ranges(tensor: Tensor) -> tuple[list[int], list[int]]:
