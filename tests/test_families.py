@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import TEXTS
 from converter import converter
 
 from pipeline.backends.convert import write_formats
@@ -19,7 +20,6 @@ from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.merge import open_base
 from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 
-_TEXTS = ["It's 2,026 and I'll pay €35.50!", "naïve  café\n\n\tтест 漢字 🙂", "<|im_start|>user\nHi<|im_end|>\n", "x" * 40 + "  y "]
 _TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
 _SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -102,7 +102,7 @@ def _byte_level(target: Path, rule: str) -> int:
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
         special_tokens=[AddedToken(t, special=True) for t in ("<|endoftext|>", "<|begin|>", "<|end|>")],
     )  # fmt: skip
-    core.train_from_iterator([" ".join(_TEXTS)] * 4, trainer)
+    core.train_from_iterator([" ".join(TEXTS)] * 4, trainer)
     core.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
     written = json.loads(core.to_str())
     written["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[rule]}
@@ -123,7 +123,7 @@ def _sentencepiece(target: Path, named: str) -> int:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(_TEXTS * 9), model_prefix=str(target / "tokenizer"), vocab_size=340, model_type="bpe",
+        sentence_iterator=iter(list(TEXTS) * 9), model_prefix=str(target / "tokenizer"), vocab_size=340, model_type="bpe",
         byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, pad_id=0,
         bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip

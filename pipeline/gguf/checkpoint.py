@@ -21,7 +21,6 @@ from pipeline.gguf.base import Array, Tensor, row_order
 from pipeline.gguf.families import extra_tensors, family_of
 from pipeline.gguf.vocabulary import Vocabulary, read_object
 
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _KINDS = {"F32": 0, "F16": 1, "BF16": 30}
 """The types of safetensors that are read, as ggml numbers them."""
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
@@ -42,10 +41,10 @@ class Stored:
         Raises:
             GattError: a type other than F32, F16 or BF16.
         """
-        if self.dtype not in _BYTES:
+        if self.dtype not in _KINDS:
             raise GattError(f"{self.file}: weights of type {self.dtype} found; F32, F16 or BF16 expected.")
-        stored = np.asarray(self.data).reshape(-1, self.shape[-1] * _BYTES[self.dtype])[rows]
-        return ggml.dequantize(stored, _KINDS[self.dtype], self.shape[-1])
+        kind, columns = _KINDS[self.dtype], self.shape[-1]
+        return ggml.dequantize(np.asarray(self.data).reshape(-1, ggml.row_bytes(kind, columns))[rows], kind, columns)
 
 
 class CheckpointBase:
