@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -165,9 +166,13 @@ def evaluate(
     recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False, set: Set = None,
     adapter: Annotated[str, typer.Option(help="Measure the base with this GGUF adapter over it, not the exported file.")] = "",
     adapter_scale: Annotated[float, typer.Option(help="How strongly the adapter counts; 1 is as it was trained.")] = 1.0,
+    other: Annotated[list[str] | None, typer.Option(help="Measure this, too: a GGUF, an adapter, or URL/v1#model.")] = None,
+    judge: Annotated[str, typer.Option(help="A model or a server that judges what no program can check.")] = "",
 ) -> None:  # fmt: skip
-    """Measure base, tuned and ceiling, turn by turn. Example: gatt evaluate --adapter runs/demo/export/adapter.gguf"""
+    """Measure base, tuned and ceiling, turn by turn. Example: gatt evaluate --other rival.gguf"""
     changes = [f"evaluate.adapter={adapter}", f"evaluate.adapter_scale={adapter_scale}"] if adapter else []
+    changes += [f"evaluate.others={json.dumps(other)}"] if other else []
+    changes += [f"evaluate.judge={judge}"] if judge else []
     _stage("evaluate", *_open(recipe, run, quick, [*(set or []), *changes]))
 
 
@@ -253,7 +258,7 @@ def _inputs(name: str, settings: Recipe, folder: RunDir) -> list[Path]:
         "synthesize": [base, folder.pairs],
         "train": [base, folder.examples],
         "export": [base, folder.adapter, folder.examples],
-        "evaluate": [base, folder.pairs, *_tuned(settings, folder)],
+        "evaluate": [base, folder.pairs, folder.suites, *_tuned(settings, folder)],
     }[name]
 
 

@@ -140,6 +140,27 @@ class Evaluate(Section):
     """A GGUF adapter that is laid over the base and measured in place of the exported files, over one copy of the weights."""
     adapter_scale: float = 1.0
     """How strongly it counts; 1 is as it was trained."""
+    others: tuple[str, ...] = ()
+    """What is measured beside them: GGUF files, GGUF adapters (over the base), or servers ("http://host:port/v1#model")."""
+    primary: Literal["late", "later", "recall", "unseen"] = "late"
+    """The figure that the report opens with, fixed before anything is measured: adherence in the last five turns, in all but
+    the first, recall at the last probe, or adherence to instructions that were not trained."""
+    more: int = Field(default=6, ge=0)
+    """Dialogues of each further suite, in all arms but the ceiling and the other formats: `unseen` instructions, a change of
+    instruction half-way, none at all (leakage, damage), and attributes that are asked for (Table 30). 0 leaves them out."""
+    more_turns: int = Field(default=10, ge=2)
+    """Turns of these; dialogues in which attributes are asked for have `turns`."""
+    unseen: tuple[Constraint, ...] = (
+        Constraint("opening", "Well, well!"),
+        Constraint("closing", "So it goes."),
+        Constraint("persona", "Ada Lovelace"),
+        Constraint("hashtag", "goodtoknow"),
+        Constraint("signature", "Ada"),
+        Constraint("uppercase"),
+    )
+    """Instructions that training has not: reported apart, new values of trained kinds and kinds that are new altogether."""
+    judge: str = ""
+    """A model, as in `model`, or a server, which says of replies whether they keep what no program can check ("style")."""
 
     @property
     def shortened(self) -> bool:
@@ -165,7 +186,7 @@ class Recipe(Section):
 
 QUICK = (
     "dialogues.train=40", "dialogues.turns=4", "train.steps=12", "synthesize.max_tokens=48",
-    "evaluate.dialogues=6", "evaluate.turns=8", "evaluate.max_tokens=48",
+    "evaluate.dialogues=6", "evaluate.turns=8", "evaluate.max_tokens=48", "evaluate.more=2",
 )  # fmt: skip
 """What `--quick` sets: the same run in miniature. Its report is marked as shortened."""
 
@@ -253,7 +274,7 @@ def _toml_value(value: Any) -> Any:
     for item in value:
         if isinstance(item, Constraint):
             row = tomlkit.inline_table()
-            row.update({"kind": item.kind, "value": item.value})
+            row.update({"kind": item.kind, **({"value": item.value} if item.value else {})})
             array.append(row)
         else:
             array.append(item)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.gatt.ghost import augment, ghost
-from pipeline.records import Constraint, Dialogue, Instruction, Message, Way
+from pipeline.records import Ask, Constraint, Dialogue, Instruction, Message, Way
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +29,11 @@ class Paired:
         """What is demanded, as tables show it."""
         asked = [i for i in (self.instruction, self.then) if i]
         return ", then ".join(", ".join(c.name for c in i.constraints) for i in asked) or "none"
+
+    @property
+    def asks(self) -> tuple[Ask, ...]:
+        """What is asked for in place of a turn's own message."""
+        return self.instruction.asks if self.instruction else ()
 
     @property
     def demanded(self) -> str:
@@ -64,18 +69,29 @@ class Paired:
             return ghost(users, answers, [""] * len(users), f"{system} {self.taught[0]}".strip())
         return ghost(users, answers, self.taught, system)
 
+    def asking(self, turn: int, question: str) -> Paired:
+        """The same up to `turn` (from 1), where the user says `question` instead."""
+        turns = (*self.dialogue.turns[: turn - 1], question)
+        return replace(self, dialogue=replace(self.dialogue, turns=turns))
+
 
 def read_pairs(path: Path, side: str) -> list[Paired]:
     """The pairs of one side, "train" or "evaluate"."""
+    return read_sides(path)[side]
+
+
+def read_sides(path: Path) -> dict[str, list[Paired]]:
+    """All pairs of a file by side; in `suites.json` the sides are the suites of `gatt.suites`."""
     data = json.loads(path.read_text(encoding="utf-8"))
-    made = {row["id"]: _instruction(row) for row in data["instructions"]}
-    return [
-        Paired(
-            _dialogue(row["dialogue"]), made.get(row["instruction"]), row["way"], row["shortened"], row["in_system"],
-            made.get(row["then"]), row["change"],
-        )
-        for row in data[side]
-    ]  # fmt: skip
+    made = {row["id"]: _instruction(row) for row in data.pop("instructions")}
+    return {side: [_paired(row, made) for row in rows] for side, rows in data.items()}
+
+
+def _paired(row: dict[str, Any], made: dict[str, Instruction]) -> Paired:
+    return Paired(
+        _dialogue(row["dialogue"]), made.get(row["instruction"]), row["way"], row["shortened"], row["in_system"],
+        made.get(row["then"]), row["change"],
+    )  # fmt: skip
 
 
 def _dialogue(row: dict[str, Any]) -> Dialogue:
@@ -83,4 +99,5 @@ def _dialogue(row: dict[str, Any]) -> Dialogue:
 
 
 def _instruction(row: dict[str, Any]) -> Instruction:
-    return Instruction(row["id"], row["text"], row["short"], tuple(Constraint(**c) for c in row["constraints"]))
+    asks = tuple(Ask(**a) for a in row.get("asks", ()))
+    return Instruction(row["id"], row["text"], row["short"], tuple(Constraint(**c) for c in row["constraints"]), asks)

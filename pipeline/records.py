@@ -44,17 +44,27 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
+class Ask:
+    """A question about what message 1 has set: a good answer to "What is your name?" has the value "Napoleon" in it."""
+
+    attribute: str
+    question: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
 class Instruction:
     """What the user asks for in message 1 and expects to hold to the end (paper, section 3.3).
 
     `text` is the full wording; `short` the shortened one ("Figure: Napoleon."), which the paper puts in its place half
-    of the time.
+    of the time. Every answer is to show the `constraints`; the `asks` are put later, to see what is still known.
     """
 
     id: str
     text: str
     short: str
     constraints: tuple[Constraint, ...]
+    asks: tuple[Ask, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +106,8 @@ class Reply:
     """One assistant message of an evaluated model. `finish` is "stop", "length" (of the answer) or "context".
 
     `obeys` is the instruction's own check. `flaw` names what makes the reply no reply at all (a loop, a repeat, empty),
-    or is "". A reply is *adherent* when it obeys and has no flaw.
+    or is "". A reply is *adherent* when it obeys and has no flaw. `probe` names the attribute that was asked for in place
+    of the turn's own message; "" in the dialogue itself.
     """
 
     arm: str
@@ -108,6 +119,7 @@ class Reply:
     finish: str
     obeys: bool
     flaw: str
+    probe: str = ""
 
     @property
     def adherent(self) -> bool:

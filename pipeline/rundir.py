@@ -40,6 +40,7 @@ class RunDir:
             raise GattError(f"Cannot write in the run folder {path} ({error.strerror}). Choose another with --run.") from error
         self.lists = path / "lists.toml"
         self.pairs = path / "instructions" / "pairs.json"
+        self.suites = path / "instructions" / "suites.json"
         self.answers = path / "synthesize" / "answers.jsonl"
         self.examples = path / "synthesize" / "dialogues.jsonl"
         self.card = path / "synthesize" / "README.md"
@@ -50,6 +51,7 @@ class RunDir:
         self.reference = path / "train" / "reference.npz"
         self.exported = path / "export" / "export.json"
         self.replies = path / "evaluate" / "replies.jsonl"
+        self.judged = path / "evaluate" / "judged.jsonl"
         self.attention = path / "evaluate" / "attention.json"
         self.scores = path / "evaluate" / "scores.json"
         self.report = path / "report"

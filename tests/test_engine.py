@@ -38,6 +38,26 @@ def test_answers_do_not_depend_on_what_runs_beside_them(format_name: str) -> Non
     assert alone == together
 
 
+def test_a_branch_leaves_the_dialogue_after_it_exactly_as_it_was(base: Path) -> None:
+    def talk(name: str, turns: tuple[str, ...], probed: bool) -> Task:
+        messages: list[Message] = []
+        for turn, user in enumerate(turns[:4]):
+            if probed:
+                asked: Message = {"role": "user", "content": "What is your name, and what did I say first?"}
+                branches.append((yield Request((*messages, asked), turn, 32)))
+            messages.append({"role": "user", "content": user})
+            said[probed].append((name, (yield Request(tuple(messages), turn, 40))))
+            messages.append({"role": "assistant", "content": said[probed][-1][1].text})
+
+    branches: list[Completion] = []
+    said: dict[bool, list[tuple[str, Completion]]] = {True: [], False: []}
+    for probed in (True, False):
+        with Llama(base, 3, 1024) as llama:
+            llama.run(talk(d.id, d.turns, probed) for d in load_dialogues("seed")[:3])
+    assert len(branches) == 12
+    assert sorted(said[True], key=str) == sorted(said[False], key=str)
+
+
 def test_an_error_in_a_dialogue_ends_the_run_and_the_engine_goes_on(base: Path) -> None:
     def talk(broken: bool) -> Task:
         yield Request(({"role": "user", "content": "Say hello."},), 1, 200)

@@ -265,10 +265,12 @@ def test_another_family_goes_through_the_users_own_converter(
     transformers.OlmoForCausalLM(transformers.OlmoConfig(**sizes)).save_pretrained(folder)
     trained = adapter(folder)
     with pytest.raises(GattError, match=r"OlmoForCausalLM.*--converter PATH"):
-        alone(str(folder), trained, tmp_path / "out", Export(), None)
+        alone(str(folder), trained, tmp_path / "out", Export(merge_onto="16bit"), None)
     script = tmp_path / "convert.py"
     script.write_text(_told(converter / "convert_hf_to_gguf.py", converter, "gpt-2"), encoding="utf-8")
-    alone(str(folder), trained, tmp_path / "out", Export(formats=("F16", "Q4_0")), script)
+    with pytest.raises(GattError, match=r"--merge-onto measure is not for a converter"):
+        alone(str(folder), trained, tmp_path / "out", Export(), script)
+    alone(str(folder), trained, tmp_path / "out", Export(formats=("F16", "Q4_0"), merge_onto="16bit"), script)
     table = json.loads((tmp_path / "out" / "export.json").read_text())
     assert table["formats"]["F16"]["kl_trained"] < 1e-3
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"olmo-F16.gguf", "olmo-Q4_0.gguf", "export.json"}

@@ -46,6 +46,7 @@ EXAMPLES = [
     ("forbidden", "very", "It is everything.", "Very well."),
     ("forbidden", "but", "Butter is good.", "Good, but dear"),
     ("no_letter", "z", "It is blue.", "Zebras are not."),
+    ("style", "talk like a pirate", "Aye, it be blue.", " \n"),
     ("number", "", "It has 4 legs.", "It has four legs."),
     ("no_digits", "", "It has four legs.", "It is 4 m² large."),
     ("no_digits", "", "Half of it.", "It is 5 m."),

@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from pipeline.backends.weights import Adapter, CacheType, Weights, silence
 from pipeline.backends.worker import Queue, Worker
 from pipeline.errors import GattError
+from pipeline.gguf.base import Array
 from pipeline.gguf.read import GgufInfo, open_gguf
 from pipeline.machine import available_memory, require_memory
 from pipeline.records import Completion, Request, Task
@@ -55,6 +56,7 @@ class Llama:
         self._weights = source if isinstance(source, Weights) else Weights(info)
         self._lent = loaded
         self.template, self.tokenize = self._weights.template, self._weights.tokenize
+        self.vocabulary = self._weights.vocabulary
         shares = [len(range(n, sequences, workers)) for n in range(workers)]
         threads = self._cores // workers
         self._workers = [Worker(self._weights, share, cells, cache, threads, adapter) for share in shares]
@@ -98,6 +100,10 @@ class Llama:
 
         self.run([once()], on_text)
         return got[0]
+
+    def logits(self, tokens: Sequence[int]) -> Iterator[Array]:
+        """For each of the tokens, the logits (vocabulary) of what follows it, float32."""
+        return self._workers[0].logits(tokens)
 
     def perplexity(self, texts: Iterable[str]) -> float:
         """exp of the mean negative log-likelihood of the texts' tokens, each but the first given those before it."""

@@ -58,12 +58,13 @@ def divergence(trained: Array, other: Array) -> float:
     width = min(trained.shape[1], other.shape[1])
     total = 0.0
     for one, two in zip(trained, other, strict=True):
-        first, second = (_log_probabilities(row[:width].astype(np.float64)) for row in (one, two))
+        first, second = (log_probabilities(row[:width].astype(np.float64)) for row in (one, two))
         total += float((np.exp(first) * (first - second)).sum())
     return total / len(trained)
 
 
-def _log_probabilities(row: Any) -> Any:
+def log_probabilities(row: Any) -> Any:
+    """The logarithms of the probabilities that logits stand for."""
     shifted = row - row.max()
     return shifted - np.log(np.exp(shifted).sum())
 

@@ -177,6 +177,11 @@ _STYLE: dict[str, Kind] = {
         ("Never use emoji in your answers.", "Write all your replies without emoji.", "From now on, do without emoji."),
         "No emoji.", checks.has_emoji, edits.drop_emoji,
     ),
+    "style": Kind(
+        "style", "content",
+        ("In all your answers, {v}.", "Always {v} when you reply.", "From now on, {v} in each answer."),
+        "Style: {v}.", lambda v, t: bool(t.strip()), values=("talk like a pirate", "speak as if to a child"), judged=True,
+    ),
     "bold": Kind(
         "style", "bold",
         ("Put at least one word of every answer in bold, **like this**.", "Each of your replies has a word in **bold**.",

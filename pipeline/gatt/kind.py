@@ -25,7 +25,8 @@ class Kind:
     `accepts` says which others may be given: any, whole numbers, or only those that are listed.
 
     `hopeless` says of the beginning of an answer that nothing that may follow can make it pass. `bans` says of a phrase that
-    no answer with it in can pass; `says` is the phrase that an obedient answer has in it (see `compatible`).
+    no answer with it in can pass; `says` is the phrase that an obedient answer has in it (see `compatible`). Where it is
+    `judged`, the check passes any text, and only a judge can say more.
     """
 
     family: str
@@ -39,3 +40,4 @@ class Kind:
     hopeless: Check = never
     bans: Check = never
     says: str = ""
+    judged: bool = False

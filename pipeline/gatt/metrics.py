@@ -37,12 +37,17 @@ def wilson(hits: int, n: int, z: float = 1.959963984540054) -> Rate:
 
 
 def adherence(replies: Iterable[Reply], key: Callable[[Reply], K]) -> dict[K, Rate]:
-    """The rate of adherent replies for each value of `key`, in order of `key`'s first appearance.
+    """The rate of adherent replies for each value of `key`."""
+    return rates(replies, key, lambda reply: reply.adherent)
+
+
+def rates(replies: Iterable[Reply], key: Callable[[Reply], K], hit: Callable[[Reply], bool]) -> dict[K, Rate]:
+    """The rate of replies that are a `hit` for each value of `key`, in order of `key`'s first appearance.
 
     A reply whose turn 1 had left the context window ("context") says nothing about memory and is left out.
     """
     counts: dict[K, list[bool]] = defaultdict(list)
     for reply in replies:
         if reply.finish != "context":
-            counts[key(reply)].append(reply.adherent)
+            counts[key(reply)].append(hit(reply))
     return {name: wilson(sum(hits), len(hits)) for name, hits in counts.items()}

@@ -47,6 +47,8 @@ def alone(
     Raises:
         GattError: as `export`; or the converter failed.
     """
+    if converter and settings.merge_onto != "16bit":
+        raise GattError(f"--merge-onto {settings.merge_onto} is not for a converter of your own: it gets the 16-bit merge.")
     model = find_model(name)
     if not converter:
         add(model.path, adapter)  # do they fit, before anything takes its time

@@ -17,8 +17,9 @@ from pipeline.files import write_json, write_text
 from pipeline.gatt.instructions import Shares, pair_for_evaluation, pair_for_training
 from pipeline.gatt.kinds import kind_of
 from pipeline.gatt.lists import LISTINGS, distinct, items, known, masked
+from pipeline.gatt.suites import Suite, suites
 from pipeline.gguf.merge import open_base
-from pipeline.records import Constraint, Dialogue, Pairing, Request, Task
+from pipeline.records import Constraint, Dialogue, Instruction, Pairing, Request, Task
 from pipeline.rundir import RunDir
 
 _ASKED = 8
@@ -27,6 +28,8 @@ _ASKED = 8
 
 def run(recipe: Recipe, rundir: RunDir) -> None:
     """Split the dialogues, pair them with instructions, and write both to `instructions/pairs.json`.
+
+    What evaluation measures beside the trained instructions goes to `suites.json`: another choice there trains nothing anew.
 
     Raises:
         GattError: too few dialogues to keep training and evaluation apart.
@@ -46,6 +49,9 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     training = _pieces(rest, recipe.dialogues.turns, recipe.dialogues.train)
     asked = recipe.instructions
     pool = (*asked.pool, *_generated(recipe, rundir))
+    for constraint in (*pool, *recipe.evaluate.unseen):
+        if kind_of(constraint).judged and not recipe.evaluate.judge:
+            raise GattError(f"No program can check {constraint.name!r}. Name a model or a server in evaluate.judge that can tell.")
     if not pool:
         raise GattError("instructions.pool is empty. Name at least one, for example {kind = \"opening\", value = \"Ahoy!\"}.")
     shares = Shares(
@@ -54,15 +60,18 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     )  # fmt: skip
     made, pairs = pair_for_training(training, pool, shares, recipe.seed)
     tested, evaluation = pair_for_evaluation(held_out, pool)
-    write_json(
-        rundir.pairs,
-        {
-            "instructions": [asdict(i) for i in {**made, **tested}.values()],
-            "train": [{"dialogue": asdict(d), **_pair(p)} for d, p in zip(training, pairs, strict=True)],
-            "evaluate": [{"dialogue": asdict(d), **_pair(p)} for d, p in zip(held_out, evaluation, strict=True)],
-        },
-    )
+    both = {"train": list(zip(training, pairs, strict=True)), "evaluate": list(zip(held_out, evaluation, strict=True))}
+    write_json(rundir.pairs, _written({**made, **tested}, both))
+    settings = recipe.evaluate
+    turns = min(settings.more_turns, settings.turns)
+    write_json(rundir.suites, _written(*suites(held_out[: settings.more], pool, settings.unseen, turns, settings.turns)))
     note(f"instructions: {len(training)} training dialogues, {len(held_out)} for evaluation, {len(made)} instructions")
+
+
+def _written(made: dict[str, Instruction], sides: dict[str, Suite]) -> dict[str, object]:
+    """What `pairs.read_pairs` reads back."""
+    rows = {side: [{"dialogue": asdict(d), **_pair(p)} for d, p in suite] for side, suite in sides.items()}
+    return {"instructions": [asdict(i) for i in made.values()], **rows}
 
 
 def _generated(recipe: Recipe, rundir: RunDir) -> list[Constraint]:
