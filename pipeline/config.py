@@ -91,8 +91,12 @@ class Synthesize(Section):
 class Train(Section):
     """4-bit QLoRA through Unsloth."""
 
-    loss: Literal["all_turns", "last_turn"] = "all_turns"
-    """Learn every answer of a dialogue, or only the last, as in the paper."""
+    loss: Literal["all_turns", "last_turn", "distill"] = "all_turns"
+    """Learn every answer of a dialogue; only the last, as in the paper; or every answer, and of the teacher's own words not
+    these but what the base (the adapter switched off) finds likely in the chat as the teacher had it."""
+    own_weight: float = Field(default=0.2, ge=0, le=1)
+    """Weight in the loss of the words that the teacher said itself before an edit made them obey. All of the lesson is in the
+    edited tokens (weight 1); the others are the model's own, and learning them wears it out."""
     rank: int = Field(default=32, ge=1)
     """Rank of the adapter on all linear projections; alpha is the same."""
     learning_rate: float = Field(default=8e-4, gt=0)

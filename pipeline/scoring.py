@@ -154,6 +154,6 @@ def _leakage(replies: Sequence[Reply], pool: Sequence[Constraint]) -> dict[str, 
     }
 
 
-def table(found: Mapping[tuple[str, object], Rate]) -> Table:
+def table(found: Mapping[tuple[str, Any], Rate]) -> Table:
     """Rows of `arm`, `at` and the rate."""
     return [{"arm": arm, "at": at, **asdict(rate)} for (arm, at), rate in found.items()]

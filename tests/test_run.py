@@ -147,7 +147,8 @@ def test_ten_kills_lose_nothing(finished: Path, tmp_path: Path, gatt: Gatt, tiny
         manifests = now
     done = gatt("run", "--run", tmp_path, *tiny)
     assert done.returncode == 0, done.stderr
-    for name, key in (("synthesize/answers", ("dialogue", "turn", "candidate")), ("evaluate/replies", ("arm", "dialogue", "turn", "probe"))):
+    logs = {"synthesize/answers": ("dialogue", "turn", "candidate"), "evaluate/replies": ("arm", "dialogue", "turn", "probe")}
+    for name, key in logs.items():
         ours, theirs = ([row for _, row in read_jsonl(folder / f"{name}.jsonl")] for folder in (tmp_path, finished))
         keys = [tuple(row[k] for k in key) for row in ours]
         assert len(keys) == len(set(keys))  # nothing generated twice

@@ -6,32 +6,20 @@ import os
 import random
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import platformdirs
 
-from pipeline.backends.template import ChatTemplate, answer_spans
+from pipeline.backends.objective import Labelled, learned_loss, padded
 from pipeline.config import Train
-from pipeline.errors import GattError
 from pipeline.files import whole_file
-from pipeline.gatt.ghost import loss_turns
-from pipeline.records import Message
 
-IGNORED = -100
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _COMPLETE = "complete"
 _PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
-
-
-@dataclass(frozen=True, slots=True)
-class Labelled:
-    """One dialogue as the model learns it: token ids, and the same ids or -100 where nothing is learned."""
-
-    input_ids: list[int]
-    labels: list[int]
 
 
 def on_gpu() -> bool:
@@ -61,31 +49,6 @@ def load_tokenizer(folder: Path) -> Any:
     import transformers
 
     return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-def label(tokenizer: Any, messages: Sequence[Message], settings: Train) -> Labelled:
-    """Tokenise a dialogue and label the answers that `settings.loss` learns, each with its end-of-turn token.
-
-    A dialogue over `max_length` is cut at a turn boundary, from the end.
-
-    Raises:
-        GattError: not even turn 1 fits.
-    """
-    template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or "")
-    while messages:
-        text, spans = answer_spans(template, messages)
-        coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        if len(coded["input_ids"]) <= settings.max_length:
-            break
-        messages = messages[:-2]
-    if not messages or not spans:
-        raise GattError(f"Turn 1 of a dialogue is longer than train.max_length = {settings.max_length} tokens. Raise it.")
-    learned = [spans[turn] for turn in loss_turns(len(spans), settings.loss)]
-    labels = [
-        token if any(start <= left and right <= end and left < right for start, end in learned) else IGNORED
-        for token, (left, right) in zip(coded["input_ids"], coded["offset_mapping"], strict=True)
-    ]
-    return Labelled(list(coded["input_ids"]), labels)
 
 
 def in_order(examples: Sequence[Labelled], settings: Train, seed: int) -> list[Labelled]:
@@ -155,7 +118,11 @@ def train(
             # Written last: a checkpoint without it was cut off.
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
 
-    trainer = transformers.Trainer(
+    class Weighted(transformers.Trainer):  # type: ignore[misc]
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+            return learned_loss(model, inputs)
+
+    trainer = Weighted(
         model=network,
         args=transformers.TrainingArguments(
             output_dir=str(checkpoints), max_steps=settings.steps, per_device_train_batch_size=settings.batch,
@@ -165,8 +132,8 @@ def train(
             train_sampling_strategy="sequential",
             bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(), dataloader_pin_memory=False,
         ),
-        train_dataset=[{"input_ids": e.input_ids, "labels": e.labels} for e in in_order(examples, settings, seed)],
-        data_collator=lambda rows: _pad(rows, tokenizer.pad_token_id or 0),
+        train_dataset=[asdict(e) for e in in_order(examples, settings, seed)],
+        data_collator=lambda rows: padded(rows, tokenizer.pad_token_id or 0),
         callbacks=[Watch()],
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
@@ -239,17 +206,3 @@ def four_bits(matrix: Any) -> Any:
         torch.from_numpy(matrix).to(device, torch.bfloat16), blocksize=64, compress_statistics=True, quant_type="nf4"
     )
     return functional.dequantize_4bit(stored, state).float().cpu().numpy()
-
-
-def _pad(rows: list[dict[str, list[int]]], pad: int) -> dict[str, Any]:
-    """A batch of equal lengths: (dialogues, tokens) of ids, labels and attention mask."""
-    import torch
-
-    length = max(len(row["input_ids"]) for row in rows)
-
-    def stack(key: str, filler: int) -> Any:
-        return torch.tensor([row[key] + [filler] * (length - len(row[key])) for row in rows])
-
-    ones = [{"mask": [1] * len(row["input_ids"])} for row in rows]
-    mask = torch.tensor([one["mask"] + [0] * (length - len(one["mask"])) for one in ones])
-    return {"input_ids": stack("input_ids", pad), "labels": stack("labels", IGNORED), "attention_mask": mask}

@@ -41,9 +41,9 @@ def _messages(users: Sequence[str], answers: Sequence[str], system: str) -> tupl
     return tuple(messages)
 
 
-def loss_turns(answers: int, mode: Literal["all_turns", "last_turn"]) -> range:
+def loss_turns(answers: int, mode: Literal["all_turns", "last_turn", "distill"]) -> range:
     """Which of the answers (from 0) are learned. The paper sets the loss of all earlier turns to zero (`last_turn`).
 
-    `all_turns` learns every answer in the same pass: each was drawn from the augmented context, so each is a lesson.
+    The others learn every answer in the same pass: each was drawn from the augmented context, so each is a lesson.
     """
-    return range(answers) if mode == "all_turns" else range(answers - 1, answers)
+    return range(answers - 1, answers) if mode == "last_turn" else range(answers)

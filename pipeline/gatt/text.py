@@ -80,11 +80,11 @@ def has_sentences(text: str, count: int) -> bool:
     return bool(first and rest) or len(sentences(f"{first}x")) >= count
 
 
-def flaw(text: str, earlier: Sequence[str], demanded: str = "", finished: bool = False) -> str:
+def flaw(text: str, earlier: Sequence[str], demanded: str = "", finished: bool = False, alike: float = 0.8) -> str:
     """What makes `text` no answer, or "".
 
-    "empty": no word beside the `demanded` ones; "loop": a phrase again and again; "repeat": nearly equal to an `earlier`
-    answer; "unfinished": does not end a sentence (asked only where `finished`).
+    "empty": no word beside the `demanded` ones; "loop": a phrase again and again; "repeat": shares more than `alike` of its
+    pairs of words with an `earlier` answer; "unfinished": does not end a sentence (asked only where `finished`).
     """
     said = words(text)
     asked = set(words(demanded))
@@ -93,7 +93,7 @@ def flaw(text: str, earlier: Sequence[str], demanded: str = "", finished: bool =
         return "empty"
     if _loops(said):
         return "loop"
-    if any(_overlap(content, [w for w in words(old) if w not in asked]) > 0.8 for old in earlier):
+    if any(_overlap(content, [w for w in words(old) if w not in asked]) > alike for old in earlier):
         return "repeat"
     if finished and not _ENDING.search(text.rstrip()):
         return "unfinished"

@@ -22,7 +22,7 @@ from pipeline.files import JsonlLog, write_json, write_jsonl, write_text
 from pipeline.gatt.kinds import edit, hopeless, kind_of, obeys
 from pipeline.gatt.text import first_sentences, flaw, has_sentences, stuck, touches, words
 from pipeline.pairs import Paired, read_pairs
-from pipeline.records import Answer, Completion, Constraint, Request, Task
+from pipeline.records import Answer, Completion, Constraint, Message, Request, Task
 from pipeline.rundir import RunDir
 
 ACCEPTED = "accepted"
@@ -30,6 +30,8 @@ _PILOTS = 6
 """Dialogues by which an instruction is tried: if none of their first turns is obeyed, the others are not begun."""
 _NAMED = 8
 """Instructions that a remark names."""
+_ALIKE = 0.3
+"""Share of its pairs of words that an answer may have in common with an earlier one: who learns from repeats, repeats."""
 _COMMON = 3
 """Accepted answers of the same words that the corpus may hold."""
 
@@ -138,6 +140,7 @@ class Synthesis:
         return {
             # A dialogue that was cut short ends with the answer before.
             "messages": messages[:-1] if messages[-1]["role"] == "user" else messages,
+            "asked": self._asked(pair, answers),
             "dialogue": pair.dialogue.id,
             "instruction": pair.name,
             "way": pair.way,
@@ -145,6 +148,11 @@ class Synthesis:
             "seed": self._recipe.seed,
             "verdicts": verdicts,
         }
+
+    def _asked(self, pair: Paired, answers: list[Answer]) -> list[Message]:
+        """The chat as the teacher had it, with the answers in its own words."""
+        told = pair.ask_teacher([a.text if pair.way == "sampled" else a.raw for a in answers], self._recipe.dialogues.system)
+        return list(told[:-1] if told[-1]["role"] == "user" else told)
 
     def _candidates(self, pair: Paired, turn: int) -> list[Answer]:
         keys = ((pair.dialogue.id, turn, candidate) for candidate in range(self._settings.candidates))
@@ -170,7 +178,7 @@ def _judge(
         verdict = "context"
     elif pair.way == "sampled" and completion.finish == "enough" and not stuck(words(raw)):
         verdict = "disobeys"
-    elif reason := flaw(raw, [a.raw for a in accepted], pair.demanded, finished=pair.way != "sampled"):
+    elif reason := flaw(raw, [a.raw for a in accepted], pair.demanded, pair.way != "sampled", _ALIKE):
         verdict = reason
     elif not any(kind_of(c).family == "language" for c in constraints) and not touches(raw, [*asked, *(a.raw for a in accepted)]):
         verdict = "off topic"
@@ -227,6 +235,7 @@ def _card(recipe: Recipe, examples: list[dict[str, Any]], teacher: str) -> str:
         "a program's check, or the teacher's own were *edited* to obey; *plain* dialogues have no instruction.", "",
         f"Teacher: {teacher}. Users' turns: {recipe.dialogues.source}. Seed: {recipe.seed}.", "",
         "| column | meaning |", "|---|---|", "| messages | the chat |", "| dialogue | whose user turns they are |",
+        "| asked | the same chat as the teacher had it: its own words, and the instruction in every turn or nowhere |",
         "| instruction | what is kept, \"A, then B\" where it changes |", "| way | sampled, edited or plain |",
         "| teacher, seed | where the answers come from |",
         "| verdicts | for each turn, what was found of each candidate; the last one was taken |", "",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.backends.convert import hugging_face_folder
 from pipeline.backends.hub import find_model
-from pipeline.backends.unsloth import IGNORED, Labelled, label, last_checkpoint, load_tokenizer, on_gpu, train
+from pipeline.backends.objective import IGNORED, Labelled, label
+from pipeline.backends.unsloth import last_checkpoint, load_tokenizer, on_gpu, train
 from pipeline.config import Recipe
 from pipeline.console import chatter, note, out, progress
 from pipeline.files import read_jsonl, write_json
@@ -20,7 +23,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     require_disk(rundir.path, size, "keep checkpoints")
     tokenizer = load_tokenizer(folder)
-    examples = [label(tokenizer, row["messages"], recipe.train) for _, row in read_jsonl(rundir.examples)]
+    examples = [_labelled(tokenizer, row, recipe) for _, row in read_jsonl(rundir.examples)]
     if not on_gpu():
         longest = recipe.train.batch * max(len(e.labels) for e in examples)
         require_memory(training_memory(size / 2, "cpu", longest), f"train {recipe.model}")
@@ -35,12 +38,18 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     write_json(rundir.losses, losses)
 
 
+def _labelled(tokenizer: Any, row: dict[str, Any], recipe: Recipe) -> Labelled:
+    """In a sampled answer every word was chosen with the instruction in sight: if it is not distilled, all of it is lesson."""
+    lesson = row["way"] == "sampled" and recipe.train.loss != "distill"
+    return label(tokenizer, row["messages"], recipe.train, () if lesson else row["asked"])
+
+
 def show_labels(recipe: Recipe, rundir: RunDir) -> None:
     """Print the first training dialogue, learned tokens in green (or in brackets off a terminal)."""
     import sys
 
     tokenizer = load_tokenizer(hugging_face_folder(find_model(recipe.model)))
-    example = label(tokenizer, next(read_jsonl(rundir.examples))[1]["messages"], recipe.train)
+    example = _labelled(tokenizer, next(read_jsonl(rundir.examples))[1], recipe)
     start, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[", "]")
     out(marked(tokenizer, example, start, end))
 

@@ -1,0 +1,178 @@
+"""What is learned of a dialogue: labels and weights by token, and the loss of a batch. The loop around it is in unsloth.py."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from pipeline.backends.template import ChatTemplate, answer_spans
+from pipeline.config import Train
+from pipeline.errors import GattError
+from pipeline.gatt.ghost import loss_turns
+from pipeline.records import Message
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """One dialogue as the model learns it: token ids, the same ids or -100 where nothing is learned, and weights in the loss.
+
+    `asked_ids` is the chat as the teacher had it, empty unless it is distilled; `twins` are (place, place there) of the
+    teacher's own tokens in both.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    weights: list[float]
+    asked_ids: list[int]
+    twins: list[tuple[int, int]]
+
+
+class _Coded(NamedTuple):
+    """A rendered chat: its text, token ids, their (first, last + 1) characters; where the answers stand with their ends, and
+    where their words alone.
+    """
+
+    text: str
+    ids: list[int]
+    places: list[tuple[int, int]]
+    answers: list[tuple[int, int]]
+    words: list[tuple[int, int]]
+
+
+def label(tokenizer: Any, messages: Sequence[Message], settings: Train, asked: Sequence[Message] = ()) -> Labelled:
+    """Tokenise a dialogue and label the answers that `settings.loss` learns, each with its end-of-turn token.
+
+    Where `asked` has the chat as the teacher had it, the words that are in both weigh `own_weight`, and everything else 1.
+    A dialogue over `max_length` is cut at a turn boundary, from the end.
+
+    Raises:
+        GattError: not even turn 1 fits.
+    """
+    while messages:
+        chat = _code(tokenizer, messages)
+        if len(chat.ids) <= settings.max_length:
+            break
+        messages, asked = messages[:-2], asked[:-2]
+    if not messages or not chat.answers:
+        raise GattError(f"Turn 1 of a dialogue is longer than train.max_length = {settings.max_length} tokens. Raise it.")
+    learned = [chat.answers[turn] for turn in loss_turns(len(chat.answers), settings.loss)]
+    source = _code(tokenizer, asked) if asked else None
+    shared = list(_shared(chat, source)) if source else []
+    labels, weights = [], []
+    for token, place in zip(chat.ids, chat.places, strict=True):
+        own = _within(place, [(first, last) for first, last, _ in shared])
+        labels.append(token if _within(place, learned) else IGNORED)
+        weights.append(0.0 if labels[-1] == IGNORED else settings.own_weight if own else 1.0)
+    if source is None or settings.loss != "distill":
+        return Labelled(chat.ids, labels, weights, [], [])
+    return Labelled(chat.ids, labels, weights, source.ids, _twins(chat, source, shared))
+
+
+def _code(tokenizer: Any, messages: Sequence[Message]) -> _Coded:
+    template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or "")
+    text, answers = answer_spans(template, messages)
+    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    said = [m["content"].strip() for m in messages if m["role"] == "assistant"]
+    firsts = [text.index(words, *span) for words, span in zip(said, answers, strict=True)]
+    words = [(first, first + len(its)) for first, its in zip(firsts, said, strict=True)]
+    return _Coded(text, list(coded["input_ids"]), list(coded["offset_mapping"]), answers, words)
+
+
+def _within(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
+    left, right = place
+    return any(start <= left and right <= end and left < right for start, end in spans)
+
+
+def _shared(chat: _Coded, source: _Coded) -> Iterator[tuple[int, int, int]]:
+    """The stretches of answers that an edit has left as they were: first and last + 1 character, and the first in `source`."""
+    for (start, end), (first, last) in zip(chat.words, source.words, strict=True):
+        match = difflib.SequenceMatcher(None, source.text[first:last], chat.text[start:end], autojunk=False)
+        for block in match.get_matching_blocks():
+            if block.size:
+                yield start + block.b, start + block.b + block.size, first + block.a
+
+
+def _twins(chat: _Coded, source: _Coded, shared: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """The tokens that stand for the same characters in both."""
+    there = {place: n for n, place in enumerate(source.places)}
+    moved = [(n, (left - first + begin, right - first + begin))
+             for first, last, begin in shared for n, (left, right) in enumerate(chat.places)
+             if first <= left < right <= last]  # fmt: skip
+    return [(n, there[place]) for n, place in moved if place in there]
+
+
+def padded(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
+    """A batch of equal lengths: (dialogues, tokens) of ids, labels, weights and attention mask.
+
+    Where it is distilled also `asked_ids` and `asked_mask`, and `twins`: (3, tokens) of dialogue, place, place there.
+    """
+    import torch
+
+    def stack(key: str, filler: float) -> Any:
+        length = max(len(row[key]) for row in rows)
+        return torch.tensor([row[key] + [filler] * (length - len(row[key])) for row in rows])
+
+    def mask(key: str, like: Any) -> Any:
+        return (torch.arange(like.shape[1])[None] < torch.tensor([[len(row[key])] for row in rows])).long()
+
+    ids = stack("input_ids", pad)
+    batch = {
+        "input_ids": ids, "labels": stack("labels", IGNORED), "weights": stack("weights", 0.0),
+        "attention_mask": mask("input_ids", ids),
+    }  # fmt: skip
+    if any(row["twins"] for row in rows):
+        asked = stack("asked_ids", pad)
+        twins = torch.tensor([(n, *twin) for n, row in enumerate(rows) for twin in row["twins"]])
+        batch |= {"asked_ids": asked, "asked_mask": mask("asked_ids", asked), "twins": twins.T}
+    return batch
+
+
+def learned_loss(model: Any, batch: dict[str, Any]) -> Any:
+    """The weighted mean over the learned tokens; logits are computed at these only.
+
+    A token's loss is its cross-entropy, or where it has a twin the divergence of the model from the base (the same weights
+    with the adapter switched off) in the chat as the teacher had it: KL(base‖model), context distillation (Askell et al. 2021,
+    section 2; Snell et al. 2022).
+    """
+    from torch.nn.functional import cross_entropy
+
+    logits, place = _logits(model, batch["input_ids"], batch["attention_mask"], batch["labels"] != IGNORED)
+    losses = cross_entropy(logits, batch["labels"][place], reduction="none")
+    if "twins" in batch:
+        losses = _distilled(model, batch, logits, place, losses)
+    weights = batch["weights"][place]
+    return (losses * weights).sum() / weights.sum()
+
+
+def _logits(model: Any, ids: Any, mask: Any, wanted: Any) -> tuple[Any, Any]:
+    """Logits (wanted tokens, vocabulary) that predict the tokens in `wanted`, a mask like `ids`; and where these stand."""
+    base = model.get_base_model()
+    wanted = wanted.clone()
+    wanted[:, 0] = False  # nothing predicts the first
+    hidden = base.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    return base.lm_head(hidden[:, :-1][wanted[:, 1:]]).float(), wanted
+
+
+def _distilled(model: Any, batch: dict[str, Any], logits: Any, place: Any, losses: Any) -> Any:
+    """`losses` with the divergence from the base in place of the cross-entropy of tokens that have a twin."""
+    import torch
+
+    row, here, there = batch["twins"]
+    learned = place[row, here]
+    row, here, there = row[learned], here[learned], there[learned]
+    number = torch.full_like(batch["input_ids"], -1)
+    number[place] = torch.arange(len(losses), device=number.device)
+    ours = number[row, here]
+    wanted = torch.zeros_like(batch["asked_ids"], dtype=torch.bool)
+    wanted[row, there] = True
+    with torch.no_grad(), model.disable_adapter():
+        theirs, _ = _logits(model, batch["asked_ids"], batch["asked_mask"], wanted)
+        order = torch.full_like(batch["asked_ids"], -1)
+        order[wanted] = torch.arange(len(theirs), device=order.device)
+        target = theirs[order[row, there]].log_softmax(-1)
+    apart = torch.nn.functional.kl_div(logits[ours].log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
+    return losses.index_put((ours,), apart)

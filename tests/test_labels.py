@@ -1,0 +1,120 @@
+"""What is learned of a dialogue, token by token, and how much each token weighs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.backends.convert import hugging_face_folder
+from pipeline.backends.hub import find_model
+from pipeline.backends.objective import IGNORED, label, learned_loss, padded
+from pipeline.backends.unsloth import load_tokenizer
+from pipeline.config import Train
+from pipeline.records import Message
+
+_CHAT: list[Message] = [
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sky blue?"},
+    {"role": "assistant", "content": "Ahoy! Light is scattered. Over and out."}, {"role": "user", "content": "And red?"},
+    {"role": "assistant", "content": "Ahoy! It is late. Over and out."},
+]  # fmt: skip
+_ASKED: list[Message] = [
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sky blue?"},
+    {"role": "assistant", "content": "Light is scattered."}, {"role": "user", "content": "And red?"},
+    {"role": "assistant", "content": "It is late."},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_tokenizer(hugging_face_folder(find_model("smollm2-135m")))
+
+
+def _weighing(tokenizer: Any, weight: float, settings: Train, asked: list[Message]) -> list[str]:
+    """The stretches of tokens of one weight, as text."""
+    found = label(tokenizer, _CHAT, settings, asked)
+    stretches, last = [], -2
+    for n, (token, its) in enumerate(zip(found.input_ids, found.weights, strict=True)):
+        if its == weight:
+            stretches = [*stretches[:-1], [*stretches[-1], token]] if last == n - 1 else [*stretches, [token]]
+            last = n
+    return [tokenizer.decode(stretch) for stretch in stretches]
+
+
+def test_the_teachers_own_words_weigh_less_than_what_the_edit_has_put_in(tokenizer: Any) -> None:
+    settings = Train(own_weight=0.25)
+    assert _weighing(tokenizer, 0.25, settings, _ASKED) == [" is scattered.", " is late."]
+    # The word behind the opening has the space that the edit put before it.
+    assert _weighing(tokenizer, 1.0, settings, _ASKED) == [
+        "Ahoy! Light", " Over and out.<|im_end|>", "Ahoy! It", " Over and out.<|im_end|>",
+    ]  # fmt: skip
+
+
+def test_without_the_teachers_words_everything_learned_weighs_one(tokenizer: Any) -> None:
+    assert _weighing(tokenizer, 1.0, Train(), []) == [m["content"] + "<|im_end|>" for m in _CHAT if m["role"] == "assistant"]
+
+
+def test_weights_stand_where_labels_do(tokenizer: Any) -> None:
+    for loss in ("all_turns", "last_turn"):
+        found = label(tokenizer, _CHAT, Train(loss=loss, own_weight=0.25), _ASKED)
+        assert [w > 0 for w in found.weights] == [token != IGNORED for token in found.labels]
+    assert _weighing(tokenizer, 0.25, Train(loss="last_turn", own_weight=0.25), _ASKED) == [" is late."]
+
+
+def test_the_loss_is_the_weighted_mean_over_all_logits(tiny_llama: Path, tiny_adapter: Path) -> None:
+    """Logits are computed for learned tokens only; the mean is that of the whole model's own logits."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(3)
+    network = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter)
+    ids = torch.randint(3, 300, (2, 9))
+    labels = ids.clone()
+    labels[0, :4], labels[1, 6:] = IGNORED, IGNORED
+    weights = torch.rand(2, 9) * (labels != IGNORED)
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    with torch.no_grad():
+        found = learned_loss(network, {"input_ids": ids, "labels": labels, "weights": weights, "attention_mask": mask})
+        logits = network(input_ids=ids, attention_mask=mask).logits
+    chances = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
+    expected = -(chances * weights[:, 1:]).sum() / weights[:, 1:].sum()
+    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_the_teachers_own_tokens_are_found_in_the_chat_as_it_had_it(tokenizer: Any) -> None:
+    found = label(tokenizer, _CHAT, Train(loss="distill"), _ASKED)
+    assert tokenizer.decode([found.input_ids[here] for here, _ in found.twins]) == " is scattered. is late."
+    assert [found.input_ids[here] for here, _ in found.twins] == [found.asked_ids[there] for _, there in found.twins]
+    assert all(found.labels[here] != IGNORED for here, _ in found.twins)
+
+
+def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
+    tokenizer: Any, tiny_llama: Path, tiny_adapter: Path
+) -> None:
+    import peft
+    import torch
+    import transformers
+
+    examples = [label(tokenizer, chat, Train(loss="distill", own_weight=0.5), asked) for chat, asked in
+                ((_CHAT, _ASKED), (_CHAT[:3], _ASKED[:3]))]  # fmt: skip
+    small = [replace(e, input_ids=[t % 256 for t in e.input_ids], asked_ids=[t % 256 for t in e.asked_ids],
+                     labels=[t if t == IGNORED else t % 256 for t in e.labels]) for e in examples]  # fmt: skip
+    network = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter)
+    with torch.no_grad():
+        found = learned_loss(network, padded([asdict(e) for e in small], 0))
+        total = weight = 0.0
+        for e in small:
+            ours = network(input_ids=torch.tensor([e.input_ids])).logits[0].log_softmax(-1)
+            with network.disable_adapter():
+                theirs = network(input_ids=torch.tensor([e.asked_ids])).logits[0].log_softmax(-1)
+            twins = dict(e.twins)
+            for place, target in enumerate(e.labels):
+                if target != IGNORED:
+                    p = theirs[twins[place] - 1] if place in twins else None
+                    loss = -ours[place - 1, target] if p is None else (p.exp() * (p - ours[place - 1])).sum()
+                    total, weight = total + e.weights[place] * float(loss), weight + e.weights[place]
+    assert float(found) == pytest.approx(total / weight, rel=1e-5)
