@@ -118,7 +118,7 @@ class Export(Section):
     """llama.cpp's names: F16, Q8_0, Q4_K_M, IQ4_XS, ... All of them are evaluated; base and ceiling are in the first."""
     merge_onto: Literal["measure", "16bit", "4bit"] = "measure"
     """What the adapter is added to: the base's own weights ("16bit"), or these rounded to 4 bits as they were in training.
-    "measure" takes what is closer to the trained model, at the price of two passing files in F16."""
+    "measure" takes that under which the run's dialogues are likelier, at the price of two passing files in F16."""
     same_tokens: bool = True
     """Refuse to export a model whose chats llama.cpp would read in other tokens than training had."""
     importance_tokens: int = Field(default=8192, ge=1)

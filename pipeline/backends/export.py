@@ -16,7 +16,7 @@ from pipeline.backends.convert import format_of, gguf_file, hugging_face_folder
 from pipeline.backends.hub import Model
 from pipeline.backends.importance import Importance, measure
 from pipeline.backends.ollama import modelfile
-from pipeline.backends.probe import divergence, probe
+from pipeline.backends.probe import divergence, probe, surprise
 from pipeline.backends.template import ChatTemplate
 from pipeline.backends.tokens import chats_for, disagreement
 from pipeline.backends.unsloth import Reference, four_bits, load_tokenizer
@@ -70,7 +70,7 @@ def export(job: Job) -> dict[str, Any]:
 
     Returns:
         What the report shows: by format the bytes, the divergence from the trained model and from F16 (nats a token), and
-        how much of the adapter's change is in it by kind of matrix; and the divergence of either way to merge.
+        how much of the adapter's change is in it by kind of matrix; and the divergence of either way to merge, with how unlikely it finds the run's dialogues.
 
     Raises:
         GattError: something does not fit, or a file is not what it should be.
@@ -95,7 +95,9 @@ def export(job: Job) -> dict[str, Any]:
         text = modelfile(open_gguf(job.file(name)), job.file(name).name, job.temperature, 4096, job.system)
         write_text(job.folder / ("Modelfile" if name == job.settings.formats[0] else f"Modelfile-{name}"), text)
     read = importance.tokens if importance else 0
-    table = {"merge_onto": merged.onto, "merges": merged.far, "formats": rows, "importance_tokens": read}
+    table = {
+        "merge_onto": merged.onto, "merges": merged.far, "surprise": merged.surprise, "formats": rows, "importance_tokens": read,
+    }  # fmt: skip
     show(job, table)
     return table
 
@@ -118,31 +120,38 @@ def _importance(job: Job, adapter: Path, scratch: Path) -> Importance | None:
 class _Merged(NamedTuple):
     """The files of a merge by format, each with what it holds of the adapter's change, before they are checked.
 
-    `far`: how far either way to merge is from the trained model; `exact`: the logits of the chosen one in F16.
+    `far`: how far either way to merge is from the trained model; `surprise`: how unlikely the run's dialogues are under it;
+    `exact`: the logits of the chosen one in F16.
     """
 
     onto: str
     files: dict[str, tuple[Path, dict[str, float]]]
     far: dict[str, float]
+    surprise: dict[str, float]
     exact: Array | None
 
 
 def _merge_best(job: Job, scratch: Path, importance: Importance | None) -> _Merged:
-    """Merge onto what was asked for; or try both in F16, and write the wanted formats onto what is nearer."""
+    """Merge onto what was asked for; or try both in F16, and write the wanted formats onto what makes the dialogues likelier.
+
+    Not onto what is nearer to the trained model: that is the 4-bit merge, and with it come the errors of the rounding.
+    """
     names, asked = job.settings.formats, job.settings.merge_onto
     if asked != "measure" or not job.adapter or not job.reference:
         onto = "16bit" if asked == "measure" else asked
-        return _Merged(onto, _merge(job, onto, scratch, importance, names), {}, None)
-    trial = _merge(job, "16bit", scratch, importance, ("F16",))["F16"][0]
-    plain = probe(trial, (), job.reference.sequences).logits
+        return _Merged(onto, _merge(job, onto, scratch, importance, names), {}, {}, None)
+    sequences = job.reference.sequences
+    trial = _merge(job, "4bit", scratch, importance, ("F16",))["F16"][0]
+    rounded = probe(trial, (), sequences).logits
     trial.unlink()
-    # In the same pass, since it mostly is the nearer one.
-    made = _merge(job, "4bit", scratch, importance, tuple(dict.fromkeys(("F16", *names))))
-    rounded = probe(made["F16"][0], (), job.reference.sequences).logits
+    # In the same pass, since it mostly is the likelier one.
+    made = _merge(job, "16bit", scratch, importance, tuple(dict.fromkeys(("F16", *names))))
+    plain = probe(made["F16"][0], (), sequences).logits
     far = {"16bit": divergence(job.reference.logits, plain), "4bit": divergence(job.reference.logits, rounded)}
-    if far["16bit"] < far["4bit"]:
-        return _Merged("16bit", _merge(job, "16bit", scratch, importance, names), far, plain)
-    return _Merged("4bit", {name: made[name] for name in names}, far, rounded)
+    unlikely = {"16bit": surprise(sequences, plain), "4bit": surprise(sequences, rounded)}
+    if unlikely["4bit"] < unlikely["16bit"]:
+        return _Merged("4bit", _merge(job, "4bit", scratch, importance, names), far, unlikely, rounded)
+    return _Merged("16bit", {name: made[name] for name in names}, far, unlikely, plain)
 
 
 def _merge(
@@ -214,7 +223,8 @@ def check(job: Job, name: str, file: Path, exact: Array | None) -> dict[str, flo
 def show(job: Job, table: dict[str, Any]) -> None:
     """What was written, in a line for each file, and what a user should know of it."""
     for onto, far in table["merges"].items():
-        note(f"export: merged onto {onto}, {far:.4f} nats a token from the trained model")
+        unlikely = f"{table['surprise'][onto]:.4f} nats a token for the run's dialogues"
+        note(f"export: merged onto {onto}, {far:.4f} nats a token from the trained model, {unlikely}")
     for name, row in table["formats"].items():
         parts = [f"{row['bytes'] / 1e6:.0f} MB"]
         parts += [f"{row[key]:.4f} nats a token from {what}" for key, what in _FROM.items() if key in row]

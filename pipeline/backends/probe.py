@@ -63,6 +63,16 @@ def divergence(trained: Array, other: Array) -> float:
     return total / len(trained)
 
 
+def surprise(sequences: Sequence[Sequence[int]], logits: Array) -> float:
+    """The mean negative log-likelihood of the sequences, nats a token, under (all their tokens, vocabulary) logits."""
+    losses: list[float] = []
+    rows = iter(logits)
+    for sequence in sequences:
+        mine = [next(rows) for _ in sequence]
+        losses += [-log_probabilities(row.astype(np.float64))[token] for row, token in zip(mine, sequence[1:], strict=False)]
+    return float(np.mean(losses))
+
+
 def log_probabilities(row: Any) -> Any:
     """The logarithms of the probabilities that logits stand for."""
     shifted = row - row.max()
