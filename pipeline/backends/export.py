@@ -70,7 +70,8 @@ def export(job: Job) -> dict[str, Any]:
 
     Returns:
         What the report shows: by format the bytes, the divergence from the trained model and from F16 (nats a token), and
-        how much of the adapter's change is in it by kind of matrix; and the divergence of either way to merge, with how unlikely it finds the run's dialogues.
+        how much of the adapter's change is in it by kind of matrix; and of either way to merge the divergence, and how unlikely
+        it finds the run's dialogues.
 
     Raises:
         GattError: something does not fit, or a file is not what it should be.

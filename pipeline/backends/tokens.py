@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.backends.template import ChatTemplate
+from pipeline.backends.template import NO_THOUGHTS, ChatTemplate
 from pipeline.errors import GattError
 from pipeline.gatt.ghost import augment
 from pipeline.gguf.read import open_gguf
@@ -36,7 +36,7 @@ def chats_for(file: Path) -> Chats:
 def disagreement(chats: Chats, found: Sequence[list[int]], tokenizer: Any) -> str:
     """Where llama.cpp `found` other tokens in a chat than the Hugging Face tokenizer, in words; "" for nowhere."""
     for chat, text, ids in zip(*chats, found, strict=True):
-        expected = list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        expected = list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **NO_THOUGHTS))
         if ids != expected:
             at = next((n for n, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), min(len(ids), len(expected)))
             return f"token {at} of {text[:60]!r}: {ids[at : at + 3]} instead of {expected[at : at + 3]}"

@@ -12,6 +12,7 @@ from pipeline.backends.convert import hugging_face_folder
 from pipeline.backends.export import Job, check, export, show
 from pipeline.backends.hub import Model, find_model
 from pipeline.backends.llama import quantize
+from pipeline.backends.template import NO_THOUGHTS
 from pipeline.backends.unsloth import Reference, load_tokenizer, predict
 from pipeline.config import Export, Recipe
 from pipeline.console import chatter, note, out, progress
@@ -69,7 +70,8 @@ def _predicted(model: Model, adapter: Path | None, chats: list[list[Message]], i
         return None
     with chatter(Path(tempfile.gettempdir()) / "gatt-export.log"):
         tokenizer = load_tokenizer(folder)
-        ids = [list(tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=False)) for c in chats[:4]]
+        options = {"add_generation_prompt": True, "return_dict": False, **NO_THOUGHTS}
+        ids = [list(tokenizer.apply_chat_template(c, **options)) for c in chats[:4]]
         return predict(folder, adapter, ids, in_four_bits)
 
 
