@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from pipeline.backends.convert import hugging_face_folder
 from pipeline.backends.hub import find_model
 from pipeline.backends.objective import IGNORED, label, learned_loss, padded
-from pipeline.backends.unsloth import load_tokenizer
+from pipeline.backends.unsloth import Stop, load_tokenizer
 from pipeline.config import Train
 from pipeline.records import Message
 
@@ -118,3 +119,14 @@ def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
                     loss = -ours[place - 1, target] if p is None else (p.exp() * (p - ours[place - 1])).sum()
                     total, weight = total + e.weights[place] * float(loss), weight + e.weights[place]
     assert float(found) == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_the_first_signal_asks_to_stop_and_the_second_stops() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Stop() as stop:
+        assert not stop.asked
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.asked
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before

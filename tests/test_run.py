@@ -132,6 +132,33 @@ def test_training_cut_off_goes_on_and_gives_the_same_adapter(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_training_that_is_asked_to_stop_saves_and_goes_on(
+    number: signal.Signals, finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]
+) -> None:
+    longer = [*tiny, "--set", "train.steps=6", "--set", "train.save_steps=50"]
+    adapters = []
+    for stopped in (False, True):
+        folder = tmp_path / str(stopped)
+        shutil.copytree(finished, folder)
+        if stopped:
+            command = [sys.executable, "-m", "pipeline", "train", "--run", str(folder), *longer]
+            with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+                assert running.stderr
+                said = []
+                for line in running.stderr:
+                    said.append(line)
+                    if "steps: 1 of 6" in line or "steps: 2 of 6" in line:
+                        running.send_signal(number)
+            assert running.returncode == 1
+            assert "Stopped after step" in said[-1], said
+        done = gatt("train", "--run", folder, *longer)
+        assert done.returncode == 0, done.stderr
+        adapters.append((folder / "train" / "adapter" / "adapter_model.safetensors").read_bytes())
+    assert adapters[0] == adapters[1]
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is of POSIX")
 def test_ten_kills_lose_nothing(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
     moments = random.Random(1)

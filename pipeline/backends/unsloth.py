@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import signal
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -15,6 +17,7 @@ import platformdirs
 
 from pipeline.backends.objective import Labelled, learned_loss, padded
 from pipeline.config import Train
+from pipeline.errors import GattError
 from pipeline.files import whole_file
 
 _TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -88,6 +91,28 @@ def _unsloth() -> Any:
     return FastLanguageModel
 
 
+class Stop:
+    """While it is open, Ctrl-C and SIGTERM only ask to stop at the end of the step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
 def train(
     folder: Path, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path, adapter: Path,
     on_step: Callable[[int, float], None],
@@ -114,13 +139,23 @@ def train(
             if logs and "loss" in logs:
                 on_step(state.global_step, logs["loss"])
 
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if stop.asked:
+                control.should_save = control.should_training_stop = True
+
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # Written last: a checkpoint without it was cut off.
             (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
 
     class Weighted(transformers.Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            return learned_loss(model, inputs)
+            loss = learned_loss(model, inputs)
+            if not torch.isfinite(loss):
+                raise GattError(
+                    f"The loss of step {self.state.global_step + 1} is {float(loss)}. The checkpoint of step "
+                    f"{last_checkpoint(checkpoints)} is kept. Lower train.learning_rate, or begin anew with --restart."
+                )
+            return loss
 
     trainer = Weighted(
         model=network,
@@ -138,7 +173,10 @@ def train(
     )  # fmt: skip
     trainer.remove_callback(transformers.PrinterCallback)
     step = last_checkpoint(checkpoints)
-    trainer.train(resume_from_checkpoint=str(checkpoints / f"checkpoint-{step}") if step else None)
+    with Stop() as stop:
+        trainer.train(resume_from_checkpoint=str(checkpoints / f"checkpoint-{step}") if step else None)
+    if stop.asked and trainer.state.global_step < settings.steps:
+        raise GattError(f"Stopped after step {trainer.state.global_step}, which is saved. The same command goes on from there.")
     network.save_pretrained(adapter)
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return losses, _predict(network, [e.input_ids for e in examples])
