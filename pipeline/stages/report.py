@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
 
 from pipeline.config import Recipe
 from pipeline.console import out
-from pipeline.figures import adherence_curve, attention_picture, survival_curve
-from pipeline.files import read_jsonl, write_json, write_text
+from pipeline.figures import Picture, adherence_curve, attention_picture, change_curve, loss_curve, survival_curve
+from pipeline.files import read_jsonl, whole_file, write_json, write_text
+from pipeline.gatt.metrics import wilson
+from pipeline.gatt.suites import PAPER_RECALL, PROBED_TURNS
 from pipeline.pairs import read_pairs
 from pipeline.records import Reply
 from pipeline.rundir import RunDir
+from pipeline.tables import Table, as_csv, by_arm, hint, key, markdown, shown
 
 _COUNTS = {
     "obey": "obey, good answer or not", "no_answer": "are no answer (loop, repeat, empty)",
@@ -23,37 +29,232 @@ _COUNTS = {
 _STAGES = ("instructions", "synthesize", "train", "export", "evaluate")
 
 
+@dataclass(frozen=True)
+class Section:
+    """A part of the page: how to read it, perhaps a figure (by its file's name), tables, and remarks below."""
+
+    title: str
+    how: str
+    tables: Sequence[Table] = ()
+    figure: str = ""
+    picture: Picture | None = None
+    remarks: Sequence[str] = ()
+
+
 def run(recipe: Recipe, rundir: RunDir) -> None:
-    """Write `report/report.html`, `.json` and `.md`, and print the summary."""
+    """Write `report/report.html`, `.json` and `.md`, the figures and the tables, and print the summary."""
     scores = json.loads(rundir.scores.read_text(encoding="utf-8"))
-    late = {row["arm"]: row for row in scores["late"]}
-    sentence = (
-        f"In {late['tuned']['at']}, the tuned model keeps its instruction in {late['tuned']['value']:.0%} of the answers, "
-        f"the base in {late['base']['value']:.0%}."
-    )
     facts = _facts(recipe, rundir)
-    exported = _export(recipe, rundir, late)
+    exported = _export(recipe, rundir, scores)
+    sentence = headline(scores)
     curve = adherence_curve(scores["by_turn"], scores["turns"])
+    sections = [*measured(scores, rundir), *_made(rundir, exported, facts)]
     page = Environment(autoescape=True).from_string(
         (resources.files("pipeline") / "data" / "report.html").read_text(encoding="utf-8")
     )
     html = page.render(
-        sentence=sentence, recipe=recipe, scores=scores, curve=curve, turns=scores["turns"], arms=list(late), facts=facts,
-        by_instruction=_by_instruction(scores), examples=_examples(rundir), shortened=recipe.evaluate.shortened, counts=_COUNTS,
-        attention=attention_picture(json.loads(rundir.attention.read_text(encoding="utf-8"))) if rundir.attention.exists() else "",
-        survival=survival_curve(scores["survival"], scores["turns"]),
-        acceptance=json.loads(rundir.acceptance.read_text(encoding="utf-8")), export=exported,
+        sentence=sentence, recipe=recipe, curve=curve, turns=scores["turns"], sections=sections, dialogues=_dialogues(rundir),
+        shortened=recipe.evaluate.shortened, shown=shown, hint=hint, key=key,
     )  # fmt: skip
+    figures = {"adherence": curve, **{s.figure: s.picture for s in sections if s.picture}}
+    for name, picture in figures.items():
+        write_text(rundir.report / "figures" / f"{name}.svg", picture.alone)
+        with whole_file(rundir.report / "figures" / f"{name}.png") as draft:
+            draft.write_bytes(picture.png)
+    for table in (by_arm("by_turn", "turn", scores["by_turn"], _arms(scores)), *(t for s in sections for t in s.tables)):
+        write_text(rundir.report / "tables" / f"{table.name}.csv", as_csv(table))
     write_text(rundir.report / "report.html", html)
-    write_text(rundir.report / "adherence.svg", curve)
+    write_text(rundir.report / "adherence.svg", curve.alone)
     write_json(rundir.report / "report.json", {"sentence": sentence, "facts": facts, "scores": scores, "export": exported})
-    summary = _markdown(sentence, scores, late)
-    write_text(rundir.report / "report.md", summary)
-    out(summary)
+    write_text(rundir.report / "report.md", _markdown(sentence, sections))
+    out(_markdown(sentence, [s for s in sections if s.title in ("Over several turns", "Recall")]))
 
 
-def _export(recipe: Recipe, rundir: RunDir, late: dict[str, Any]) -> dict[str, Any]:
+def headline(scores: dict[str, Any]) -> str:
+    """The one sentence, of the figure that the recipe named."""
+    primary = scores.get("primary", "late")
+    if primary in ("recall", "unseen"):
+        rows = scores.get("recall" if primary == "recall" else "generalisation", [])
+        last = max((row["at"] for row in rows), default=0) if primary == "recall" else None
+        tuned, base = ([r for r in rows if r["arm"] == arm and last in (None, r["at"])] for arm in ("tuned", "base"))
+        what = f"still knows what it was told, asked in turn {last}," if last else "keeps instructions that were not trained"
+        return f"The tuned model {what} in {_share(tuned)} of the answers, the base in {_share(base)}."
+    rows = {row["arm"]: row for row in scores[primary]}
+    return (
+        f"In {rows['tuned']['at']}, the tuned model keeps its instruction in {rows['tuned']['value']:.0%} of the answers, "
+        f"the base in {rows['base']['value']:.0%}."
+    )
+
+
+def _share(rows: Sequence[dict[str, Any]]) -> str:
+    n = sum(row["n"] for row in rows)
+    return f"{sum(row['hits'] for row in rows) / n:.0%}" if n else "none"
+
+
+def _arms(scores: dict[str, Any]) -> list[str]:
+    return list(dict.fromkeys(row["arm"] for row in scores["late"]))
+
+
+def measured(scores: dict[str, Any], rundir: RunDir) -> Iterator[Section]:
+    """What evaluation found, section by section; those without numbers are left out."""
+    arms = _arms(scores)
+    yield Section(
+        "Over several turns", "Strict: a reply obeys and is a reply. The difference is that from the base, in percentage points.",
+        [_overview(scores, arms), Table("distinct", ["", *arms], [["different pairs of words, of all (distinct-2)",
+         *(scores["distinct_2"][arm] for arm in arms)]])], remarks=_difference(scores),
+    )
+    if scores.get("recall"):
+        yield _recall(scores, arms)
+    yield Section(
+        "How long until the first broken answer", "Kaplan–Meier: the share of dialogues without a broken answer so far.",
+        [Table("survival", ["", *arms], [["turn by which half of the dialogues have broken it",
+               *(scores["survival"][arm]["median"] or f"not by turn {scores['turns']}" for arm in arms)]])],
+        "survival", survival_curve(scores["survival"], scores["turns"]),
+    )  # fmt: skip
+    yield Section("By instruction", "Instructions that were trained, all turns.",
+                  [by_arm("by_instruction", "instruction", scores["by_instruction"], arms)])  # fmt: skip
+    if scores.get("generalisation"):
+        names = {row["at"]: f"{row['at']} ({row['group']})" for row in scores["by_unseen"]}
+        rows = [{**row, "at": names[row["at"]]} for row in scores["by_unseen"]]
+        yield Section("Instructions that were not trained", "New values of trained kinds, and kinds that are new altogether.",
+                      [by_arm("generalisation", "", scores["generalisation"], arms),
+                       by_arm("by_unseen", "instruction", rows, arms)])  # fmt: skip
+    if scores.get("change"):
+        yield _change(scores["change"])
+    if scores.get("leakage"):
+        yield _leakage(scores, arms)
+    if scores.get("single"):
+        yield Section(
+            "One question, one instruction", "Every kind of instruction once, with the question, as in IFEval: what was lost?",
+            [by_arm("single", "", scores["single"], arms), by_arm("single_by_kind", "kind", scores["single_by_kind"], arms)],
+        )
+    if scores.get("judge"):
+        yield _judged(scores["judge"], arms)
+    if rundir.attention.exists():
+        yield Section(
+            "What the answers attend to",
+            "One dialogue, each model in its own words: the strongest attention over all heads and layers, from each answer "
+            "(down) to everything before it (across), in bins of eight tokens, as in Figure 10 of the paper; and the mean share "
+            "that falls on the instruction's tokens.",
+            figure="attention", picture=attention_picture(json.loads(rundir.attention.read_text(encoding="utf-8"))),
+        )  # fmt: skip
+
+
+def _overview(scores: dict[str, Any], arms: Sequence[str]) -> Table:
+    def row(name: str, table: str) -> list[Any]:
+        found = {r["arm"]: r for r in scores[table]}
+        return [name.format(at=scores[table][0]["at"]), *(found.get(arm) for arm in arms)]
+
+    rows = [row("{at}, strict", "late"), row("{at}, strict", "later")]
+    if scores.get("late_raw"):
+        rows.insert(1, row("{at}, whether a good answer or not", "late_raw"))
+    for name, meaning in _COUNTS.items():
+        counts = [scores["replies"][arm] for arm in arms]
+        rows.append([f"all turns: {meaning}", *(asdict(wilson(count[name], count["all"])) for count in counts)])
+    return Table("overview", ["", *arms], rows)
+
+
+def _difference(scores: dict[str, Any]) -> list[str]:
+    found = [
+        f"{arm}: {100 * d['difference']:+.0f} points from the base, between {100 * d['low']:+.0f} and {100 * d['high']:+.0f} "
+        f"(95 %, paired bootstrap over {d['dialogues']} dialogues)."
+        for arm, d in scores["difference"].items() if d["difference"] is not None
+    ]  # fmt: skip
+    if scores["needed"]:
+        found.append(f"To see a difference of 5 points at this rate, {scores['needed']['dialogues']} dialogues an arm are needed.")
+    return found
+
+
+def _recall(scores: dict[str, Any], arms: Sequence[str]) -> Section:
+    rows = scores["recall"]
+    ours = by_arm("recall", "turn", rows, arms)
+    paper = dict(zip(PROBED_TURNS, zip(*PAPER_RECALL.values(), strict=True), strict=True))
+    beside = [[*row, *(f"{share:.0%}" for share in paper.get(row[0], ()))] for row in ours.rows]
+    full = [row + [None] * (len(ours.columns) + len(PAPER_RECALL) - len(row)) for row in beside]
+    return Section(
+        "Recall", "A name and a hobby are given in message 1 and asked for later, in branches that leave no trace. Beside it the "
+        "paper's figures (Table 30, Llama 2, judged by people).",
+        [Table("recall", [*ours.columns, *(f"paper, {name}" for name in PAPER_RECALL)], full),
+         by_arm("recall_by_attribute", "attribute", scores["recall_by_attribute"], arms)],
+    )  # fmt: skip
+
+
+def _change(change: dict[str, Any]) -> Section:
+    rows = [
+        [arm, c["before"], c["after"], c["old_after"],
+         "never" if c["turns_to_switch"] is None else c["turns_to_switch"], f"{c['never']} of {c['dialogues']}"]
+        for arm, c in change.items()
+    ]  # fmt: skip
+    columns = ["", "old one, before", "new one, after", "old one, after", "turns to switch (median)", "never switched"]
+    how = "Half-way the user says “From now on: …”. The old one should end, the new begin."
+    return Section("When the instruction changes", how, [Table("change", columns, rows)], "change", change_curve(change))
+
+
+def _leakage(scores: dict[str, Any], arms: Sequence[str]) -> Section:
+    tables = [by_arm("leakage", "a trained trait shows in", scores["leakage"], arms)]
+    remarks = [f"{arm}: {name}, {n} times" for arm, traits in scores["leaked"].items() for name, n in traits.items()]
+    damage = scores.get("damage")
+    if damage and damage["perplexity"]:
+        base = damage["perplexity"]["base"]
+        rows = [[arm, value, f"{value / base - 1:+.1%}", damage["kl"][arm]] for arm, value in damage["perplexity"].items()]
+        tables.append(Table("damage", ["", "perplexity", "against the base", "KL from the base, nats a token"], rows))
+        remarks.append(f"Perplexity and divergence on {damage['tokens']} tokens of the base's own answers in plain dialogues.")
+    return Section("Leakage and damage", "Dialogues without any instruction: nothing that was trained should show, and the model "
+                   "should speak as before.", tables, remarks=remarks)  # fmt: skip
+
+
+def _judged(judge: dict[str, Any], arms: Sequence[str]) -> Section:
+    agreement = judge["agreement"]
+    how = f"{judge['model']} judged what no program can check. Where one can, it agreed in {shown(agreement) or 'no'} of replies."
+    remarks = [] if judge["reliable"] else ["Below 80 %: its verdicts are not reliable."]
+    return Section("The judge", how, [by_arm("judge", "instruction", judge["scores"], arms)] if judge["scores"] else [],
+                   remarks=remarks)  # fmt: skip
+
+
+def _made(rundir: RunDir, exported: dict[str, Any], facts: dict[str, str]) -> Iterator[Section]:
+    """How the model was made: data, training, export, and the facts of the run."""
+    acceptance = json.loads(rundir.acceptance.read_text(encoding="utf-8"))
+    rows = [
+        [row["instruction"], row["way"], f"{row['accepted']} of {row['drawn']}", row["words"],
+         ", ".join(f"{n} {reason}" for reason, n in row["rejected"].items()), row["example"]]
+        for row in acceptance["answers"]
+    ]  # fmt: skip
+    yield Section(
+        "Training data", "Answers that the teacher drew, and those that were accepted.",
+        [Table("synthesis", ["instruction", "way", "accepted", "words", "rejected", "for example"], rows)],
+        remarks=[f"{acceptance['too_common']} accepted answers were cut: the corpus held the same words often enough."],
+    )
+    if rundir.losses.exists():
+        yield Section("Training", "The loss of every step.", figure="loss",
+                      picture=loss_curve(json.loads(rundir.losses.read_text(encoding="utf-8"))))  # fmt: skip
+    yield _exported(exported)
+    yield Section("The run", "What it takes to do it again.", [Table("facts", ["", ""], list(facts.items()))])
+
+
+def _exported(exported: dict[str, Any]) -> Section:
+    rows = []
+    for name, row in exported["formats"].items():
+        matrix, kept = row["lowest"]
+        rows.append([name, round(row["bytes"] / 1e6), row.get("kl_trained"), row.get("kl_f16"), f"{kept:.0%} {matrix}".strip(),
+                     row["adherence"]])  # fmt: skip
+    merges = [
+        f"Merged onto {onto} weights: {far:.4f} nats a token from the trained model"
+        + (f", {exported['surprise'][onto]:.4f} for the run's dialogues." if exported.get("surprise") else ".")
+        for onto, far in exported["merges"].items()
+    ]
+    warning = [f"{name} keeps less than 90 % of the adapter's change in {row['lowest'][0]}. A larger format keeps more."
+               for name, row in exported["formats"].items() if row["lowest"][1] < 0.9]  # fmt: skip
+    columns = ["format", "MB", "nats a token from the trained model", "from F16", "adapter's change that is left (worst matrix)",
+               "late adherence"]  # fmt: skip
+    return Section(
+        "Export", f"The adapter was trained on weights rounded to 4 bits, and merged onto the {exported['merge_onto']} ones.",
+        [Table("export", columns, rows)], remarks=[*merges, *warning],
+    )
+
+
+def _export(recipe: Recipe, rundir: RunDir, scores: dict[str, Any]) -> dict[str, Any]:
     """What `gatt export` measured, and beside each format how well it keeps its instruction."""
+    late = {row["arm"]: row for row in scores["late"]}
     table: dict[str, Any] = json.loads(rundir.exported.read_text(encoding="utf-8"))
     first = recipe.export.formats[0]
     for name, row in table["formats"].items():
@@ -62,49 +263,46 @@ def _export(recipe: Recipe, rundir: RunDir, late: dict[str, Any]) -> dict[str, A
     return table
 
 
-def _by_instruction(scores: dict[str, Any]) -> dict[str, dict[str, str]]:
-    table: dict[str, dict[str, str]] = {}
-    for row in scores["by_instruction"]:
-        table.setdefault(row["at"], {})[row["arm"]] = f"{row['value']:.0%} ({row['hits']} of {row['n']})"
-    return table
-
-
-def _examples(rundir: RunDir) -> list[dict[str, Any]]:
-    """Three dialogues, base beside tuned, the instruction above them."""
-    replies: dict[tuple[str, str, int], Reply] = {}
-    for _, row in read_jsonl(rundir.replies):
-        replies[row["arm"], row["dialogue"], row["turn"]] = Reply(**row)
-    examples = []
-    for pair in read_pairs(rundir.pairs, "evaluate")[:6:2]:
+def _dialogues(rundir: RunDir) -> list[dict[str, Any]]:
+    """Six dialogues, base beside tuned, the instruction above them."""
+    replies = {
+        (reply.arm, reply.dialogue, reply.turn): reply
+        for _, row in read_jsonl(rundir.replies) for reply in [Reply(**row)] if not reply.probe
+    }  # fmt: skip
+    found = []
+    for pair in read_pairs(rundir.pairs, "evaluate")[:6]:
+        name = pair.dialogue.id
         rows = [
-            {"turn": turn, "user": user, "base": replies["base", pair.dialogue.id, turn],
-             "tuned": replies["tuned", pair.dialogue.id, turn]}
-            for turn, user in enumerate(pair.dialogue.turns, 1) if ("tuned", pair.dialogue.id, turn) in replies
+            {"turn": turn, "user": user, "replies": [replies["base", name, turn], replies["tuned", name, turn]]}
+            for turn, user in enumerate(pair.dialogue.turns, 1) if ("tuned", name, turn) in replies
         ]  # fmt: skip
-        examples.append({"instruction": pair.taught[0], "rows": rows})
-    return examples
+        found.append({"instruction": pair.taught[0], "rows": rows})
+    return found
 
 
 def _facts(recipe: Recipe, rundir: RunDir) -> dict[str, str]:
     _, example = next(read_jsonl(rundir.examples))
-    facts = {"base model": recipe.model, "teacher": example["teacher"], "seed": str(recipe.seed)}
+    facts = {"base model": recipe.model, "teacher": example["teacher"], "seed": str(recipe.seed), "learned": recipe.train.loss}
     for stage in _STAGES:
         manifest = rundir.manifest(stage)
         if manifest:
             facts[f"time of {stage}"] = f"{manifest['seconds']:.0f} s"
             facts["versions"] = ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())
             facts["commit"], facts["machine"] = manifest["commit"], manifest["platform"]
+            facts |= {f"hash of {Path(name).name}": digest[:16] for name, digest in manifest["inputs"].items()}
     for name in recipe.export.formats:
         path = rundir.tuned(name)
         facts[path.name] = f"{path.stat().st_size / 1e6:.0f} MB"
     return facts
 
 
-def _markdown(sentence: str, scores: dict[str, Any], late: dict[str, Any]) -> str:
-    lines = [f"**{sentence}**", "", "| turn | " + " | ".join(late) + " |", "|---|" + "---|" * len(late)]
-    cells = {(row["arm"], row["at"]): row for row in scores["by_turn"]}
-    for turn in range(1, scores["turns"] + 1):
-        row = [cells.get((arm, turn)) for arm in late]
-        shown = [f"{c['value']:.2f} [{c['low']:.2f}, {c['high']:.2f}]" if c else "" for c in row]
-        lines.append(f"| {turn} | {' | '.join(shown)} |")
-    return "\n".join(lines) + "\n"
+def _markdown(sentence: str, sections: Sequence[Section]) -> str:
+    """For a model card: the sentence, and the tables that a reader of it wants."""
+    wanted = ("overview", "recall", "by_instruction", "generalisation", "change", "leakage", "damage", "single", "export")
+    parts = [f"**{sentence}**\n"]
+    for section in sections:
+        tables = [table for table in section.tables if table.name in wanted]
+        if tables:
+            parts += [f"### {section.title}\n", f"{section.how}\n", *map(markdown, tables)]
+            parts += [f"{remark}\n" for remark in section.remarks]
+    return "\n".join(parts)
