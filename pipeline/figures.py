@@ -133,14 +133,14 @@ def _pyplot() -> Any:
     from matplotlib import pyplot
 
     pyplot.rcParams.update({
-        "svg.hashsalt": "gatt", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 11, "text.color": _TEXT,
+        "svg.hashsalt": "gatt", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 12.5, "text.color": _TEXT,
         "axes.edgecolor": _TEXT, "axes.labelcolor": _TEXT, "xtick.color": _TEXT, "ytick.color": _TEXT,
     })  # fmt: skip
     return pyplot
 
 
 def _figure(height: float) -> tuple[Any, Any]:
-    figure, axes = _pyplot().subplots(figsize=(8.4, height))
+    figure, axes = _pyplot().subplots(figsize=(7, height))
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
@@ -156,14 +156,14 @@ def _band(axes: Any, at: Sequence[float], low: Sequence[float], high: Sequence[f
 
 def _by_turn(axes: Any, turns: int, along: str, up: str) -> None:
     axes.set(xlim=(0.5, turns + 0.5), ylim=(-0.02, 1.04), xlabel=along, ylabel=up)
-    axes.set_xticks(range(1, turns + 1, 1 if turns <= 25 else 5))
+    axes.set_xticks([1, *range(5, turns + 1, 5)] if turns > 10 else range(1, turns + 1))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
 def _labels(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
     """The name of each line at its end, moved apart where lines end close to each other."""
     low, high = axes.get_ylim()
-    room = 0.075 * (high - low) * 4.2 / axes.figure.get_size_inches()[1]
+    room = 0.085 * (high - low) * 4.2 / axes.figure.get_size_inches()[1]
     at = -1e9
     for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
         at = max(y, at + room)

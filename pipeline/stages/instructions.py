@@ -61,14 +61,14 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     made, pairs = pair_for_training(training, pool, shares, recipe.seed)
     tested, evaluation = pair_for_evaluation(held_out, pool)
     both = {"train": list(zip(training, pairs, strict=True)), "evaluate": list(zip(held_out, evaluation, strict=True))}
-    write_json(rundir.pairs, _written({**made, **tested}, both))
+    write_json(rundir.pairs, written({**made, **tested}, both))
     settings = recipe.evaluate
     turns = min(settings.more_turns, settings.turns)
-    write_json(rundir.suites, _written(*suites(held_out[: settings.more], pool, settings.unseen, turns, settings.turns)))
+    write_json(rundir.suites, written(*suites(held_out[: settings.more], pool, settings.unseen, turns, settings.turns)))
     note(f"instructions: {len(training)} training dialogues, {len(held_out)} for evaluation, {len(made)} instructions")
 
 
-def _written(made: dict[str, Instruction], sides: dict[str, Suite]) -> dict[str, object]:
+def written(made: dict[str, Instruction], sides: dict[str, Suite]) -> dict[str, object]:
     """What `pairs.read_pairs` reads back."""
     rows = {side: [{"dialogue": asdict(d), **_pair(p)} for d, p in suite] for side, suite in sides.items()}
     return {"instructions": [asdict(i) for i in made.values()], **rows}
