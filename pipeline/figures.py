@@ -10,7 +10,10 @@ Rows = list[dict[str, Any]]
 
 _TEXT = "#1b1e23"
 _STYLES = {"base": ("#d1602c", "o", "-"), "tuned": ("#2a8fb4", "s", "-"), "ceiling": ("#868b93", "", "--")}
-_OTHERS = (("#9467bd", "^", "-."), ("#4d9a3b", "D", ":"), ("#c0568f", "v", "-."), ("#a08328", "P", ":"))
+_OTHERS = (
+    ("#9467bd", "^", "-."), ("#4d9a3b", "D", ":"), ("#c0568f", "v", "-."), ("#a08328", "P", ":"), ("#2a8fb4", "s", "-"),
+    ("#b23b3b", "X", "--"), ("#3f6fd1", "<", "-."), ("#6b7d2a", ">", ":"),
+)  # fmt: skip
 _NAMES = {"tuned": "GAtt-tuned", "ceiling": "base, told every turn"}
 
 
@@ -116,7 +119,7 @@ def attention_picture(maps: dict[str, Any]) -> Picture:
 
 
 def _styled(arms: Any) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and dashes for base, tuned, ceiling and up to four other arms, in the order that they come in."""
+    """Colour, marker and dashes for base, tuned, ceiling and up to eight other arms, in the order that they come in."""
     others = iter(_OTHERS)
     found = {}
     for arm in dict.fromkeys(arms):

@@ -4,41 +4,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from importlib import resources
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment
-
 from pipeline.config import Recipe
 from pipeline.console import out
-from pipeline.figures import Picture, adherence_curve, attention_picture, change_curve, loss_curve, survival_curve
-from pipeline.files import read_jsonl, whole_file, write_json, write_text
+from pipeline.figures import adherence_curve, attention_picture, change_curve, loss_curve, survival_curve
+from pipeline.files import read_jsonl, write_json, write_text
 from pipeline.gatt.metrics import wilson
 from pipeline.gatt.suites import PAPER_RECALL, PROBED_TURNS
+from pipeline.page import Page, Section
 from pipeline.pairs import read_pairs
 from pipeline.records import Reply
 from pipeline.rundir import RunDir
-from pipeline.tables import Table, as_csv, by_arm, hint, key, markdown, shown
+from pipeline.tables import Table, by_arm, markdown, shown
 
 _COUNTS = {
     "obey": "obey, good answer or not", "no_answer": "are no answer (loop, repeat, empty)",
     "cut": "cut at the longest length allowed", "left_out": "left out: turn 1 had left the window",
 }  # fmt: skip
 _STAGES = ("instructions", "synthesize", "train", "export", "evaluate")
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page: how to read it, perhaps a figure (by its file's name), tables, and remarks below."""
-
-    title: str
-    how: str
-    tables: Sequence[Table] = ()
-    figure: str = ""
-    picture: Picture | None = None
-    remarks: Sequence[str] = ()
 
 
 def run(recipe: Recipe, rundir: RunDir) -> None:
@@ -49,21 +35,16 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     sentence = headline(scores)
     curve = adherence_curve(scores["by_turn"], scores["turns"])
     sections = [*measured(scores, rundir), *_made(rundir, exported, facts)]
-    page = Environment(autoescape=True).from_string(
-        (resources.files("pipeline") / "data" / "report.html").read_text(encoding="utf-8")
-    )
-    html = page.render(
-        sentence=sentence, recipe=recipe, curve=curve, turns=scores["turns"], sections=sections, dialogues=_dialogues(rundir),
-        shortened=recipe.evaluate.shortened, shown=shown, hint=hint, key=key,
+    warning = (
+        f"A shortened run: {recipe.evaluate.dialogues} dialogues of {scores['turns']} turns. Take no figure from it."
+        if recipe.evaluate.shortened else ""
     )  # fmt: skip
-    figures = {"adherence": curve, **{s.figure: s.picture for s in sections if s.picture}}
-    for name, picture in figures.items():
-        write_text(rundir.report / "figures" / f"{name}.svg", picture.alone)
-        with whole_file(rundir.report / "figures" / f"{name}.png") as draft:
-            draft.write_bytes(picture.png)
-    for table in (by_arm("by_turn", "turn", scores["by_turn"], _arms(scores)), *(t for s in sections for t in s.tables)):
-        write_text(rundir.report / "tables" / f"{table.name}.csv", as_csv(table))
-    write_text(rundir.report / "report.html", html)
+    how = (
+        f"{recipe.evaluate.dialogues} dialogues that training has not seen; bands are 95 % Wilson intervals. A reply counts when "
+        "it obeys and is a reply (no loop, no repeat, not empty)."
+    )
+    page = Page(f"GAtt report: {recipe.model}", sentence, warning, curve, how, sections, _dialogues(rundir))
+    page.write(rundir.report / "report.html", [by_arm("by_turn", "turn", scores["by_turn"], _arms(scores))])
     write_text(rundir.report / "adherence.svg", curve.alone)
     write_json(rundir.report / "report.json", {"sentence": sentence, "facts": facts, "scores": scores, "export": exported})
     write_text(rundir.report / "report.md", _markdown(sentence, sections))
