@@ -180,6 +180,17 @@ _define("report", "Render the report.")
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluated runs; the first is what others are compared with.")],
+    out: Annotated[Path, typer.Option(help="Folder of the page, the chart and the table.")] = Path("comparison"),
+) -> None:
+    """Several runs in one table and one chart. Example: gatt compare runs/all_turns runs/distill"""
+    from pipeline.stages.compare import compare as work
+
+    work(runs, out)
+
+
+@app.command()
 def push(
     repository: Annotated[str, typer.Argument(help="owner/name on the Hub; made private where it is new.")],
     run: Run = DEFAULT_RUN,

@@ -1,0 +1,116 @@
+"""Runs side by side: what differs, which seeds are one row, and which differences may be reckoned."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import Recipe, recipe_toml
+from pipeline.errors import GattError
+from pipeline.files import write_json, write_jsonl, write_text
+from pipeline.gatt.instructions import pair_for_evaluation
+from pipeline.pairs import read_pairs
+from pipeline.records import Constraint, Dialogue, Reply
+from pipeline.rundir import RunDir
+from pipeline.scoring import scores
+from pipeline.stages.compare import compare
+from pipeline.stages.instructions import written
+
+_POOL = (Constraint("opening", "Ahoy!"), Constraint("closing", "So it goes."))
+
+
+def _run(folder: Path, good: int, first: int = 0, **changes: Any) -> Path:
+    """A run whose tuned arms keep the instruction in `good` of 20 turns; its dialogues are named from `first` on."""
+    recipe, rundir = Recipe.model_validate(changes), RunDir(folder)
+    write_text(folder / "recipe.toml", recipe_toml(recipe))
+    dialogues = [Dialogue(f"d{first + n}", "sea", ("Why?",) * 20) for n in range(4)]
+    made, pairs = pair_for_evaluation(dialogues, _POOL)
+    write_json(rundir.pairs, written(made, {"train": [], "evaluate": list(zip(dialogues, pairs, strict=True))}))
+    arms = ["base", "tuned", *(f"tuned, {name}" for name in recipe.export.formats[1:]), "ceiling"]
+    replies = [
+        Reply(arm, d.id, turn, "Words.", 9, 9, "stop", arm != "base" and (turn + n) % 20 < good, "loop" if turn == 20 else "")
+        for arm in arms for n, d in enumerate(dialogues) for turn in range(1, 21)
+    ]  # fmt: skip
+    write_jsonl(rundir.replies, replies)
+    write_json(rundir.scores, scores(replies, {"evaluate": read_pairs(rundir.pairs, "evaluate")}, _POOL))
+    write_json(rundir.exported, {"formats": {name: {"bytes": 145_000_000} for name in recipe.export.formats}})
+    return folder
+
+
+def _compared(folder: Path, *runs: Path) -> dict[str, Any]:
+    compare(runs, folder / "out")
+    found: dict[str, Any] = json.loads((folder / "out" / "compare.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_the_rows_are_named_by_what_differs(tmp_path: Path) -> None:
+    one = _run(tmp_path / "a", 10, train={"loss": "all_turns", "rank": 8})
+    other = _run(tmp_path / "b", 18, train={"loss": "distill", "rank": 8})
+    found = _compared(tmp_path, one, other)
+    assert [row[0] for row in found["rows"]] == ["loss all_turns", "loss distill"]
+    assert "train.loss" in found["columns"] and "train.rank" not in found["columns"]
+    assert found["warnings"] == []
+    late = found["columns"].index("last five turns")
+    replies = {name: [Reply(**json.loads(line)) for line in RunDir(run).replies.read_text().splitlines()]
+               for name, run in (("one", one), ("other", other))}  # fmt: skip
+    for row, name in zip(found["rows"], ("one", "other"), strict=True):
+        mine = [r.adherent for r in replies[name] if r.arm == "tuned" and r.turn > 15]
+        assert (row[late]["hits"], row[late]["n"]) == (sum(mine), 20)
+    gap = 100 * (found["rows"][1][late]["value"] - found["rows"][0][late]["value"])
+    assert found["rows"][1][found["columns"].index("difference")].startswith(f"{gap:+.0f} (")
+    raw = found["columns"].index("obeys, good answer or not")
+    assert found["rows"][1][raw]["hits"] > found["rows"][1][late]["hits"]  # turn 20 is a loop
+
+
+def test_runs_that_differ_in_their_seed_only_are_one_row(tmp_path: Path) -> None:
+    runs = [_run(tmp_path / f"{rank}-{seed}", 8 + 2 * seed + rank, 10 * seed, seed=seed, train={"rank": rank})
+            for rank in (4, 8) for seed in (1, 2, 3)]  # fmt: skip
+    found = _compared(tmp_path, *runs)
+    assert [row[0] for row in found["rows"]] == ["rank 4", "rank 8"]
+    assert [row[found["columns"].index("seeds")] for row in found["rows"]] == [3, 3]
+    late = [row[found["columns"].index("last five turns")] for row in found["rows"]]
+    assert [rate["n"] for rate in late] == [60, 60]
+    lowest, highest = found["rows"][0][found["columns"].index("lowest and highest seed")].split(" to ")
+    assert float(lowest[:-1]) < 100 * late[0]["value"] < float(highest[:-1])
+    assert found["warnings"] == []
+
+
+def test_every_exported_format_is_a_row_and_a_curve(tmp_path: Path) -> None:
+    run = _run(tmp_path / "a", 10, export={"formats": ["Q8_0", "Q4_K_M"]})
+    found = _compared(tmp_path, run)
+    assert [row[0] for row in found["rows"]] == ["a, Q8_0", "a, Q4_K_M"]
+    curve = (tmp_path / "out" / "figures" / "adherence.svg").read_text(encoding="utf-8")
+    assert all(f">{name}<" in curve for name in ("base", "a, Q8_0", "a, Q4_K_M"))
+
+
+def test_other_dialogues_and_other_settings_are_told(tmp_path: Path) -> None:
+    one = _run(tmp_path / "a", 10)
+    other = _run(tmp_path / "b", 18, first=2, evaluate={"max_tokens": 32})
+    found = _compared(tmp_path, one, other)
+    assert len(found["warnings"]) == 2
+    assert "evaluate.max_tokens differs" in found["warnings"][0] and "different dialogues" in found["warnings"][1]
+    assert "difference" not in found["columns"]
+    assert "different dialogues" in (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+
+
+def test_the_csv_is_the_table(tmp_path: Path) -> None:
+    found = _compared(tmp_path, _run(tmp_path / "a", 10), _run(tmp_path / "b", 18, train={"rank": 4}))
+    with (tmp_path / "out" / "tables" / "compare.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    late = found["columns"].index("last five turns")
+    assert [float(row["last five turns"]) for row in rows] == [row[late]["value"] for row in found["rows"]]
+    assert [row["MB"] for row in rows] == ["145", "145"]
+
+
+def test_what_is_no_run_or_not_evaluated_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GattError, match="is no run"):
+        compare([tmp_path / "nothing"], tmp_path / "out")
+    run = _run(tmp_path / "a", 10)
+    RunDir(run).scores.unlink()
+    with pytest.raises(GattError, match=r"`gatt evaluate --run .*a` does it"):
+        compare([run], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
