@@ -65,18 +65,44 @@ def test_the_file_says_what_it_is(finished: Path, base: Path) -> None:
 def test_an_adapter_is_measured_over_the_base(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     adapter = finished / "export" / "adapter.gguf"
-    done = gatt("evaluate", "--run", tmp_path, "--adapter", adapter, "--adapter-scale", "0.5", *tiny)
+    other = shutil.copyfile(adapter, tmp_path / "rival.gguf")
+    done = gatt("evaluate", "--run", tmp_path, "--adapter", adapter, "--adapter-scale", "0.5", "--other", other, *tiny)
     assert done.returncode == 0, done.stderr
     ours, theirs = (
-        {(r["arm"], r["dialogue"], r["turn"]): r["text"] for _, r in read_jsonl(folder / "evaluate" / "replies.jsonl")}
+        {(r["arm"], r["dialogue"], r["turn"], r["probe"]): r["text"] for _, r in read_jsonl(folder / "evaluate" / "replies.jsonl")}
         for folder in (tmp_path, finished)
     )
-    assert ours.keys() == theirs.keys()
-    differ = {key[0] for key in ours if ours[key] != theirs[key]}
+    assert {key[0] for key in ours} == {"base", "tuned", "rival", "ceiling"}
+    assert {key for key in ours if key[0] != "rival"} == theirs.keys()
+    differ = {key[0] for key in theirs if ours[key] != theirs[key]}
     assert differ == {"tuned"}  # the base's own contexts know nothing of the adapter
+    scores = json.loads((tmp_path / "evaluate" / "scores.json").read_text())
+    assert scores["damage"]["perplexity"].keys() == {"base", "tuned", "rival"}
+    assert scores["damage"]["kl"]["rival"] > scores["damage"]["kl"]["tuned"] > 0  # at half its strength it moves less
+    missing = gatt("evaluate", "--run", tmp_path, "--other", tmp_path / "nothing.gguf", *tiny)
+    assert missing.returncode == 1
+    assert "no file at" in missing.stderr and "a server's address" in missing.stderr
     wrong = gatt("evaluate", "--run", tmp_path, "--adapter", finished / "export" / "tuned-Q8_0.gguf", *tiny)
     assert wrong.returncode == 1
     assert "is no adapter" in wrong.stderr
+
+
+def test_the_same_evaluation_gives_the_same_numbers(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "evaluate")
+    done = gatt("evaluate", "--run", tmp_path, *tiny)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "evaluate" / "scores.json").read_text() == (finished / "evaluate" / "scores.json").read_text()
+
+
+def test_every_suite_is_measured(finished: Path) -> None:
+    scores = json.loads((finished / "evaluate" / "scores.json").read_text())
+    assert {row["at"] for row in scores["recall"]} == {2, 3}
+    assert {row["at"] for row in scores["recall_by_attribute"]} == {"name", "hobby"}
+    assert {row["arm"] for row in scores["single"]} == {"base", "tuned"}
+    assert scores["change"]["base"]["at"] == 2
+    assert scores["leakage"][0]["n"] == 3
+    assert scores["damage"]["tokens"] > 20
 
 
 def test_training_and_evaluation_do_not_share_a_dialogue(finished: Path) -> None:

@@ -42,10 +42,11 @@ def judge(name: str, replies: Sequence[Reply], pairs: Iterable[Paired], log_file
     tried = balanced([r for r in exact if r.obeys], [r for r in exact if not r.obeys], _CALIBRATION)
     verdicts = _ask(name, [*tried, *open_ones], told, log_file)
     agreement = wilson(sum(verdicts[_key(r)] == r.obeys for r in tried), len(tried))
-    judged = {_key(r) for r in open_ones}
-    settled = [replace(r, obeys=bool(verdicts[_key(r)])) if _key(r) in judged else r for r in replies]
+    judged = set(open_ones)
+    settled = [replace(r, obeys=bool(verdicts[_key(r)])) if r in judged else r for r in replies]
     note(f"evaluate: the judge agrees with the exact checks in {agreement.hits} of {agreement.n} replies")
-    by_instruction = adherence((r for r in settled if _key(r) in judged), lambda r: (r.arm, told[r.dialogue].name))
+    theirs = [after for before, after in zip(replies, settled, strict=True) if before in judged]
+    by_instruction = adherence(theirs, lambda r: (r.arm, told[r.dialogue].name))
     reliable = agreement.value >= RELIABLE
     return settled, {"model": name, "agreement": asdict(agreement), "reliable": reliable, "scores": table(by_instruction)}
 
