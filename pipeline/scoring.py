@@ -8,7 +8,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
-from pipeline.gatt.kinds import obeys
+from pipeline.gatt.kinds import kind_of, obeys
 from pipeline.gatt.metrics import Rate, adherence, rates, wilson
 from pipeline.gatt.statistics import distinct_n, kaplan_meier, lifetimes, paired_bootstrap, sample_size
 from pipeline.pairs import Paired
@@ -45,7 +45,7 @@ def _of(replies: Iterable[Reply], pairs: Iterable[Paired]) -> list[Reply]:
 
 
 def trained(replies: Sequence[Reply], pairs: Sequence[Paired]) -> dict[str, Any]:
-    """Adherence by arm and turn, by arm and instruction, over the last five turns and over all but the first.
+    """Adherence by arm and turn, by arm and instruction or family, over the last five turns and over all but the first.
 
     `replies` counts for each arm: all, those that obey (good answers or not), those that are no answer, those that were
     cut at `max_tokens`, and those left out because turn 1 had left the window. `late_raw` is `late` without the condition
@@ -53,6 +53,7 @@ def trained(replies: Sequence[Reply], pairs: Sequence[Paired]) -> dict[str, Any]
     dialogues without a broken answer so far.
     """
     names = {p.dialogue.id: p.name for p in pairs}
+    families = {p.dialogue.id: " and ".join(dict.fromkeys(kind_of(c).family for c in p.constraints(0))) for p in pairs}
     last = max((r.turn for r in replies), default=0)
     first_late = max(1, last - 4)
     at = f"turns {first_late} to {last}"
@@ -62,6 +63,7 @@ def trained(replies: Sequence[Reply], pairs: Sequence[Paired]) -> dict[str, Any]
         "turns": last,
         "by_turn": table(adherence(replies, lambda r: (r.arm, r.turn))),
         "by_instruction": table(adherence(replies, lambda r: (r.arm, names[r.dialogue]))),
+        "by_family": table(adherence(replies, lambda r: (r.arm, families[r.dialogue]))),
         "late": table(adherence(late, lambda r: (r.arm, at))),
         "late_raw": table(rates(late, lambda r: (r.arm, at), lambda r: r.obeys)),
         "later": table(adherence(later, lambda r: (r.arm, f"turns 2 to {last}"))),

@@ -23,12 +23,12 @@ from pipeline.stages.instructions import written
 _POOL = (Constraint("opening", "Ahoy!"), Constraint("closing", "So it goes."))
 
 
-def _run(folder: Path, good: int, first: int = 0, **changes: Any) -> Path:
-    """A run whose tuned arms keep the instruction in `good` of 20 turns; its dialogues are named from `first` on."""
+def _run(folder: Path, good: int, first: int = 0, pool: tuple[Constraint, ...] = _POOL, **changes: Any) -> Path:
+    """A run whose tuned arms keep one of `pool` in `good` of 20 turns; its dialogues are named from `first` on."""
     recipe, rundir = Recipe.model_validate(changes), RunDir(folder)
     write_text(folder / "recipe.toml", recipe_toml(recipe))
     dialogues = [Dialogue(f"d{first + n}", "sea", ("Why?",) * 20) for n in range(4)]
-    made, pairs = pair_for_evaluation(dialogues, _POOL)
+    made, pairs = pair_for_evaluation(dialogues, pool)
     write_json(rundir.pairs, written(made, {"train": [], "evaluate": list(zip(dialogues, pairs, strict=True))}))
     arms = ["base", "tuned", *(f"tuned, {name}" for name in recipe.export.formats[1:]), "ceiling"]
     replies = [
@@ -36,7 +36,7 @@ def _run(folder: Path, good: int, first: int = 0, **changes: Any) -> Path:
         for arm in arms for n, d in enumerate(dialogues) for turn in range(1, 21)
     ]  # fmt: skip
     write_jsonl(rundir.replies, replies)
-    write_json(rundir.scores, scores(replies, {"evaluate": read_pairs(rundir.pairs, "evaluate")}, _POOL))
+    write_json(rundir.scores, scores(replies, {"evaluate": read_pairs(rundir.pairs, "evaluate")}, pool))
     write_json(rundir.exported, {"formats": {name: {"bytes": 145_000_000} for name in recipe.export.formats}})
     return folder
 
@@ -55,13 +55,18 @@ def test_the_rows_are_named_by_what_differs(tmp_path: Path) -> None:
     assert "train.loss" in found["columns"] and "train.rank" not in found["columns"]
     assert found["warnings"] == []
     late = found["columns"].index("last five turns")
+    later = found["columns"].index("all turns but the first")
     replies = {name: [Reply(**json.loads(line)) for line in RunDir(run).replies.read_text().splitlines()]
                for name, run in (("one", one), ("other", other))}  # fmt: skip
     for row, name in zip(found["rows"], ("one", "other"), strict=True):
         mine = [r.adherent for r in replies[name] if r.arm == "tuned" and r.turn > 15]
         assert (row[late]["hits"], row[late]["n"]) == (sum(mine), 20)
+        assert row[late + 1] == f"{row[late]['low']:.0%} to {row[late]['high']:.0%}"
+        after = [r.adherent for r in replies[name] if r.arm == "tuned" and r.turn > 1]
+        assert (row[later]["hits"], row[later]["n"]) == (sum(after), 76)
     gap = 100 * (found["rows"][1][late]["value"] - found["rows"][0][late]["value"])
-    assert found["rows"][1][found["columns"].index("difference")].startswith(f"{gap:+.0f} (")
+    apart = found["columns"].index("difference, points")
+    assert [row[apart] for row in found["rows"]] == [None, pytest.approx(gap)]
     raw = found["columns"].index("obeys, good answer or not")
     assert found["rows"][1][raw]["hits"] > found["rows"][1][late]["hits"]  # turn 20 is a loop
 
@@ -91,10 +96,80 @@ def test_other_dialogues_and_other_settings_are_told(tmp_path: Path) -> None:
     one = _run(tmp_path / "a", 10)
     other = _run(tmp_path / "b", 18, first=2, evaluate={"max_tokens": 32})
     found = _compared(tmp_path, one, other)
-    assert len(found["warnings"]) == 2
+    assert len(found["warnings"]) == 3
     assert "evaluate.max_tokens differs" in found["warnings"][0] and "different dialogues" in found["warnings"][1]
-    assert "difference" not in found["columns"]
-    assert "different dialogues" in (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert "difference, points" not in found["columns"]
+    for name in ("compare.html", "compare.md"):
+        assert "different dialogues" in (tmp_path / "out" / name).read_text(encoding="utf-8")
+
+
+def test_the_same_dialogues_with_other_instructions_are_not_paired(tmp_path: Path) -> None:
+    one, other = _run(tmp_path / "a", 10), _run(tmp_path / "b", 18, pool=(_POOL[1], _POOL[0]))
+    found = _compared(tmp_path, one, other)
+    assert any("different dialogues or instructions" in warning for warning in found["warnings"])
+    assert "difference, points" not in found["columns"]
+
+
+def test_rows_with_other_seeds_are_told_and_compared_over_common_ones(tmp_path: Path) -> None:
+    apart = [_run(tmp_path / f"{rank}-{seed}", good, 10 * seed, seed=seed, train={"rank": rank})
+             for rank, seed, good in ((4, 1, 10), (4, 2, 2), (8, 1, 18))]  # fmt: skip
+    found = _compared(tmp_path, *apart)
+    assert ["seeds" in warning for warning in found["warnings"]] == [True]
+    points = found["columns"].index("difference, points")
+    alone = _compared(tmp_path, apart[0], apart[2])  # seed 1 only
+    assert alone["warnings"] == []
+    assert found["rows"][1][points] == alone["rows"][1][alone["columns"].index("difference, points")] > 0
+    found = _compared(tmp_path, apart[1], apart[2])
+    assert found["warnings"] and "difference, points" not in found["columns"]
+
+
+def test_the_same_recipe_once_more_is_a_row_of_its_own(tmp_path: Path) -> None:
+    found = _compared(tmp_path, _run(tmp_path / "a", 10), _run(tmp_path / "b", 18))
+    assert [row[0] for row in found["rows"]] == ["a", "b"]
+    with pytest.raises(GattError, match="named twice"):
+        compare([tmp_path / "a", tmp_path / "b" / ".." / "a"], tmp_path / "out")
+
+
+def test_long_values_give_way_to_the_folders_names(tmp_path: Path) -> None:
+    pools = [(*_POOL, Constraint("opening", value)) for value in ("Good news:", "Good day:")]
+    runs = [_run(tmp_path / name, 10, instructions={"pool": pool}) for name, pool in zip(("base", "b"), pools, strict=True)]
+    found = _compared(tmp_path, *runs)
+    assert [row[0] for row in found["rows"]] == ["run base", "b"]  # "base" is the curve of the base
+    assert any("instructions.pool differs" in warning for warning in found["warnings"])
+    cells = [row[found["columns"].index("instructions.pool")] for row in found["rows"]]
+    assert cells[0].endswith("opening: Good news:"[-18:]) and cells[1].endswith("opening: Good day:"[-18:])
+
+
+def test_the_chart_has_room_for_eight_and_says_so(tmp_path: Path) -> None:
+    runs = [_run(tmp_path / f"m{rank}", rank, train={"rank": rank}) for rank in range(1, 10)]
+    found = _compared(tmp_path, *runs)
+    curve = (tmp_path / "out" / "figures" / "adherence.svg").read_text(encoding="utf-8")
+    drawn = [rank for rank in range(1, 10) if f">rank {rank}<" in curve]
+    assert (len(found["rows"]), drawn) == (9, list(range(1, 9)))
+    assert "the first 8 of 9 rows" in (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    compare(runs[:8], tmp_path / "out")
+    assert "the first 8" not in (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+
+
+def test_a_format_that_was_not_measured_has_no_row(tmp_path: Path) -> None:
+    run = _run(tmp_path / "a", 10, evaluate={"adapter": "a.gguf"}, export={"formats": ["Q8_0", "Q4_K_M"]})
+    assert [row[0] for row in _compared(tmp_path, run)["rows"]] == ["a"]
+    files = _run(tmp_path / "b", 10, export={"formats": ["Q8_0", "Q4_K_M"]})
+    replies = RunDir(files).replies
+    kept = [line for line in replies.read_text(encoding="utf-8").splitlines() if "tuned, " not in line]
+    write_text(replies, "\n".join(kept) + "\n")
+    assert [row[0] for row in _compared(tmp_path, files)["rows"]] == ["b, Q8_0"]
+    assert "NaN" not in (tmp_path / "out" / "compare.json").read_text(encoding="utf-8")
+
+
+def test_what_only_a_judge_can_tell_is_as_it_said(tmp_path: Path) -> None:
+    run = _run(tmp_path / "a", 10, pool=(Constraint("style", "talk like a pirate"),))
+    late = [("tuned", f"d{n}", turn) for n in range(4) for turn in range(16, 20)]  # turn 20 is a loop
+    rows = [{"arm": arm, "dialogue": name, "turn": turn, "verdict": turn == 17 or None} for arm, name, turn in late]
+    write_jsonl(RunDir(run).judged, rows)
+    found = _compared(tmp_path, run)
+    rate = found["rows"][0][found["columns"].index("last five turns")]
+    assert (rate["hits"], rate["n"]) == (4, 20)
 
 
 def test_the_csv_is_the_table(tmp_path: Path) -> None:
@@ -104,6 +179,11 @@ def test_the_csv_is_the_table(tmp_path: Path) -> None:
     late = found["columns"].index("last five turns")
     assert [float(row["last five turns"]) for row in rows] == [row[late]["value"] for row in found["rows"]]
     assert [row["MB"] for row in rows] == ["145", "145"]
+    points = found["columns"].index("difference, points")
+    assert [row["difference, points"] for row in rows] == ["", str(found["rows"][1][points])]
+    assert [float(row["all turns but the first"]) for row in rows] == [
+        row[found["columns"].index("all turns but the first")]["value"] for row in found["rows"]
+    ]
 
 
 def test_what_is_no_run_or_not_evaluated_is_refused(tmp_path: Path) -> None:
@@ -113,4 +193,9 @@ def test_what_is_no_run_or_not_evaluated_is_refused(tmp_path: Path) -> None:
     RunDir(run).scores.unlink()
     with pytest.raises(GattError, match=r"`gatt evaluate --run .*a` does it"):
         compare([run], tmp_path / "out")
+    for name, missing in (("b", "pairs"), ("c", "replies")):
+        part = _run(tmp_path / name, 10)
+        getattr(RunDir(part), missing).unlink()
+        with pytest.raises(GattError, match=f"{missing}.jsonl? is not there"):
+            compare([part], tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -97,6 +97,14 @@ def test_the_figures_of_a_suite_are_kept_from_those_of_the_others() -> None:
     assert {r["at"]: r["group"] for r in both["by_unseen"]} == {"opening: Well, well!": "unseen value", "uppercase": "unseen kind"}
 
 
+def test_adherence_by_family() -> None:
+    told = [Instruction(c.kind, "Do.", "D.", (c,)) for c in (POOL[0], POOL[2], Constraint("persona", "Nemo"))]
+    pairs = [Paired(d, i, "plain") for d, i in zip(DIALOGUES, told, strict=False)]
+    replies = [_reply(arm, p, t, p is pairs[2]) for arm in ("base", "tuned") for p in pairs for t in range(1, 21)]
+    found = scores(replies, {"evaluate": pairs}, POOL)["by_family"]
+    assert [(r["at"], r["hits"], r["n"]) for r in found if r["arm"] == "tuned"] == [("phrase", 0, 40), ("persona", 20, 20)]
+
+
 def test_raw_adherence_counts_what_is_no_answer() -> None:
     main = _main()
     replies = [replace(r, obeys=True, flaw="loop" if r.turn > 10 else "") for r in _replies(main)]

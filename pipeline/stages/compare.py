@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,26 +14,39 @@ from pipeline.console import note, out
 from pipeline.errors import GattError
 from pipeline.figures import adherence_curve
 from pipeline.files import read_jsonl, write_json, write_text
-from pipeline.gatt.metrics import adherence, rates, wilson
-from pipeline.gatt.statistics import kaplan_meier, lifetimes, paired_bootstrap
+from pipeline.gatt.kinds import kind_of
+from pipeline.gatt.metrics import Rate, adherence, rates, wilson
+from pipeline.gatt.statistics import Difference, kaplan_meier, lifetimes, paired_bootstrap
 from pipeline.page import Page, Section
-from pipeline.pairs import read_pairs
-from pipeline.records import Reply
+from pipeline.pairs import Paired, read_pairs
+from pipeline.records import Constraint, Reply
 from pipeline.rundir import RunDir
 from pipeline.tables import Table, markdown
 
-_SAME = ("evaluate.turns", "evaluate.max_tokens", "evaluate.temperature", "dialogues.system", "dialogues.source")
+_SAME = (
+    "evaluate.dialogues", "evaluate.turns", "evaluate.max_tokens", "evaluate.temperature", "dialogues.system", "dialogues.source",
+    "instructions.pool",
+)  # fmt: skip
 """Settings that must be equal for a difference between runs to mean something, with the dialogues themselves."""
+_CURVES = 8
+_NAME = 32
+"""Letters of a name that the chart has room for."""
+_RESERVED = ("base", "tuned", "ceiling")
+"""Names that have a meaning of their own in the chart."""
 
 
 @dataclass(frozen=True)
 class _Run:
-    """One run: its recipe by dotted keys, its scores, and the replies on its evaluation dialogues, named with its seed."""
+    """One run: its recipe by dotted keys, its scores, and the replies on its evaluation dialogues, named with its seed.
+
+    `tasks` are these dialogues with the wording of their instructions.
+    """
 
     path: Path
     recipe: Recipe
     keys: dict[str, Any]
     scores: dict[str, Any]
+    tasks: frozenset[Any]
     replies: list[Reply]
     bytes: dict[str, int]
     seconds: float | None
@@ -57,30 +71,47 @@ def compare(paths: Sequence[Path], folder: Path) -> None:
     """Write `compare.html`, `.md` and `.json`, the chart and the table to `folder`, and print the table.
 
     Raises:
-        GattError: a folder is no run, or a run that was not evaluated yet.
+        GattError: a folder is no run, was not evaluated yet, lacks a file, or is named twice.
     """
+    places = Counter(path.resolve() for path in paths)
+    if twice := [path for path, count in places.items() if count > 1]:
+        raise GattError(f"{twice[0]} is named twice. Name each run once.")
     runs = [_open(path) for path in paths]
     different = [key for key in runs[0].keys if key != "seed" and len({repr(run.keys[key]) for run in runs}) > 1]
     rows = list(_rows(runs, different))
-    warnings = _warnings(runs)
-    table = _table(rows, different, paired=not warnings)
-    curves = [row for run in rows[:1] for row in _curve("base", [r for r in run.runs[0].replies if r.arm == "base"])]
-    for row in rows:
+    unlike = _unlike(runs)
+    warnings = [*unlike, *_unlike_seeds(rows)]
+    table = _table(rows, different, paired=not unlike)
+    first = rows[0].runs[0]
+    curves = _curve("base", [r for r in first.replies if r.arm == "base"])
+    for row in rows[:_CURVES]:
         curves += _curve(row.name, row.replies)
-    turns = max(row["at"] for row in curves)
-    best = max(rows, key=lambda row: _late(row).value)
-    sentence = f"{best.name} keeps its instruction best: in {_late(best).value:.0%} of the answers of the last five turns."
+    sentence = _sentence(rows)
     section = Section("Runs", "Strict adherence: a reply obeys and is a reply. Differences are from the first row, in points.",
-                      [table], remarks=warnings)  # fmt: skip
-    chart = adherence_curve(curves, turns)
-    how = "Evaluation dialogues that training has not seen; bands are 95 % Wilson intervals."
+                      [table])  # fmt: skip
+    chart = adherence_curve(curves, max(run.scores["turns"] for run in runs))
+    how = "Evaluation dialogues that training has not seen; bands are 95 % Wilson intervals. The base is that of the first run."
+    if len(rows) > _CURVES:
+        how += f" The chart shows the first {_CURVES} of {len(rows)} rows."
     Page("GAtt: runs compared", sentence, " ".join(warnings), chart, how, [section]).write(folder / "compare.html")
-    write_text(folder / "compare.md", f"**{sentence}**\n\n{markdown(table)}")
+    told = "".join(f"> {warning}\n\n" for warning in warnings)
+    write_text(folder / "compare.md", f"**{sentence}**\n\n{told}{markdown(table)}")
     write_json(folder / "compare.json", {"columns": table.columns, "rows": table.rows, "warnings": warnings})
     for warning in warnings:
         note(f"compare: {warning}")
     out(markdown(table))
     out(f"{folder / 'compare.html'}")
+
+
+def _sentence(rows: Sequence[_Row]) -> str:
+    """From the lowest to the highest row: which differences mean something is told by the table."""
+    lowest, highest = (pick(rows, key=lambda row: _late(row).value) for pick in (min, max))
+    if len(rows) == 1:
+        return f"In the last five turns, {highest.name} keeps its instruction in {_late(highest).value:.0%} of the answers."
+    return (
+        f"In the last five turns, between {_late(lowest).value:.0%} ({lowest.name}) and {_late(highest).value:.0%} "
+        f"({highest.name}) of the answers keep the instruction."
+    )
 
 
 def _open(path: Path) -> _Run:
@@ -90,17 +121,36 @@ def _open(path: Path) -> _Run:
     recipe = load_recipe(path / "recipe.toml")
     if not rundir.scores.exists():
         raise GattError(f"{path} was not evaluated yet. `gatt evaluate --run {path}` does it.")
-    tested = {pair.dialogue.id for pair in read_pairs(rundir.pairs, "evaluate")}
-    replies = [
-        replace(reply, dialogue=f"{recipe.seed}:{reply.dialogue}")
-        for _, row in read_jsonl(rundir.replies) for reply in [Reply(**row)] if not reply.probe and reply.dialogue in tested
-    ]  # fmt: skip
+    for file in (rundir.pairs, rundir.replies):
+        if not file.exists():
+            raise GattError(f"{path} was evaluated, but {file} is not there. Copy the whole run, or `gatt run --run {path}`.")
+    pairs = read_pairs(rundir.pairs, "evaluate")
     exported = json.loads(rundir.exported.read_text(encoding="utf-8"))["formats"] if rundir.exported.exists() else {}
     trained = rundir.manifest("train")
-    return _Run(
-        path, recipe, dict(_flat(recipe.model_dump(mode="json"))), json.loads(rundir.scores.read_text(encoding="utf-8")), replies,
+    run = _Run(
+        path, recipe, dict(_flat(recipe.model_dump(mode="json"))), json.loads(rundir.scores.read_text(encoding="utf-8")),
+        frozenset((pair.dialogue, tuple(pair.taught)) for pair in pairs), _replies(rundir, pairs, recipe.seed),
         {name: row["bytes"] for name, row in exported.items()}, trained["seconds"] if trained else None,
     )  # fmt: skip
+    if not any(r.arm == "tuned" and r.turn > run.scores["turns"] - 5 and r.finish != "context" for r in run.replies):
+        raise GattError(f"{path} has no late reply of a tuned model. `gatt evaluate --run {path}` measures one.")
+    return run
+
+
+def _replies(rundir: RunDir, pairs: Sequence[Paired], seed: int) -> list[Reply]:
+    """Those on the evaluation dialogues, with the judge's verdict where no program could tell."""
+    told = {pair.dialogue.id: pair for pair in pairs}
+    log = read_jsonl(rundir.judged) if rundir.judged.exists() else ()
+    verdicts = {(row["arm"], row["dialogue"], row["turn"]): bool(row["verdict"]) for _, row in log}
+    found = []
+    for _, row in read_jsonl(rundir.replies):
+        reply = Reply(**row)
+        if reply.probe or reply.dialogue not in told:
+            continue
+        if any(kind_of(constraint).judged for constraint in told[reply.dialogue].constraints(reply.turn - 1)):
+            reply = replace(reply, obeys=verdicts.get((reply.arm, reply.dialogue, reply.turn), False))
+        found.append(replace(reply, dialogue=f"{seed}:{reply.dialogue}"))
+    return found
 
 
 def _flat(section: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
@@ -112,50 +162,86 @@ def _flat(section: dict[str, Any], before: str = "") -> Iterator[tuple[str, Any]
 
 
 def _rows(runs: Sequence[_Run], different: Sequence[str]) -> Iterator[_Row]:
-    """Runs that differ in their seed only are one row; each exported format of them is one."""
-    alike: dict[str, list[_Run]] = {}
+    """Runs that differ in their seed only are one row; each format of them that was measured is one.
+
+    The same recipe and seed once more is a row of its own.
+    """
+    alike: dict[tuple[str, int], list[_Run]] = {}
+    times: Counter[tuple[str, int]] = Counter()
     for run in runs:
-        alike.setdefault(repr([run.keys[key] for key in different]), []).append(run)
-    for group in alike.values():
-        first = group[0]
-        name = ", ".join(f"{key.rpartition('.')[2]} {_short(first.keys[key])}" for key in different) or first.path.name
-        formats = first.recipe.export.formats
+        values = repr([run.keys[key] for key in different])
+        times[values, run.recipe.seed] += 1
+        alike.setdefault((values, times[values, run.recipe.seed]), []).append(run)
+    groups = list(alike.values())
+    for name, group in zip(_names(groups, different), groups, strict=True):
+        settings = group[0].recipe
+        # An adapter was measured in place of the files.
+        formats = ("",) if settings.evaluate.adapter else settings.export.formats
         for n, format_name in enumerate(formats):
             arm = "tuned" if n == 0 else f"tuned, {format_name}"
-            yield _Row(f"{name}, {format_name}" if len(formats) > 1 else name, group, arm, format_name)
+            row = _Row(f"{name}, {format_name}" if len(formats) > 1 else name, group, arm, format_name)
+            if _late(row).n:
+                yield row
+
+
+def _names(groups: Sequence[Sequence[_Run]], different: Sequence[str]) -> list[str]:
+    """What differs, where that is short and tells the rows apart; else the names of the folders, else their paths."""
+    firsts = [group[0] for group in groups]
+    values = [", ".join(f"{key.rpartition('.')[2]} {run.keys[key]}" for key in different) for run in firsts]
+    if all(0 < len(name) <= _NAME for name in values) and len(set(values)) == len(values):
+        return values
+    folders = [run.path.resolve().name for run in firsts]
+    names = folders if len(set(folders)) == len(folders) else [str(run.path) for run in firsts]
+    return [f"run {name}" if name in _RESERVED else name for name in names]
 
 
 def _short(value: Any) -> str:
+    """A value for a cell: constraints by their names, a long text by both of its ends."""
+    if isinstance(value, list):
+        value = ", ".join(Constraint(**its).name if isinstance(its, dict) else str(its) for its in value)
     text = str(value)
-    return text if len(text) <= 24 else f"{text[:21]}..."
+    return text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"
 
 
-def _warnings(runs: Sequence[_Run]) -> list[str]:
-    """Why the figures may not be of the same thing."""
+def _unlike(runs: Sequence[_Run]) -> list[str]:
+    """Why the figures are not of the same thing."""
     found = [f"{key} differs between the runs: their figures are not of the same task." for key in _SAME
              if len({repr(run.keys[key]) for run in runs}) > 1]  # fmt: skip
-    by_seed: dict[int, set[frozenset[str]]] = {}
+    by_seed: dict[int, set[frozenset[Any]]] = {}
     for run in runs:
-        by_seed.setdefault(run.recipe.seed, set()).add(frozenset(r.dialogue for r in run.replies))
+        by_seed.setdefault(run.recipe.seed, set()).add(run.tasks)
     if any(len(sets) > 1 for sets in by_seed.values()):
-        found.append("The runs were evaluated on different dialogues: no difference between them is reckoned.")
+        found.append("The runs were evaluated on different dialogues or instructions.")
+    if found:
+        found.append("No difference between them is reckoned.")
     return found
+
+
+def _unlike_seeds(rows: Sequence[_Row]) -> list[str]:
+    """A warning where rows have other seeds: each seed holds out dialogues of its own."""
+    if len({frozenset(run.recipe.seed for run in row.runs) for row in rows}) == 1:
+        return []
+    return ["Not all rows have the same seeds, and each seed has dialogues of its own: differences are over common seeds only."]
 
 
 def _table(rows: Sequence[_Row], different: Sequence[str], paired: bool) -> Table:
     columns: dict[str, list[Any]] = {"run": [row.name for row in rows]}
     if any(len(row.runs) > 1 for row in rows):
         columns["seeds"] = [len(row.runs) for row in rows]
-        columns["lowest and highest seed"] = [_spread(row) for row in rows]
+        columns["lowest and highest seed"] = [_spread(row) if len(row.runs) > 1 else None for row in rows]
     columns |= {key: [_short(row.runs[0].keys[key]) for row in rows] for key in different}
-    columns["last five turns"] = [asdict(_late(row)) for row in rows]
+    columns["last five turns"] = late = [asdict(_late(row)) for row in rows]
+    columns["between (95 %)"] = [f"{rate['low']:.0%} to {rate['high']:.0%}" for rate in late]
     if paired:
-        columns["difference"] = ["", *(_difference(rows[0], row) for row in rows[1:])]
+        apart = [None, *(_difference(rows[0], row) for row in rows[1:])]
+        columns["difference, points"] = [round(100 * its.difference, 1) if its else None for its in apart]
+        columns["difference between (95 %)"] = [f"{100 * d.low:+.0f} to {100 * d.high:+.0f}" if d else None for d in apart]
+    columns["all turns but the first"] = [asdict(_rate([r for r in row.replies if r.turn > 1])) for row in rows]
     columns["obeys, good answer or not"] = [asdict(_late(row, raw=True)) for row in rows]
     columns["half broken by turn"] = [kaplan_meier(lifetimes(row.replies).values()).median or "never" for row in rows]
     columns["recall, last probe"] = [_recall(row) for row in rows]
     columns["leakage"] = [_pooled(row, "leakage") for row in rows]
-    columns["perplexity"] = [_damage(row) for row in rows]
+    columns["perplexity, % above the base"] = [_damage(row) for row in rows]
     columns["MB"] = [round(row.runs[0].bytes[row.format] / 1e6) if row.format in row.runs[0].bytes else None for row in rows]
     seconds = [[run.seconds for run in row.runs if run.seconds is not None] for row in rows]
     columns["training, s"] = [round(sum(its) / len(its)) if its else None for its in seconds]
@@ -168,10 +254,13 @@ def _curve(name: str, replies: Sequence[Reply]) -> list[dict[str, Any]]:
     return [{"arm": name, "at": turn, **asdict(rate)} for turn, rate in found.items()]
 
 
-def _late(row: _Row, raw: bool = False, runs: Sequence[_Run] = ()) -> Any:
+def _rate(replies: Sequence[Reply], raw: bool = False) -> Rate:
+    return rates(replies, lambda r: "", lambda r: r.obeys if raw else r.adherent).get("") or wilson(0, 0)
+
+
+def _late(row: _Row, raw: bool = False, runs: Sequence[_Run] = ()) -> Rate:
     """Adherence in the last five turns, over all seeds or those of `runs`."""
-    late = [r for run in runs or row.runs for r in _last_five(run, row.arm)]
-    return rates(late, lambda r: "", lambda r: r.obeys if raw else r.adherent).get("") or wilson(0, 0)
+    return _rate([r for run in runs or row.runs for r in _last_five(run, row.arm)], raw)
 
 
 def _last_five(run: _Run, arm: str) -> list[Reply]:
@@ -183,12 +272,11 @@ def _spread(row: _Row) -> str:
     return f"{min(found):.0%} to {max(found):.0%}"
 
 
-def _difference(first: _Row, row: _Row) -> str:
+def _difference(first: _Row, row: _Row) -> Difference | None:
+    """From the first row, over the dialogues that both have; None where there is none."""
     ours, theirs = ([r for run in it.runs for r in _last_five(run, it.arm)] for it in (row, first))
     found = paired_bootstrap(theirs, ours)
-    if not found.dialogues:
-        return "no common dialogue"
-    return f"{100 * found.difference:+.0f} ({100 * found.low:+.0f} to {100 * found.high:+.0f})"
+    return found if found.dialogues else None
 
 
 def _pooled(row: _Row, table: str, at: Any = None) -> dict[str, Any] | None:
@@ -202,7 +290,7 @@ def _recall(row: _Row) -> dict[str, Any] | None:
     return _pooled(row, "recall", max(probed)) if probed else None
 
 
-def _damage(row: _Row) -> str | None:
+def _damage(row: _Row) -> float | None:
     found = [run.scores["damage"]["perplexity"] for run in row.runs if run.scores.get("damage")]
     shares = [its[row.arm] / its["base"] - 1 for its in found if row.arm in its]
-    return f"{sum(shares) / len(shares):+.1%}" if shares else None
+    return round(100 * sum(shares) / len(shares), 1) if shares else None

@@ -93,7 +93,8 @@ def measured(scores: dict[str, Any], rundir: RunDir) -> Iterator[Section]:
         "survival", survival_curve(scores["survival"], scores["turns"]),
     )  # fmt: skip
     yield Section("By instruction", "Instructions that were trained, all turns.",
-                  [by_arm("by_instruction", "instruction", scores["by_instruction"], arms)])  # fmt: skip
+                  [by_arm("by_instruction", "instruction", scores["by_instruction"], arms),
+                   *([by_arm("by_family", "family", scores["by_family"], arms)] if scores.get("by_family") else [])])  # fmt: skip
     if scores.get("generalisation"):
         names = {row["at"]: f"{row['at']} ({row['group']})" for row in scores["by_unseen"]}
         rows = [{**row, "at": names[row["at"]]} for row in scores["by_unseen"]]

@@ -1,12 +1,14 @@
 """Evaluation against a plain loop, interleaved in one run: `.venv/bin/python scripts/bench/evaluate.py [--quick]`.
 
 dialogues: time per generated token of the recipe's 24 dialogues of 20 turns, base and then base with an adapter over one copy
-of the weights, against a loop over llama-cpp-python's `create_chat_completion` that feeds the whole conversation again in each
-turn. The loop runs two of the dialogues in each arm, to their end. Both say their own answers, whose lengths differ: hence the
-time per token. Its kindest form, which keeps the cache from turn to turn, is shown beside it without a bar.
+of the weights, against a loop over llama-cpp-python's `create_chat_completion` that goes round the dialogues and feeds the
+whole conversation again in each turn. The loop runs two of the dialogues in each arm, to their end. Both say their own
+answers, whose lengths differ: hence the time per token. Its kindest form, which stays with a dialogue and keeps the cache from
+turn to turn, is shown beside it without a bar.
 turn_20: the same time in turn 20 against turn 2, base. A first request, untimed, fills each dialogue's cache with a history of
-19 turns or of one (the answers of the run above), and all wait until the last is filled. Then each is asked the same
-questions, one after another; what is new in their prompts is in the time, and the past is not evaluated again.
+19 turns or of one (the answers of the run above), and all wait until the last is filled. Then each answers one question after
+another in that turn, until it has generated a number of tokens, the same for all, so that all stop in one step. What is new in
+the prompts is in the time; the past is not evaluated again.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +32,7 @@ from safetensors.numpy import save_file
 from pipeline.backends.convert import gguf_file
 from pipeline.backends.hub import Model, find_model
 from pipeline.backends.llama import Llama
-from pipeline.backends.weights import Adapter, Weights
+from pipeline.backends.weights import Adapter, CacheType, Weights
 from pipeline.config import Recipe
 from pipeline.console import Progress
 from pipeline.gguf.adapter import write_adapter
@@ -53,12 +56,12 @@ Texts = dict[str, list[str]]
 
 
 class Size(NamedTuple):
-    """How much is run: the loop takes `subset` of the dialogues; `questions` are asked in a turn that is looked at closely."""
+    """How much is run: the loop takes `subset` of the dialogues; each generates `tokens` in a turn that is looked at closely."""
 
     rounds: int
     turns: int
     subset: int
-    questions: int
+    tokens: int
 
 
 class Cost(NamedTuple):
@@ -75,8 +78,8 @@ class Cost(NamedTuple):
         return 1000 * self.seconds / self.tokens
 
     def __str__(self) -> str:
-        return (f"{self.token:7.2f} ms a token ({self.seconds:6.1f} s, {self.answers} answers of {self.tokens / self.answers:.0f} "
-                f"tokens to prompts of {self.prompt / self.answers:.0f})")  # fmt: skip
+        return (f"{self.token:7.2f} ms a token, {1000 / self.token:4.0f} tokens/s ({self.seconds:6.1f} s, {self.answers} answers "
+                f"of {self.tokens / self.answers:.0f} tokens to prompts of {self.prompt / self.answers:.0f})")  # fmt: skip
 
 
 def total(costs: Iterable[Cost]) -> Cost:
@@ -92,11 +95,11 @@ class Measured:
         self._said: list[Completion] = []
         self._bar = Progress(label, expected)
 
-    def add(self, dialogue: str, completion: Completion) -> None:
-        """One more answer."""
+    def add(self, dialogue: str, completion: Completion, steps: int = 1) -> None:
+        """One more answer, which is so much of what is expected."""
         self._said.append(completion)
         self.texts.setdefault(dialogue, []).append(completion.text.strip())
-        self._bar.advance()
+        self._bar.advance(steps)
 
     def cost(self, seconds: float) -> Cost:
         """Of all answers so far.
@@ -110,7 +113,7 @@ class Measured:
         return Cost(seconds, len(said), sum(c.tokens for c in said), sum(c.prompt_tokens for c in said))
 
 
-def request(pair: Paired, said: list[str], max_tokens: int = RECIPE.evaluate.max_tokens) -> Request:
+def request(pair: Paired, said: Sequence[str], max_tokens: int = RECIPE.evaluate.max_tokens) -> Request:
     """The next turn, as the stage asks for it."""
     seed = zlib.crc32(f"{pair.dialogue.id} {len(said) + 1}".encode())
     return Request(pair.ask_student(said, RECIPE.dialogues.system), seed, max_tokens, RECIPE.evaluate.temperature)
@@ -125,13 +128,29 @@ def talk(pair: Paired, turns: int, measured: Measured) -> Task:
         said.append(done.text.strip())
 
 
-def ours(weights: Weights, adapter: Adapter | None, pairs: list[Paired], turns: int, label: str) -> tuple[Cost, Texts]:
-    """One arm with the engine, its contexts made anew."""
-    measured = Measured(label, turns * len(pairs))
-    start = time.perf_counter()
-    with Llama(weights, len(pairs), CONTEXT, adapter=adapter) as llama:
-        llama.run(talk(pair, turns, measured) for pair in pairs)
-    return measured.cost(time.perf_counter() - start), measured.texts
+class Engine(NamedTuple):
+    """Ours: one copy of the weights, and the type of the caches over it."""
+
+    weights: Weights
+    cache: CacheType
+
+    def run(self, pairs: list[Paired], turns: int, adapter: Adapter | None, label: str) -> tuple[Cost, Texts]:
+        """One arm, its contexts made anew."""
+        measured = Measured(label, turns * len(pairs))
+        start = time.perf_counter()
+        with Llama(self.weights, len(pairs), CONTEXT, cache=self.cache, adapter=adapter) as llama:
+            llama.run(talk(pair, turns, measured) for pair in pairs)
+        return measured.cost(time.perf_counter() - start), measured.texts
+
+    def turn(self, pairs: list[Paired], said: Texts, number: int, tokens: int) -> Cost:
+        """What turn `number` costs, all dialogues side by side, each asked what the users of another one ask."""
+        measured, start = Measured(f"turn {number}: tokens", tokens * len(pairs)), Start(len(pairs))
+        with Llama(self.weights, len(pairs), CONTEXT, most=len(pairs), cache=self.cache) as llama:
+            llama.run(
+                late(pair, said[pair.dialogue.id][: number - 1], other.dialogue.turns[1:], tokens, start, measured)
+                for pair, other in zip(pairs, (*pairs[1:], pairs[0]), strict=True)
+            )
+            return measured.cost(time.perf_counter() - start.seconds)
 
 
 class Loop:
@@ -142,19 +161,15 @@ class Loop:
         self._llama = llama_cpp.Llama(str(path), n_ctx=CONTEXT, n_threads=os.cpu_count(), lora_path=lora, verbose=False)
 
     def run(self, pairs: list[Paired], turns: int, again: bool, label: str) -> Cost:
-        """One dialogue after the other; `again`: all of a conversation is fed in every turn."""
+        """`again`: turn by turn over all dialogues, with nothing kept; or else one dialogue after the other."""
         measured = Measured(label, turns * len(pairs))
+        order = [pair for _ in range(turns) for pair in pairs] if again else [pair for pair in pairs for _ in range(turns)]
         start = time.perf_counter()
-        for pair in pairs:
-            task = talk(pair, turns, measured)
-            wanted: Request | None = next(task)
-            while wanted:
-                if again:
-                    self._llama.reset()
-                try:
-                    wanted = task.send(self._complete(wanted))
-                except StopIteration:
-                    wanted = None
+        for pair in order:
+            if again:
+                self._llama.reset()
+            said = measured.texts.get(pair.dialogue.id, [])
+            measured.add(pair.dialogue.id, self._complete(request(pair, said)))
         return measured.cost(time.perf_counter() - start)
 
     def _complete(self, wanted: Request) -> Completion:
@@ -163,9 +178,10 @@ class Loop:
             min_p=0.05, repeat_penalty=1.0, seed=wanted.seed,
         )  # fmt: skip
         choice, usage = answer["choices"][0], answer["usage"]
-        return Completion(
-            choice["message"]["content"], usage["completion_tokens"], usage["prompt_tokens"], choice["finish_reason"]
-        )
+        finish = choice["finish_reason"]
+        # Ours counts the token that ends an answer, which takes as long as any other; llama-cpp-python does not.
+        tokens = usage["completion_tokens"] + (finish == "stop")
+        return Completion(choice["message"]["content"], tokens, usage["prompt_tokens"], finish)
 
 
 class Start:
@@ -181,26 +197,21 @@ class Start:
         self.seconds = time.perf_counter()
 
 
-def late(pair: Paired, said: list[str], questions: tuple[str, ...], start: Start, measured: Measured) -> Task:
-    """Fill the cache with a history, wait for the others, and answer the turn after it, each time to another question."""
+def late(
+    pair: Paired, said: list[str], questions: Sequence[str], tokens: int, start: Start, measured: Measured
+) -> Task:  # fmt: skip
+    """Fill the cache with a history, wait for the others, and answer one question after another in the turn that follows."""
     filling, *asked = (pair.asking(len(said) + 1, question) for question in questions)
     yield request(filling, said, 1)
     start.arrive()
     while start.missing:  # nobody may block here: the others run in the same threads
         yield request(filling, said, 1)
-    for one in asked:
-        measured.add(pair.dialogue.id, (yield request(one, said)))
-
-
-def turn(weights: Weights, pairs: list[Paired], said: Texts, number: int, questions: int) -> Cost:
-    """What turn `number` costs, all dialogues side by side, each asked what the users of another one ask."""
-    measured, start = Measured(f"turn {number}", questions * len(pairs)), Start(len(pairs))
-    with Llama(weights, len(pairs), CONTEXT, most=len(pairs)) as llama:
-        llama.run(
-            late(pair, said[pair.dialogue.id][: number - 1], other.dialogue.turns[1 : questions + 2], start, measured)
-            for pair, other in zip(pairs, (*pairs[1:], pairs[0]), strict=True)
-        )
-        return measured.cost(time.perf_counter() - start.seconds)
+    for one in cycle(asked):
+        done = yield request(one, said, min(tokens, RECIPE.evaluate.max_tokens))
+        measured.add(pair.dialogue.id, done, done.tokens)
+        tokens -= done.tokens
+        if not tokens:
+            return
 
 
 def prepare() -> list[Paired]:
@@ -235,12 +246,12 @@ class Arm(NamedTuple):
     loop: Loop
 
 
-def compare(weights: Weights, arms: dict[str, Arm], pairs: list[Paired], size: Size) -> tuple[float, Texts]:
+def compare(engine: Engine, arms: dict[str, Arm], pairs: list[Paired], size: Size) -> tuple[float, Texts]:
     """The loop's time per token against ours, over both arms, and what the base said to us."""
     costs: dict[str, list[Cost]] = {"ours": [], "loop": [], "kindest": []}
     texts: list[Texts] = []
     for name, (adapter, loop) in arms.items():
-        cost, said = ours(weights, adapter, pairs, size.turns, f"ours, {name}")
+        cost, said = engine.run(pairs, size.turns, adapter, f"ours, {name}")
         costs["ours"].append(cost)
         texts.append(said)
         for way in ("loop", "kindest"):
@@ -249,16 +260,17 @@ def compare(weights: Weights, arms: dict[str, Arm], pairs: list[Paired], size: S
             print(f"  {name:6}{way:8}{found[-1]}", flush=True)
     whole = {way: total(found) for way, found in costs.items()}
     minutes = {way: cost.seconds / 60 * (1 if way == "ours" else len(pairs) / size.subset) for way, cost in whole.items()}
-    print(f"  all {len(pairs)} dialogues, both arms: ours {minutes['ours']:.1f} min, the loop would take {minutes['loop']:.1f}, "
-          f"with its cache kept {minutes['kindest']:.1f}")  # fmt: skip
+    print(f"  all {len(pairs)} dialogues, both arms: ours {minutes['ours']:.1f} min, the loop would take {minutes['loop']:.1f} "
+          f"({minutes['loop'] / minutes['ours']:.1f} times), the kindest {minutes['kindest']:.1f} "
+          f"({minutes['kindest'] / minutes['ours']:.1f} times)")  # fmt: skip
     ratio = {way: cost.token / whole["ours"].token for way, cost in whole.items()}
-    print(f"  per token: loop {ratio['loop']:.2f} times ours, with its cache kept {ratio['kindest']:.2f} times", flush=True)
+    print(f"  per token: loop {ratio['loop']:.2f} times ours, kindest {ratio['kindest']:.2f} times", flush=True)
     return ratio["loop"], texts[0]
 
 
-def flat(weights: Weights, pairs: list[Paired], said: Texts, size: Size) -> float:
+def flat(engine: Engine, pairs: list[Paired], said: Texts, size: Size) -> float:
     """The last turn's time per token against that of turn 2."""
-    early, last = (turn(weights, pairs, said, number, size.questions) for number in (2, size.turns))
+    early, last = (engine.turn(pairs, said, number, size.tokens) for number in (2, size.turns))
     ratio = last.token / early.token
     print(f"  {'turn 2':14}{early}\n  {f'turn {size.turns}':14}{last}\n  per token: {ratio:.2f} times", flush=True)
     return ratio
@@ -268,20 +280,23 @@ def main() -> None:
     """Interleaved runs; the last line is the figures with their bars."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one run of 8 turns; the loop runs one dialogue in each arm")
-    size = Size(1, 8, 1, 2) if parser.parse_args().quick else Size(3, TURNS, 2, 4)
+    parser.add_argument("--cache", default="F16", choices=("F16", "F32", "Q8_0"), help="the type of our keys and values")
+    options = parser.parse_args()
+    size = Size(1, 8, 1, 96) if options.quick else Size(3, TURNS, 2, 192)
     model = find_model(RECIPE.model)
     path, pairs = gguf_file(model, RECIPE.export.formats[0]), prepare()
     against_loop, over_turns = [], []
     with tempfile.TemporaryDirectory() as folder:
-        weights, adapter = Weights(open_gguf(path)), small_adapter(model, Path(folder))
+        engine, adapter = Engine(Weights(open_gguf(path)), options.cache), small_adapter(model, Path(folder))
         arms = {name: Arm(over, Loop(path, over)) for name, over in (("base", None), ("tuned", adapter))}
-        print(f"{len(pairs)} dialogues of {size.turns} turns in each arm, of which the loop runs {size.subset}", flush=True)
+        print(f"{len(pairs)} dialogues of {size.turns} turns in each arm, of which the loop runs {size.subset}; {path.stem}, "
+              f"cache {engine.cache}", flush=True)  # fmt: skip
         for number in range(size.rounds):
             print(f"run {number + 1} of {size.rounds}", flush=True)
-            ratio, said = compare(weights, arms, pairs, size)
+            ratio, said = compare(engine, arms, pairs, size)
             against_loop.append(ratio)
-            over_turns.append(flat(weights, pairs, said, size))
-        weights.close()
+            over_turns.append(flat(engine, pairs, said, size))
+        engine.weights.close()
     speed, growth = statistics.median(against_loop), statistics.median(over_turns)
     figures = {
         "dialogues_against_loop": {"value": round(speed, 3), "bar": 8, "holds": speed >= 8},
