@@ -98,9 +98,25 @@ class Train(Section):
     """Weight in the loss of the words that the teacher said itself before an edit made them obey. All of the lesson is in the
     edited tokens (weight 1); the others are the model's own, and learning them wears it out."""
     rank: int = Field(default=32, ge=1)
-    """Rank of the adapter on all linear projections; alpha is the same."""
+    """Rank of the adapter."""
+    alpha: float = Field(default=0, ge=0)
+    """Strength of the adapter, which counts alpha / rank times; 0 is as large as the rank."""
+    rslora: bool = False
+    """Let it count alpha / sqrt(rank) times, which keeps large ranks learning (Kalajdzievski 2023)."""
+    dropout: float = Field(default=0, ge=0, lt=1)
+    """Share of the adapter's inputs that are dropped in training."""
+    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    )
+    """The projections that get an adapter."""
     learning_rate: float = Field(default=8e-4, gt=0)
-    """Peak, after a warm-up of a tenth of the steps; then a cosine."""
+    """Peak, after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """How it falls afterwards."""
+    warmup: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the steps in which it rises."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """Of AdamW."""
     steps: int = Field(default=50, ge=1)
     """Optimizer steps."""
     batch: int = Field(default=4, ge=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from pipeline.backends.convert import hugging_face_folder
 from pipeline.backends.hub import find_model
 from pipeline.backends.objective import IGNORED, label, learned_loss, padded
-from pipeline.backends.unsloth import Stop, load_tokenizer
+from pipeline.backends.unsloth import Stop, load_tokenizer, train
 from pipeline.config import Train
 from pipeline.records import Message
 
@@ -130,3 +131,14 @@ def test_the_first_signal_asks_to_stop_and_the_second_stops() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.slow
+def test_the_adapter_is_what_the_recipe_asks_for(tmp_path: Path) -> None:
+    settings = Train(rank=8, alpha=16, rslora=True, targets=("q_proj", "down_proj"), steps=1, schedule="linear", loss="distill")
+    folder = hugging_face_folder(find_model("smollm2-135m"))
+    example = label(load_tokenizer(folder), _CHAT, settings, _ASKED)
+    train(folder, [example] * 4, settings, 1, tmp_path / "checkpoints", tmp_path / "adapter", lambda step, loss: None)
+    made = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (made["r"], made["lora_alpha"], made["use_rslora"]) == (8, 16, True)
+    assert set(made["target_modules"]) == {"q_proj", "down_proj"}

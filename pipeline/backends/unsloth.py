@@ -20,7 +20,6 @@ from pipeline.config import Train
 from pipeline.errors import GattError
 from pipeline.files import whole_file
 
-_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 _COMPLETE = "complete"
 _PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
 
@@ -130,7 +129,8 @@ def train(
         str(folder), max_seq_length=settings.max_length, load_in_4bit=True, local_files_only=True
     )
     network = FastLanguageModel.get_peft_model(
-        network, r=settings.rank, lora_alpha=settings.rank, lora_dropout=0, target_modules=_TARGETS, random_state=seed,
+        network, r=settings.rank, lora_alpha=settings.alpha or settings.rank, lora_dropout=settings.dropout,
+        target_modules=list(settings.targets), random_state=seed, use_rslora=settings.rslora,
         use_gradient_checkpointing=False if not torch.cuda.is_available() else "unsloth",
     )  # fmt: skip
 
@@ -161,9 +161,9 @@ def train(
         model=network,
         args=transformers.TrainingArguments(
             output_dir=str(checkpoints), max_steps=settings.steps, per_device_train_batch_size=settings.batch,
-            learning_rate=settings.learning_rate, lr_scheduler_type="cosine", warmup_steps=max(1, settings.steps // 10),
-            weight_decay=0.01, seed=seed, data_seed=seed, logging_steps=1, save_steps=settings.save_steps,
-            save_total_limit=2, report_to="none", disable_tqdm=True, remove_unused_columns=False,
+            learning_rate=settings.learning_rate, lr_scheduler_type=settings.schedule, weight_decay=settings.weight_decay,
+            warmup_steps=max(1, int(settings.steps * settings.warmup)), seed=seed, data_seed=seed, logging_steps=1,
+            save_steps=settings.save_steps, save_total_limit=2, report_to="none", disable_tqdm=True, remove_unused_columns=False,
             train_sampling_strategy="sequential",
             bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(), dataloader_pin_memory=False,
         ),
