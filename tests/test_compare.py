@@ -186,6 +186,28 @@ def test_the_csv_is_the_table(tmp_path: Path) -> None:
     ]
 
 
+def test_other_further_suites_are_told_and_adherence_is_still_paired(tmp_path: Path) -> None:
+    found = _compared(tmp_path, _run(tmp_path / "a", 10), _run(tmp_path / "b", 18, evaluate={"more": 2}))
+    assert ["evaluate.more" in warning and "recall" in warning for warning in found["warnings"]] == [True]
+    assert "difference, points" in found["columns"]
+
+
+def test_warnings_do_not_contradict_each_other(tmp_path: Path) -> None:
+    runs = [_run(tmp_path / "a", 10), _run(tmp_path / "b", 18, 10, seed=2, evaluate={"max_tokens": 32}, train={"rank": 4})]
+    warnings = " ".join(_compared(tmp_path, *runs)["warnings"])
+    assert "No difference between them is reckoned" in warnings and "same seeds" in warnings
+    assert "common seeds only" not in warnings
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    run = _run(tmp_path / "a", 10)
+    write_text(tmp_path / "file", "kept")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(GattError, match=r"Cannot write in the folder .*Choose another with --out"):
+            compare([run], folder)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
+
+
 def test_what_is_no_run_or_not_evaluated_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GattError, match="is no run"):
         compare([tmp_path / "nothing"], tmp_path / "out")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.config import Evaluate, Recipe
+from pipeline.figures import adherence_curve, change_curve
 from pipeline.files import write_json, write_jsonl
 from pipeline.gatt.suites import suites
 from pipeline.pairs import read_pairs, read_sides
@@ -22,7 +23,8 @@ from pipeline.records import Constraint, Dialogue, Reply
 from pipeline.rundir import RunDir
 from pipeline.scoring import scores
 from pipeline.stages.instructions import written
-from pipeline.stages.report import run
+from pipeline.stages.report import headline, run
+from pipeline.tables import Table, key, markdown
 
 _POOL = (Constraint("opening", "Ahoy!"), Constraint("closing", "So it goes."), Constraint("persona", "Captain Nemo"))
 _NASTY = '<script>document.title = "broken"</script> & "שלום" ' + "x" * 400
@@ -46,15 +48,19 @@ def _replies(arm: str, pairs: list[Any], good: float) -> list[Reply]:
 
 def _run(folder: Path, full: bool) -> tuple[Recipe, RunDir]:
     """A finished run, its replies made up and its scores those of the replies."""
-    recipe, rundir = Recipe(evaluate=Evaluate(dialogues=4)), RunDir(folder)
+    rundir = RunDir(folder)
+    model = folder / "my-model.gguf"
+    model.write_bytes(b"GGUF")
+    recipe = Recipe(model=str(model), evaluate=Evaluate(dialogues=4))
     dialogues = [Dialogue(f"d{n}", "sea", tuple(f"What of {n}.{t}, <b>sir</b>?" for t in range(20))) for n in range(4)]
     made, further = suites(dialogues, _POOL, (Constraint("uppercase"), Constraint("opening", "Well, well!")), 10, 20)
     main = [(d, p) for d, (_, p) in zip(dialogues, further["change"], strict=True)]
     write_json(rundir.pairs, written(made, {"train": [], "evaluate": main}))
     write_json(rundir.suites, written(made, further))
     found = {"evaluate": read_pairs(rundir.pairs, "evaluate"), **(read_sides(rundir.suites) if full else {})}
-    replies = [r for arm, good in (("base", 0.2), ("tuned", 0.8), ("rival", 0.5)) for pairs in found.values()
-               for r in _replies(arm, pairs, good)]  # fmt: skip
+    rivals = ["rival"] if full else [f"rival {n}" for n in range(1, 6)]
+    shares = {"base": 0.2, "tuned": 0.8, **dict.fromkeys(rivals, 0.5)}
+    replies = [r for arm, good in shares.items() for pairs in found.values() for r in _replies(arm, pairs, good)]
     replies += _replies("ceiling", found["evaluate"], 0.9)
     write_jsonl(rundir.replies, replies)
     numbers = scores(replies, found, _POOL)
@@ -69,7 +75,8 @@ def _run(folder: Path, full: bool) -> tuple[Recipe, RunDir]:
         write_json(rundir.losses, [2.0, 1.5, 1.2])
     write_json(rundir.scores, numbers)
     write_jsonl(rundir.examples, [{"teacher": "itself"}])
-    write_json(rundir.acceptance, {"answers": [], "too_common": 0})
+    drawn = {"way": "edited", "drawn": 9, "accepted": 7, "words": 21, "rejected": {"loop": 2}, "example": f"Ahoy! {_NASTY}"}
+    write_json(rundir.acceptance, {"answers": [{"instruction": "opening: Ahoy!", **drawn}], "too_common": 0})
     formats = {"Q8_0": {"bytes": 145_000_000, "retained": {"attn_q": 0.85}, "kl_trained": 0.3}}
     write_json(rundir.exported, {"merge_onto": "16bit", "merges": {}, "formats": formats})
     rundir.tuned("Q8_0").write_bytes(b"GGUF")
@@ -82,16 +89,31 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     return _run(tmp_path_factory.mktemp("full"), True)[1]
 
 
-def test_it_opens_with_the_figure_that_the_recipe_named(full: RunDir, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """Without the further suites, but with many models."""
+    return _run(tmp_path_factory.mktemp("bare"), False)[1]
+
+
+def test_it_opens_with_the_figure_that_the_recipe_named(full: RunDir, bare: RunDir) -> None:
     assert "<h1>The tuned model still knows what it was told, asked in turn 20, in 0% of" in _page(full)
-    assert "<h1>In turns 16 to 20, the tuned model keeps" in _page(_run(tmp_path, False)[1])
+    assert "<h1>In turns 16 to 20, the tuned model keeps" in _page(bare)
+
+
+def test_a_figure_that_was_not_measured_is_not_told(bare: RunDir) -> None:
+    numbers = json.loads(bare.scores.read_text(encoding="utf-8"))
+    assert headline({**numbers, "primary": "recall"}).startswith(
+        "What the report was to open with (recall) was not measured. In turns 16 to 20"
+    )
+    nothing = [{"arm": arm, "at": "turns 1 to 2", "hits": 0, "n": 0, "value": float("nan")} for arm in ("base", "tuned")]
+    assert "keeps its instruction in an unknown share of the answers" in headline({"late": nothing})
 
 
 def _page(rundir: RunDir) -> str:
     return (rundir.report / "report.html").read_text(encoding="utf-8")
 
 
-def test_every_part_is_there_and_what_was_not_measured_is_left_out(full: RunDir, tmp_path: Path) -> None:
+def test_every_part_is_there_and_what_was_not_measured_is_left_out(full: RunDir, bare: RunDir) -> None:
     titles = re.findall("<h2>(.*?)</h2>", _page(full))
     always = ["Over several turns", "How long until the first broken answer", "By instruction", "Side by side", "Training data",
               "Export", "The run"]  # fmt: skip
@@ -99,7 +121,7 @@ def test_every_part_is_there_and_what_was_not_measured_is_left_out(full: RunDir,
         *always, "Recall", "Instructions that were not trained", "When the instruction changes", "Leakage and damage",
         "One question, one instruction", "The judge", "What the answers attend to", "Training",
     }  # fmt: skip
-    assert re.findall("<h2>(.*?)</h2>", _page(_run(tmp_path, False)[1])) == always
+    assert re.findall("<h2>(.*?)</h2>", _page(bare)) == always
     assert "its verdicts are not reliable" in _page(full)
     assert "keeps less than 90 % of the adapter&#39;s change in attn_q" in _page(full)
 
@@ -128,15 +150,45 @@ def test_figures_are_files_too(full: RunDir) -> None:
     for name in ("adherence", "survival", "change", "attention", "loss"):
         assert (full.report / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         picture = (full.report / "figures" / f"{name}.svg").read_text(encoding="utf-8")
-        assert picture.startswith("<svg") and "currentColor" not in picture
+        assert re.match(r'<svg [^>]*>\s*<rect [^>]*fill="#fff"', picture) and "currentColor" not in picture  # dark text on white
     curve = (full.report / "figures" / "adherence.svg").read_text(encoding="utf-8")
-    assert all(name in curve for name in ("GAtt-tuned", "base, told every turn", "rival"))
+    assert all(name in curve for name in ("GAtt-tuned", "base, told", "rival"))
+
+
+def test_curves_show_seven_models_and_tables_all(bare: RunDir) -> None:
+    for figure in ("adherence", "survival"):
+        curve = (bare.report / "figures" / f"{figure}.svg").read_text(encoding="utf-8")
+        assert [name in curve for name in ("base", "GAtt-tuned", "rival 1", "rival 4", "rival 5")] == [True] * 4 + [False]
+    assert "Curves show 7 of 8 models, tables all." in _page(bare)
+    with (bare.report / "tables" / "by_instruction.csv").open(encoding="utf-8") as file:
+        assert {"rival 5", "rival 5 hits", "ceiling"} <= next(csv.DictReader(file)).keys()
+
+
+def test_the_numbers_behind_curves_are_files(full: RunDir) -> None:
+    numbers = json.loads(full.scores.read_text(encoding="utf-8"))
+    found = {}
+    for name in ("survival_by_turn", "change_by_turn", "loss"):
+        with (full.report / "tables" / f"{name}.csv").open(encoding="utf-8") as file:
+            found[name] = list(csv.DictReader(file))
+    steps = [step["value"] for arm in numbers["survival"].values() for step in arm["steps"]]
+    assert [float(row["value"]) for row in found["survival_by_turn"]] == steps
+    new = [row["new"] for arm in numbers["change"].values() for row in arm["by_turn"]]
+    assert [float(row["new"]) for row in found["change_by_turn"]] == new
+    assert [(row["step"], row["loss"]) for row in found["loss"]] == [("1", "2.0"), ("2", "1.5"), ("3", "1.2")]
+
+
+def test_a_shared_report_does_not_tell_where_the_model_lies(full: RunDir, bare: RunDir) -> None:
+    for rundir in (full, bare):
+        for name in ("report.html", "report.md", "report.json"):
+            text = (rundir.report / name).read_text(encoding="utf-8")
+            assert "my-model.gguf" in text and str(rundir.path) not in text
 
 
 def test_the_markdown_has_the_tables_of_a_model_card(full: RunDir) -> None:
     text = (full.report / "report.md").read_text(encoding="utf-8")
     assert "| turn | base | tuned | rival | paper, without GAtt | paper, with GAtt |" in text
     assert "| tuned | 3.3 | +10.0% | 0.1 |" in text
+    assert "### The run" in text and "| teacher | itself |" in text
 
 
 def test_replies_are_shown_as_text(full: RunDir) -> None:
@@ -146,7 +198,7 @@ def test_replies_are_shown_as_text(full: RunDir) -> None:
     assert "What of 0.0, &lt;b&gt;sir&lt;/b&gt;?" in page
 
 
-def _open(page: str, folder: Path, script: str, width: int = 1100) -> str:
+def _open(page: str, folder: Path, script: str, *more: str) -> str:
     """What `script` has written into the title of the page in a browser that may ask nobody for anything."""
     listening = (
         "<script>window.problems = []; for (const name of ['error', 'securitypolicyviolation'])"
@@ -159,7 +211,7 @@ def _open(page: str, folder: Path, script: str, width: int = 1100) -> str:
     command = [
         _CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
         "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
-        f"--window-size={width},900", "--virtual-time-budget=2000", "--dump-dom", file.as_uri(),
+        "--window-size=1100,900", "--virtual-time-budget=2000", *more, "--dump-dom", file.as_uri(),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
@@ -172,7 +224,8 @@ def test_the_page_draws_its_charts_and_asks_nobody(full: RunDir, tmp_path: Path)
     script = (
         "const asked = performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length;"
         "document.title = JSON.stringify({problems, asked,"
-        "charts: [...document.querySelectorAll('svg')].map(s => s.getBoundingClientRect().height > 100)})"
+        "charts: [...document.querySelectorAll('svg')].filter(s => s.checkVisibility())"
+        ".map(s => s.getBoundingClientRect().height > 100)})"
     )
     found = json.loads(_open(_page(full), tmp_path, script))
     assert found == {"problems": [], "asked": 0, "charts": [True] * 5}
@@ -192,16 +245,99 @@ def test_a_click_sorts_a_table_by_its_numbers(full: RunDir, tmp_path: Path) -> N
 
 
 @browser
+def test_names_are_sorted_from_a_to_z_first(full: RunDir, tmp_path: Path) -> None:
+    script = (
+        "const t = document.querySelector('#single_by_kind'); t.querySelectorAll('th button')[0].click();"
+        "document.title = JSON.stringify([...t.tBodies[0].rows].map(r => r.cells[0].textContent))"
+    )
+    names = json.loads(_open(_page(full), tmp_path, script))
+    assert names == sorted(names) and len(names) > 20
+
+
+@browser
 def test_a_phone_shows_the_page_without_scrolling_sideways(full: RunDir, tmp_path: Path) -> None:
     # A window cannot be narrower than 500 pixels: the page is put into a frame of a phone's width.
     frame = "<title></title><body><iframe width=360 height=800></iframe></body>"
     inner = json.dumps(_page(full)).replace("</", "<\\/")
     script = (
         "const f = document.querySelector('iframe'); f.onload = () => { const d = f.contentDocument.documentElement;"
-        f"document.title = JSON.stringify([d.scrollWidth, d.scrollHeight]) }}; f.srcdoc = {inner}"
+        "const charts = [...d.querySelectorAll('svg')].filter(s => s.checkVisibility()).map(s => s.getBoundingClientRect());"
+        "const letters = [...d.querySelectorAll('.phone text')].map(t => t.getBoundingClientRect().height);"
+        "document.title = JSON.stringify([d.scrollWidth, d.scrollHeight, charts.map(c => c.height > 100), Math.min(...letters)]) };"
+        f"f.srcdoc = {inner}"
     )
-    width, height = json.loads(_open(frame, tmp_path, script))
+    width, height, charts, letters = json.loads(_open(frame, tmp_path, script))
     assert width <= 360 and height > 2000
+    assert charts == [True] * 5 and letters > 9  # pixels: drawn for a phone, not shrunk
+
+
+@browser
+def test_page_and_charts_are_dark_for_a_reader_who_wants_it(full: RunDir, tmp_path: Path) -> None:
+    script = (
+        "const look = getComputedStyle(document.body), text = [...document.querySelectorAll('.desk svg text')];"
+        "document.title = JSON.stringify([look.color, look.backgroundColor,"
+        "text.filter(t => getComputedStyle(t).fill === look.color).length])"
+    )
+    light = json.loads(_open(_page(full), tmp_path, script))
+    dark = json.loads(_open(_page(full), tmp_path, script, "--blink-settings=preferredColorScheme=0"))
+    assert light[:2] == ["rgb(27, 30, 35)", "rgb(255, 255, 255)"] and dark[:2] == ["rgb(228, 230, 234)", "rgb(21, 23, 27)"]
+    assert light[2] == dark[2] > 40
+
+
+@browser
+def test_everything_is_open_on_paper_and_closed_again(full: RunDir, tmp_path: Path) -> None:
+    script = (
+        "const all = [...document.querySelectorAll('details')], open = () => all.filter(d => d.open).length, found = [open()];"
+        "for (const name of ['beforeprint', 'afterprint']) { dispatchEvent(new Event(name)); found.push(open()) }"
+        "document.title = JSON.stringify([...found, all.length])"
+    )
+    before, paper, after, everything = json.loads(_open(_page(full), tmp_path, script))
+    assert before == after == 1 and paper == everything > 4
+
+
+@browser
+def test_a_header_is_reached_by_the_keyboard(full: RunDir, tmp_path: Path) -> None:
+    script = (
+        "const b = document.querySelector('#by_instruction th button'); b.focus();"
+        "document.title = JSON.stringify([document.activeElement === b, b.tabIndex, getComputedStyle(b).outlineStyle])"
+    )
+    assert json.loads(_open(_page(full), tmp_path, script)) == [True, 0, "solid"]
+
+
+def test_names_of_parts_are_unique_in_the_page(full: RunDir) -> None:
+    names = re.findall(r'\sid="([^"]+)"', _page(full))
+    assert len(names) == len(set(names)) > 40
+
+
+def test_an_arm_has_one_colour_in_all_curves() -> None:
+    """`change` lacks the other formats of the tuned model, which come before other models."""
+    row = {"hits": 1, "n": 2, "value": 0.5, "low": 0.1, "high": 0.9}
+    arms = ["base", "tuned", "tuned, Q4_K_M", "rival"]
+    curve = adherence_curve([{"arm": arm, "at": turn, **row} for arm in arms for turn in (1, 2)], 2)
+    turn = {"at": 1, "old": 0.5, "new": 0.5, "n": 2}
+    change = change_curve({arm: {"at": 1, "by_turn": [turn]} for arm in arms if "," not in arm}, arms)
+    colours = [re.search(r"fill: (#\w+)[^>]*>rival<", picture.svg) for picture in (curve, change)]
+    assert all(colours) and len({found[1] for found in colours if found}) == 1
+
+
+def test_a_rate_and_a_number_share_a_column_of_the_csv(full: RunDir) -> None:
+    with (full.report / "tables" / "overview.csv").open(encoding="utf-8") as file:
+        strict, *_, distinct = csv.DictReader(file)
+    numbers = json.loads(full.scores.read_text(encoding="utf-8"))
+    assert [float(strict[row["arm"]]) for row in numbers["late"]] == [row["value"] for row in numbers["late"]]
+    assert float(distinct["tuned"]) == numbers["distinct_2"]["tuned"] and distinct["tuned n"] == ""
+
+
+def test_markdown_keeps_a_row_in_a_line() -> None:
+    rate = {"hits": 1, "n": 2, "value": 0.5, "low": 0.1, "high": 0.9}
+    table = Table("t", ["a|b", "c"], [["x\ny", None], ["p | q", rate]])
+    assert markdown(table) == "| a\\|b | c |\n| --- | --- |\n| x y |  |\n| p \\| q | 50% (1 of 2) |\n"
+
+
+def test_shares_are_sorted_as_numbers_and_what_is_missing_as_nothing() -> None:
+    nothing = {"hits": 0, "n": 0, "value": None, "low": 0.0, "high": 1.0}
+    cells = ("+10.0%", "9%", nothing, None, float("nan"), "99% up", 3)
+    assert [key(cell) for cell in cells] == [10.0, 9.0, "", "", "", "99% up", 3]
 
 
 def test_the_scores_of_the_test_are_those_of_real_replies(full: RunDir) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from pipeline.config import Recipe, load_recipe
@@ -28,6 +29,8 @@ _SAME = (
     "instructions.pool",
 )  # fmt: skip
 """Settings that must be equal for a difference between runs to mean something, with the dialogues themselves."""
+_FURTHER = ("evaluate.more", "evaluate.more_turns")
+"""Settings of the further suites, on which adherence to the trained instructions does not depend."""
 _CURVES = 8
 _NAME = 32
 """Letters of a name that the chart has room for."""
@@ -71,16 +74,17 @@ def compare(paths: Sequence[Path], folder: Path) -> None:
     """Write `compare.html`, `.md` and `.json`, the chart and the table to `folder`, and print the table.
 
     Raises:
-        GattError: a folder is no run, was not evaluated yet, lacks a file, or is named twice.
+        GattError: a folder is no run, was not evaluated yet, lacks a file, or is named twice; or `folder` cannot be written.
     """
     places = Counter(path.resolve() for path in paths)
     if twice := [path for path, count in places.items() if count > 1]:
         raise GattError(f"{twice[0]} is named twice. Name each run once.")
     runs = [_open(path) for path in paths]
+    _make(folder)
     different = [key for key in runs[0].keys if key != "seed" and len({repr(run.keys[key]) for run in runs}) > 1]
     rows = list(_rows(runs, different))
     unlike = _unlike(runs)
-    warnings = [*unlike, *_unlike_seeds(rows)]
+    warnings = [*unlike, *_unlike_suites(runs), *_unlike_seeds(rows, paired=not unlike)]
     table = _table(rows, different, paired=not unlike)
     first = rows[0].runs[0]
     curves = _curve("base", [r for r in first.replies if r.arm == "base"])
@@ -101,6 +105,14 @@ def compare(paths: Sequence[Path], folder: Path) -> None:
         note(f"compare: {warning}")
     out(markdown(table))
     out(f"{folder / 'compare.html'}")
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise GattError(f"Cannot write in the folder {folder} ({error.strerror}). Choose another with --out.") from error
 
 
 def _sentence(rows: Sequence[_Row]) -> str:
@@ -217,11 +229,18 @@ def _unlike(runs: Sequence[_Run]) -> list[str]:
     return found
 
 
-def _unlike_seeds(rows: Sequence[_Row]) -> list[str]:
+def _unlike_suites(runs: Sequence[_Run]) -> list[str]:
+    """A warning where recall, leakage and perplexity are of other dialogues."""
+    differ = [key for key in _FURTHER if len({run.keys[key] for run in runs}) > 1]
+    return [f"{key} differs between the runs: recall, leakage and perplexity are not of the same dialogues." for key in differ]
+
+
+def _unlike_seeds(rows: Sequence[_Row], paired: bool) -> list[str]:
     """A warning where rows have other seeds: each seed holds out dialogues of its own."""
     if len({frozenset(run.recipe.seed for run in row.runs) for row in rows}) == 1:
         return []
-    return ["Not all rows have the same seeds, and each seed has dialogues of its own: differences are over common seeds only."]
+    warning = "Not all rows have the same seeds, and each seed has dialogues of its own"
+    return [f"{warning}: differences are over common seeds only." if paired else f"{warning}."]
 
 
 def _table(rows: Sequence[_Row], different: Sequence[str], paired: bool) -> Table:

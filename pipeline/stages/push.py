@@ -155,7 +155,7 @@ def model_card(recipe: Recipe, published: Published) -> str:
         *(f"| {name} | {_megabytes(size)} | {_meaning(name)} |" for name, size in published.bytes.items()), "",
         "## Use", "", f"`hf download {published.repository} --local-dir .` gets the files. Give the instruction in your first "
         "message only.", "", "```", *_commands(recipe, published), "```", "",
-        "## Report", "", published.report.removeprefix(f"**{published.sentence}**").strip(), "",
+        "## Report", "", published.report.removeprefix(f"**{published.sentence}**").split("### The run")[0].strip(), "",
         "## The run", "", "| | |", "|---|---|",
         *(f"| {name} | {value} |" for name, value in published.facts.items()),
     ]  # fmt: skip

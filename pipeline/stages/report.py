@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,15 @@ from pipeline.config import Recipe
 from pipeline.console import out
 from pipeline.figures import adherence_curve, attention_picture, change_curve, loss_curve, survival_curve
 from pipeline.files import read_jsonl, write_json, write_text
-from pipeline.gatt.metrics import wilson
 from pipeline.gatt.suites import PAPER_RECALL, PROBED_TURNS
 from pipeline.page import Page, Section
 from pipeline.pairs import read_pairs
 from pipeline.records import Reply
 from pipeline.rundir import RunDir
-from pipeline.tables import Table, by_arm, markdown, shown
+from pipeline.tables import Table, by_arm, curves, markdown, overview, shown
 
-_COUNTS = {
-    "obey": "obey, good answer or not", "no_answer": "are no answer (loop, repeat, empty)",
-    "cut": "cut at the longest length allowed", "left_out": "left out: turn 1 had left the window",
-}  # fmt: skip
+_OTHERS = 4
+"""Arms beside base, tuned and ceiling that a curve has room for."""
 _STAGES = ("instructions", "synthesize", "train", "export", "evaluate")
 
 
@@ -33,7 +29,8 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     facts = _facts(recipe, rundir)
     exported = _export(recipe, rundir, scores)
     sentence = headline(scores)
-    curve = adherence_curve(scores["by_turn"], scores["turns"])
+    arms, drawn = _arms(scores), _drawn(scores)
+    curve = adherence_curve([row for arm in drawn for row in scores["by_turn"] if row["arm"] == arm], scores["turns"])
     sections = [*measured(scores, rundir), *_made(rundir, exported, facts)]
     warning = (
         f"A shortened run: {recipe.evaluate.dialogues} dialogues of {scores['turns']} turns. Take no figure from it."
@@ -42,9 +39,11 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     how = (
         f"{recipe.evaluate.dialogues} dialogues that training has not seen; bands are 95 % Wilson intervals. A reply counts when "
         "it obeys and is a reply (no loop, no repeat, not empty)."
+        + (f" Curves show {len(drawn)} of {len(arms)} models, tables all." if len(drawn) < len(arms) else "")
     )
-    page = Page(f"GAtt report: {recipe.model}", sentence, warning, curve, how, sections, _dialogues(rundir))
-    page.write(rundir.report / "report.html", [by_arm("by_turn", "turn", scores["by_turn"], _arms(scores))])
+    page = Page(f"GAtt report: {_public(recipe.model)}", sentence, warning, curve, how, sections, _dialogues(rundir))
+    further = [by_arm("by_turn", "turn", scores["by_turn"], arms), *curves(scores, _losses(rundir))]
+    page.write(rundir.report / "report.html", further)
     write_text(rundir.report / "adherence.svg", curve.alone)
     write_json(rundir.report / "report.json", {"sentence": sentence, "facts": facts, "scores": scores, "export": exported})
     write_text(rundir.report / "report.md", _markdown(sentence, sections))
@@ -54,43 +53,52 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
 def headline(scores: dict[str, Any]) -> str:
     """The one sentence, of the figure that the recipe named."""
     primary = scores.get("primary", "late")
-    if primary in ("recall", "unseen"):
-        rows = scores.get("recall" if primary == "recall" else "generalisation", [])
+    table = {"recall": "recall", "unseen": "generalisation"}.get(primary)
+    if table and scores.get(table):
+        rows = scores[table]
         last = max((row["at"] for row in rows), default=0) if primary == "recall" else None
         tuned, base = ([r for r in rows if r["arm"] == arm and last in (None, r["at"])] for arm in ("tuned", "base"))
         what = f"still knows what it was told, asked in turn {last}," if last else "keeps instructions that were not trained"
         return f"The tuned model {what} in {_share(tuned)} of the answers, the base in {_share(base)}."
-    rows = {row["arm"]: row for row in scores[primary]}
+    missing = f"What the report was to open with ({primary}) was not measured. " if table else ""
+    rows = {row["arm"]: row for row in scores["late" if table else primary]}
     return (
-        f"In {rows['tuned']['at']}, the tuned model keeps its instruction in {rows['tuned']['value']:.0%} of the answers, "
-        f"the base in {rows['base']['value']:.0%}."
+        f"{missing}In {rows['tuned']['at']}, the tuned model keeps its instruction in {_share([rows['tuned']])} of the answers, "
+        f"the base in {_share([rows['base']])}."
     )
 
 
 def _share(rows: Sequence[dict[str, Any]]) -> str:
     n = sum(row["n"] for row in rows)
-    return f"{sum(row['hits'] for row in rows) / n:.0%}" if n else "none"
+    return f"{sum(row['hits'] for row in rows) / n:.0%}" if n else "an unknown share"
 
 
 def _arms(scores: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["arm"] for row in scores["late"]))
 
 
+def _drawn(scores: dict[str, Any]) -> list[str]:
+    """The arms that curves show."""
+    arms = _arms(scores)
+    others = [arm for arm in arms if arm not in ("base", "tuned", "ceiling")]
+    return [arm for arm in arms if arm not in others[_OTHERS:]]
+
+
 def measured(scores: dict[str, Any], rundir: RunDir) -> Iterator[Section]:
     """What evaluation found, section by section; those without numbers are left out."""
-    arms = _arms(scores)
+    arms, drawn = _arms(scores), _drawn(scores)
     yield Section(
-        "Over several turns", "Strict: a reply obeys and is a reply. The difference is that from the base, in percentage points.",
-        [_overview(scores, arms), Table("distinct", ["", *arms], [["different pairs of words, of all (distinct-2)",
-         *(scores["distinct_2"][arm] for arm in arms)]])], remarks=_difference(scores),
+        "Over several turns", "Strict: a reply obeys and is a reply. In small type: the 95 % interval, and of how many."
+        + (" Ceiling: the base, told in every turn." if "ceiling" in arms else ""),
+        [overview(scores, arms)], remarks=_difference(scores),
     )
     if scores.get("recall"):
         yield _recall(scores, arms)
     yield Section(
         "How long until the first broken answer", "Kaplan–Meier: the share of dialogues without a broken answer so far.",
-        [Table("survival", ["", *arms], [["turn by which half of the dialogues have broken it",
-               *(scores["survival"][arm]["median"] or f"not by turn {scores['turns']}" for arm in arms)]])],
-        "survival", survival_curve(scores["survival"], scores["turns"]),
+        [Table("survival", ["model", "half of the dialogues have broken it by turn"],
+               [[arm, scores["survival"][arm]["median"] or f"not by turn {scores['turns']}"] for arm in arms])],
+        "survival", survival_curve({arm: scores["survival"][arm] for arm in drawn}, scores["turns"]),
     )  # fmt: skip
     yield Section("By instruction", "Instructions that were trained, all turns.",
                   [by_arm("by_instruction", "instruction", scores["by_instruction"], arms),
@@ -102,7 +110,7 @@ def measured(scores: dict[str, Any], rundir: RunDir) -> Iterator[Section]:
                       [by_arm("generalisation", "", scores["generalisation"], arms),
                        by_arm("by_unseen", "instruction", rows, arms)])  # fmt: skip
     if scores.get("change"):
-        yield _change(scores["change"])
+        yield _change(scores["change"], drawn)
     if scores.get("leakage"):
         yield _leakage(scores, arms)
     if scores.get("single"):
@@ -120,20 +128,6 @@ def measured(scores: dict[str, Any], rundir: RunDir) -> Iterator[Section]:
             "that falls on the instruction's tokens.",
             figure="attention", picture=attention_picture(json.loads(rundir.attention.read_text(encoding="utf-8"))),
         )  # fmt: skip
-
-
-def _overview(scores: dict[str, Any], arms: Sequence[str]) -> Table:
-    def row(name: str, table: str) -> list[Any]:
-        found = {r["arm"]: r for r in scores[table]}
-        return [name.format(at=scores[table][0]["at"]), *(found.get(arm) for arm in arms)]
-
-    rows = [row("{at}, strict", "late"), row("{at}, strict", "later")]
-    if scores.get("late_raw"):
-        rows.insert(1, row("{at}, whether a good answer or not", "late_raw"))
-    for name, meaning in _COUNTS.items():
-        counts = [scores["replies"][arm] for arm in arms]
-        rows.append([f"all turns: {meaning}", *(asdict(wilson(count[name], count["all"])) for count in counts)])
-    return Table("overview", ["", *arms], rows)
 
 
 def _difference(scores: dict[str, Any]) -> list[str]:
@@ -161,15 +155,16 @@ def _recall(scores: dict[str, Any], arms: Sequence[str]) -> Section:
     )  # fmt: skip
 
 
-def _change(change: dict[str, Any]) -> Section:
+def _change(change: dict[str, Any], drawn: Sequence[str]) -> Section:
     rows = [
         [arm, c["before"], c["after"], c["old_after"],
          "never" if c["turns_to_switch"] is None else c["turns_to_switch"], f"{c['never']} of {c['dialogues']}"]
         for arm, c in change.items()
     ]  # fmt: skip
     columns = ["", "old one, before", "new one, after", "old one, after", "turns to switch (median)", "never switched"]
-    how = "Half-way the user says “From now on: …”. The old one should end, the new begin."
-    return Section("When the instruction changes", how, [Table("change", columns, rows)], "change", change_curve(change))
+    how = "At the dotted line the user says “From now on: …”. The old one should end, the new begin."
+    curve = change_curve({arm: found for arm, found in change.items() if arm in drawn}, drawn)
+    return Section("When the instruction changes", how, [Table("change", columns, rows)], "change", curve)
 
 
 def _leakage(scores: dict[str, Any], arms: Sequence[str]) -> Section:
@@ -195,22 +190,27 @@ def _judged(judge: dict[str, Any], arms: Sequence[str]) -> Section:
 
 def _made(rundir: RunDir, exported: dict[str, Any], facts: dict[str, str]) -> Iterator[Section]:
     """How the model was made: data, training, export, and the facts of the run."""
-    acceptance = json.loads(rundir.acceptance.read_text(encoding="utf-8"))
+    acceptance = json.loads(rundir.acceptance.read_text(encoding="utf-8")) if rundir.acceptance.exists() else {"answers": []}
     rows = [
         [row["instruction"], row["way"], f"{row['accepted']} of {row['drawn']}", row["words"],
          ", ".join(f"{n} {reason}" for reason, n in row["rejected"].items()), row["example"]]
         for row in acceptance["answers"]
     ]  # fmt: skip
-    yield Section(
-        "Training data", "Answers that the teacher drew, and those that were accepted.",
-        [Table("synthesis", ["instruction", "way", "accepted", "words", "rejected", "for example"], rows)],
-        remarks=[f"{acceptance['too_common']} accepted answers were cut: the corpus held the same words often enough."],
-    )
-    if rundir.losses.exists():
-        yield Section("Training", "The loss of every step.", figure="loss",
-                      picture=loss_curve(json.loads(rundir.losses.read_text(encoding="utf-8"))))  # fmt: skip
+    if rows:
+        yield Section(
+            "Training data", "Answers that the teacher drew, and those that were accepted.",
+            [Table("synthesis", ["instruction", "way", "accepted", "words", "rejected", "for example"], rows)],
+            remarks=[f"{acceptance['too_common']} accepted answers were cut: the corpus held the same words often enough."],
+        )
+    if losses := _losses(rundir):
+        yield Section("Training", "The loss of every step.", figure="loss", picture=loss_curve(losses))
     yield _exported(exported)
-    yield Section("The run", "What it takes to do it again.", [Table("facts", ["", ""], list(facts.items()))])
+    yield Section("The run", "What it takes to do it again.", [Table("facts", ["fact", "value"], list(facts.items()))])
+
+
+def _losses(rundir: RunDir) -> list[float]:
+    """By step; none where training has left no log of them."""
+    return json.loads(rundir.losses.read_text(encoding="utf-8")) if rundir.losses.exists() else []
 
 
 def _exported(exported: dict[str, Any]) -> Section:
@@ -264,7 +264,10 @@ def _dialogues(rundir: RunDir) -> list[dict[str, Any]]:
 
 def _facts(recipe: Recipe, rundir: RunDir) -> dict[str, str]:
     _, example = next(read_jsonl(rundir.examples))
-    facts = {"base model": recipe.model, "teacher": example["teacher"], "seed": str(recipe.seed), "learned": recipe.train.loss}
+    facts = {
+        "base model": _public(recipe.model), "teacher": _public(example["teacher"]), "seed": str(recipe.seed),
+        "learned": recipe.train.loss,
+    }  # fmt: skip
     for stage in _STAGES:
         manifest = rundir.manifest(stage)
         if manifest:
@@ -278,9 +281,14 @@ def _facts(recipe: Recipe, rundir: RunDir) -> dict[str, str]:
     return facts
 
 
+def _public(model: str) -> str:
+    """A model's name; of a place on this disk, which nobody else has, its last part."""
+    return Path(model).name if Path(model).exists() else model
+
+
 def _markdown(sentence: str, sections: Sequence[Section]) -> str:
     """For a model card: the sentence, and the tables that a reader of it wants."""
-    wanted = ("overview", "recall", "by_instruction", "generalisation", "change", "leakage", "damage", "single", "export")
+    wanted = ("overview", "recall", "by_instruction", "generalisation", "change", "leakage", "damage", "single", "export", "facts")
     parts = [f"**{sentence}**\n"]
     for section in sections:
         tables = [table for table in section.tables if table.name in wanted]
