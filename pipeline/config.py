@@ -28,9 +28,9 @@ class Dialogues(Section):
 
     source: str = "seed"
     """"seed" (built in), a JSONL, JSON or Parquet file (`messages`, ShareGPT or `turns`), or a dataset id for `datasets`."""
-    turns: int = Field(default=8, ge=1)
+    turns: int = Field(default=6, ge=1)
     """User turns of a training dialogue; longer ones are cut."""
-    train: int = Field(default=150, ge=1)
+    train: int = Field(default=200, ge=1)
     """Training dialogues; the sources are cut into pieces of `turns`, and reused with other instructions if need be."""
     system: str = "You are a friendly assistant. Answer in one or two short sentences."
     """The system message of every arm, in training and in evaluation; "" leaves it to the chat template."""
@@ -94,7 +94,7 @@ class Train(Section):
     loss: Literal["all_turns", "last_turn", "distill"] = "distill"
     """Learn every answer of a dialogue; only the last, as in the paper; or every answer, and of the teacher's own words not
     these but what the base (the adapter switched off) finds likely in the chat as the teacher had it."""
-    own_weight: float = Field(default=0.5, ge=0, le=1)
+    own_weight: float = Field(default=0.3, ge=0, le=1)
     """Weight in the loss of the words that the teacher said itself before an edit made them obey. All of the lesson is in the
     edited tokens (weight 1); the others are the model's own, and learning them wears it out."""
     rank: int = Field(default=32, ge=1)
@@ -117,7 +117,7 @@ class Train(Section):
     """Share of the steps in which it rises."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Of AdamW."""
-    steps: int = Field(default=50, ge=1)
+    steps: int = Field(default=70, ge=1)
     """Optimizer steps."""
     batch: int = Field(default=4, ge=1)
     """Dialogues a step."""
