@@ -225,10 +225,10 @@ def test_the_page_draws_its_charts_and_asks_nobody(full: RunDir, tmp_path: Path)
         "const asked = performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length;"
         "document.title = JSON.stringify({problems, asked,"
         "charts: [...document.querySelectorAll('svg')].filter(s => s.checkVisibility())"
-        ".map(s => s.getBoundingClientRect().height > 100)})"
+        ".map(s => s.parentElement.className + (s.getBoundingClientRect().height > 100))})"
     )
     found = json.loads(_open(_page(full), tmp_path, script))
-    assert found == {"problems": [], "asked": 0, "charts": [True] * 5}
+    assert found == {"problems": [], "asked": 0, "charts": ["desktrue"] * 5}
 
 
 @browser
@@ -261,14 +261,15 @@ def test_a_phone_shows_the_page_without_scrolling_sideways(full: RunDir, tmp_pat
     inner = json.dumps(_page(full)).replace("</", "<\\/")
     script = (
         "const f = document.querySelector('iframe'); f.onload = () => { const d = f.contentDocument.documentElement;"
-        "const charts = [...d.querySelectorAll('svg')].filter(s => s.checkVisibility()).map(s => s.getBoundingClientRect());"
+        "const charts = [...d.querySelectorAll('svg')].filter(s => s.checkVisibility());"
         "const letters = [...d.querySelectorAll('.phone text')].map(t => t.getBoundingClientRect().height);"
-        "document.title = JSON.stringify([d.scrollWidth, d.scrollHeight, charts.map(c => c.height > 100), Math.min(...letters)]) };"
+        "document.title = JSON.stringify([d.scrollWidth, d.scrollHeight, charts.map(s => s.parentElement.className),"
+        "Math.min(...letters)]) };"
         f"f.srcdoc = {inner}"
     )
     width, height, charts, letters = json.loads(_open(frame, tmp_path, script))
     assert width <= 360 and height > 2000
-    assert charts == [True] * 5 and letters > 9  # pixels: drawn for a phone, not shrunk
+    assert charts == ["phone"] * 5 and letters > 9  # pixels: drawn for a phone, not shrunk
 
 
 @browser

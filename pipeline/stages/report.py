@@ -38,7 +38,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     )  # fmt: skip
     how = (
         f"{recipe.evaluate.dialogues} dialogues that training has not seen; bands are 95 % Wilson intervals. A reply counts when "
-        "it obeys and is a reply (no loop, no repeat, not empty)."
+        "it obeys and is a reply (no loop, no repeat, not empty). Small type in the tables: the 95 % interval, and of how many."
         + (f" Curves show {len(drawn)} of {len(arms)} models, tables all." if len(drawn) < len(arms) else "")
     )
     page = Page(f"GAtt report: {_public(recipe.model)}", sentence, warning, curve, how, sections, _dialogues(rundir))
@@ -88,7 +88,7 @@ def measured(scores: dict[str, Any], rundir: RunDir) -> Iterator[Section]:
     """What evaluation found, section by section; those without numbers are left out."""
     arms, drawn = _arms(scores), _drawn(scores)
     yield Section(
-        "Over several turns", "Strict: a reply obeys and is a reply. In small type: the 95 % interval, and of how many."
+        "Over several turns", "Strict: a reply obeys and is a reply."
         + (" Ceiling: the base, told in every turn." if "ceiling" in arms else ""),
         [overview(scores, arms)], remarks=_difference(scores),
     )
