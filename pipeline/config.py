@@ -99,11 +99,11 @@ class Train(Section):
     edited tokens (weight 1); the others are the model's own, and learning them wears it out."""
     rank: int = Field(default=32, ge=1)
     """Rank of the adapter."""
-    alpha: float = Field(default=0, ge=0)
+    alpha: float = Field(default=0.0, ge=0)
     """Strength of the adapter, which counts alpha / rank times; 0 is as large as the rank."""
     rslora: bool = False
     """Let it count alpha / sqrt(rank) times, which keeps large ranks learning (Kalajdzievski 2023)."""
-    dropout: float = Field(default=0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the adapter's inputs that are dropped in training."""
     targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = Field(
         default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1

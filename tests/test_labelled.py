@@ -35,8 +35,9 @@ def test_the_checks_agree_with_the_labels() -> None:
 
 def test_every_kind_is_labelled_both_ways() -> None:
     count = Counter(row["kind"] for row in OF_KINDS)
-    assert set(count) == set(KINDS)
+    checked = {name for name, kind in KINDS.items() if not kind.judged}
+    assert set(count) == checked
     assert min(count.values()) >= 5
-    assert {(row["kind"], row["obeys"]) for row in OF_KINDS} == {(name, label) for name in KINDS for label in (True, False)}
+    assert {(row["kind"], row["obeys"]) for row in OF_KINDS} == {(name, label) for name in checked for label in (True, False)}
     assert len(OF_KINDS) >= 240
     assert len(OF_FLAWS) >= 30

@@ -79,12 +79,12 @@ def test_an_adapter_is_measured_over_the_base(finished: Path, tmp_path: Path, ga
     scores = json.loads((tmp_path / "evaluate" / "scores.json").read_text())
     assert scores["damage"]["perplexity"].keys() == {"base", "tuned", "rival"}
     assert scores["damage"]["kl"]["rival"] > scores["damage"]["kl"]["tuned"] > 0  # at half its strength it moves less
-    missing = gatt("evaluate", "--run", tmp_path, "--other", tmp_path / "nothing.gguf", *tiny)
-    assert missing.returncode == 1
-    assert "no file at" in missing.stderr and "a server's address" in missing.stderr
     wrong = gatt("evaluate", "--run", tmp_path, "--adapter", finished / "export" / "tuned-Q8_0.gguf", *tiny)
     assert wrong.returncode == 1
     assert "is no adapter" in wrong.stderr
+    missing = gatt("evaluate", "--run", tmp_path, "--other", tmp_path / "nothing.gguf", *tiny)
+    assert missing.returncode == 1
+    assert "no file at" in missing.stderr and "a server's address" in missing.stderr
 
 
 def test_the_same_evaluation_gives_the_same_numbers(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
