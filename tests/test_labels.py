@@ -54,6 +54,20 @@ def test_the_teachers_own_words_weigh_less_than_what_the_edit_has_put_in(tokeniz
     ]  # fmt: skip
 
 
+def test_the_end_of_a_turn_is_the_teachers_own_where_the_edit_has_left_the_end(tokenizer: Any) -> None:
+    kept = [Message(role=m["role"], content=m["content"].replace("is late.", "is late. Over and out.")) for m in _ASKED]
+    assert _weighing(tokenizer, 0.25, Train(own_weight=0.25), kept) == [" is scattered.", " is late. Over and out.<|im_end|>"]
+    found = label(tokenizer, _CHAT, Train(), kept)
+    assert tokenizer.decode([found.asked_ids[there] for _, there in found.twins][-2:]) == ".<|im_end|>"
+
+
+def test_an_answer_that_no_edit_has_changed_weighs_one_and_is_distilled_to_its_end(tokenizer: Any) -> None:
+    said = [m["content"] + "<|im_end|>" for m in _CHAT if m["role"] == "assistant"]
+    assert _weighing(tokenizer, 1.0, Train(own_weight=0.25), _CHAT) == said
+    found = label(tokenizer, _CHAT, Train(), _CHAT)
+    assert tokenizer.decode([found.input_ids[here] for here, _ in found.twins]) == "".join(said)
+
+
 def test_without_the_teachers_words_everything_learned_weighs_one(tokenizer: Any) -> None:
     assert _weighing(tokenizer, 1.0, Train(), []) == [m["content"] + "<|im_end|>" for m in _CHAT if m["role"] == "assistant"]
 

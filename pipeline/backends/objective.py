@@ -46,7 +46,8 @@ class _Coded(NamedTuple):
 def label(tokenizer: Any, messages: Sequence[Message], settings: Train, asked: Sequence[Message] = ()) -> Labelled:
     """Tokenise a dialogue and label the answers that `settings.loss` learns, each with its end-of-turn token.
 
-    Where `asked` has the chat as the teacher had it, the words that are in both weigh `own_weight`, and everything else 1.
+    Where `asked` has the chat as the teacher had it and an edit changed it, the words that are in both weigh `own_weight`, and
+    everything else 1.
     A dialogue over `max_length` is cut at a turn boundary, from the end.
 
     Raises:
@@ -62,14 +63,19 @@ def label(tokenizer: Any, messages: Sequence[Message], settings: Train, asked: S
     learned = [chat.answers[turn] for turn in loss_turns(len(chat.answers), settings.loss)]
     source = _code(tokenizer, asked) if asked else None
     shared = list(_shared(chat, source)) if source else []
+    own_weight = settings.own_weight if _answers(messages) != _answers(asked) else 1.0
     labels, weights = [], []
     for token, place in zip(chat.ids, chat.places, strict=True):
         own = _within(place, [(first, last) for first, last, _ in shared])
         labels.append(token if _within(place, learned) else IGNORED)
-        weights.append(0.0 if labels[-1] == IGNORED else settings.own_weight if own else 1.0)
+        weights.append(0.0 if labels[-1] == IGNORED else own_weight if own else 1.0)
     if source is None or settings.loss != "distill":
         return Labelled(chat.ids, labels, weights, [], [])
     return Labelled(chat.ids, labels, weights, source.ids, _twins(chat, source, shared))
+
+
+def _answers(messages: Sequence[Message]) -> list[str]:
+    return [m["content"] for m in messages if m["role"] == "assistant"]
 
 
 def _code(tokenizer: Any, messages: Sequence[Message]) -> _Coded:
@@ -88,12 +94,17 @@ def _within(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
 
 
 def _shared(chat: _Coded, source: _Coded) -> Iterator[tuple[int, int, int]]:
-    """The stretches of answers that an edit has left as they were: first and last + 1 character, and the first in `source`."""
-    for (start, end), (first, last) in zip(chat.words, source.words, strict=True):
+    """The stretches of answers that an edit has left as they were: first and last + 1 character, and the first in `source`.
+
+    The end of a turn belongs to the last words: whether to end behind these is the teacher's own, too.
+    """
+    for (start, end), (first, last), (_, whole) in zip(chat.words, source.words, chat.answers, strict=True):
         match = difflib.SequenceMatcher(None, source.text[first:last], chat.text[start:end], autojunk=False)
         for block in match.get_matching_blocks():
+            left, right = start + block.b, start + block.b + block.size
             if block.size:
-                yield start + block.b, start + block.b + block.size, first + block.a
+                kept = right == end and first + block.a + block.size == last
+                yield left, whole if kept else right, first + block.a
 
 
 def _twins(chat: _Coded, source: _Coded, shared: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
