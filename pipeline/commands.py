@@ -36,7 +36,7 @@ def talk(session: Session) -> None:
         except GattError as error:
             if not session.screen.watched:
                 raise
-            session.screen.say(str(error))
+            session.screen.complain(str(error))
 
 
 def show_instruction(session: Session, text: str = "") -> None:
@@ -160,8 +160,7 @@ def _params(session: Session, text: str) -> None:
 
 
 def _help(session: Session, text: str) -> None:
-    lines = [f"{c.usage:26}{c.meaning}" for c in COMMANDS.values()]
-    session.screen.say("\n".join([*lines, *_KEYS]))
+    session.screen.explain({c.usage: c.meaning for c in COMMANDS.values()} | _KEYS)
 
 
 def _begun(session: Session) -> Conversation:
@@ -203,8 +202,11 @@ COMMANDS = {
         _Command("/help", "this", _help),
     )
 }  # fmt: skip
-_KEYS = (
-    "Enter sends. Alt-Enter, or a backslash before Enter, begins a new line; arrows bring back what you typed before.",
-    "Ctrl-C stops an answer and keeps what was said so far. Ctrl-D or /quit leaves.",
-    "✓ keeps the instruction, ✗ does not, ~ obeys without being an answer: a loop, a repeat, or empty.",
-)
+_KEYS = {
+    "Enter": "sends",
+    "Alt-Enter, or \\ Enter": "begins a new line",
+    "up and down": "bring back what you typed before",
+    "Ctrl-C": "stops an answer, and keeps what was said so far",
+    "Ctrl-D, or /quit": "leaves",
+    "✓ ✗ ~": "the answer keeps the instruction; does not; obeys without being one (a loop, a repeat, empty)",
+}

@@ -146,7 +146,7 @@ class Session:
     def status(self) -> str:
         """The next turn, what is used and left of the context, and how fast the last answer came."""
         used, room = self.used(), self.speakers.context
-        parts = [f"turn {len(self.chat.turns) + 1}", f"context {used} of {room} tokens, {room - used} left", self._speed]
+        parts = [f"turn {len(self.chat.turns) + 1}", f"context {used} of {room}, {room - used} left", self._speed]
         return " · ".join(filter(None, parts))
 
     def _make_room(self, user: str) -> bool:
@@ -170,7 +170,7 @@ class Session:
                 else:
                     self._sum_up()
             except GattError as error:
-                self.screen.say(str(error))
+                self.screen.complain(str(error))
         return True
 
     def resize(self, context: int) -> None:
@@ -210,7 +210,7 @@ class _Clock:
     def speed(self) -> str:
         """As the status shows it."""
         rates = [(n - 1) / s for n, s in zip(self._tokens, self._seconds, strict=True) if s > 0]
-        return f"{' and '.join(f'{rate:.0f}' for rate in rates)} tokens/s" if rates else "reading"
+        return f"{' and '.join(f'{rate:.2g}' if rate < 10 else f'{rate:.0f}' for rate in rates)} tokens/s" if rates else "reading"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

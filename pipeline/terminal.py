@@ -60,6 +60,12 @@ class Screen(Protocol):
     def say(self, text: str) -> None:
         """A remark."""
 
+    def complain(self, text: str) -> None:
+        """What went wrong."""
+
+    def explain(self, rows: Mapping[str, str]) -> None:
+        """What each of some words means."""
+
     @property
     def watched(self) -> bool:
         """Whether somebody is there, to try again after a mistake."""
@@ -115,6 +121,12 @@ class _Lines:
     def say(self, text: str) -> None:
         note(text)
 
+    complain = say
+
+    def explain(self, rows: Mapping[str, str]) -> None:
+        for word, meaning in rows.items():
+            note(f"{word:24}{meaning}")
+
 
 class _Terminal:
     """Markdown while it streams, a line editor with a history, the status below."""
@@ -131,6 +143,7 @@ class _Terminal:
 
     def ask(self, status: str, draft: str = "") -> str:
         while True:
+            self._console.print()
             try:
                 said = self._session.prompt(default=draft, bottom_toolbar=status).strip()
             except KeyboardInterrupt:
@@ -141,14 +154,13 @@ class _Terminal:
                 return said
 
     def choose(self, question: str, options: Mapping[str, str]) -> str:
-        self.say(question)
-        for key, meaning in options.items():
-            self._console.print(Text.assemble((f"  {key} ", "bold cyan"), meaning))
+        self.complain(question)
+        self.explain(options)
         while True:
             said = self.ask(f"one of {', '.join(options)}").lower()
             if said in options:
                 return said
-            self.say(f"{said!r} is none of {', '.join(options)}.")
+            self.complain(f"{said!r} is none of {', '.join(options)}.")
 
     @contextmanager
     def answering(self, names: Sequence[str], status: Callable[[], str], stop: Callable[[], None]) -> Iterator[Add]:
@@ -167,7 +179,16 @@ class _Terminal:
                 self._console.print(Text.assemble((f"{name}: ", "dim"), text))
 
     def say(self, text: str) -> None:
-        self._console.print(Text(text.translate(_CONTROL), style="yellow"))
+        self._console.print(Text(text.translate(_CONTROL), "dim"))
+
+    def complain(self, text: str) -> None:
+        self._console.print(Text(text.translate(_CONTROL), "yellow"))
+
+    def explain(self, rows: Mapping[str, str]) -> None:
+        table = Table.grid(padding=(0, 2))
+        for word, meaning in rows.items():
+            table.add_row(Text(word, "cyan"), Text(meaning, "dim"))
+        self._console.print(table)
 
 
 class _Answers:
@@ -189,7 +210,7 @@ class _Answers:
         headings = [Rule(Text(name, "bold"), align="left", style="dim") for name in self._names]
         if width >= _SIDE_BY_SIDE:
             return Group("", _columns(headings), _columns(parts))
-        return Group("", *(part for pair in zip(headings, parts, strict=True) for part in pair))
+        return Group(*(part for pair in zip(headings, parts, strict=True) for part in ("", *pair)))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The lines that fit above the status."""
@@ -258,7 +279,7 @@ def _no_echo() -> Iterator[None]:
         return
     before = termios.tcgetattr(sys.stdin)
     silent = [*before]
-    silent[3] &= ~termios.ECHO
+    silent[3] = before[3] & ~termios.ECHO | termios.NOFLSH  # nor lost when Ctrl-C stops the answer
     termios.tcsetattr(sys.stdin, termios.TCSANOW, silent)
     try:
         yield
