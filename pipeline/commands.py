@@ -11,7 +11,7 @@ from pipeline.chats import append_dialogue, read_chat, write_chat
 from pipeline.errors import GattError
 from pipeline.gatt.conversation import NOTHING, Conversation, Told, conversation
 from pipeline.gatt.instructions import recognise
-from pipeline.session import Session, nearest
+from pipeline.session import Session, counted, nearest
 
 
 def talk(session: Session) -> None:
@@ -71,11 +71,7 @@ def load(session: Session, text: str) -> None:
         if session.screen.choose(question, {"y": f"load {path}", "n": "stay"}) == "n":
             return
     session.chat = session.saved = conversation(sides, NOTHING if session.chat.turns else session.chat.told)
-    session.screen.say(f"Loaded {path}: {_turns(len(session.chat.turns))}.")
-
-
-def _turns(count: int) -> str:
-    return f"{count} turn{'s' * (count != 1)}"
+    session.screen.say(f"Loaded {path}: {counted(session.chat.turns)}.")
 
 
 def _command(session: Session, said: str) -> None:
@@ -112,7 +108,7 @@ def _edit(session: Session, text: str) -> None:
     number = int(text) if text.isdecimal() else 0 if text else count
     if not 1 <= number <= count:
         raise GattError(f"/edit {text}: expected a turn from 1 to {count}.")
-    later = f" What comes after it ({_turns(count - number)}) will be dropped." if number < count else ""
+    later = f" What comes after it ({counted(session.chat.turns[number:])}) will be dropped." if number < count else ""
     session.screen.say(f"Turn {number}, to be changed and sent.{later} Ctrl-D leaves all as it is.")
     try:
         user = session.screen.ask(f"editing turn {number} of {count}", session.chat.turns[number - 1].user)
@@ -140,7 +136,7 @@ def _save(session: Session, text: str, overwrite: bool = False) -> None:
     for file, messages in files.items():
         write_chat(file, messages)
     session.saved = chat
-    session.screen.say(f"Saved {_turns(len(chat.turns))}: {', '.join(map(str, files))}")
+    session.screen.say(f"Saved {counted(chat.turns)}: {', '.join(map(str, files))}")
 
 
 def _export(session: Session, text: str) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 
 from pipeline.backends.speaker import Speakers
 from pipeline.errors import GattError
-from pipeline.gatt.conversation import Conversation, tally
+from pipeline.gatt.conversation import Conversation, Turn, tally
 from pipeline.records import Completion, Message, Request
 from pipeline.terminal import Screen
 
@@ -155,8 +155,9 @@ class Session:
             options: dict[str, str] = {}
             if (larger := min(2 * room, self.limit)) > room:
                 options["l"] = f"a larger context, of {larger} tokens"
-            if middle := self.chat.middle(_LAST):
-                options["s"] = f"a summary in the place of {len(middle)} turns; turn 1 and the last {_LAST} stay word for word"
+            middle = self.chat.middle(_LAST)
+            if not all(turn.sums_up for turn in middle):
+                options["s"] = f"a summary in the place of {counted(middle)}; turn 1 and the last {_LAST} stay word for word"
             options["q"] = "stop: nothing is sent, and the chat stays as it is"
             choice = self.screen.choose(
                 f"The context of {room} tokens is nearly full: {needed} with this message, and an answer may take {most}. "
@@ -187,7 +188,7 @@ class Session:
         done = self.hear([self.chat.of_middle(_LAST, side) for side in self.sides], min(_SUMMARY, self.parameters.max_tokens))
         if not all(c.text.strip() for c in done):
             raise GattError("No summary came of it: the middle is too long for one. Take a larger context, or /undo some turns.")
-        options = {"y": f"put it in the place of {len(self.chat.middle(_LAST))} turns", "n": "leave all as it is"}
+        options = {"y": f"put it in the place of {counted(self.chat.middle(_LAST))}", "n": "leave all as it is"}
         if self.screen.choose("Is this summary good enough?", options) == "y":
             self.chat = self.chat.summed_up(_LAST, [c.text for c in done])
 
@@ -211,6 +212,11 @@ class _Clock:
         """As the status shows it."""
         rates = [(n - 1) / s for n, s in zip(self._tokens, self._seconds, strict=True) if s > 0]
         return f"{' and '.join(f'{rate:.2g}' if rate < 10 else f'{rate:.0f}' for rate in rates)} tokens/s" if rates else "reading"
+
+
+def counted(turns: Sequence[Turn]) -> str:
+    """How many turns."""
+    return f"{len(turns)} turn{'s' * (len(turns) != 1)}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

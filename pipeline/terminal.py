@@ -45,7 +45,7 @@ class Screen(Protocol):
         """
 
     def choose(self, question: str, options: Mapping[str, str]) -> str:
-        """One of the `options` (a key each, and what it means).
+        """One of the `options` (a key each, and what it means), the last of which changes nothing.
 
         Raises:
             GattError: nobody is there to choose.
@@ -138,8 +138,10 @@ class _Terminal:
         style = Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack", "prompt": "ansicyan bold"})
         self._session: PromptSession[str] = PromptSession(
             [("class:prompt", "> ")], multiline=True, history=history, key_bindings=_keys(), style=style,
-            prompt_continuation=[("class:prompt", ". ")], enable_history_search=False, reserve_space_for_menu=0,
+            prompt_continuation=[("class:prompt", ". ")], reserve_space_for_menu=0,
         )  # fmt: skip
+        # What is chosen is no message, to be brought back by an arrow.
+        self._choice: PromptSession[str] = PromptSession([("class:prompt", "> ")], style=style, reserve_space_for_menu=0)
 
     def ask(self, status: str, draft: str = "") -> str:
         while True:
@@ -157,7 +159,10 @@ class _Terminal:
         self.complain(question)
         self.explain(options)
         while True:
-            said = self.ask(f"one of {', '.join(options)}").lower()
+            try:
+                said = self._choice.prompt(bottom_toolbar=f"one of {', '.join(options)}").strip().lower()
+            except (EOFError, KeyboardInterrupt):
+                return list(options)[-1]
             if said in options:
                 return said
             self.complain(f"{said!r} is none of {', '.join(options)}.")
