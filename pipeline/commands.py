@@ -109,12 +109,9 @@ def _edit(session: Session, text: str) -> None:
     if not 1 <= number <= count:
         raise GattError(f"/edit {text}: expected a turn from 1 to {count}.")
     later = f" What comes after it ({counted(session.chat.turns[number:])}) will be dropped." if number < count else ""
-    session.screen.say(f"Turn {number}, to be changed and sent.{later} Ctrl-D leaves all as it is.")
-    try:
-        user = session.screen.ask(f"editing turn {number} of {count}", session.chat.turns[number - 1].user)
-    except EOFError:
-        return
-    _again(session, session.chat.before(number), user)
+    session.screen.say(f"Turn {number}, to be changed and sent.{later} Ctrl-C leaves all as it is.")
+    if user := session.screen.change(f"turn {number} of {count}", session.chat.turns[number - 1].user):
+        _again(session, session.chat.before(number), user)
 
 
 def _probe(session: Session, text: str) -> None:

@@ -221,5 +221,6 @@ def counted(turns: Sequence[Turn]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The question whether the one of the `known` that is near was meant, with a space before it; "" where none is."""
-    near = difflib.get_close_matches(name, known, n=1)
+    names = list(known)
+    near = [k for k in names if k.startswith(name)] or difflib.get_close_matches(name, names, n=1)
     return f" Did you mean {near[0]}?" if near else ""

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +31,8 @@ _SIDE_BY_SIDE = 100
 _CONTROL = {code: None for code in (*range(9), *range(11, 32), *range(127, 160))}
 """A model's words, or those of a file, must not steer the terminal."""
 
+_MARKS = {"✓": "green", "✗": "red", "~": "yellow"}
+
 Add = Callable[[int, str], None]
 """Shows a piece of the answer of a model, given by its number."""
 
@@ -43,6 +46,9 @@ class Screen(Protocol):
         Raises:
             EOFError: the user leaves.
         """
+
+    def change(self, status: str, text: str) -> str:
+        """`text` as the user changes it; "" where nothing is to be changed."""
 
     def choose(self, question: str, options: Mapping[str, str]) -> str:
         """One of the `options` (a key each, and what it means), the last of which changes nothing.
@@ -100,6 +106,9 @@ class _Lines:
             raise EOFError
         return line
 
+    def change(self, status: str, text: str) -> str:
+        return sys.stdin.readline().strip()
+
     def choose(self, question: str, options: Mapping[str, str]) -> str:
         raise GattError(f"{question} On a terminal you could choose: {'; '.join(options.values())}.")
 
@@ -155,6 +164,12 @@ class _Terminal:
             if said:
                 return said
 
+    def change(self, status: str, text: str) -> str:
+        try:
+            return self._session.prompt(default=text, bottom_toolbar=status).strip()
+        except (EOFError, KeyboardInterrupt):
+            return ""
+
     def choose(self, question: str, options: Mapping[str, str]) -> str:
         self.complain(question)
         self.explain(options)
@@ -176,7 +191,9 @@ class _Terminal:
         self._console.print(answers.whole(self._console.width))
 
     def beside(self, names: Sequence[str], remarks: Sequence[str]) -> None:
-        texts = [Text(remark, style="dim") for remark in remarks]
+        texts = [Text(remark, "dim") for remark in remarks]
+        for text, (sign, colour) in product(texts, _MARKS.items()):
+            text.highlight_regex(sign, f"not dim {colour}")
         if len(names) == 1 or self._console.width >= _SIDE_BY_SIDE:
             self._console.print(_columns(texts))
         else:

@@ -165,6 +165,10 @@ class Script:
             raise EOFError
         return text
 
+    def change(self, status: str, text: str) -> str:
+        self.drafts.append(text)
+        return next(self._said)
+
     def choose(self, question: str, options: Mapping[str, str]) -> str:
         self.shown.append(question)
         self.offered.append(options)
