@@ -112,9 +112,11 @@ def train(
     recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False, set: Set = None,
     show_labels: Annotated[bool, typer.Option("--show-labels", help="Only show which tokens are learned.")] = False,
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on from the last checkpoint.")] = True,
+    stop_when: Annotated[str, typer.Option(help="Stop when held-out answers keep the instruction so often: adherence=0.95.")] = "",
 ) -> None:  # fmt: skip
-    """Train the adapter. Example: gatt train my.toml --run runs/mine --show-labels"""
-    settings, folder = _open(recipe, run, quick, set)
+    """Train the adapter. Example: gatt train my.toml --run runs/mine --stop-when adherence=0.95"""
+    changes = [f"train.stop_when={stop_when.removeprefix('adherence=')}"] if stop_when else []
+    settings, folder = _open(recipe, run, quick, [*(set or []), *changes])
     if show_labels:
         from pipeline.stages import train as stage
 

@@ -32,6 +32,8 @@ class Dialogues(Section):
     """User turns of a training dialogue; longer ones are cut."""
     train: int = Field(default=200, ge=1)
     """Training dialogues; the sources are cut into pieces of `turns`, and reused with other instructions if need be."""
+    watched: int = Field(default=6, ge=0)
+    """Dialogues that are held out to see, at each checkpoint of training, whether the instruction holds yet; 0 is none."""
     system: str = "You are a friendly assistant. Answer in one or two short sentences."
     """The system message of every arm, in training and in evaluation; "" leaves it to the chat template."""
 
@@ -133,6 +135,8 @@ class Train(Section):
     """Tokens; a longer dialogue is cut at a turn boundary and never loses turn 1."""
     save_steps: int = Field(default=10, ge=1)
     """Steps between checkpoints."""
+    stop_when: float = Field(default=0.0, ge=0, le=1)
+    """Stop as soon as so much of the answers in the dialogues of `dialogues.watched` keep their instruction; 0 is never."""
 
 
 class Export(Section):
@@ -213,7 +217,7 @@ class Recipe(Section):
 
 
 QUICK = (
-    "dialogues.train=40", "dialogues.turns=4", "train.steps=12", "synthesize.max_tokens=48",
+    "dialogues.train=40", "dialogues.turns=4", "dialogues.watched=2", "train.steps=12", "synthesize.max_tokens=48",
     "evaluate.dialogues=6", "evaluate.turns=8", "evaluate.max_tokens=48", "evaluate.more=2",
 )  # fmt: skip
 """What `--quick` sets: the same run in miniature. Its report is marked as shortened."""

@@ -13,7 +13,7 @@ import pytest
 TINY = (
     "dialogues.train=4", "dialogues.turns=2", "train.steps=2", "train.rank=4", "train.save_steps=1", "synthesize.max_tokens=40",
     "evaluate.dialogues=3", "evaluate.turns=3", "evaluate.max_tokens=24", "evaluate.attention=false",
-    "evaluate.more=1",
+    "evaluate.more=1", "dialogues.watched=1",
 )  # fmt: skip
 
 TEXTS = ("It's 2,026 and I'll pay €35.50!", "naïve  café\n\n\tтест 漢字 🙂", "<|im_start|>user\nHi<|im_end|>\n", "x" * 40 + "  y ")

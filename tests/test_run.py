@@ -52,6 +52,15 @@ def test_the_export_is_the_model_that_was_trained(finished: Path) -> None:
     assert made == {"Modelfile", "adapter.gguf", "export.json", "tuned-Q8_0.gguf"}
 
 
+def test_held_out_answers_are_watched_at_each_checkpoint(finished: Path) -> None:
+    rows = [row for _, row in read_jsonl(finished / "train" / "validation.jsonl")]
+    assert [(row["step"], row["answers"]) for row in rows] == [(1, 8), (2, 8)]
+    pairs = json.loads((finished / "instructions" / "pairs.json").read_text())
+    watched = {row["dialogue"]["id"] for row in pairs["validate"]}
+    assert len(watched) == 1
+    assert not watched & {row["dialogue"]["id"].split("@")[0] for side in ("train", "evaluate") for row in pairs[side]}
+
+
 def test_the_file_says_what_it_is(finished: Path, base: Path) -> None:
     tuned, before = open_gguf(finished / "export" / "tuned-Q8_0.gguf"), open_gguf(base)
     assert tuned.field("general.license") == before.field("general.license") == "apache-2.0"

@@ -132,6 +132,18 @@ torch.save((losses, adapter), {out!r})
 """
 
 
+def test_it_stops_when_that_is_enough(tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]) -> None:
+    asked = []
+
+    def enough(step: int, folder: Path) -> bool:
+        asked.append(step)
+        return (folder / "adapter_model.safetensors").exists() and step == 2
+
+    losses = loop(_network(tiny_llama), 0, _examples(), _SETTINGS, 1, tmp_path, lambda step, loss: None, enough)
+    assert asked == [1, 2]
+    assert losses == pytest.approx(whole[0][:2])
+
+
 def test_two_processes_share_a_step(tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]) -> None:
     import torch
 

@@ -81,11 +81,12 @@ def _length(row: dict[str, Any]) -> int:
 
 def loop(
     network: Any, pad: int, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path,
-    on_step: Callable[[int, float], None],
+    on_step: Callable[[int, float], None], enough: Callable[[int, Path], bool] = lambda step, folder: False,
 ) -> list[float]:  # fmt: skip
     """Train the adapter of `network`; goes on from the last whole checkpoint. Returns the loss of every step.
 
-    Several processes, as `accelerate launch` starts them, share the dialogues of each step.
+    At each checkpoint `enough` is asked with the step and the folder of the adapter whether to stop there. Several processes, as
+    `accelerate launch` starts them, share the dialogues of each step.
 
     Raises:
         GattError: the loss is no number, memory is short even for one dialogue, or the user has stopped it.
@@ -107,8 +108,11 @@ def loop(
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             # Written last: a checkpoint without it was cut off.
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            (folder / _COMPLETE).touch()
+            if not stop.asked and enough(state.global_step, folder):
+                control.should_training_stop = True
 
     class Weighted(transformers.Trainer):  # type: ignore[misc]
         budget = settings.tokens

@@ -64,9 +64,9 @@ def _unsloth() -> Any:
 
 def train(
     folder: Path, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path, adapter: Path,
-    on_step: Callable[[int, float], None],
+    on_step: Callable[[int, float], None], enough: Callable[[int, Path], bool] = lambda step, folder: False,
 ) -> tuple[list[float], Reference]:  # fmt: skip
-    """Train an adapter on the base in `folder` and save it; goes on from the last whole checkpoint.
+    """Train an adapter on the base in `folder` and save it; goes on from the last whole checkpoint. `enough`: as in `loop`.
 
     Returns:
         The loss of every step, and what the trained model predicts.
@@ -82,7 +82,7 @@ def train(
         target_modules=list(settings.targets), random_state=seed, use_rslora=settings.rslora,
         use_gradient_checkpointing=False if not torch.cuda.is_available() else "unsloth",
     )  # fmt: skip
-    losses = loop(network, tokenizer.pad_token_id or 0, examples, settings, seed, checkpoints, on_step)
+    losses = loop(network, tokenizer.pad_token_id or 0, examples, settings, seed, checkpoints, on_step, enough)
     network.save_pretrained(adapter)
     return losses, _predict(network, [e.input_ids for e in examples])
 

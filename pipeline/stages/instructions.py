@@ -46,7 +46,8 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
             f"{recipe.evaluate.turns} user turns: too few to evaluate on {recipe.evaluate.dialogues} and train on others. "
             "Bring more, or lower evaluate.dialogues or evaluate.turns."
         )
-    training = _pieces(rest, recipe.dialogues.turns, recipe.dialogues.train)
+    watched = rest[: min(recipe.dialogues.watched, len(rest) // 4)]
+    training = _pieces(rest[len(watched) :], recipe.dialogues.turns, recipe.dialogues.train)
     asked = recipe.instructions
     pool = (*asked.pool, *_generated(recipe, rundir))
     for constraint in (*pool, *recipe.evaluate.unseen):
@@ -59,9 +60,14 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
         recipe.synthesize.edited_share,
     )  # fmt: skip
     made, pairs = pair_for_training(training, pool, shares, recipe.seed)
+    checkable = [c for c in pool if not kind_of(c).judged]
     tested, evaluation = pair_for_evaluation(held_out, pool)
-    both = {"train": list(zip(training, pairs, strict=True)), "evaluate": list(zip(held_out, evaluation, strict=True))}
-    write_json(rundir.pairs, written({**made, **tested}, both))
+    sides = {
+        "train": list(zip(training, pairs, strict=True)),
+        "validate": list(zip(watched, pair_for_evaluation(watched, checkable)[1], strict=True)) if checkable else [],
+        "evaluate": list(zip(held_out, evaluation, strict=True)),
+    }
+    write_json(rundir.pairs, written({**made, **tested}, sides))
     settings = recipe.evaluate
     turns = min(settings.more_turns, settings.turns)
     write_json(rundir.suites, written(*suites(held_out[: settings.more], pool, settings.unseen, turns, settings.turns)))

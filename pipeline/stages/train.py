@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from pipeline.backends.convert import hugging_face_folder
+from pipeline.backends.convert import gguf_file, hugging_face_folder
 from pipeline.backends.hub import find_model
 from pipeline.backends.objective import IGNORED, Labelled, label
 from pipeline.backends.trainer import last_checkpoint
 from pipeline.backends.unsloth import load_tokenizer, on_gpu, train
+from pipeline.backends.validation import Validation
 from pipeline.config import Recipe
 from pipeline.console import chatter, note, out, progress
-from pipeline.files import read_jsonl, write_json
+from pipeline.errors import GattError
+from pipeline.files import JsonlLog, read_jsonl, write_json
 from pipeline.machine import require_disk, require_memory, training_memory
+from pipeline.pairs import read_pairs
 from pipeline.rundir import RunDir
 
 
@@ -30,13 +36,43 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
         require_memory(training_memory(size / 2, "cpu", longest), f"train {recipe.model}")
     learned = sum(token != IGNORED for e in examples for token in e.labels)
     note(f"train: {len(examples)} dialogues, {sum(len(e.labels) for e in examples)} tokens, {learned} of them learned")
-    with progress("train: steps", recipe.train.steps, last_checkpoint(rundir.checkpoints)) as bar, chatter(log):
+    with (
+        progress("train: steps", recipe.train.steps, last_checkpoint(rundir.checkpoints)) as bar, chatter(log),
+        _watching(recipe, rundir) as (enough, seen),
+    ):  # fmt: skip
         losses, reference = train(
             folder, examples, recipe.train, recipe.seed, rundir.checkpoints, rundir.adapter,
-            lambda step, loss: bar.advance(1, f"loss {loss:.3f}"),
+            lambda step, loss: bar.advance(1, f"loss {loss:.3f}{''.join(seen[-1:])}"), enough,
         )  # fmt: skip
     reference.save(rundir.reference)
     write_json(rundir.losses, losses)
+
+
+@contextmanager
+def _watching(recipe: Recipe, rundir: RunDir) -> Iterator[tuple[Callable[[int, Path], bool], list[str]]]:
+    """What is asked at each checkpoint: it measures adherence, writes it down, and says whether that is enough. With it, the
+    remarks that it makes.
+    """
+    seen: list[str] = []
+    pairs = read_pairs(rundir.pairs, "validate")
+    if not pairs:
+        if recipe.train.stop_when:
+            raise GattError("train.stop_when needs held-out dialogues that a program can check: raise dialogues.watched.")
+        yield lambda step, folder: False, seen
+        return
+    validation = Validation(gguf_file(find_model(recipe.model), "Q8_0"), pairs, recipe)
+
+    def enough(step: int, folder: Path) -> bool:
+        kept, answers = validation.measure(folder)
+        log.append({"step": step, "kept": kept, "answers": answers})
+        seen.append(f", {kept} of {answers} held-out answers obeyed at step {step}")
+        return bool(recipe.train.stop_when) and kept >= recipe.train.stop_when * answers
+
+    try:
+        with JsonlLog(rundir.validation) as log:
+            yield enough, seen
+    finally:
+        validation.close()
 
 
 def _labelled(tokenizer: Any, row: dict[str, Any], recipe: Recipe) -> Labelled:
