@@ -25,6 +25,8 @@ _ANY = 1 << 16
 """Sequences: as many as the machine has room for."""
 _WORTH_A_COPY = 16
 """Tokens: copying a stream takes about as long as evaluating so many."""
+_OPENING = 8
+"""Tokens: templates may write the opening of an answer otherwise once it is there."""
 
 Finish = Literal["stop", "length", "cancelled", "closed", "failed"]
 
@@ -283,10 +285,10 @@ class ServedModel:
     def _choose(self, tokens: list[int], free: list[tuple[_Seat, Lane]]) -> _Seat:
         """The seat that holds most of this conversation, or else the one unused longest in the lane with most room.
 
-        A seat of which less than a half would be kept is another conversation's, though all may begin with one system message.
+        A seat whose last prompt is not in this one is another conversation's, though all may begin with one system message.
         """
         shared = [(common(seat.cached, tokens), seat) for seat, _ in free]
-        length, seat = max(((n, s) for n, s in shared if 2 * n >= len(s.cached)), key=lambda pair: pair[0], default=(0, None))
-        if seat and length:
-            return seat
+        own = [(n, s) for n, s in shared if n and n >= min(len(s.cached), s.prompt_tokens, len(tokens)) - _OPENING]
+        if own:
+            return max(own, key=lambda pair: pair[0])[1]
         return min(free, key=lambda pair: (pair[1].busy, pair[0].used, pair[0].id))[0]

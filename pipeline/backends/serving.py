@@ -7,12 +7,12 @@ runs beside it, an answer is a function of its text and seed (`streams` says why
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.backends.cores import FreeCores
 from pipeline.backends.lanes import Closed, Job, Limits, Outcome, Question, ServedModel, State
 from pipeline.backends.weights import Adapter, Weights
 from pipeline.errors import GattError
@@ -92,14 +92,15 @@ class Engine:
 
     def __init__(self, sources: Mapping[str, Source], limits: Limits = LIMITS) -> None:
         self.observe: Callable[[str, Outcome], None] = lambda name, outcome: None
+        self._cores = FreeCores()
         self._weights = {path: Weights(open_gguf(path)) for path in dict.fromkeys(s.path for s in sources.values())}
         self._models = {
             name: ServedModel(name, self._weights[s.path], s.adapter, limits, self._threads)
             for name, s in sources.items()
         }
         self._lanes = [lane for model in self._models.values() for lane in model.lanes]
-        for lane in self._lanes:
-            lane.start()
+        for thread in (self._cores, *self._lanes):
+            thread.start()
 
     @property
     def names(self) -> list[str]:
@@ -150,6 +151,8 @@ class Engine:
 
     def close(self) -> None:
         """Stop, wait for the threads and give the memory back."""
+        self._cores.close()
+        self.stop()
         for model in self._models.values():
             model.close()
         for weights in self._weights.values():
@@ -157,5 +160,5 @@ class Engine:
         self._models, self._weights = {}, {}
 
     def _threads(self) -> int:
-        """How many threads each lane may use: the cores are shared by those that have something to do."""
-        return max(1, (os.cpu_count() or 1) // max(1, sum(lane.active for lane in self._lanes)))
+        """How many threads each lane may use: the free cores are shared by those that have something to do."""
+        return max(1, self._cores.count // max(1, sum(lane.active for lane in self._lanes)))
