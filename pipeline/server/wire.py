@@ -8,7 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from pipeline.backends.lanes import Outcome
 from pipeline.records import Message, Request
@@ -27,6 +27,17 @@ Fields that change nothing (`user`, `metadata`, `store`, ...) are ignored.
 
 _TEMPERATURE = Request((), 0, 1).temperature
 
+
+def _unicode(text: str) -> str:
+    """JSON can name halves of characters, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a surrogate pair is no character") from error
+    return text
+
+
+Text = Annotated[str, AfterValidator(_unicode)]
 Stop = Annotated[str, Field(min_length=1)]
 Whole = Annotated[int, Field(ge=1, le=1 << 31)]
 
@@ -96,7 +107,7 @@ class TextPart(BaseModel):
 
     model_config = ConfigDict(strict=True)
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class ChatMessage(BaseModel):
@@ -104,7 +115,7 @@ class ChatMessage(BaseModel):
 
     model_config = ConfigDict(strict=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
     @property
     def plain(self) -> Message:
@@ -128,7 +139,7 @@ class ChatBody(Body):
 class TextBody(Body):
     """The body of /v1/completions: one text, also as a list of one."""
 
-    prompt: str
+    prompt: Text
 
     @model_validator(mode="before")
     @classmethod
