@@ -234,6 +234,22 @@ def chat(
 
 
 @app.command()
+def serve(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="GGUF files, or base models as in the recipe.")],
+    host: Annotated[str, typer.Option(help="Where to listen; one that other machines reach needs a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8080,
+    api_key: Annotated[str, typer.Option(envvar="GATT_API_KEY", help="What clients must send.")] = "",
+    cors: Annotated[list[str] | None, typer.Option(help="A web page's origin that may ask: http://localhost:3000.")] = None,
+    context: Annotated[int, typer.Option(help="Tokens of a conversation, its answers included.", min=256)] = 4096,
+    adapter: Annotated[list[Path] | None, typer.Option(help="A GGUF adapter; served beside it as MODEL+ADAPTER.")] = None,
+) -> None:  # fmt: skip
+    """An OpenAI-compatible server on this machine. Example: gatt serve runs/demo/export/tuned-Q8_0.gguf"""
+    from pipeline.stages import serve as stage
+
+    stage.run(models, adapter or (), host, port, api_key, cors or (), context)
+
+
+@app.command()
 def doctor() -> None:
     """What this machine is and which base models fit. Example: gatt doctor"""
     from pipeline.stages import doctor as stage

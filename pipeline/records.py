@@ -139,6 +139,7 @@ class Request:
     max_tokens: int
     temperature: float = 0.7
     enough: Callable[[str], bool] | None = None
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.backends.weights import Adapter, CacheType, Weights, silence
 from pipeline.backends.worker import Queue, Worker
@@ -25,6 +26,31 @@ from pipeline.records import Completion, Request, Task
 _PADDING = 256
 _PER_CORE, _PER_GPU = 16, 64
 """Dialogues side by side: on a core, more than 16 rows in a batch are hardly cheaper by the row."""
+
+
+class Room(NamedTuple):
+    """How the sequences of a model are shared among workers: each has `shares[n]` of `cells` tokens, and so many threads."""
+
+    shares: tuple[int, ...]
+    cells: int
+    threads: int
+
+
+def find_room(info: GgufInfo, context: int, dialogues: int, most: int, cache: CacheType, loaded: bool) -> Room:
+    """The room for up to `dialogues` of `context` tokens each; `most` as for `Llama`, `loaded`: the weights are in memory.
+
+    Raises:
+        GattError: too little memory.
+    """
+    cells = -(-context // _PADDING) * _PADDING
+    stream = cells * info.cache_bytes_per_token * (2 if cache == "F32" else 1)
+    cores = 1 if _offloads() else os.cpu_count() or 1
+    sequences = min(dialogues, most or _fitting(info, stream, cores))
+    workers = min(cores, sequences)
+    needed = (0 if loaded else info.bytes) + (sequences + workers) * stream
+    require_memory(needed, f"run {info.path.name} with {sequences} sequences")
+    shares = tuple(len(range(n, sequences, workers)) for n in range(workers))
+    return Room(shares, cells, (os.cpu_count() or 1) // workers)
 
 
 class Llama:
@@ -45,21 +71,13 @@ class Llama:
         loaded = isinstance(source, Weights)
         info = source.info if isinstance(source, Weights) else open_gguf(source)
         self.name = name or info.path.name
-        cells = -(-context // _PADDING) * _PADDING
-        stream = cells * info.cache_bytes_per_token * (2 if cache == "F32" else 1)
-        cores = 1 if _offloads() else os.cpu_count() or 1
-        sequences = min(dialogues, most or _fitting(info, stream, cores))
-        workers = min(cores, sequences)
-        needed = (0 if loaded else info.bytes) + (sequences + workers) * stream
-        require_memory(needed, f"run {info.path.name} with {sequences} sequences")
+        room = find_room(info, context, dialogues, most, cache, loaded)
         self._cores = os.cpu_count() or 1
         self._weights = source if isinstance(source, Weights) else Weights(info)
         self._lent = loaded
         self.template, self.tokenize = self._weights.template, self._weights.tokenize
         self.vocabulary = self._weights.vocabulary
-        shares = [len(range(n, sequences, workers)) for n in range(workers)]
-        threads = self._cores // workers
-        self._workers = [Worker(self._weights, share, cells, cache, threads, adapter) for share in shares]
+        self._workers = [Worker(self._weights, share, room.cells, cache, room.threads, adapter) for share in room.shares]
 
     def close(self) -> None:
         """Give the memory back."""

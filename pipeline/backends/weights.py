@@ -95,12 +95,15 @@ class Weights:
             self._adapters[path] = loaded
         return self._adapters[path]
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a rendered chat: special tokens are parsed, and none is added (the template writes its own)."""
+    def tokenize(self, text: str, opening: bool = False) -> list[int]:
+        """Token ids of a rendered chat: special tokens are parsed, and none is added (the template writes its own).
+
+        `opening`: the text is no chat, and begins with the token that the model wants there.
+        """
         raw = text.encode()
         room = len(raw) + 8
         ids = (self.api.llama_token * room)()
-        count = self.api.llama_tokenize(self._vocab, raw, len(raw), ids, room, False, True)
+        count = self.api.llama_tokenize(self._vocab, raw, len(raw), ids, room, opening, True)
         return list(ids[:count])
 
     def piece(self, token: int) -> bytes:
@@ -114,7 +117,7 @@ class Weights:
         return bool(self.api.llama_vocab_is_eog(self._vocab, token))
 
     def sampler(self, request: Request) -> Any:
-        """llama.cpp's chain of one request: top-k 40, DRY, min-p 0.05, temperature, seeded draw.
+        """llama.cpp's chain of one request: top-k 40, DRY, top-p (where it is asked for), min-p 0.05, temperature, seeded draw.
 
         DRY keeps a small model from saying an earlier answer again; up to five tokens in a row may come again, so that
         a demanded phrase is free. (With eight, a short sentence is free, too: of one tuned model's 120 late replies, 27 were
@@ -128,6 +131,7 @@ class Weights:
         for part in (
             api.llama_sampler_init_top_k(40),
             api.llama_sampler_clone(self._dry),
+            *([api.llama_sampler_init_top_p(request.top_p, 1)] if request.top_p < 1 else []),
             api.llama_sampler_init_min_p(0.05, 1),
             api.llama_sampler_init_temp(request.temperature),
             api.llama_sampler_init_dist(request.seed & 0xFFFFFFFF),

@@ -1,0 +1,210 @@
+"""One llama.cpp context, its cache cut into streams of cells, and the answers that are generated in them.
+
+On a CPU an answer does not depend on what runs beside it (llama.cpp of llama-cpp-python 0.3.36): it is a function of its
+text and seed, bit by bit. That takes four things, and each was found by measurement. Every sequence has a stream of cells of
+its own; flash attention is on; a prompt is fed in chunks below 64 tokens (from there on another kernel sums in another
+order); and no token is decoded alone, because a lone one has its cache split among the threads.
+
+Who decides what is generated in which stream: `worker` for dialogues that are all there, `serving` for requests that come.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from pipeline.backends.weights import Adapter, CacheType, Weights
+from pipeline.gguf.base import Array
+from pipeline.records import Request
+
+_CHUNK = 63
+_GAP = 2
+"""Up to so many idle streams between two busy ones are decoded with them: that is cheaper than two passes."""
+
+
+class _Row(NamedTuple):
+    """A token to be decoded; `logits`: what follows it is asked for."""
+
+    stream: int
+    position: int
+    token: int
+    logits: bool
+
+
+@dataclass(slots=True)
+class Stream:
+    """One stream of the cache and the answer that is generated in it.
+
+    The cells of the tokens `cached` are filled, those of `pending` are not yet.
+    """
+
+    id: int
+    cached: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    request: Request | None = None
+    prompt_tokens: int = 0
+    tokens: int = 0
+    text: str = ""
+    finish: str = ""
+    decoder: Any = None
+    sampler: Any = None
+
+
+S = TypeVar("S", bound=Stream)
+
+
+class Streams(Generic[S]):
+    """A context with a cache of `cells` tokens for each of `streams`; one thread at a time may use it.
+
+    Nothing is generated in the last stream: a token that would be decoded alone gets company there.
+
+    Raises:
+        GattError: no memory for it, or an adapter of another base.
+    """
+
+    def __init__(
+        self, weights: Weights, streams: list[S], cells: int, cache: CacheType, threads: int, adapter: Adapter | None = None
+    ) -> None:
+        self._weights, self._api, self._threads = weights, weights.api, threads
+        self._streams = streams
+        most = max(_CHUNK, len(streams)) + 1
+        self._context = weights.new_context(len(streams), cells, most, cache, threads, adapter)
+        self._memory = self._api.llama_get_memory(self._context)
+        self._batch = self._api.llama_batch_init(most, 0, 1)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        for stream in self._streams:
+            self.release(stream)
+        self._api.llama_batch_free(self._batch)
+        self._api.llama_free(self._context)
+
+    def use(self, threads: int) -> None:
+        """Decode with so many threads from now on."""
+        if threads != self._threads:
+            self._threads = threads
+            self._api.llama_set_n_threads(self._context, threads, threads)
+
+    def begin(self, stream: S, request: Request, tokens: list[int], least: int = 1) -> int:
+        """Line up the `tokens` of a prompt that the cache lacks, to answer it; returns how many it has.
+
+        If another stream has `least` of the first tokens more than this one, they are copied from there.
+        """
+        fullest = max(self._streams, key=lambda s: common(s.cached, tokens))
+        if common(fullest.cached, tokens[:-1]) >= common(stream.cached, tokens[:-1]) + least:
+            self.copy(fullest, stream)
+        shared = common(stream.cached, tokens[:-1])
+        self._api.llama_memory_seq_rm(self._memory, stream.id, shared, -1)
+        del stream.cached[shared:]
+        stream.request, stream.pending = request, tokens[shared:]
+        stream.prompt_tokens, stream.tokens, stream.text, stream.finish = len(tokens), 0, "", ""
+        stream.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.release(stream)
+        stream.sampler = self._weights.sampler(request)
+        return shared
+
+    def forget(self, stream: S) -> None:
+        """Empty the cells."""
+        self._api.llama_memory_seq_rm(self._memory, stream.id, 0, -1)
+        stream.cached = []
+
+    def copy(self, source: S, target: S) -> None:
+        """Fill the cells of one stream as those of another are."""
+        self.forget(target)
+        self._api.llama_memory_seq_cp(self._memory, source.id, target.id, 0, -1)
+        target.cached = list(source.cached)
+
+    def release(self, stream: S) -> None:
+        """Free the sampler of an answer that has ended."""
+        if stream.sampler:
+            self._api.llama_sampler_free(stream.sampler)
+            stream.sampler = None
+
+    def prefill(self, stream: S) -> None:
+        """Feed one chunk of a prompt, all but its last token (which is decoded with everybody's)."""
+        chunk = stream.pending[: min(_CHUNK, len(stream.pending) - 1)]
+        self._feed([_Row(stream.id, len(stream.cached) + n, token, False) for n, token in enumerate(chunk)])
+        stream.cached += chunk
+        del stream.pending[: len(chunk)]
+
+    def decode(self, busy: Sequence[S]) -> list[int]:
+        """Feed the last pending token of each stream (ordered by their numbers); the rows at which `sample` finds them."""
+        rows = self._feed([_Row(s.id, len(s.cached), s.pending[0], True) for s in busy])
+        for stream in busy:
+            stream.cached += stream.pending
+            stream.pending = []
+        return rows
+
+    def sample(self, stream: S, row: int) -> str:
+        """Draw the next token, and return its text. It is left pending, or `finish` says why the answer ends."""
+        assert stream.request is not None
+        token = self._api.llama_sampler_sample(stream.sampler, self._context, row)
+        stream.tokens += 1
+        ends = self._weights.ends(token)
+        piece: str = stream.decoder.decode(b"" if ends else self._weights.piece(token), ends)
+        stream.text += piece
+        if ends:
+            stream.finish = "stop"
+        elif stream.request.enough and stream.request.enough(stream.text):
+            stream.finish = "enough"
+        elif stream.tokens < stream.request.max_tokens:
+            stream.pending = [token]
+        else:
+            stream.finish = "length"
+        return piece
+
+    def logits(self, tokens: Sequence[int]) -> Iterator[Array]:
+        """For each of the tokens, the logits (vocabulary) of what follows it, float32; nothing may be running."""
+        self.forget(self._streams[0])
+        for start in range(0, len(tokens), _CHUNK):
+            chunk = range(start, min(start + _CHUNK, len(tokens)))
+            for row in self._feed([_Row(0, at, tokens[at], True) for at in chunk]):
+                found = self._api.llama_get_logits_ith(self._context, row)
+                yield np.ctypeslib.as_array(found, (self._weights.vocabulary,)).copy()
+        self.forget(self._streams[0])
+
+    def _feed(self, rows: Sequence[_Row]) -> list[int]:
+        """Decode `rows`, ordered by stream; where each of them is in the batch."""
+        batch, (fed, places, guests) = self._batch, self._with_guests(rows)
+        batch.n_tokens = len(fed)
+        for n, (stream, position, token, logits) in enumerate(fed):
+            batch.token[n], batch.pos[n], batch.logits[n] = token, position, logits
+            batch.n_seq_id[n], batch.seq_id[n][0] = 1, stream
+        status = self._api.llama_decode(self._context, batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status} for {len(fed)} tokens")
+        for guest in guests:
+            self._api.llama_memory_seq_rm(self._memory, guest.stream, guest.position, -1)
+        return places
+
+    def _with_guests(self, rows: Sequence[_Row]) -> tuple[list[_Row], list[int], list[_Row]]:
+        """The rows of a batch, the places of `rows` in it, and the guests: tokens in other streams, forgotten at once.
+
+        llama.cpp decodes streams with a gap between their numbers in two passes. Small gaps are filled with guests, and a
+        token that would have a pass for itself gets one for company.
+        """
+        fed: list[_Row] = []
+        places: list[int] = []
+        guests: list[_Row] = []
+        for row, after in zip(rows, [*rows[1:], None], strict=True):
+            alone = not fed or fed[-1].stream < row.stream - 1
+            places.append(len(fed))
+            fed.append(row)
+            gap = after.stream - row.stream - 1 if after else _GAP + 1
+            for stream in self._streams[row.stream + 1 :][: max(gap, 0) if gap <= _GAP else int(alone)]:
+                guests.append(_Row(stream.id, len(stream.cached), row.token, False))
+                fed.append(guests[-1])
+        return fed, places, guests
+
+
+def common(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:  # comparing slices is a hundred times as quick as comparing tokens
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
