@@ -295,10 +295,17 @@ def _inputs(name: str, settings: Recipe, folder: RunDir) -> list[Path]:
     return {
         "instructions": [base, *([folder.lists] if folder.lists.exists() else [])],
         "synthesize": [base, folder.pairs],
-        "train": [base, folder.examples],
+        "train": [base, folder.examples, *_brought(settings)],
         "export": [base, folder.adapter, folder.examples],
         "evaluate": [base, folder.pairs, folder.suites, *_tuned(settings, folder)],
     }[name]
+
+
+def _brought(settings: Recipe) -> list[Path]:
+    """The files of the user's own that training takes."""
+    adapter = Path(settings.train.adapter).expanduser() / "adapter_model.safetensors"
+    files = [Path(settings.train.mix).expanduser()] if settings.train.mix else []
+    return [file for file in [*files, *([adapter] if settings.train.adapter else [])] if file.is_file()]
 
 
 def _tuned(settings: Recipe, folder: RunDir) -> list[Path]:

@@ -135,6 +135,15 @@ class Train(Section):
     """Tokens; a longer dialogue is cut at a turn boundary and never loses turn 1."""
     save_steps: int = Field(default=10, ge=1)
     """Steps between checkpoints."""
+    mix: str = ""
+    """Chats of your own whose answers are learned as they are, beside the synthesised ones: a JSONL file with `messages` or
+    ShareGPT `conversations`, or a dataset id."""
+    mix_share: float = Field(default=0.2, gt=0, lt=1)
+    """Share of these in what is trained on, if there are as many."""
+    adapter: str = ""
+    """Folder of a PEFT LoRA of the same rank and targets to go on from; "" begins anew."""
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Where the curves are sent, too; each has to be installed."""
     stop_when: float = Field(default=0.0, ge=0, le=1)
     """Stop as soon as so much of the answers in the dialogues of `dialogues.watched` keep their instruction; 0 is never."""
 

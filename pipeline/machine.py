@@ -30,6 +30,17 @@ def available_memory() -> int:
     return max(0, min(limits))
 
 
+def peak_memory() -> int:
+    """Bytes that this process has had at most."""
+    import psutil
+
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def training_memory(parameters: float, device: str, tokens: int = 2000) -> float:
     """Bytes that a 4-bit QLoRA takes with `tokens` in a step: an estimate, measured on a CPU with one model only.
 

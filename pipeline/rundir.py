@@ -37,6 +37,7 @@ class RunDir:
         self.adapter = path / "train" / "adapter"
         self.checkpoints = path / "train" / "checkpoints"
         self.losses = path / "train" / "losses.json"
+        self.speed = path / "train" / "speed.json"
         self.validation = path / "train" / "validation.jsonl"
         self.reference = path / "train" / "reference.npz"
         self.exported = path / "export" / "export.json"

@@ -161,7 +161,7 @@ def test_the_adapter_is_what_the_recipe_asks_for(tmp_path: Path) -> None:
     settings = Train(rank=8, alpha=16, rslora=True, targets=("q_proj", "down_proj"), steps=1, schedule="linear", loss="distill")
     folder = hugging_face_folder(find_model("smollm2-135m"))
     example = label(load_tokenizer(folder), _CHAT, settings, _ASKED)
-    train(folder, [example] * 4, settings, 1, tmp_path / "checkpoints", tmp_path / "adapter", lambda step, loss: None)
+    train(folder, [example] * 4, settings, 1, tmp_path / "checkpoints", tmp_path / "adapter", lambda step: None)
     made = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (made["r"], made["lora_alpha"], made["use_rslora"]) == (8, 16, True)
     assert set(made["target_modules"]) == {"q_proj", "down_proj"}

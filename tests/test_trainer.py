@@ -46,7 +46,7 @@ def _trained(folder: Path, checkpoints: Path, settings: Train = _SETTINGS) -> tu
     import torch
 
     network = _network(folder)
-    losses = loop(network, 0, _examples(), settings, 1, checkpoints, lambda step, loss: None)
+    losses = loop(network, 0, _examples(), settings, 1, checkpoints, lambda step: None)
     return losses, torch.cat([p.detach().flatten() for p in network.parameters() if p.requires_grad])
 
 
@@ -98,8 +98,8 @@ def test_a_run_goes_on_as_if_it_had_not_been_cut(tiny_llama: Path, tmp_path: Pat
     class Cut(Exception):
         pass
 
-    def cut(step: int, loss: float) -> None:
-        if step == 3:
+    def cut(step: trainer.Step) -> None:
+        if step.number == 3:
             raise Cut
 
     with pytest.raises(Cut):
@@ -139,9 +139,21 @@ def test_it_stops_when_that_is_enough(tiny_llama: Path, tmp_path: Path, whole: t
         asked.append(step)
         return (folder / "adapter_model.safetensors").exists() and step == 2
 
-    losses = loop(_network(tiny_llama), 0, _examples(), _SETTINGS, 1, tmp_path, lambda step, loss: None, enough)
+    losses = loop(_network(tiny_llama), 0, _examples(), _SETTINGS, 1, tmp_path, lambda step: None, enough)
     assert asked == [1, 2]
     assert losses == pytest.approx(whole[0][:2])
+
+
+def test_what_was_computed_is_counted(tiny_llama: Path, tmp_path: Path) -> None:
+    seen: list[trainer.Step] = []
+    settings = _SETTINGS.model_copy(update={"steps": 2, "tokens": 40})
+    loop(_network(tiny_llama), 0, _examples(), settings, 1, tmp_path, seen.append)
+    lengths = [len(e.input_ids) for e in _examples()]  # two steps of four are all of them
+    assert seen[-1].learned == sum(n - n // 2 for n in lengths)
+    assert seen[-1].computed - seen[-1].padding == sum(n + n - 2 for n in lengths)
+    assert 0 < seen[-1].padding < 20
+    assert [s.number for s in seen] == [1, 2] and 0 < seen[0].seconds < seen[1].seconds
+    assert seen[-1].memory > 1e8 and seen[-1].learning_rate > 0
 
 
 def test_two_processes_share_a_step(tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]) -> None:

@@ -6,17 +6,34 @@ import os
 import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pipeline.backends.objective import Labelled, learned_loss, padded
+from pipeline.backends.objective import IGNORED, Labelled, learned_loss, padded
 from pipeline.config import Train
 from pipeline.console import note
 from pipeline.errors import GattError
+from pipeline.machine import peak_memory
 
 _COMPLETE = "complete"
+
+
+class Step(NamedTuple):
+    """A step that is done. `learned` are the tokens of all steps so far that were learned, `computed` all that were computed,
+    padding and the teacher's chats with them, of which `padding` were nothing; in `seconds`. `memory` in bytes is the peak.
+    """
+
+    number: int
+    loss: float
+    learning_rate: float
+    learned: int
+    computed: int
+    padding: int
+    seconds: float
+    memory: int
 
 
 def in_order(examples: Sequence[Labelled], settings: Train, seed: int) -> list[Labelled]:
@@ -81,7 +98,7 @@ def _length(row: dict[str, Any]) -> int:
 
 def loop(
     network: Any, pad: int, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path,
-    on_step: Callable[[int, float], None], enough: Callable[[int, Path], bool] = lambda step, folder: False,
+    on_step: Callable[[Step], None], enough: Callable[[int, Path], bool] = lambda step, folder: False,
 ) -> list[float]:  # fmt: skip
     """Train the adapter of `network`; goes on from the last whole checkpoint. Returns the loss of every step.
 
@@ -101,7 +118,7 @@ def loop(
     class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                on_step(state.global_step, logs["loss"])
+                on_step(Step(state.global_step, logs["loss"], logs["learning_rate"], *trainer.counted, *trainer.spent()))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if stop.asked:
@@ -116,10 +133,16 @@ def loop(
 
     class Weighted(transformers.Trainer):  # type: ignore[misc]
         budget = settings.tokens
+        counted = (0, 0, 0)
+        seconds = 0.0
+
+        def spent(self) -> tuple[float, int]:
+            """Seconds in steps, and bytes at the peak."""
+            return self.seconds, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             """The loss of a step, its gradients summed over its parts and over all processes."""
-            rows = inputs["rows"]
+            rows, start = inputs["rows"], time.monotonic()
             while True:
                 try:
                     total = self._in_parts(rows)
@@ -141,7 +164,19 @@ def loop(
                     f"The loss of step {self.state.global_step + 1} is {float(total)}. The checkpoint of step "
                     f"{last_checkpoint(checkpoints)} is kept. Lower train.learning_rate, or begin anew with --restart."
                 )
+            self._count(parts(rows, self.budget), time.monotonic() - start)
             return total
+
+        def _count(self, split: list[list[dict[str, Any]]], seconds: float) -> None:
+            learned, computed, padding = self.counted
+            for part in split:
+                learned += sum(token != IGNORED for row in part for token in row["labels"])
+                for key in ("input_ids", "asked_ids"):
+                    lengths = [len(row[key]) for row in part]
+                    computed += len(part) * max(lengths)
+                    padding += len(part) * max(lengths) - sum(lengths)
+            self.counted = learned, computed, padding
+            self.seconds += seconds
 
         def _in_parts(self, rows: Sequence[dict[str, Any]]) -> Any:
             network.train()
@@ -171,7 +206,8 @@ def loop(
             output_dir=str(checkpoints), max_steps=settings.steps, per_device_train_batch_size=settings.batch // processes,
             learning_rate=settings.learning_rate, lr_scheduler_type=settings.schedule, weight_decay=settings.weight_decay,
             warmup_steps=max(1, int(settings.steps * settings.warmup)), seed=seed, data_seed=seed, logging_steps=1,
-            save_steps=settings.save_steps, save_total_limit=2, report_to="none", disable_tqdm=True, remove_unused_columns=False,
+            save_steps=settings.save_steps, save_total_limit=2, disable_tqdm=True, remove_unused_columns=False,
+            report_to=list(settings.report_to) or "none",
             train_sampling_strategy="sequential",
             bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(), dataloader_pin_memory=False,
         ),

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import platformdirs
 
 from pipeline.backends.objective import Labelled
-from pipeline.backends.trainer import loop
+from pipeline.backends.trainer import Step, loop
 from pipeline.config import Train
+from pipeline.errors import GattError
 from pipeline.files import whole_file
 
 _PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
@@ -64,7 +65,7 @@ def _unsloth() -> Any:
 
 def train(
     folder: Path, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path, adapter: Path,
-    on_step: Callable[[int, float], None], enough: Callable[[int, Path], bool] = lambda step, folder: False,
+    on_step: Callable[[Step], None], enough: Callable[[int, Path], bool] = lambda step, folder: False,
 ) -> tuple[list[float], Reference]:  # fmt: skip
     """Train an adapter on the base in `folder` and save it; goes on from the last whole checkpoint. `enough`: as in `loop`.
 
@@ -82,9 +83,34 @@ def train(
         target_modules=list(settings.targets), random_state=seed, use_rslora=settings.rslora,
         use_gradient_checkpointing=False if not torch.cuda.is_available() else "unsloth",
     )  # fmt: skip
+    if settings.adapter:
+        _continue(network, Path(settings.adapter).expanduser())
     losses = loop(network, tokenizer.pad_token_id or 0, examples, settings, seed, checkpoints, on_step, enough)
     network.save_pretrained(adapter)
     return losses, _predict(network, [e.input_ids for e in examples])
+
+
+def _continue(network: Any, folder: Path) -> None:
+    """Begin with the weights of an adapter that was trained before.
+
+    Raises:
+        GattError: there is none, or it has another rank or other targets.
+    """
+    import peft
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise GattError(f"train.adapter: no adapter_model.safetensors in {folder}. Name the folder of a PEFT LoRA.")
+    weights = peft.load_peft_weights(str(folder), device="cpu")
+    theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    ours = {name: tuple(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(network).items()}
+    if theirs != ours:
+        other = next(iter(theirs.items() - ours.items()), None) or next(iter(ours.items() - theirs.items()))
+        raise GattError(
+            f"train.adapter: {folder} is of another rank, other targets or another base ({other[0]}: {theirs.get(other[0])} found, "
+            f"{ours.get(other[0])} expected). Set train.rank and train.targets as it has them."
+        )
+    peft.set_peft_model_state_dict(network, weights)
 
 
 class Reference(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pipeline.config import Recipe
 from pipeline.console import out
 from pipeline.figures import adherence_curve, attention_picture, change_curve, loss_curve, survival_curve
 from pipeline.files import read_jsonl, write_json, write_text
+from pipeline.gatt.metrics import wilson
 from pipeline.gatt.suites import PAPER_RECALL, PROBED_TURNS
 from pipeline.page import Page, Section
 from pipeline.pairs import read_pairs
@@ -204,9 +206,26 @@ def _made(rundir: RunDir, exported: dict[str, Any], facts: dict[str, str]) -> It
             remarks=[f"{acceptance['too_common']} accepted answers were cut: the corpus held the same words often enough."],
         )
     if losses := _losses(rundir):
-        yield Section("Training", "The loss of every step.", figure="loss", picture=loss_curve(losses))
+        yield _training(rundir, losses)
     yield _exported(exported)
     yield Section("The run", "What it takes to do it again.", [Table("facts", ["fact", "value"], list(facts.items()))])
+
+
+def _training(rundir: RunDir, losses: list[float]) -> Section:
+    """The loss, how often the instruction held at each checkpoint, and what the steps have cost."""
+    tables, remarks = [], []
+    if rundir.validation.exists():
+        rows = {row["step"]: row for _, row in read_jsonl(rundir.validation)}  # an interrupted run measures a step again
+        kept = [[step, asdict(wilson(row["kept"], row["answers"]))] for step, row in sorted(rows.items())]
+        tables = [Table("validation", ["step", "held-out answers that keep the instruction"], kept)] if kept else []
+    if rundir.speed.exists():
+        speed = json.loads(rundir.speed.read_text(encoding="utf-8"))
+        learned, computed = (speed[name] / speed["seconds"] for name in ("learned", "computed"))
+        remarks.append(
+            f"{learned:.0f} learned tokens a second of {computed:.0f} that were computed, {speed['padding'] / speed['computed']:.1%} "
+            f"of them padding; {speed['memory'] / 1e9:.1f} GB at the peak."
+        )
+    return Section("Training", "The loss of every step.", tables, remarks=remarks, figure="loss", picture=loss_curve(losses))
 
 
 def _losses(rundir: RunDir) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,15 +11,17 @@ from typing import Any
 from pipeline.backends.convert import gguf_file, hugging_face_folder
 from pipeline.backends.hub import find_model
 from pipeline.backends.objective import IGNORED, Labelled, label
-from pipeline.backends.trainer import last_checkpoint
+from pipeline.backends.trainer import Step, last_checkpoint
 from pipeline.backends.unsloth import load_tokenizer, on_gpu, train
 from pipeline.backends.validation import Validation
 from pipeline.config import Recipe
 from pipeline.console import chatter, note, out, progress
+from pipeline.dialogues import load_chats
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_jsonl, write_json
-from pipeline.machine import require_disk, require_memory, training_memory
+from pipeline.machine import GB, require_disk, require_memory, training_memory
 from pipeline.pairs import read_pairs
+from pipeline.records import Message
 from pipeline.rundir import RunDir
 
 
@@ -31,21 +34,35 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     require_disk(rundir.path, size, "keep checkpoints")
     tokenizer = load_tokenizer(folder)
     examples = [_labelled(tokenizer, row, recipe) for _, row in read_jsonl(rundir.examples)]
+    if recipe.train.mix:
+        examples += [label(tokenizer, chat, recipe.train) for chat in _mixed(recipe, len(examples))]
     if not on_gpu():
         longest = recipe.train.batch * max(len(e.labels) for e in examples)
         require_memory(training_memory(size / 2, "cpu", longest), f"train {recipe.model}")
     learned = sum(token != IGNORED for e in examples for token in e.labels)
     note(f"train: {len(examples)} dialogues, {sum(len(e.labels) for e in examples)} tokens, {learned} of them learned")
+    steps: list[Step] = []
     with (
         progress("train: steps", recipe.train.steps, last_checkpoint(rundir.checkpoints)) as bar, chatter(log),
         _watching(recipe, rundir) as (enough, seen),
     ):  # fmt: skip
         losses, reference = train(
             folder, examples, recipe.train, recipe.seed, rundir.checkpoints, rundir.adapter,
-            lambda step, loss: bar.advance(1, f"loss {loss:.3f}{''.join(seen[-1:])}"), enough,
+            lambda step: bar.advance(1, _line(steps, step) + "".join(seen[-1:])), enough,
         )  # fmt: skip
     reference.save(rundir.reference)
     write_json(rundir.losses, losses)
+    if steps:
+        write_json(rundir.speed, steps[-1]._asdict())
+
+
+def _line(steps: list[Step], step: Step) -> str:
+    """What is shown of a step."""
+    steps.append(step)
+    return (
+        f"loss {step.loss:.3f}, rate {step.learning_rate:.1e}, {step.learned / step.seconds:.0f} learned tokens/s, "
+        f"{step.memory / GB:.1f} GB"
+    )
 
 
 @contextmanager
@@ -73,6 +90,16 @@ def _watching(recipe: Recipe, rundir: RunDir) -> Iterator[tuple[Callable[[int, P
             yield enough, seen
     finally:
         validation.close()
+
+
+def _mixed(recipe: Recipe, beside: int) -> list[tuple[Message, ...]]:
+    """Of the user's own chats as many as make their share `beside` the synthesised ones, drawn by the seed."""
+    share = recipe.train.mix_share
+    chats = load_chats(recipe.train.mix)
+    wanted = round(beside * share / (1 - share))
+    if len(chats) < wanted:
+        note(f"train: {recipe.train.mix} has {len(chats)} chats, {wanted} would be a share of {share:g}; all are taken.")
+    return random.Random(f"mix {recipe.seed}").sample(chats, min(wanted, len(chats)))
 
 
 def _labelled(tokenizer: Any, row: dict[str, Any], recipe: Recipe) -> Labelled:

@@ -72,7 +72,7 @@ def ours(dialogues: list[Chat], loss: Loss, steps: int, folder: Path) -> list[fl
     """The trainer of `gatt train`; when its steps ended."""
     examples = [label(load_tokenizer(base()), chat, settings(loss, steps), chat) for chat in dialogues]
     ends: list[float] = []
-    train(base(), examples, settings(loss, steps), 1, folder, folder / "adapter", lambda *_: ends.append(time.perf_counter()))
+    train(base(), examples, settings(loss, steps), 1, folder, folder / "adapter", lambda _: ends.append(time.perf_counter()))
     return ends
 
 
