@@ -221,8 +221,9 @@ def _training(rundir: RunDir, losses: list[float]) -> Section:
     if rundir.speed.exists():
         speed = json.loads(rundir.speed.read_text(encoding="utf-8"))
         learned, computed = (speed[name] / speed["seconds"] for name in ("learned", "computed"))
+        padding = speed["padding"] / speed["computed"]
         remarks.append(
-            f"{learned:.0f} learned tokens a second of {computed:.0f} that were computed, {speed['padding'] / speed['computed']:.1%} "
+            f"{learned:.0f} learned tokens a second of {computed:.0f} that were computed, {padding:.1%} "
             f"of them padding; {speed['memory'] / 1e9:.1f} GB at the peak."
         )
     return Section("Training", "The loss of every step.", tables, remarks=remarks, figure="loss", picture=loss_curve(losses))
