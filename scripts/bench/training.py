@@ -134,7 +134,7 @@ def base() -> Path:
 def measure(arm: str, count: int) -> Measured:
     """The second of two epochs over `count` dialogues, in this process."""
     if arm == "unsloth":
-        import unsloth  # noqa: F401  (before transformers, or it warns)
+        import unsloth
     dialogues = chats(count, range(5, 6) if arm == "unsloth" else range(2, 9))
     if arm == "trl, each answer":
         each = [chat[: end + 1] for chat in dialogues for end, m in enumerate(chat) if m["role"] == "assistant"]
