@@ -19,7 +19,7 @@ from pipeline.console import chatter, note, out, progress
 from pipeline.dialogues import load_chats
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_jsonl, write_json
-from pipeline.machine import GB, require_disk, require_memory, training_memory
+from pipeline.machine import GB, give_back, require_disk, require_memory, training_memory
 from pipeline.pairs import read_pairs
 from pipeline.records import Message
 from pipeline.rundir import RunDir
@@ -50,6 +50,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
             folder, examples, recipe.train, recipe.seed, rundir.checkpoints, rundir.adapter,
             lambda step: bar.advance(1, _line(steps, step) + "".join(seen[-1:])), enough,
         )  # fmt: skip
+    give_back()
     reference.save(rundir.reference)
     write_json(rundir.losses, losses)
     if steps:
