@@ -208,17 +208,27 @@ def push(
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="A GGUF file, or a base model as in the recipe.")],
-    instruction: Annotated[str, typer.Option(help="Put before your first message.")] = "",
-    system: Annotated[str, typer.Option(help="System message.")] = "",
+    compare: Annotated[str, typer.Option(help="Another model, or the same without the adapter, which answers beside it.")] = "",
     adapter: Annotated[Path | None, typer.Option(help="A GGUF adapter to lay over the model.")] = None,
     adapter_scale: Annotated[float, typer.Option(help="How strongly it counts; 1 is as it was trained.")] = 1.0,
+    instruction: Annotated[str, typer.Option(help="Put behind your first message.")] = "",
+    check: Annotated[list[str] | None, typer.Option(help="How it is checked, if its wording does not tell: opening=Hark!")] = None,
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    context: Annotated[int, typer.Option(help="Tokens of the whole chat.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.7,
     seed: int = 1,
+    load: Annotated[Path | None, typer.Option(help="Go on with a chat that /save wrote.")] = None,
 ) -> None:
     """Talk with a GGUF. Example: gatt chat runs/demo/export/tuned-Q8_0.gguf --instruction 'Begin every answer with "Ahoy!"'"""
     from pipeline.backends.weights import Adapter
+    from pipeline.session import Parameters
     from pipeline.stages import chat as stage
 
-    stage.run(model, instruction, system, seed, Adapter(adapter, adapter_scale) if adapter else None)
+    models = [(model, Adapter(adapter, adapter_scale) if adapter else None)]
+    if compare:
+        models.append((compare, None))
+    stage.run(models, instruction, check or (), system, Parameters(temperature, max_tokens, context, seed), load)
 
 
 @app.command()

@@ -97,6 +97,12 @@ class Train(Section):
     own_weight: float = Field(default=0.3, ge=0, le=1)
     """Weight in the loss of the words that the teacher said itself before an edit made them obey. All of the lesson is in the
     edited tokens (weight 1); the others are the model's own, and learning them wears it out."""
+    cross_entropy: float = Field(default=0.0, ge=0, le=1)
+    """With "distill": share of the cross-entropy in what is learned of the teacher's own words."""
+    temperature: float = Field(default=1.0, gt=0)
+    """With "distill": flattens both distributions before they are compared."""
+    top_k: int = Field(default=0, ge=0)
+    """With "distill": how many of the base's likeliest tokens are told apart, the others counting as one; 0 is all."""
     rank: int = Field(default=32, ge=1)
     """Rank of the adapter."""
     alpha: float = Field(default=0.0, ge=0)
@@ -121,6 +127,8 @@ class Train(Section):
     """Optimizer steps."""
     batch: int = Field(default=4, ge=1)
     """Dialogues a step."""
+    tokens: int = Field(default=0, ge=0)
+    """Tokens that are computed at a time: a step is done in parts that sum up to the same. 0 is what memory allows."""
     max_length: int = Field(default=1024, ge=64)
     """Tokens; a longer dialogue is cut at a turn boundary and never loses turn 1."""
     save_steps: int = Field(default=10, ge=1)

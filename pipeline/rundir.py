@@ -23,21 +23,10 @@ _PACKAGES = ("llama-cpp-python", "unsloth", "torch", "transformers", "peft", "da
 
 
 class RunDir:
-    """The folder of one run.
-
-    Raises:
-        GattError: the folder cannot be written.
-    """
+    """The folder of one run, which may be one that can only be read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            probe = path / ".writable"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise GattError(f"Cannot write in the run folder {path} ({error.strerror}). Choose another with --run.") from error
         self.lists = path / "lists.toml"
         self.pairs = path / "instructions" / "pairs.json"
         self.suites = path / "instructions" / "suites.json"
@@ -61,8 +50,15 @@ class RunDir:
         return self.path / "export" / f"tuned-{format_name}.gguf"
 
     def save_recipe(self, recipe: Recipe) -> None:
-        """Keep the resolved recipe beside the results."""
-        write_text(self.path / "recipe.toml", recipe_toml(recipe, comments=False))
+        """Keep the resolved recipe beside the results.
+
+        Raises:
+            GattError: the folder cannot be written.
+        """
+        try:
+            write_text(self.path / "recipe.toml", recipe_toml(recipe, comments=False))
+        except OSError as error:
+            raise GattError(f"Cannot write in the run folder {self.path} ({error.strerror}). Choose another with --run.") from error
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage wrote down about itself, or None."""

@@ -39,11 +39,22 @@ def bootstrap() -> Path:
     return python
 
 
+def _cmake_arguments() -> str:
+    """How llama.cpp is compiled."""
+    # Without its part for pictures: nothing here uses it, and it takes its time to compile.
+    arguments = ["-DLLAVA_BUILD=OFF"]
+    processor = Path("/proc/cpuinfo")
+    if processor.exists() and "amx_tile" in processor.read_text():
+        # GCC 12 leaves out what llama.cpp writes before it loads a tile configuration, and the first prompt ends in a
+        # segmentation fault. AVX-512, which such processors have, too, is used instead.
+        arguments += ["-DCMAKE_C_FLAGS=-U__AMX_INT8__", "-DCMAKE_CXX_FLAGS=-U__AMX_INT8__"]
+    return " ".join(arguments)
+
+
 def _pip(python: Path, *arguments: str) -> None:
     """Install, and say every half minute that it goes on: pip is silent while it compiles."""
     start = time.monotonic()
-    # Without llama.cpp's part for pictures: nothing here uses it, and it takes its time to compile.
-    environment = {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF", **os.environ}
+    environment = {"CMAKE_ARGS": _cmake_arguments(), **os.environ}
     command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
     pip = subprocess.Popen(command, cwd=ROOT, env=environment)
     while True:

@@ -54,6 +54,7 @@ def test_the_rows_are_named_by_what_differs(tmp_path: Path) -> None:
     assert [row[0] for row in found["rows"]] == ["loss all_turns", "loss distill"]
     assert "train.loss" in found["columns"] and "train.rank" not in found["columns"]
     assert found["warnings"] == []
+    assert found["columns"][:2] == ["run", "last five turns"]  # what a phone shows
     late = found["columns"].index("last five turns")
     later = found["columns"].index("all turns but the first")
     replies = {name: [Reply(**json.loads(line)) for line in RunDir(run).replies.read_text().splitlines()]
@@ -61,7 +62,6 @@ def test_the_rows_are_named_by_what_differs(tmp_path: Path) -> None:
     for row, name in zip(found["rows"], ("one", "other"), strict=True):
         mine = [r.adherent for r in replies[name] if r.arm == "tuned" and r.turn > 15]
         assert (row[late]["hits"], row[late]["n"]) == (sum(mine), 20)
-        assert row[late + 1] == f"{row[late]['low']:.0%} to {row[late]['high']:.0%}"
         after = [r.adherent for r in replies[name] if r.arm == "tuned" and r.turn > 1]
         assert (row[later]["hits"], row[later]["n"]) == (sum(after), 76)
     gap = 100 * (found["rows"][1][late]["value"] - found["rows"][0][late]["value"])
@@ -221,3 +221,21 @@ def test_what_is_no_run_or_not_evaluated_is_refused(tmp_path: Path) -> None:
         with pytest.raises(GattError, match=f"{missing}.jsonl? is not there"):
             compare([part], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_runs_judged_by_different_models_are_not_compared(tmp_path: Path) -> None:
+    style = (Constraint("style", "talk like a pirate"),)
+    pool = [{"kind": "style", "value": "talk like a pirate"}]
+    runs = [_run(tmp_path / name, 10, pool=style, train={"rank": rank}, instructions={"pool": pool}, evaluate={"judge": name})
+            for name, rank in (("one", 4), ("two", 8))]  # fmt: skip
+    found = _compared(tmp_path, *runs)
+    assert found["warnings"][0] == "The runs were judged by different models."
+    assert "difference, points" not in found["columns"]
+
+
+def test_a_run_that_can_only_be_read_is_compared(tmp_path: Path) -> None:
+    run = _run(tmp_path / "a", 10)
+    before = sorted(run.rglob("*"))
+    _compared(tmp_path, run, _run(tmp_path / "b", 12, train={"rank": 8}))
+    assert sorted(run.rglob("*")) == before
+    assert not RunDir(tmp_path / "nothing").path.exists()

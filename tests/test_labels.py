@@ -12,8 +12,9 @@ import pytest
 
 from pipeline.backends.convert import hugging_face_folder
 from pipeline.backends.hub import find_model
-from pipeline.backends.objective import IGNORED, label, learned_loss, padded
-from pipeline.backends.unsloth import Stop, load_tokenizer, train
+from pipeline.backends.objective import IGNORED, divergence, label, learned_loss, padded
+from pipeline.backends.trainer import Stop
+from pipeline.backends.unsloth import load_tokenizer, train
 from pipeline.config import Train
 from pipeline.records import Message
 
@@ -54,6 +55,13 @@ def test_the_teachers_own_words_weigh_less_than_what_the_edit_has_put_in(tokeniz
     ]  # fmt: skip
 
 
+def test_an_answer_that_no_edit_has_changed_weighs_one_and_is_distilled_to_its_end(tokenizer: Any) -> None:
+    said = [m["content"] + "<|im_end|>" for m in _CHAT if m["role"] == "assistant"]
+    assert _weighing(tokenizer, 1.0, Train(own_weight=0.25), _CHAT) == said
+    found = label(tokenizer, _CHAT, Train(), _CHAT)
+    assert tokenizer.decode([found.input_ids[here] for here, _ in found.twins]) == "".join(said)
+
+
 def test_without_the_teachers_words_everything_learned_weighs_one(tokenizer: Any) -> None:
     assert _weighing(tokenizer, 1.0, Train(), []) == [m["content"] + "<|im_end|>" for m in _CHAT if m["role"] == "assistant"]
 
@@ -80,7 +88,7 @@ def test_the_loss_is_the_weighted_mean_over_all_logits(tiny_llama: Path, tiny_ad
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
     with torch.no_grad():
-        found = learned_loss(network, {"input_ids": ids, "labels": labels, "weights": weights, "attention_mask": mask})
+        found = learned_loss(network, {"input_ids": ids, "labels": labels, "weights": weights}, Train())
         logits = network(input_ids=ids, attention_mask=mask).logits
     chances = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
     expected = -(chances * weights[:, 1:]).sum() / weights[:, 1:].sum()
@@ -107,7 +115,7 @@ def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
                      labels=[t if t == IGNORED else t % 256 for t in e.labels]) for e in examples]  # fmt: skip
     network = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter)
     with torch.no_grad():
-        found = learned_loss(network, padded([asdict(e) for e in small], 0))
+        found = learned_loss(network, padded([asdict(e) for e in small], 0), Train())
         total = weight = 0.0
         for e in small:
             ours = network(input_ids=torch.tensor([e.input_ids])).logits[0].log_softmax(-1)
@@ -120,6 +128,21 @@ def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
                     loss = -ours[place - 1, target] if p is None else (p.exp() * (p - ours[place - 1])).sum()
                     total, weight = total + e.weights[place] * float(loss), weight + e.weights[place]
     assert float(found) == pytest.approx(total / weight, rel=1e-5)
+
+
+def test_the_likeliest_tokens_and_the_rest_are_compared_at_a_temperature() -> None:
+    import torch
+    from scipy.special import softmax
+    from scipy.stats import entropy
+
+    target, logits = torch.randn(3, 50, dtype=torch.float64), torch.randn(3, 50, dtype=torch.float64)
+    p, q = (softmax(its.numpy() / 2, axis=-1) for its in (target, logits))
+    assert divergence(target, logits, 2.0, 0).tolist() == pytest.approx(4 * entropy(p, q, axis=-1))
+    for row, few in enumerate(divergence(target, logits, 2.0, 5).tolist()):
+        top = p[row].argsort()[-5:]
+        ours, theirs = ([*its[row][top], 1 - its[row][top].sum()] for its in (p, q))
+        assert few == pytest.approx(4 * entropy(ours, theirs))
+    assert divergence(target, logits, 1.0, 50).tolist() == divergence(target, logits, 1.0, 0).tolist()
 
 
 def test_the_first_signal_asks_to_stop_and_the_second_stops() -> None:

@@ -46,7 +46,8 @@ class _Coded(NamedTuple):
 def label(tokenizer: Any, messages: Sequence[Message], settings: Train, asked: Sequence[Message] = ()) -> Labelled:
     """Tokenise a dialogue and label the answers that `settings.loss` learns, each with its end-of-turn token.
 
-    Where `asked` has the chat as the teacher had it, the words that are in both weigh `own_weight`, and everything else 1.
+    Where `asked` has the chat as the teacher had it and an edit changed it, the words that are in both weigh `own_weight`, and
+    everything else 1.
     A dialogue over `max_length` is cut at a turn boundary, from the end.
 
     Raises:
@@ -61,15 +62,21 @@ def label(tokenizer: Any, messages: Sequence[Message], settings: Train, asked: S
         raise GattError(f"Turn 1 of a dialogue is longer than train.max_length = {settings.max_length} tokens. Raise it.")
     learned = [chat.answers[turn] for turn in loss_turns(len(chat.answers), settings.loss)]
     source = _code(tokenizer, asked) if asked else None
-    shared = list(_shared(chat, source)) if source else []
+    edited = _answers(messages) != _answers(asked)
+    shared = list(_shared(chat, source, edited)) if source else []
+    own_weight = settings.own_weight if edited else 1.0
     labels, weights = [], []
     for token, place in zip(chat.ids, chat.places, strict=True):
         own = _within(place, [(first, last) for first, last, _ in shared])
         labels.append(token if _within(place, learned) else IGNORED)
-        weights.append(0.0 if labels[-1] == IGNORED else settings.own_weight if own else 1.0)
+        weights.append(0.0 if labels[-1] == IGNORED else own_weight if own else 1.0)
     if source is None or settings.loss != "distill":
         return Labelled(chat.ids, labels, weights, [], [])
     return Labelled(chat.ids, labels, weights, source.ids, _twins(chat, source, shared))
+
+
+def _answers(messages: Sequence[Message]) -> list[str]:
+    return [m["content"] for m in messages if m["role"] == "assistant"]
 
 
 def _code(tokenizer: Any, messages: Sequence[Message]) -> _Coded:
@@ -87,13 +94,17 @@ def _within(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
     return any(start <= left and right <= end and left < right for start, end in spans)
 
 
-def _shared(chat: _Coded, source: _Coded) -> Iterator[tuple[int, int, int]]:
-    """The stretches of answers that an edit has left as they were: first and last + 1 character, and the first in `source`."""
-    for (start, end), (first, last) in zip(chat.words, source.words, strict=True):
+def _shared(chat: _Coded, source: _Coded, edited: bool) -> Iterator[tuple[int, int, int]]:
+    """The stretches of answers that an edit has left as they were: first and last + 1 character, and the first in `source`.
+
+    Edited answers were cut to a few sentences, too: where they end is a lesson. In others that is the teacher's own.
+    """
+    for (start, end), (first, last), (_, whole) in zip(chat.words, source.words, chat.answers, strict=True):
         match = difflib.SequenceMatcher(None, source.text[first:last], chat.text[start:end], autojunk=False)
         for block in match.get_matching_blocks():
+            left, right = start + block.b, start + block.b + block.size
             if block.size:
-                yield start + block.b, start + block.b + block.size, first + block.a
+                yield left, right if edited else whole, first + block.a
 
 
 def _twins(chat: _Coded, source: _Coded, shared: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
@@ -106,9 +117,10 @@ def _twins(chat: _Coded, source: _Coded, shared: Sequence[tuple[int, int, int]])
 
 
 def padded(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
-    """A batch of equal lengths: (dialogues, tokens) of ids, labels, weights and attention mask.
+    """A batch of equal lengths: (dialogues, tokens) of ids, labels and weights.
 
-    Where it is distilled also `asked_ids` and `asked_mask`, and `twins`: (3, tokens) of dialogue, place, place there.
+    Where it is distilled also `asked_ids`, and `twins`: (3, tokens) of dialogue, place, place there. There is no attention
+    mask: the padding stands on the right, where no token looks, and without a mask attention takes its faster, causal way.
     """
     import torch
 
@@ -116,48 +128,42 @@ def padded(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
         length = max(len(row[key]) for row in rows)
         return torch.tensor([row[key] + [filler] * (length - len(row[key])) for row in rows])
 
-    def mask(key: str, like: Any) -> Any:
-        return (torch.arange(like.shape[1])[None] < torch.tensor([[len(row[key])] for row in rows])).long()
-
-    ids = stack("input_ids", pad)
-    batch = {
-        "input_ids": ids, "labels": stack("labels", IGNORED), "weights": stack("weights", 0.0),
-        "attention_mask": mask("input_ids", ids),
-    }  # fmt: skip
+    batch = {"input_ids": stack("input_ids", pad), "labels": stack("labels", IGNORED), "weights": stack("weights", 0.0)}
     if any(row["twins"] for row in rows):
-        asked = stack("asked_ids", pad)
         twins = torch.tensor([(n, *twin) for n, row in enumerate(rows) for twin in row["twins"]])
-        batch |= {"asked_ids": asked, "asked_mask": mask("asked_ids", asked), "twins": twins.T}
+        batch |= {"asked_ids": stack("asked_ids", pad), "twins": twins.T}
     return batch
 
 
-def learned_loss(model: Any, batch: dict[str, Any]) -> Any:
+def learned_loss(model: Any, batch: dict[str, Any], settings: Train, weight: Any = None) -> Any:
     """The weighted mean over the learned tokens; logits are computed at these only.
+
+    The sum is divided by `weight`, that of a step of which this batch is a part, or else by the batch's own.
 
     A token's loss is its cross-entropy, or where it has a twin the divergence of the model from the base (the same weights
     with the adapter switched off) in the chat as the teacher had it: KL(base‖model), context distillation (Askell et al. 2021,
-    section 2; Snell et al. 2022).
+    section 2; Snell et al. 2022), of which `settings.cross_entropy` leaves a share to the cross-entropy.
     """
     from torch.nn.functional import cross_entropy
 
-    logits, place = _logits(model, batch["input_ids"], batch["attention_mask"], batch["labels"] != IGNORED)
+    logits, place = _logits(model, batch["input_ids"], batch["labels"] != IGNORED)
     losses = cross_entropy(logits, batch["labels"][place], reduction="none")
     if "twins" in batch:
-        losses = _distilled(model, batch, logits, place, losses)
+        losses = _distilled(model, batch, logits, place, losses, settings)
     weights = batch["weights"][place]
-    return (losses * weights).sum() / weights.sum()
+    return (losses * weights).sum() / (weights.sum() if weight is None else weight)
 
 
-def _logits(model: Any, ids: Any, mask: Any, wanted: Any) -> tuple[Any, Any]:
+def _logits(model: Any, ids: Any, wanted: Any) -> tuple[Any, Any]:
     """Logits (wanted tokens, vocabulary) that predict the tokens in `wanted`, a mask like `ids`; and where these stand."""
     base = model.get_base_model()
     wanted = wanted.clone()
     wanted[:, 0] = False  # nothing predicts the first
-    hidden = base.model(input_ids=ids, attention_mask=mask).last_hidden_state
+    hidden = base.model(input_ids=ids).last_hidden_state
     return base.lm_head(hidden[:, :-1][wanted[:, 1:]]).float(), wanted
 
 
-def _distilled(model: Any, batch: dict[str, Any], logits: Any, place: Any, losses: Any) -> Any:
+def _distilled(model: Any, batch: dict[str, Any], logits: Any, place: Any, losses: Any, settings: Train) -> Any:
     """`losses` with the divergence from the base in place of the cross-entropy of tokens that have a twin."""
     import torch
 
@@ -170,9 +176,28 @@ def _distilled(model: Any, batch: dict[str, Any], logits: Any, place: Any, losse
     wanted = torch.zeros_like(batch["asked_ids"], dtype=torch.bool)
     wanted[row, there] = True
     with torch.no_grad(), model.disable_adapter():
-        theirs, _ = _logits(model, batch["asked_ids"], batch["asked_mask"], wanted)
+        theirs, _ = _logits(model, batch["asked_ids"], wanted)
         order = torch.full_like(batch["asked_ids"], -1)
         order[wanted] = torch.arange(len(theirs), device=order.device)
-        target = theirs[order[row, there]].log_softmax(-1)
-    apart = torch.nn.functional.kl_div(logits[ours].log_softmax(-1), target, reduction="none", log_target=True).sum(-1)
-    return losses.index_put((ours,), apart)
+        target = theirs[order[row, there]]
+    apart = divergence(target, logits[ours], settings.temperature, settings.top_k)
+    return losses.index_put((ours,), torch.lerp(apart, losses[ours], settings.cross_entropy))
+
+
+def divergence(target: Any, logits: Any, temperature: float, top_k: int) -> Any:
+    """KL(target‖model) of each row of two (tokens, vocabulary) logits, both at `temperature` and times its square (Hinton et al.
+    2015, section 2.1). Where `top_k` is not 0, all but so many of the target's likeliest tokens count as one.
+    """
+    wanted, found = ((its / temperature).log_softmax(-1) for its in (target, logits))
+    if top_k and top_k < wanted.shape[-1]:
+        wanted, likeliest = wanted.topk(top_k, dim=-1)
+        wanted, found = (_with_rest(its) for its in (wanted, found.gather(-1, likeliest)))
+    return (wanted.exp() * (wanted - found)).sum(-1) * temperature**2
+
+
+def _with_rest(logs: Any) -> Any:
+    """Log probabilities (tokens, some), and that of all others."""
+    import torch
+
+    rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp_min(1e-6).log()
+    return torch.cat([logs, rest], -1)

@@ -1,26 +1,21 @@
-"""4-bit QLoRA through Unsloth, the same code on CUDA and CPU. Labels are ours."""
+"""4-bit QLoRA through Unsloth, the same code on CUDA and CPU. Labels and loss are in objective.py, the loop in trainer.py."""
 
 from __future__ import annotations
 
 import os
-import random
-import signal
-import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import platformdirs
 
-from pipeline.backends.objective import Labelled, learned_loss, padded
+from pipeline.backends.objective import Labelled
+from pipeline.backends.trainer import loop
 from pipeline.config import Train
-from pipeline.errors import GattError
 from pipeline.files import whole_file
 
-_COMPLETE = "complete"
 _PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
 
 
@@ -53,29 +48,6 @@ def load_tokenizer(folder: Path) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def in_order(examples: Sequence[Labelled], settings: Train, seed: int) -> list[Labelled]:
-    """The dialogues of all steps, one batch after another, each epoch anew; dialogues of like length share a batch.
-
-    A batch is padded to its longest dialogue: drawn at random, a fifth of what is computed would be padding.
-    """
-    rng = random.Random(f"order {seed}")
-    rows: list[Labelled] = []
-    while len(rows) < settings.steps * settings.batch:
-        epoch = rng.sample(examples, len(examples))
-        batches: list[list[Labelled]] = []
-        for start in range(0, len(epoch), 8 * settings.batch):
-            alike = sorted(epoch[start : start + 8 * settings.batch], key=lambda e: len(e.input_ids))
-            batches += [alike[n : n + settings.batch] for n in range(0, len(alike), settings.batch)]
-        rng.shuffle(batches)
-        rows += [row for batch in batches if len(batch) == settings.batch or len(epoch) < settings.batch for row in batch]
-    return rows[: settings.steps * settings.batch]
-
-
-def last_checkpoint(checkpoints: Path) -> int:
-    """The step of the last whole checkpoint; 0 where there is none."""
-    return max((int(c.parent.name.split("-")[1]) for c in checkpoints.glob(f"checkpoint-*/{_COMPLETE}")), default=0)
-
-
 def _unsloth() -> Any:
     """Unsloth's loader; it must be imported before transformers."""
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
@@ -90,28 +62,6 @@ def _unsloth() -> Any:
     return FastLanguageModel
 
 
-class Stop:
-    """While it is open, Ctrl-C and SIGTERM only ask to stop at the end of the step; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
 def train(
     folder: Path, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path, adapter: Path,
     on_step: Callable[[int, float], None],
@@ -123,7 +73,6 @@ def train(
     """
     FastLanguageModel = _unsloth()
     import torch
-    import transformers
 
     network, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=settings.max_length, load_in_4bit=True, local_files_only=True
@@ -133,52 +82,8 @@ def train(
         target_modules=list(settings.targets), random_state=seed, use_rslora=settings.rslora,
         use_gradient_checkpointing=False if not torch.cuda.is_available() else "unsloth",
     )  # fmt: skip
-
-    class Watch(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                on_step(state.global_step, logs["loss"])
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if stop.asked:
-                control.should_save = control.should_training_stop = True
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            # Written last: a checkpoint without it was cut off.
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
-
-    class Weighted(transformers.Trainer):  # type: ignore[misc]
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            loss = learned_loss(model, inputs)
-            if not torch.isfinite(loss):
-                raise GattError(
-                    f"The loss of step {self.state.global_step + 1} is {float(loss)}. The checkpoint of step "
-                    f"{last_checkpoint(checkpoints)} is kept. Lower train.learning_rate, or begin anew with --restart."
-                )
-            return loss
-
-    trainer = Weighted(
-        model=network,
-        args=transformers.TrainingArguments(
-            output_dir=str(checkpoints), max_steps=settings.steps, per_device_train_batch_size=settings.batch,
-            learning_rate=settings.learning_rate, lr_scheduler_type=settings.schedule, weight_decay=settings.weight_decay,
-            warmup_steps=max(1, int(settings.steps * settings.warmup)), seed=seed, data_seed=seed, logging_steps=1,
-            save_steps=settings.save_steps, save_total_limit=2, report_to="none", disable_tqdm=True, remove_unused_columns=False,
-            train_sampling_strategy="sequential",
-            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(), dataloader_pin_memory=False,
-        ),
-        train_dataset=[asdict(e) for e in in_order(examples, settings, seed)],
-        data_collator=lambda rows: padded(rows, tokenizer.pad_token_id or 0),
-        callbacks=[Watch()],
-    )  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)
-    step = last_checkpoint(checkpoints)
-    with Stop() as stop:
-        trainer.train(resume_from_checkpoint=str(checkpoints / f"checkpoint-{step}") if step else None)
-    if stop.asked and trainer.state.global_step < settings.steps:
-        raise GattError(f"Stopped after step {trainer.state.global_step}, which is saved. The same command goes on from there.")
+    losses = loop(network, tokenizer.pad_token_id or 0, examples, settings, seed, checkpoints, on_step)
     network.save_pretrained(adapter)
-    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     return losses, _predict(network, [e.input_ids for e in examples])
 
 

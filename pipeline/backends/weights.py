@@ -48,7 +48,7 @@ class Weights:
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(self._vocab)
         between = (ctypes.c_char_p * 1)(b"\n")
         # Made once: looking for the line breaks in all of the vocabulary takes as long as decoding half a token.
-        self._dry = llama_cpp.llama_sampler_init_dry(self._vocab, 0.8, 1.75, 8, info.context_length, between, 1)
+        self._dry = llama_cpp.llama_sampler_init_dry(self._vocab, 0.8, 1.75, 5, info.context_length, between, 1)
         self.template = ChatTemplate(info.chat_template, info.bos, info.eos)
 
     def close(self) -> None:
@@ -119,8 +119,9 @@ class Weights:
     def sampler(self, request: Request) -> Any:
         """llama.cpp's chain of one request: top-k 40, DRY, top-p (where it is asked for), min-p 0.05, temperature, seeded draw.
 
-        DRY keeps a small model from saying an earlier answer again; up to eight tokens in a row may come again, so that
-        a demanded phrase is free. A repeat penalty would not do: it takes the full stop away from "Over and out.".
+        DRY keeps a small model from saying an earlier answer again; up to five tokens in a row may come again, so that
+        a demanded phrase is free. (With eight, a short sentence is free, too: of one tuned model's 120 late replies, 27 were
+        repeats or loops, with five 15.) A repeat penalty would not do: it takes the full stop away from "Over and out.".
         """
         api = self.api
         chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())

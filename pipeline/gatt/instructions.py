@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 
+from pipeline.errors import GattError
 from pipeline.gatt.kinds import KINDS, compatible, editable, kind_of
 from pipeline.records import Constraint, Dialogue, Instruction, Pairing, Way
 
@@ -20,6 +24,52 @@ def word(constraints: tuple[Constraint, ...], wording: int = 0) -> Instruction:
 
 def _sentence(text: str) -> str:
     return text if text[-1] in ".!?" else text + "."
+
+
+def recognise(text: str) -> tuple[Constraint, ...]:
+    """The constraints that `word` words as `text`, in any wording or shortened; none where they are not all known.
+
+    Where a wording can be read in two ways, that with the shortest values is taken. Kinds that only a judge can check count
+    as not known.
+    """
+    return min(_readings(text.strip().replace("“", '"').replace("”", '"')), key=_said, default=())
+
+
+def _said(constraints: tuple[Constraint, ...]) -> int:
+    return sum(len(c.value) for c in constraints)
+
+
+def _readings(text: str) -> Iterator[tuple[Constraint, ...]]:
+    yield from ((c,) for c in _single(text))
+    for gap in re.finditer(r"(?<=[.!?\"])\s+", text):
+        rest = [] if not (first := _single(text[: gap.start()])) else list(_readings(text[gap.end() :]))
+        yield from ((c, *more) for c in first for more in rest)
+
+
+def _single(text: str) -> list[Constraint]:
+    found = []
+    for name, wording in _wordings():
+        if match := wording.fullmatch(text):
+            constraint = Constraint(name, match.groupdict().get("v", ""))
+            with suppress(GattError):  # a value that the kind does not take: another reading may be the right one
+                kind_of(constraint)
+                found.append(constraint)
+    return found
+
+
+@cache
+def _wordings() -> list[tuple[str, re.Pattern[str]]]:
+    """Every wording of a kind with a check, as a pattern whose group "v" is the value."""
+    return [
+        (name, re.compile(_pattern(wording), re.IGNORECASE))
+        for name, kind in KINDS.items() if not kind.judged for wording in (*kind.wordings, kind.short)
+    ]  # fmt: skip
+
+
+def _pattern(wording: str) -> str:
+    first, *more = map(re.escape, wording.rstrip(".").split("{v}"))
+    value = [r"(?P<v>.+?)", *[r"(?P=v)"] * (len(more) - 1)]
+    return first + "".join(v + part for v, part in zip(value, more, strict=False)) + r"\.?"
 
 
 def table_of_kinds() -> str:

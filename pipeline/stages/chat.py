@@ -1,37 +1,89 @@
-"""`gatt chat`: talk with any GGUF in the terminal; the first message, with the instruction, is never dropped."""
+"""`gatt chat`: talk with any GGUF in the terminal, or with two at once; message 1, with the instruction, is never dropped."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import platformdirs
+
 from pipeline.backends.convert import gguf_file
 from pipeline.backends.hub import find_model
-from pipeline.backends.llama import Llama
-from pipeline.backends.weights import Adapter
-from pipeline.console import note, out
-from pipeline.gatt.ghost import ghost
-from pipeline.records import Request
+from pipeline.backends.speaker import Speakers
+from pipeline.backends.weights import Adapter, Weights
+from pipeline.commands import load, show_instruction, talk
+from pipeline.gatt.conversation import Conversation, Told
+from pipeline.gatt.instructions import recognise
+from pipeline.gatt.kinds import kind_of
+from pipeline.gguf.read import open_gguf
+from pipeline.machine import require_memory
+from pipeline.records import Constraint
+from pipeline.session import Parameters, Session
+from pipeline.terminal import Screen, open_screen
 
-_CONTEXT, _ANSWER = 4096, 256
+
+def run(
+    models: Sequence[tuple[str, Adapter | None]], instruction: str, checks: Sequence[str], system: str, parameters: Parameters,
+    chat: Path | None,
+) -> None:  # fmt: skip
+    """Talk with all `models` (a name, and what is laid over it) at once, until the user leaves; go on with `chat`, if given.
+
+    Raises:
+        GattError: a model or a file that cannot be used, or, off a terminal, a context that is full.
+    """
+    told = Told(instruction, tuple(map(_constraint, checks)) or recognise(instruction))
+    screen = open_screen(platformdirs.user_data_path("gatt") / "chat-history")
+    found = [find_model(name) for name, _ in models]
+    files = [model.path if model.is_gguf else gguf_file(model, "Q8_0") for model in found]
+    names = _names([m.name + (f" + {a.path.name}" if a else "") for m, (_, a) in zip(found, models, strict=True)])
+    limit = min(open_gguf(file).context_length for file in files)
+    parameters = _fitted(parameters, limit, screen)
+    with _opened([(file, adapter) for file, (_, adapter) in zip(files, models, strict=True)], parameters.context) as speakers:
+        session = Session(screen, speakers, names, limit, parameters, Conversation(system, told))
+        try:
+            if chat:
+                load(session, str(chat))
+            ends = "Ctrl-D leaves" if screen.watched else "an empty line ends the chat"
+            screen.say(f"{' beside '.join(names)}, context of {parameters.context} tokens. /help lists the commands; {ends}.")
+            show_instruction(session)
+            talk(session)
+        finally:
+            session.speakers.close()
 
 
-def run(model: str, instruction: str, system: str, seed: int, adapter: Adapter | None) -> None:
-    """Read lines until the end of input; each answer is streamed."""
-    users: list[str] = []
-    answers: list[str] = []
-    base = find_model(model)
-    with Llama(base.path if base.is_gguf else gguf_file(base, "Q8_0"), 1, _CONTEXT, adapter=adapter) as llama:
-        note(f"{base.name}. An empty line or Ctrl-D ends the chat.")
-        while True:
-            try:
-                user = input("> ").strip()
-            except (EOFError, KeyboardInterrupt):
-                return
-            if not user:
-                return
-            users.append(user)
-            request = Request(ghost(users, answers, [instruction] * len(users), system), seed + len(users), _ANSWER)
-            completion = llama.complete(request, lambda piece: out(piece, end=""))
-            out("")
-            if completion.finish == "context":
-                note(f"The context of {_CONTEXT} tokens is full; going on would drop your first message. Start a new chat.")
-                return
-            answers.append(completion.text)
+def _constraint(check: str) -> Constraint:
+    """The constraint of "kind=value", or "kind"."""
+    kind, _, value = check.partition("=")
+    constraint = Constraint(kind, value)
+    kind_of(constraint)
+    return constraint
+
+
+def _names(names: list[str]) -> list[str]:
+    """The names, told apart where they are the same."""
+    return [f"{name} ({n})" if names.count(name) > 1 else name for n, name in enumerate(names, 1)]
+
+
+def _fitted(parameters: Parameters, limit: int, screen: Screen) -> Parameters:
+    """Within what the model was made for; says what it changes."""
+    context = min(parameters.context, limit)
+    fitted = replace(parameters, context=context, max_tokens=min(parameters.max_tokens, context // 2))
+    if fitted != parameters:
+        screen.say(f"Made smaller, to fit the model's {limit} tokens and two answers of the longest: {fitted}")
+    return fitted.checked(limit)
+
+
+@contextmanager
+def _opened(models: Sequence[tuple[Path, Adapter | None]], context: int) -> Iterator[Speakers]:
+    """The models, ready to talk, with each file's weights there once; who resizes them closes the new ones."""
+    infos = {file: open_gguf(file) for file, _ in models}
+    caches = sum(2 * context * infos[file].cache_bytes_per_token for file, _ in models)
+    require_memory(sum(info.bytes for info in infos.values()) + caches, f"chat with {' and '.join(f.name for f in infos)}")
+    with ExitStack() as stack:
+        weights: dict[Path, Weights] = {}
+        for file, info in infos.items():
+            weights[file] = Weights(info)
+            stack.callback(weights[file].close)
+        yield Speakers([(weights[file], adapter) for file, adapter in models], context)

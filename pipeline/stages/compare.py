@@ -219,6 +219,8 @@ def _unlike(runs: Sequence[_Run]) -> list[str]:
     """Why the figures are not of the same thing."""
     found = [f"{key} differs between the runs: their figures are not of the same task." for key in _SAME
              if len({repr(run.keys[key]) for run in runs}) > 1]  # fmt: skip
+    if any(kind_of(c).judged for c in runs[0].recipe.instructions.pool) and len({run.recipe.evaluate.judge for run in runs}) > 1:
+        found.append("The runs were judged by different models.")
     by_seed: dict[int, set[frozenset[Any]]] = {}
     for run in runs:
         by_seed.setdefault(run.recipe.seed, set()).add(run.tasks)
@@ -244,13 +246,14 @@ def _unlike_seeds(rows: Sequence[_Row], paired: bool) -> list[str]:
 
 
 def _table(rows: Sequence[_Row], different: Sequence[str], paired: bool) -> Table:
-    columns: dict[str, list[Any]] = {"run": [row.name for row in rows]}
+    # Beside the name, so that a phone shows both.
+    columns: dict[str, list[Any]] = {
+        "run": [row.name for row in rows], "last five turns": [asdict(_late(row)) for row in rows]
+    }  # fmt: skip
     if any(len(row.runs) > 1 for row in rows):
         columns["seeds"] = [len(row.runs) for row in rows]
         columns["lowest and highest seed"] = [_spread(row) if len(row.runs) > 1 else None for row in rows]
     columns |= {key: [_short(row.runs[0].keys[key]) for row in rows] for key in different}
-    columns["last five turns"] = late = [asdict(_late(row)) for row in rows]
-    columns["between (95 %)"] = [f"{rate['low']:.0%} to {rate['high']:.0%}" for rate in late]
     if paired:
         apart = [None, *(_difference(rows[0], row) for row in rows[1:])]
         columns["difference, points"] = [round(100 * its.difference, 1) if its else None for its in apart]

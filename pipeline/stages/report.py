@@ -182,7 +182,8 @@ def _leakage(scores: dict[str, Any], arms: Sequence[str]) -> Section:
 
 def _judged(judge: dict[str, Any], arms: Sequence[str]) -> Section:
     agreement = judge["agreement"]
-    how = f"{judge['model']} judged what no program can check. Where one can, it agreed in {shown(agreement) or 'no'} of replies."
+    agreed = f"Where one can, it agreed in {shown(agreement) or 'no'} of replies."
+    how = f"{_public(judge['model'])} judged what no program can check. {agreed}"
     remarks = [] if judge["reliable"] else ["Below 80 %: its verdicts are not reliable."]
     return Section("The judge", how, [by_arm("judge", "instruction", judge["scores"], arms)] if judge["scores"] else [],
                    remarks=remarks)  # fmt: skip

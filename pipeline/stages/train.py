@@ -7,7 +7,8 @@ from typing import Any
 from pipeline.backends.convert import hugging_face_folder
 from pipeline.backends.hub import find_model
 from pipeline.backends.objective import IGNORED, Labelled, label
-from pipeline.backends.unsloth import last_checkpoint, load_tokenizer, on_gpu, train
+from pipeline.backends.trainer import last_checkpoint
+from pipeline.backends.unsloth import load_tokenizer, on_gpu, train
 from pipeline.config import Recipe
 from pipeline.console import chatter, note, out, progress
 from pipeline.files import read_jsonl, write_json

@@ -1,0 +1,190 @@
+"""The loop around the loss: dialogues in order, parts of a step that fit, checkpoints, an orderly stop."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.backends.objective import Labelled, learned_loss, padded
+from pipeline.config import Train
+from pipeline.console import note
+from pipeline.errors import GattError
+
+_COMPLETE = "complete"
+
+
+def in_order(examples: Sequence[Labelled], settings: Train, seed: int) -> list[Labelled]:
+    """The dialogues of all steps, one batch after another, each epoch anew; dialogues of like length share a batch.
+
+    A batch is padded to its longest dialogue: drawn at random, a fifth of what is computed would be padding.
+    """
+    rng = random.Random(f"order {seed}")
+    rows: list[Labelled] = []
+    while len(rows) < settings.steps * settings.batch:
+        epoch = rng.sample(examples, len(examples))
+        batches: list[list[Labelled]] = []
+        for start in range(0, len(epoch), 8 * settings.batch):
+            alike = sorted(epoch[start : start + 8 * settings.batch], key=lambda e: len(e.input_ids))
+            batches += [alike[n : n + settings.batch] for n in range(0, len(alike), settings.batch)]
+        rng.shuffle(batches)
+        rows += [row for batch in batches if len(batch) == settings.batch or len(epoch) < settings.batch for row in batch]
+    return rows[: settings.steps * settings.batch]
+
+
+def last_checkpoint(checkpoints: Path) -> int:
+    """The step of the last whole checkpoint; 0 where there is none."""
+    return max((int(c.parent.name.split("-")[1]) for c in checkpoints.glob(f"checkpoint-*/{_COMPLETE}")), default=0)
+
+
+class Stop:
+    """While it is open, Ctrl-C and SIGTERM only ask to stop at the end of the step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+def parts(rows: Sequence[dict[str, Any]], tokens: int) -> list[list[dict[str, Any]]]:
+    """The dialogues of a step in parts of at most `tokens` each, padding included, or of one dialogue; 0 is one part."""
+    found: list[list[dict[str, Any]]] = []
+    # Short ones first: the next is always the longest of its part.
+    for row in sorted(rows, key=_length):
+        if not found or (tokens and (len(found[-1]) + 1) * _length(row) > tokens):
+            found.append([])
+        found[-1].append(row)
+    return found
+
+
+def _length(row: dict[str, Any]) -> int:
+    return max(len(row["input_ids"]), len(row["asked_ids"]))
+
+
+def loop(
+    network: Any, pad: int, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path,
+    on_step: Callable[[int, float], None],
+) -> list[float]:  # fmt: skip
+    """Train the adapter of `network`; goes on from the last whole checkpoint. Returns the loss of every step.
+
+    Several processes, as `accelerate launch` starts them, share the dialogues of each step.
+
+    Raises:
+        GattError: the loss is no number, memory is short even for one dialogue, or the user has stopped it.
+    """
+    import torch
+    import transformers
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.batch % processes:
+        raise GattError(f"{processes} processes cannot share train.batch = {settings.batch} dialogues a step evenly.")
+
+    class Watch(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                on_step(state.global_step, logs["loss"])
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if stop.asked:
+                control.should_save = control.should_training_stop = True
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # Written last: a checkpoint without it was cut off.
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+    class Weighted(transformers.Trainer):  # type: ignore[misc]
+        budget = settings.tokens
+
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            """The loss of a step, its gradients summed over its parts and over all processes."""
+            rows = inputs["rows"]
+            while True:
+                try:
+                    total = self._in_parts(rows)
+                    break
+                except (MemoryError, RuntimeError) as error:
+                    split = parts(rows, self.budget)
+                    if not _short_of_memory(error):
+                        raise
+                    if len(split) == len(rows):
+                        raise GattError(
+                            f"Too little memory to train on a dialogue of {_length(split[-1][0])} tokens. Lower train.max_length "
+                            "or dialogues.turns, close other programs, or take a smaller model."
+                        ) from error
+                    network.zero_grad()
+                    self.budget = max(len(part) * _length(part[-1]) for part in split) // 2
+                    note(f"train: out of memory; going on with at most {self.budget} tokens at a time")
+            if not torch.isfinite(total):
+                raise GattError(
+                    f"The loss of step {self.state.global_step + 1} is {float(total)}. The checkpoint of step "
+                    f"{last_checkpoint(checkpoints)} is kept. Lower train.learning_rate, or begin anew with --restart."
+                )
+            return total
+
+        def _in_parts(self, rows: Sequence[dict[str, Any]]) -> Any:
+            network.train()
+            device = next(network.parameters()).device
+            weight = self._over_processes(torch.tensor(sum(sum(row["weights"]) for row in rows), device=device))
+            total = torch.zeros((), device=device)
+            for part in parts(rows, self.budget):
+                batch = {name: tensor.to(device) for name, tensor in padded(part, pad).items()}
+                with self.compute_loss_context_manager():
+                    loss = learned_loss(network, batch, settings, weight)
+                self.accelerator.backward(loss)
+                total += loss.detach()
+            for parameter in network.parameters():
+                if parameter.grad is not None:
+                    self._over_processes(parameter.grad)
+            return self._over_processes(total)
+
+        def _over_processes(self, tensor: Any) -> Any:
+            """The sum over all processes, in place: each has a share of the dialogues."""
+            if self.accelerator.num_processes > 1:
+                torch.distributed.all_reduce(tensor)
+            return tensor
+
+    trainer = Weighted(
+        model=network,
+        args=transformers.TrainingArguments(
+            output_dir=str(checkpoints), max_steps=settings.steps, per_device_train_batch_size=settings.batch // processes,
+            learning_rate=settings.learning_rate, lr_scheduler_type=settings.schedule, weight_decay=settings.weight_decay,
+            warmup_steps=max(1, int(settings.steps * settings.warmup)), seed=seed, data_seed=seed, logging_steps=1,
+            save_steps=settings.save_steps, save_total_limit=2, report_to="none", disable_tqdm=True, remove_unused_columns=False,
+            train_sampling_strategy="sequential",
+            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(), dataloader_pin_memory=False,
+        ),
+        train_dataset=[asdict(e) for e in in_order(examples, settings, seed)],
+        data_collator=lambda rows: {"rows": rows},
+        callbacks=[Watch()],
+    )  # fmt: skip
+    trainer.remove_callback(transformers.PrinterCallback)
+    step = last_checkpoint(checkpoints)
+    with Stop() as stop:
+        trainer.train(resume_from_checkpoint=str(checkpoints / f"checkpoint-{step}") if step else None)
+    if stop.asked and trainer.state.global_step < settings.steps:
+        raise GattError(f"Stopped after step {trainer.state.global_step}, which is saved. The same command goes on from there.")
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def _short_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)

@@ -1,0 +1,149 @@
+"""The training loop on a random miniature: parts of a step, too little memory, several processes, and going on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.backends import trainer
+from pipeline.backends.objective import IGNORED, Labelled
+from pipeline.backends.trainer import loop, parts
+from pipeline.config import Train
+from pipeline.errors import GattError
+
+_SETTINGS = Train(steps=3, batch=4, learning_rate=1e-2, save_steps=1)
+
+
+def _examples() -> list[Labelled]:
+    """Dialogues of different lengths, the second half of each learned and in part distilled."""
+    found = []
+    for n in range(8):
+        ids = [(7 * n + 11 * place) % 250 + 3 for place in range(12 + 3 * n)]
+        half = len(ids) // 2
+        labels = [IGNORED] * half + ids[half:]
+        weights = [0.0] * half + [1.0 + 0.1 * n] * (len(ids) - half)
+        found.append(Labelled(ids, labels, weights, ids[2:], [(place, place - 2) for place in range(half, len(ids) - 3)]))
+    return found
+
+
+def _network(folder: Path) -> Any:
+    """The miniature with a fresh adapter."""
+    import peft
+    import torch
+    import transformers
+
+    torch.manual_seed(1)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear"))
+
+
+def _trained(folder: Path, checkpoints: Path, settings: Train = _SETTINGS) -> tuple[list[float], Any]:
+    """The losses, and the adapter as one vector."""
+    import torch
+
+    network = _network(folder)
+    losses = loop(network, 0, _examples(), settings, 1, checkpoints, lambda step, loss: None)
+    return losses, torch.cat([p.detach().flatten() for p in network.parameters() if p.requires_grad])
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[float], Any]:
+    """Each step at once."""
+    return _trained(tiny_llama, tmp_path_factory.mktemp("whole"))
+
+
+def test_a_step_in_parts_is_the_same_step(tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]) -> None:
+    losses, adapter = _trained(tiny_llama, tmp_path, _SETTINGS.model_copy(update={"tokens": 40}))
+    assert losses == pytest.approx(whole[0], rel=1e-5)
+    assert adapter.tolist() == pytest.approx(whole[1].tolist(), abs=1e-5)
+
+
+def test_out_of_memory_goes_on_in_smaller_parts(
+    tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    real, sizes = trainer.learned_loss, []
+
+    def tight(model: Any, batch: dict[str, Any], *more: Any) -> Any:
+        sizes.append(tuple(batch["input_ids"].shape))
+        loss = real(model, batch, *more)
+        if batch["input_ids"].numel() > 60:
+            loss.backward()  # what an interrupted step has left of its gradients must not count
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+        return loss
+
+    monkeypatch.setattr(trainer, "learned_loss", tight)
+    losses, adapter = _trained(tiny_llama, tmp_path)
+    assert losses == pytest.approx(whole[0], rel=1e-5)
+    assert adapter.tolist() == pytest.approx(whole[1].tolist(), abs=1e-5)
+    assert sizes[0][0] == 4 and sizes[-1][0] < 4
+    assert "out of memory; going on with at most" in capsys.readouterr().err
+
+
+def test_one_dialogue_that_does_not_fit_is_an_error(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(trainer, "learned_loss", never)
+    with pytest.raises(GattError, match=r"Too little memory to train on a dialogue of \d+ tokens"):
+        _trained(tiny_llama, tmp_path)
+
+
+def test_a_run_goes_on_as_if_it_had_not_been_cut(tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]) -> None:
+    class Cut(Exception):
+        pass
+
+    def cut(step: int, loss: float) -> None:
+        if step == 3:
+            raise Cut
+
+    with pytest.raises(Cut):
+        loop(_network(tiny_llama), 0, _examples(), _SETTINGS, 1, tmp_path, cut)
+    assert trainer.last_checkpoint(tmp_path) == 2
+    losses, adapter = _trained(tiny_llama, tmp_path)
+    assert losses == pytest.approx(whole[0], rel=1e-6)
+    assert adapter.tolist() == pytest.approx(whole[1].tolist(), abs=1e-6)
+
+
+def test_a_step_is_done_in_parts_that_have_room() -> None:
+    rows = [{"input_ids": [1] * n, "asked_ids": [1] * asked, "n": n} for n, asked in ((300, 0), (100, 0), (90, 110), (500, 0))]
+
+    def lengths(tokens: int) -> list[list[int]]:
+        return [[row["n"] for row in part] for part in parts(rows, tokens)]
+
+    assert lengths(0) == [[100, 90, 300, 500]]
+    assert lengths(400) == [[100, 90], [300], [500]]  # one that is too long by itself is a part
+    assert lengths(2000) == [[100, 90, 300, 500]]
+
+
+_SHARED = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+from test_trainer import _trained
+losses, adapter = _trained(Path({folder!r}), Path({checkpoints!r}))
+torch.save((losses, adapter), {out!r})
+"""
+
+
+def test_two_processes_share_a_step(tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]) -> None:
+    import torch
+
+    script, out = tmp_path / "shared.py", tmp_path / "out"
+    tests = str(Path(__file__).parent)
+    script.write_text(
+        _SHARED.format(tests=tests, folder=str(tiny_llama), checkpoints=str(tmp_path / "c"), out=str(out)), encoding="utf-8"
+    )
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", script]  # fmt: skip
+    done = subprocess.run([str(word) for word in launch], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    losses, adapter = torch.load(out, weights_only=False)
+    assert losses == pytest.approx(whole[0], rel=1e-5)
+    assert adapter.tolist() == pytest.approx(whole[1].tolist(), abs=1e-5)
