@@ -32,14 +32,12 @@ async def settings(system: str, drawing: Drawing, context: int) -> tuple[str, Dr
         ui.html("Settings", tag="h2")
         words = ui.textarea("System message", value=system).props("outlined autogrow hint='It stands before the whole chat.'")
         with ui.element("div").classes("fields"):
-            warm = ui.number("Temperature", value=drawing.temperature, min=0, max=2, step=0.1).props(
-                "outlined hint='0: always the likeliest token'"
-            )
+            warm = ui.number("Temperature", value=drawing.temperature, min=0, max=2, step=0.1).props("outlined hint='0 to 2'")
             most = ui.number("Tokens of an answer", value=drawing.max_tokens, min=1, max=context // 2, precision=0).props(
                 f"outlined hint='at most {context // 2}'"
             )
             seed = ui.number("Seed", value=drawing.seed, min=0, max=_MOST_SEED, precision=0).props(
-                "outlined hint='the same gives the same'"
+                "outlined hint='for other answers'"
             )
         with ui.element("div").classes("choices"):
             ui.button("Use these", on_click=lambda: dialog.submit(True)).props("unelevated no-caps")

@@ -54,19 +54,23 @@ class Frame:
             with ui.element("main"):
                 self._top(dark)
                 self._strips = ui.html(sanitize=True).classes("strips").props('aria-label="Which turns keep the instruction"')
-                self.turns = ui.element("div").classes("turns").props('role=log aria-live=polite aria-label=Conversation tabindex=0')
+                self.turns = (
+                    ui.element("div").classes("turns").props("role=log aria-live=polite aria-label=Conversation tabindex=0")
+                )
                 self._composer()
 
     def _side(self, runs: Sequence[str]) -> None:
         actions = self._actions
         with ui.element("nav").classes("side").props('aria-label="Chats and runs"'):
             ui.html("gatt", tag="h1")
-            ui.button("New chat", icon="add", on_click=lambda: actions.begin()).props("flat no-caps align=left").classes("new")
+            ui.button("New chat", icon="add", color=None, on_click=lambda: actions.begin()).props(
+                "flat no-caps align=left"
+            ).classes("new")
             ui.html("Chats", tag="h2")
             self._list = ui.element("ul")
             picker = ui.element("input").props('type=file accept=".json,application/json" hidden tabindex=-1')
             picker.on("change", actions.upload, js_handler=_READS)
-            ui.button("Open a file…", icon="upload_file").props("flat no-caps align=left").classes("quiet").on(
+            ui.button("Open a file…", icon="upload_file", color=None).props("flat no-caps align=left").classes("quiet").on(
                 "click", js_handler=f"() => getHtmlElement({picker.id}).click()"
             )
             if runs:
@@ -80,12 +84,13 @@ class Frame:
         actions = self._actions
         with ui.element("header").classes("top"):
             _icon("menu", "Chats and runs").classes("menu").on("click", js_handler="() => chat.menu()")
-            self._first = ui.select(self._models, on_change=self._chosen).props('dense borderless aria-label="Model"')
-            others = {_ALONE: "nothing beside it", **{name: name for name in self._models}}
-            self._vs = ui.label("beside").classes("vs")
-            self._second = ui.select(others, on_change=self._chosen).props('dense borderless aria-label="Model beside it"')
-            self._vs.set_visibility(len(self._models) > 1)
-            self._second.set_visibility(len(self._models) > 1)
+            with ui.element("div").classes("models"):
+                self._first = ui.select(self._models, on_change=self._chosen).props('dense borderless aria-label="Model"')
+                others = {_ALONE: "nothing beside it", **{name: name for name in self._models}}
+                self._vs = ui.label("beside").classes("vs")
+                self._second = ui.select(others, on_change=self._chosen).props('dense borderless aria-label="Model beside it"')
+                self._vs.set_visibility(len(self._models) > 1)
+                self._second.set_visibility(len(self._models) > 1)
             ui.element("div").classes("gap")
             with _icon("download", "Save the chat as a file (JSON)"), ui.menu().props("auto-close"):
                 self._downloads = [ui.menu_item("", lambda side=side: actions.download(side)) for side in (0, 1)]
@@ -96,26 +101,33 @@ class Frame:
     def _composer(self) -> None:
         actions = self._actions
         with ui.element("footer").classes("composer"):
-            with ui.element("div").classes("instruction"):
-                self.instruction = (
-                    ui.input("Instruction", placeholder="Something every answer is to keep to")
-                    .props("dense borderless maxlength=2000 autocomplete=off")
-                    .on("change", lambda: actions.instruct(self.instruction.value or ""))
-                )
-                self._checked = ui.label().classes("checked")
-            with ui.element("div").classes("message"):
-                self.message = (
-                    ui.textarea(placeholder="Message")
-                    .props('autogrow borderless dense rows=1 maxlength=100000 aria-label=Message input-class=message-box autofocus')
-                    .on("keydown", actions.send, js_handler=_SENDS)
-                )
-                self._send = _icon("arrow_upward", "Send (Enter)").classes("send").on(
-                    "click", actions.send, js_handler="() => emit(chat.box().value)"
-                )
-                self._stop = _icon("stop", "Stop (Esc)").classes("send").on("click", actions.stop)
+            with ui.element("div").classes("write"):
+                with ui.element("div").classes("instruction"):
+                    self.instruction = (
+                        ui.input("Instruction", placeholder="Something every answer is to keep to")
+                        .props("dense borderless stack-label maxlength=2000 autocomplete=off")
+                        .on("change", lambda: actions.instruct(self.instruction.value or ""))
+                    )
+                    self._checked = ui.label().classes("checked")
+                with ui.element("div").classes("message"):
+                    self.message = (
+                        ui.textarea(placeholder="Message")
+                        .props(
+                            "autogrow borderless dense rows=1 maxlength=100000 aria-label=Message input-class=message-box autofocus"
+                        )
+                        .on("keydown", actions.send, js_handler=_SENDS)
+                    )
+                    self._send = (
+                        _icon("arrow_upward", "Send (Enter)")
+                        .classes("send")
+                        .on("click", actions.send, js_handler="() => emit(chat.box().value)")
+                    )
+                    self._stop = _icon("stop", "Stop (Esc)").classes("send").on("click", actions.stop)
             with ui.element("div").classes("state"):
-                self._retry = ui.button("Try again", icon="refresh", on_click=actions.retry).props("flat dense no-caps size=sm")
-                self._undo = ui.button("Undo", icon="undo", on_click=actions.undo).props("flat dense no-caps size=sm")
+                self._retry = ui.button("Try again", icon="refresh", color=None, on_click=actions.retry).props(
+                    "flat dense no-caps size=sm"
+                )
+                self._undo = ui.button("Undo", icon="undo", color=None, on_click=actions.undo).props("flat dense no-caps size=sm")
                 ui.element("div").classes("gap")
                 self._status = ui.label().props("role=status")
 
@@ -146,7 +158,7 @@ class Frame:
             ui.label("Give an instruction, talk for a while, and watch whether every answer still keeps to it.")
             with ui.element("div").classes("examples"):
                 for text in (word((example,)).text for example in _EXAMPLES):
-                    ui.button(text, on_click=_giving(self._actions.instruct, text)).props("outline no-caps")
+                    ui.button(text, color=None, on_click=_giving(self._actions.instruct, text)).props("outline no-caps")
 
     def list_chats(self, chats: Mapping[str, Any], present: str) -> None:
         """The chats that are kept, the youngest first."""
@@ -156,7 +168,7 @@ class Frame:
             for name, kept in reversed(list(chats.items())):
                 with ui.element("li").classes("present" if name == present else ""):
                     title = str(kept["title"])
-                    ui.button(title, on_click=lambda name=name: actions.open(name)).props(
+                    ui.button(title, color=None, on_click=lambda name=name: actions.open(name)).props(
                         f"flat no-caps align=left{' aria-current=true' if name == present else ''}"
                     ).classes("title")
                     _icon("close", "Delete this chat").classes("delete").on("click", lambda name=name: actions.delete(name))
@@ -200,7 +212,7 @@ class Frame:
 
 
 def _icon(icon: str, label: str) -> ui.button:
-    return ui.button(icon=icon).props(f'flat round dense aria-label="{label}" title="{label}"')
+    return ui.button(icon=icon, color=None).props(f'flat round dense aria-label="{label}" title="{label}"')
 
 
 def _giving(take: Callable[[str], None], text: str) -> Callable[[], None]:

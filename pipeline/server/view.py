@@ -123,8 +123,10 @@ class View:
         if not text or self._talk.heard or not self._served():
             return
         self.instruct(self._frame.instruction.value or "")
-        if (most := await self._room(text)) and await self._take(text, most):
+        if most := await self._room(text):
             self._frame.message.set_value("")
+            if not await self._take(text, most) and not self._frame.message.value:
+                self._frame.message.set_value(text)
 
     async def _take(self, text: str, most: int) -> bool:
         """The answers to a message of the user, shown while they come; whether there are some."""
