@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -255,6 +256,32 @@ def test_a_full_context_is_told_before_anything_is_lost(tab: Tab) -> None:
 
 
 @browsing
+def test_a_summary_takes_the_place_of_the_middle_if_the_user_likes_it(tab: Tab) -> None:
+    turns = [m for n in range(6) for m in ({"role": "user", "content": f"Number {n}? " + "word " * 20},
+                                           {"role": "assistant", "content": f"It is {n}. " + "word " * 20})]  # fmt: skip
+    tab.open_file(turns)
+    tab.page.wait_for_selector("#turn-6")
+    tab.settle("Tokens of an answer", 200)
+    tab.page.fill(".message textarea", "And what now?")
+    tab.page.keyboard.press("Enter")
+    tab.page.click("text=Sum up 2 turns")
+    tab.page.click("text=Put it in the place of these turns")
+    tab.until(lambda: tab.count(".turn") == 5)
+    assert "Number 0?" in tab.page.inner_text("#turn-1") and tab.page.inner_text("#turn-2 .said").startswith("Sum up")
+
+
+@browsing
+def test_two_tabs_of_a_browser_show_the_same_chat(tab: Tab) -> None:
+    tab.settle("Tokens of an answer", 4)
+    tab.ask("Hello.")
+    second = tab.context.new_page()
+    second.goto(tab.url)
+    second.wait_for_selector("#turn-1")
+    tab.ask("And again.")
+    second.wait_for_selector("#turn-2")
+
+
+@browsing
 def test_chats_are_listed_opened_and_deleted(tab: Tab) -> None:
     for text in ("First", "Second"):
         tab.open_file([{"role": "user", "content": text}, {"role": "assistant", "content": f"{text} it is."}])
@@ -307,5 +334,17 @@ def test_a_key_is_asked_for_once(chromium: Any, tmp_path: Path) -> None:
         assert tab.count(".models .vs:visible") == 0  # one model only
         tab.page.reload()
         tab.page.wait_for_selector(".message textarea")
+        cookies = tab.context.cookies()
         tab.close()
+        with chromium.new_context() as left:  # a tab that stays open and an answer that runs do not hold the server up
+            left.add_cookies(cookies)
+            page = left.new_page()
+            page.goto(server.url)
+            page.fill(".message textarea", "Tell me a very long story.")
+            page.keyboard.press("Enter")
+            page.wait_for_selector(".comes .words > *")
+            start = time.monotonic()
+            server.process.send_signal(signal.SIGINT)
+            server.process.wait(20)
+            assert time.monotonic() - start < 8 and "Traceback" not in server.log
         assert "s3cret" not in "".join(path.read_text() for path in (tmp_path / "data").rglob("*") if path.is_file())

@@ -34,7 +34,7 @@ document.addEventListener('keydown', (e) => {
   if (e.key !== 'Escape' || e.isComposing) return
   chat.tip()
   if (document.body.classList.contains('menu-open')) chat.menu(false)
-  else if (document.querySelector('.comes')) emitEvent('chat_stop')
+  else if (document.querySelector('.stop:not(.hidden)')) emitEvent('chat_stop')
 })
 document.addEventListener('click', (e) => {
   const cell = e.target.closest('.cell'), link = e.target.closest('.words a')

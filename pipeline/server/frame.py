@@ -20,7 +20,7 @@ _EXAMPLES = (Constraint("opening", "Ahoy!"), Constraint("closing", "Stay curious
 _THEMES = {None: ("brightness_auto", "as the system"), False: ("light_mode", "light"), True: ("dark_mode", "dark")}
 _SENDS = "(e) => { if (e.key === 'Enter' && !e.shiftKey && !e.isComposing) { e.preventDefault(); emit(e.target.value) } }"
 _READS = """async (e) => { const file = e.target.files[0]; e.target.value = '';
-  if (file) emit(file.size < 500000 ? await file.text() : '(more than 500 kB)') }"""
+  if (file) emit(file.size < 500000 ? await file.text() : null) }"""
 
 
 class Actions(Protocol):
@@ -122,7 +122,7 @@ class Frame:
                         .classes("send")
                         .on("click", actions.send, js_handler="() => emit(chat.box().value)")
                     )
-                    self._stop = _icon("stop", "Stop (Esc)").classes("send").on("click", actions.stop)
+                    self._stop = _icon("stop", "Stop (Esc)").classes("send stop").on("click", actions.stop)
             with ui.element("div").classes("state"):
                 self._retry = ui.button("Try again", icon="refresh", color=None, on_click=actions.retry).props(
                     "flat dense no-caps size=sm"
@@ -133,7 +133,10 @@ class Frame:
 
     async def _chosen(self) -> None:
         """Other models begin a new chat."""
-        models = tuple(dict.fromkeys(name for name in (self._first.value, self._second.value) if name))
+        first, second = self._first.value, self._second.value
+        if first == second:  # they change places
+            second = self._showing[0] if self._showing[0] != first else _ALONE
+        models = tuple(name for name in (first, second) if name)
         if models and models != self._showing:
             self._showing = models
             await self._actions.begin(models)

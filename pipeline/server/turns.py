@@ -33,10 +33,11 @@ class TurnView:
                 for side, name in enumerate(talk.models):
                     self._answer(name, turn.answers[side] if turn else "")
         if turn is None:
-            self._root.classes("comes")
+            self._root.classes("comes").props("aria-busy=true")
 
     def _answer(self, name: str, text: str) -> None:
-        with ui.element("section").classes("answer").props(f'aria-label="{name.replace(chr(34), "")}"'):
+        with ui.element("section").classes("answer") as section:
+            section.props["aria-label"] = name
             with ui.element("header"):
                 ui.label(name).classes("who")
                 self._badges.append(ui.html(sanitize=True, tag="span"))
@@ -59,7 +60,7 @@ class TurnView:
     def finish(self, heard: Sequence[Heard], most: int) -> None:
         """The answers as they ended; `most` is the tokens that they could have."""
         self.show([one.text for one in heard])
-        self._root.classes(remove="comes")
+        self._root.classes(remove="comes").props(remove="aria-busy")
         cut = {"cancelled": "stopped", "length": f"cut at {most} tokens"}
         for note, one in zip(self._notes, heard, strict=True):
             note.set_text(cut.get(one.finish, ""))

@@ -9,8 +9,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
-from nicegui import events, ui
+from nicegui import background_tasks, events, ui
 
 from pipeline.backends.serving import Engine
 from pipeline.chats import parse_chat
@@ -24,9 +25,12 @@ from pipeline.server.turns import TurnView
 
 _FRAME_SECONDS = 0.08
 """Between two looks at an answer that comes: quick to the eye, and slow enough for a phone."""
-_MOST_CHATS = 200
 _NEARLY = 0.8
 """Of the context: from this share on the page says how much is left."""
+
+
+_TABS: WeakSet[View] = WeakSet()
+"""All that are open; those of one browser show the same chats."""
 
 
 class View:
@@ -36,6 +40,8 @@ class View:
         self._engine, self._kept, self._reports = engine, kept, reports
         self._chats: dict[str, Any] = kept.setdefault("chats", {})
         self._turns: list[TurnView] = []
+        self._deleted: set[str] = set()
+        """Chats that an answer which is still on its way must not bring back."""
         self._talk = self._opened(kept.get("open", "")) or self._first()
 
     def build(self) -> None:
@@ -44,11 +50,14 @@ class View:
         self._client = ui.context.client
         self._frame = Frame(self._engine.names, list(self._reports), self, self._kept.get("dark"))
         self._show()
+        _TABS.add(self)
         self._client.on_connect(self._catch_up)
         self._client.on_disconnect(lambda: self._talk.stop())
 
     def _first(self) -> Talk:
-        return Talk(self._engine, self._engine.names[:2], Conversation(), Drawing())
+        models = self._engine.names[:2]
+        most = min(self._engine.context(name) for name in models) // 2
+        return Talk(self._engine, models, Conversation(), Drawing(max_tokens=min(Drawing().max_tokens, most)))
 
     def _opened(self, name: str) -> Talk | None:
         """A chat that was kept; None where it is gone, or not one."""
@@ -56,22 +65,26 @@ class View:
             return restored(self._engine, name, self._chats[name])
         return None
 
-    async def _catch_up(self) -> None:
-        """Show what another tab, or this one before it was loaded anew, has said meanwhile."""
+    async def _catch_up(self) -> bool:
+        """Show what another tab, or this one before it was loaded anew, has said meanwhile; whether there was something."""
         kept = self._chats.get(self._talk.id)
-        if kept and kept["when"] > self._talk.when and not self._talk.heard and (newer := self._opened(self._talk.id)):
+        newer = self._opened(self._talk.id) if kept and kept["when"] > self._talk.when and not self._talk.heard else None
+        if newer:
             self._talk = newer
             self._show()
+        self._frame.list_chats(self._chats, self._talk.id)
         await self._measure()
+        return newer is not None
 
     def _keep(self, talk: Talk) -> None:
         """In the browser's store, as the youngest."""
         self._chats.pop(talk.id, None)
-        if talk.chat.turns:
+        if talk.chat.turns and talk.id not in self._deleted:
             self._chats[talk.id] = talk.kept()
-        for name in list(self._chats)[:-_MOST_CHATS]:
-            del self._chats[name]
         self._frame.list_chats(self._chats, self._talk.id)
+        for tab in list(_TABS):
+            if tab is not self and tab._kept is self._kept and not tab._client.is_deleted:
+                background_tasks.create(tab._catch_up())
 
     def _show(self) -> None:
         """The whole conversation anew."""
@@ -121,6 +134,9 @@ class View:
         """A message, as the box has it."""
         text = str(event.args or "").strip()
         if not text or self._talk.heard or not self._served():
+            return
+        if await self._catch_up():
+            self._complain("This chat has gone on in another tab. Your message is still in its box: send it again if it fits.")
             return
         self.instruct(self._frame.instruction.value or "")
         if most := await self._room(text):
@@ -262,6 +278,7 @@ class View:
         title = self._chats[name]["title"] if name in self._chats else ""
         if await choose(f"Delete “{title}”?", "It cannot be brought back.", {"yes": "Delete"}) != "yes":
             return
+        self._deleted.add(name)
         self._chats.pop(name, None)
         if name == self._talk.id:
             await self.begin()
@@ -275,6 +292,8 @@ class View:
     async def upload(self, event: events.GenericEventArguments) -> None:
         """Go on with `messages` of a file; all sides with the same."""
         try:
+            if event.args is None:
+                raise GattError("The file has more than 500 kB. Expected a chat that was saved here.")
             messages = parse_chat(str(event.args), "The file")
         except GattError as error:
             self._complain(str(error))
@@ -287,6 +306,8 @@ class View:
 
     async def settings(self) -> None:
         """System message, temperature, tokens, seed."""
+        if not self._served():
+            return
         if changed := await settings(self._talk.chat.system, self._talk.drawing, self._talk.context):
             self._talk.chat = replace(self._talk.chat, system=changed[0])
             self._talk.drawing = changed[1]

@@ -65,7 +65,7 @@ def mount(app: FastAPI, engine: Engine, key: str, runs: Path, port: int) -> None
     ui.run_with(
         app, dark=None, language="en-US", tailwind=False, binding_refresh_interval=None, show_welcome_message=False,
         storage_secret=secret, favicon=_ICON,
-        session_middleware_kwargs={"session_cookie": f"gatt-{port}", "max_age": _YEAR, "same_site": "strict"},
+        session_middleware_kwargs={"session_cookie": f"gatt-{port}", "max_age": _YEAR, "same_site": "lax"},
     )  # fmt: skip
     # Mounted at "/", it would answer for every address of the interface that is wrong.
     app.router.routes.pop()
