@@ -266,8 +266,8 @@ def test_a_summary_takes_the_place_of_the_middle_if_the_user_likes_it(tab: Tab) 
     tab.page.keyboard.press("Enter")
     tab.page.click("text=Sum up 2 turns")
     tab.page.click("text=Put it in the place of these turns")
-    tab.until(lambda: tab.count(".turn") == 5)
-    assert "Number 0?" in tab.page.inner_text("#turn-1") and tab.page.inner_text("#turn-2 .said").startswith("Sum up")
+    tab.page.wait_for_selector("#turn-2 .said >> text=Sum up in a few sentences")
+    assert "Number 0?" in tab.page.inner_text("#turn-1") and "Number 3?" in tab.page.inner_text("#turn-3")
 
 
 @browsing
