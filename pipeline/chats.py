@@ -14,28 +14,38 @@ from pipeline.records import Message
 
 
 def read_chat(path: Path) -> tuple[Message, ...]:
-    """The messages of a chat: a JSON list of {"role", "content"}, or an object whose `messages` are one.
+    """The messages of a chat in a file, as `parse_chat` takes them.
 
     Raises:
-        GattError: no such file, no such list, or not (system,) user, assistant, user, assistant, ...
+        GattError: no such file, or no chat in it.
     """
     try:
-        data = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        return parse_chat(path.expanduser().read_bytes(), str(path))
     except OSError as error:
         raise GattError(f"Cannot read {path} ({error.strerror}). Expected a chat that /save wrote.") from error
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise GattError(f"{path} is not JSON ({error}). Expected a chat that /save wrote.") from error
+
+
+def parse_chat(content: str | bytes, name: str) -> tuple[Message, ...]:
+    """The messages of a chat: a JSON list of {"role", "content"}, or an object whose `messages` are one; errors call it `name`.
+
+    Raises:
+        GattError: no such list, or not (system,) user, assistant, user, assistant, ...
+    """
+    try:
+        data = json.loads(content)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError; nested too deeply
+        raise GattError(f"{name} is not JSON ({error}). Expected a chat that /save wrote.") from error
     rows = data.get("messages") if isinstance(data, dict) else data
     if not isinstance(rows, list) or not all(map(_is_message, rows)):
-        raise GattError(f'{path} is no chat. Expected a list such as [{{"role": "user", "content": "Hello"}}, ...].')
+        raise GattError(f'{name} is no chat. Expected a list such as [{{"role": "user", "content": "Hello"}}, ...].')
     messages: list[Message] = [{"role": row["role"], "content": row["content"]} for row in rows]
     roles = [m["role"] for m in messages][bool(messages) and messages[0]["role"] == "system" :]
     for number, (role, expected) in enumerate(zip(roles, cycle(("user", "assistant")), strict=False), 1):
         if role != expected:
-            raise GattError(f"{path}: message {number} (not counting a system message) is of {role}; expected {expected}.")
+            raise GattError(f"{name}: message {number} (not counting a system message) is of {role}; expected {expected}.")
     if not roles or len(roles) % 2:
         found = "ends with a message of the user" if roles else "has no message"
-        raise GattError(f"{path} {found}. Expected messages of user and assistant by turns, an answer last.")
+        raise GattError(f"{name} {found}. Expected messages of user and assistant by turns, an answer last.")
     return tuple(messages)
 
 

@@ -242,11 +242,12 @@ def serve(
     cors: Annotated[list[str] | None, typer.Option(help="A web page's origin that may ask: http://localhost:3000.")] = None,
     context: Annotated[int, typer.Option(help="Tokens of a conversation, its answers included.", min=256)] = 4096,
     adapter: Annotated[list[Path] | None, typer.Option(help="A GGUF adapter; served beside it as MODEL+ADAPTER.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Folder whose finished runs the page lists; left out: runs.")] = None,
 ) -> None:  # fmt: skip
-    """An OpenAI-compatible server on this machine. Example: gatt serve runs/demo/export/tuned-Q8_0.gguf"""
+    """An OpenAI-compatible server on this machine, with a page to talk on. Example: gatt serve runs/demo/export/tuned-Q8_0.gguf"""
     from pipeline.stages import serve as stage
 
-    stage.run(models, adapter or (), host, port, api_key, cors or (), context)
+    stage.run(models, adapter or (), host, port, api_key, cors or (), context, runs)
 
 
 @app.command()

@@ -21,6 +21,7 @@ from pipeline.console import note
 from pipeline.errors import GattError
 from pipeline.server.api import make_app
 from pipeline.server.guard import LOG, Settings
+from pipeline.server.web import mount
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
@@ -36,9 +37,15 @@ class _Server(uvicorn.Server):
 
 
 def run(
-    models: Sequence[str], adapters: Sequence[Path], host: str, port: int, key: str, cors: Sequence[str], context: int
+    models: Sequence[str], adapters: Sequence[Path], host: str, port: int, key: str, cors: Sequence[str], context: int,
+    runs: Path | None,
 ) -> None:  # fmt: skip
-    """Serve until Ctrl-C or SIGTERM; the log goes to stderr, a line of JSON for each request."""
+    """Serve until Ctrl-C or SIGTERM; the log goes to stderr, a line of JSON for each request.
+
+    `runs` is the folder whose finished runs the page lists (None: "runs", if there is one).
+    """
+    if runs and not runs.is_dir():
+        raise GattError(f"No folder {runs}. --runs takes the one in which the folders of runs are, such as runs.")
     listening = _bind(host, port, key)
     sources = _sources(models, adapters)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -47,10 +54,11 @@ def run(
     try:
         hosts = () if key else (*_LOOPBACK, host.lower())
         app = make_app(engine, Settings(key, tuple(cors), hosts))
+        mount(app, engine, key, runs or Path("runs"), listening.getsockname()[1])
         server = _Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
         server.engine = engine
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
-        note(f"Serving {', '.join(engine.names)} at {address}. Ctrl-C stops it.")
+        note(f"Serving {', '.join(engine.names)} at {address}. A page to talk on: {address.removesuffix('v1')} Ctrl-C stops it.")
         server.run(sockets=[listening])
     except KeyboardInterrupt:
         pass
