@@ -19,8 +19,8 @@ import pytest
 
 from pipeline.backends.llama import Llama
 from pipeline.backends.speaker import Speakers
+from pipeline.backends.streams import Streams
 from pipeline.backends.weights import Adapter, Weights
-from pipeline.backends.worker import Worker
 from pipeline.chats import append_dialogue, read_chat, write_chat
 from pipeline.commands import talk
 from pipeline.dialogues import load_dialogues
@@ -234,8 +234,8 @@ def _talk(weights: Weights, screen: Script, context: int = 512, max_tokens: int 
 
 def test_turn_20_feeds_no_more_than_turn_2(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     fed: list[int] = []
-    feed = Worker._feed
-    monkeypatch.setattr(Worker, "_feed", lambda self, rows: (fed.append(len(rows)), feed(self, rows))[1])
+    feed = Streams._feed
+    monkeypatch.setattr(Streams, "_feed", lambda self, rows: (fed.append(len(rows)), feed(self, rows))[1])
     screen, by_turn = Script(*["Say one word about rain."] * 20), []
     beside = screen.beside
     monkeypatch.setattr(screen, "beside", lambda names, remarks: (by_turn.append(sum(fed)), fed.clear(), beside(names, remarks)))
@@ -403,6 +403,7 @@ class Tmux:
 
 
 @pytest.mark.skipif(not shutil.which("tmux"), reason="tmux, the terminal of this test, is not installed")
+@pytest.mark.slow
 def test_a_terminal_as_a_user_sees_it(adapter: Path, tmp_path: Path) -> None:
     words = ("--adapter", adapter, "--compare", "smollm2-135m", "--instruction", TOLD.text, "--max-tokens", 1000)
     names = ("smollm2-135m + random.gguf", "smollm2-135m ─")

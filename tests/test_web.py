@@ -78,14 +78,18 @@ class Tab:
 
     def begin(self, message: str) -> None:
         """Send a message, and wait for the first words of all answers."""
+        self._send(message)
+        self.until(lambda: self.count(".comes .words:has(> *)") == self.count(".comes .answer") > 0)
+
+    def _send(self, message: str) -> None:
         self.page.fill(".message textarea", message)
         self.page.keyboard.press("Enter")
-        self.until(lambda: self.count(".comes .words > *") == self.count(".comes .answer") > 0)
 
     def ask(self, message: str) -> list[str]:
         """The answers to a message."""
-        self.begin(message)
-        self.page.wait_for_selector(".comes", state="detached")
+        before = self.count(".turn")
+        self._send(message)
+        self.until(lambda: self.count(".turn") > before and not self.count(".comes"))
         return self.page.locator(".turn >> nth=-1 >> .words").all_inner_texts()
 
     def settle(self, label: str, value: object) -> None:
