@@ -42,7 +42,7 @@ def test_the_export_is_the_model_that_was_trained(finished: Path) -> None:
     """Merged onto the weights that training had, rounded to 4 bits, the file predicts what the trained model did; and merged
     onto those without the errors of the rounding, it finds the dialogues likelier."""
     table = json.loads((finished / "export" / "export.json").read_text())
-    assert table["merges"]["4bit"] < 0.002 < 0.05 < table["merges"]["16bit"]
+    assert table["merges"]["4bit"] < 0.005 < 0.05 < table["merges"]["16bit"]
     assert table["surprise"]["16bit"] < table["surprise"]["4bit"]
     assert table["merge_onto"] == "16bit"
     assert table["formats"]["Q8_0"]["kl_trained"] == pytest.approx(table["merges"]["16bit"], abs=0.05)
