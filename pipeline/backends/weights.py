@@ -72,7 +72,9 @@ class Weights:
         params.n_batch = params.n_ubatch = batch
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = getattr(self.api, f"GGML_TYPE_{cache}")
-        params.flash_attn_type = self.api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        offloads = self.api.llama_supports_gpu_offload()
+        flash = self.api.LLAMA_FLASH_ATTN_TYPE_ENABLED if offloads else self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.flash_attn_type = flash
         if observer:
             self._observers.append(type(params.cb_eval)(lambda node, ask, data: observer(node, ask)))
             params.cb_eval = self._observers[-1]
