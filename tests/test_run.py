@@ -71,6 +71,7 @@ def test_the_file_says_what_it_is(finished: Path, base: Path) -> None:
     assert tuned.chat_template == before.chat_template
 
 
+@pytest.mark.slow
 def test_an_adapter_is_measured_over_the_base(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     adapter = finished / "export" / "adapter.gguf"
