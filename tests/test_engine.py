@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.backends.convert import gguf_file
 from pipeline.backends.hub import find_model
-from pipeline.backends.llama import Llama, quantize
+from pipeline.backends.llama import Llama
 from pipeline.dialogues import load_dialogues
 from pipeline.records import Completion, Message, Request, Task
 
@@ -78,11 +78,10 @@ def test_a_full_context_is_said_and_not_cut(base: Path) -> None:
 
 
 @pytest.mark.slow
-def test_greedy_answers_are_those_of_llama_cpp_alone(base: Path, tmp_path: Path) -> None:
+def test_greedy_answers_are_those_of_llama_cpp_alone() -> None:
     import llama_cpp
 
-    model = tmp_path / "f32.gguf"
-    quantize(base, model, "F32")
+    model = gguf_file(find_model("smollm2-135m"), "F32")
     questions = [d.turns[0] for d in load_dialogues("seed")[:50]]
     together, alone = (_greedy(model, questions, sequences) for sequences in (32, 1))
     kind = llama_cpp.GGML_TYPE_F32
