@@ -115,7 +115,10 @@ def train(
     stop_when: Annotated[str, typer.Option(help="Stop when held-out answers keep the instruction so often: adherence=0.95.")] = "",
 ) -> None:  # fmt: skip
     """Train the adapter. Example: gatt train my.toml --run runs/mine --stop-when adherence=0.95"""
-    changes = [f"train.stop_when={stop_when.removeprefix('adherence=')}"] if stop_when else []
+    figure, _, share = stop_when.partition("=")
+    if stop_when and figure != "adherence":
+        raise GattError(f"--stop-when {stop_when}: expected adherence and a share, for example --stop-when adherence=0.95.")
+    changes = [f"train.stop_when={share}"] if stop_when else []
     settings, folder = _open(recipe, run, quick, [*(set or []), *changes])
     if show_labels:
         from pipeline.stages import train as stage

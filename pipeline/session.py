@@ -9,14 +9,9 @@ from dataclasses import dataclass, fields, replace
 
 from pipeline.backends.speaker import Speakers
 from pipeline.errors import GattError
-from pipeline.gatt.conversation import Conversation, Turn, tally
+from pipeline.gatt.conversation import LAST_TURNS, SUMMARY_TOKENS, Conversation, Turn, tally
 from pipeline.records import Completion, Message, Request
 from pipeline.terminal import Screen
-
-_LAST = 3
-"""So many turns stay word for word when the middle is summed up."""
-_SUMMARY = 160
-"""Tokens at most of a summary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +150,9 @@ class Session:
             options: dict[str, str] = {}
             if (larger := min(2 * room, self.limit)) > room:
                 options["l"] = f"a larger context, of {larger} tokens"
-            middle = self.chat.middle(_LAST)
+            middle = self.chat.middle(LAST_TURNS)
             if not all(turn.sums_up for turn in middle):
-                options["s"] = f"a summary in the place of {counted(middle)}; turn 1 and the last {_LAST} stay word for word"
+                options["s"] = f"a summary in the place of {counted(middle)}; turn 1 and the last {LAST_TURNS} stay word for word"
             options["q"] = "stop: nothing is sent, and the chat stays as it is"
             choice = self.screen.choose(
                 f"The context of {room} tokens is nearly full: {needed} with this message, and an answer may take {most}. "
@@ -185,12 +180,13 @@ class Session:
         self.screen.say(f"The context has room for {context} tokens now.")
 
     def _sum_up(self) -> None:
-        done = self.hear([self.chat.of_middle(_LAST, side) for side in self.sides], min(_SUMMARY, self.parameters.max_tokens))
+        chats = [self.chat.of_middle(LAST_TURNS, side) for side in self.sides]
+        done = self.hear(chats, min(SUMMARY_TOKENS, self.parameters.max_tokens))
         if not all(c.text.strip() for c in done):
             raise GattError("No summary came of it: the middle is too long for one. Take a larger context, or /undo some turns.")
-        options = {"y": f"put it in the place of {counted(self.chat.middle(_LAST))}", "n": "leave all as it is"}
+        options = {"y": f"put it in the place of {counted(self.chat.middle(LAST_TURNS))}", "n": "leave all as it is"}
         if self.screen.choose("Is this summary good enough?", options) == "y":
-            self.chat = self.chat.summed_up(_LAST, [c.text for c in done])
+            self.chat = self.chat.summed_up(LAST_TURNS, [c.text for c in done])
 
 
 class _Clock:

@@ -239,13 +239,18 @@ def test_a_phone_has_the_whole_page_and_its_own_colours(chromium: Any, server: S
     phone.close()
 
 
-@browsing
-def test_a_full_context_is_told_before_anything_is_lost(tab: Tab) -> None:
+def _nearly_fill(tab: Tab) -> None:
+    """Six turns, and answers for which there is no room."""
     turns = [m for n in range(6) for m in ({"role": "user", "content": f"Number {n}? " + "word " * 20},
                                            {"role": "assistant", "content": f"It is {n}. " + "word " * 20})]  # fmt: skip
     tab.open_file(turns)
     tab.page.wait_for_selector("#turn-6")
     tab.settle("Tokens of an answer", 200)
+
+
+@browsing
+def test_a_full_context_is_told_before_anything_is_lost(tab: Tab) -> None:
+    _nearly_fill(tab)
     tab.page.wait_for_selector("text=Nearly full:")
     tab.page.fill(".message textarea", "And what now?")
     tab.page.keyboard.press("Enter")
@@ -261,11 +266,7 @@ def test_a_full_context_is_told_before_anything_is_lost(tab: Tab) -> None:
 
 @browsing
 def test_a_summary_takes_the_place_of_the_middle_if_the_user_likes_it(tab: Tab) -> None:
-    turns = [m for n in range(6) for m in ({"role": "user", "content": f"Number {n}? " + "word " * 20},
-                                           {"role": "assistant", "content": f"It is {n}. " + "word " * 20})]  # fmt: skip
-    tab.open_file(turns)
-    tab.page.wait_for_selector("#turn-6")
-    tab.settle("Tokens of an answer", 200)
+    _nearly_fill(tab)
     tab.page.fill(".message textarea", "And what now?")
     tab.page.keyboard.press("Enter")
     tab.page.click("text=Sum up 2 turns")

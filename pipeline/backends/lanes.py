@@ -134,9 +134,8 @@ class Lane(threading.Thread):
 
     def __init__(self, model: ServedModel, share: int, cells: int, adapter: Adapter | None) -> None:
         super().__init__(name=f"gatt {model.name}")
-        seats = [_Seat(n) for n in range(share + 1)]
-        self.seats = seats[:-1]
-        self.streams = Streams(model.weights, seats, cells, "F16", 1, adapter)
+        self.seats = [_Seat(n) for n in range(share)]
+        self.streams = Streams(model.weights, self.seats, cells, "F16", 1, adapter)
         self.active = False
         self._model = model
 

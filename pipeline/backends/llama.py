@@ -47,7 +47,7 @@ def find_room(info: GgufInfo, context: int, dialogues: int, most: int, cache: Ca
     cores = 1 if _offloads() else os.cpu_count() or 1
     sequences = min(dialogues, most or _fitting(info, stream, cores))
     workers = min(cores, sequences)
-    needed = (0 if loaded else info.bytes) + (sequences + workers) * stream
+    needed = (0 if loaded else info.bytes) + sequences * stream
     require_memory(needed, f"run {info.path.name} with {sequences} sequences")
     shares = tuple(len(range(n, sequences, workers)) for n in range(workers))
     return Room(shares, cells, (os.cpu_count() or 1) // workers)

@@ -197,11 +197,12 @@ class Streams(Generic[S]):
             fed.append(row)
             if per_stream[row.stream] > 1:
                 continue
-            guests.append(_Row(row.stream, row.position + 1, row.token, False))
-            gap = after.stream - row.stream - 1 if after else 0
-            for stream in self._streams[row.stream + 1 :][: gap if gap <= _GAP else 0]:
-                guests += [_Row(stream.id, len(stream.cached) + n, row.token, False) for n in range(2)]
-            fed += guests[-1 - 2 * (gap if gap <= _GAP else 0) :]
+            here = [_Row(row.stream, row.position + 1, row.token, False)]
+            gap = self._streams[row.stream + 1 : after.stream] if after else []
+            for stream in gap if len(gap) <= _GAP else []:
+                here += [_Row(stream.id, len(stream.cached) + n, row.token, False) for n in range(2)]
+            fed += here
+            guests += here
         return fed, places, guests
 
 

@@ -69,7 +69,7 @@ class Worker:
     ) -> None:
         self._weights = weights
         self._room = context
-        self._sequences = [_Sequence(n) for n in range(sequences + 1)]
+        self._sequences = [_Sequence(n) for n in range(sequences)]
         self._streams = Streams(weights, self._sequences, context, cache, threads, adapter)
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class Worker:
 
     def run(self, queue: Queue) -> None:
         """Take dialogues from the queue until none is left, and drive them to their end."""
-        busy = [s for s in self._sequences[:-1] if self._next_task(s, queue)]
+        busy = [s for s in self._sequences if self._next_task(s, queue)]
         while busy and not queue.stopped:
             self._streams.use(queue.threads)
             for sequence in busy:

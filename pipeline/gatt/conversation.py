@@ -21,6 +21,11 @@ SUM_UP = "Sum up in a few sentences what we have talked about so far."
 Mark = Literal["✓", "✗", "~"]
 """An answer that obeys, one that does not, and one that obeys without being an answer (a loop, a repeat, empty)."""
 
+LAST_TURNS = 3
+"""So many turns stay word for word when the middle is summed up."""
+SUMMARY_TOKENS = 160
+"""Of a summary at most."""
+
 
 class Told(NamedTuple):
     """An instruction in the user's words ("" for none), and what a program can check of it."""

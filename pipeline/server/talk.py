@@ -15,14 +15,9 @@ from starlette.concurrency import run_in_threadpool
 from pipeline.backends.lanes import Question
 from pipeline.backends.serving import Engine, LiveAnswer
 from pipeline.errors import GattError
-from pipeline.gatt.conversation import Conversation, Mark, Told
+from pipeline.gatt.conversation import LAST_TURNS, SUMMARY_TOKENS, Conversation, Mark, Told
 from pipeline.gatt.instructions import recognise
 from pipeline.records import Message, Request
-
-LAST = 3
-"""So many turns stay word for word when the middle is summed up, as in the terminal's chat."""
-_SUMMARY = 160
-"""Tokens at most of a summary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +112,8 @@ class Talk:
         Raises:
             GattError: none came of it.
         """
-        chats = [self.chat.of_middle(LAST, side) for side in self.sides]
-        heard = await self._hear(chats, min(_SUMMARY, self.drawing.max_tokens))
+        chats = [self.chat.of_middle(LAST_TURNS, side) for side in self.sides]
+        heard = await self._hear(chats, min(SUMMARY_TOKENS, self.drawing.max_tokens))
         if not all(one.text.strip() for one in heard):
             raise GattError("No summary came of it. Take some turns back, or begin a new chat.")
         return [one.text for one in heard]

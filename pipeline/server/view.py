@@ -16,11 +16,11 @@ from nicegui import background_tasks, events, ui
 from pipeline.backends.serving import Engine
 from pipeline.chats import parse_chat
 from pipeline.errors import GattError
-from pipeline.gatt.conversation import NOTHING, Conversation, conversation
+from pipeline.gatt.conversation import LAST_TURNS, NOTHING, Conversation, conversation
 from pipeline.server.dialogs import choose, settings
 from pipeline.server.frame import Frame
 from pipeline.server.style import dress
-from pipeline.server.talk import LAST, Drawing, Heard, Talk, restored, told
+from pipeline.server.talk import Drawing, Heard, Talk, restored, told
 from pipeline.server.turns import TurnView
 
 _FRAME_SECONDS = 0.08
@@ -217,9 +217,9 @@ class View:
         talk = self._talk
         while (needed := await talk.used(user)) + (most := talk.drawing.max_tokens) > (room := talk.context):
             options = {}
-            if not all(turn.sums_up for turn in talk.chat.middle(LAST)):
-                count = len(talk.chat.middle(LAST))
-                options["sum"] = f"Sum up {count} turn{'s' * (count != 1)}; the first and the last {LAST} stay word for word"
+            if not all(turn.sums_up for turn in talk.chat.middle(LAST_TURNS)):
+                count = len(talk.chat.middle(LAST_TURNS))
+                options["sum"] = f"Sum up {count} turn{'s' * (count != 1)}; the first and the last {LAST_TURNS} stay word for word"
             if (left := room - needed) >= 1:
                 options["short"] = f"Send it, for an answer of {left} tokens at most"
             options["new"] = "Begin a new chat under the same instruction"
@@ -249,7 +249,7 @@ class View:
             return
         text = "\n\n".join(f"{name}: {one}" for name, one in zip(self._talk.models, said, strict=True))
         if await choose("Is this summary good enough?", text, {"yes": "Put it in the place of these turns"}) == "yes":
-            self._talk.chat = self._talk.chat.summed_up(LAST, said)
+            self._talk.chat = self._talk.chat.summed_up(LAST_TURNS, said)
             self._keep(self._talk)
             self._show()
 
