@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.backends import objective
 from pipeline.backends.convert import hugging_face_folder
 from pipeline.backends.hub import find_model
 from pipeline.backends.objective import IGNORED, divergence, label, learned_loss, padded
@@ -103,8 +104,9 @@ def test_the_teachers_own_tokens_are_found_in_the_chat_as_it_had_it(tokenizer: A
 
 
 def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
-    tokenizer: Any, tiny_llama: Path, tiny_adapter: Path
+    tokenizer: Any, tiny_llama: Path, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The loss and its gradients, with the logits of a few tokens at a time, are those of whole logits."""
     import peft
     import torch
     import transformers
@@ -113,21 +115,25 @@ def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
                 ((_CHAT, _ASKED), (_CHAT[:3], _ASKED[:3]))]  # fmt: skip
     small = [replace(e, input_ids=[t % 256 for t in e.input_ids], asked_ids=[t % 256 for t in e.asked_ids],
                      labels=[t if t == IGNORED else t % 256 for t in e.labels]) for e in examples]  # fmt: skip
-    network = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter)
-    with torch.no_grad():
-        found = learned_loss(network, padded([asdict(e) for e in small], 0), Train())
-        total = weight = 0.0
-        for e in small:
-            ours = network(input_ids=torch.tensor([e.input_ids])).logits[0].log_softmax(-1)
-            with network.disable_adapter():
-                theirs = network(input_ids=torch.tensor([e.asked_ids])).logits[0].log_softmax(-1)
-            twins = dict(e.twins)
-            for place, target in enumerate(e.labels):
-                if target != IGNORED:
-                    p = theirs[twins[place] - 1] if place in twins else None
-                    loss = -ours[place - 1, target] if p is None else (p.exp() * (p - ours[place - 1])).sum()
-                    total, weight = total + e.weights[place] * float(loss), weight + e.weights[place]
-    assert float(found) == pytest.approx(total / weight, rel=1e-5)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    network = peft.PeftModel.from_pretrained(base, tiny_adapter, is_trainable=True)
+    monkeypatch.setattr(objective, "_LOGITS", 3 * base.lm_head.weight.shape[0])
+    found = learned_loss(network, padded([asdict(e) for e in small], 0), Train())
+    total, weight = torch.zeros(()), 0.0
+    for e in small:
+        ours = network(input_ids=torch.tensor([e.input_ids])).logits[0].log_softmax(-1)
+        with torch.no_grad(), network.disable_adapter():
+            theirs = network(input_ids=torch.tensor([e.asked_ids])).logits[0].log_softmax(-1)
+        twins = dict(e.twins)
+        for place, target in enumerate(e.labels):
+            if target != IGNORED:
+                p = theirs[twins[place] - 1] if place in twins else None
+                loss = -ours[place - 1, target] if p is None else (p.exp() * (p - ours[place - 1])).sum()
+                total, weight = total + e.weights[place] * loss, weight + e.weights[place]
+    assert found.item() == pytest.approx((total / weight).item(), rel=1e-5)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    for its, whole in zip(torch.autograd.grad(found, trained), torch.autograd.grad(total / weight, trained), strict=True):
+        assert its.flatten().tolist() == pytest.approx(whole.flatten().tolist(), rel=1e-3, abs=1e-7)
 
 
 def test_the_likeliest_tokens_and_the_rest_are_compared_at_a_temperature() -> None:

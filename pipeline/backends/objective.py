@@ -1,4 +1,4 @@
-"""What is learned of a dialogue: labels and weights by token, and the loss of a batch. The loop around it is in unsloth.py."""
+"""What is learned of a dialogue: labels and weights by token, and the loss of a batch. The loop around it is in trainer.py."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from pipeline.gatt.ghost import loss_turns
 from pipeline.records import Message
 
 IGNORED = -100
+_LOGITS = 2**22
+"""Logits that are in memory at a time: of more, whole gigabytes would be kept for the way back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +138,7 @@ def padded(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
 
 
 def learned_loss(model: Any, batch: dict[str, Any], settings: Train, weight: Any = None) -> Any:
-    """The weighted mean over the learned tokens; logits are computed at these only.
+    """The weighted mean over the learned tokens; logits are computed at these only, and a few at a time.
 
     The sum is divided by `weight`, that of a step of which this batch is a part, or else by the batch's own.
 
@@ -144,44 +146,61 @@ def learned_loss(model: Any, batch: dict[str, Any], settings: Train, weight: Any
     with the adapter switched off) in the chat as the teacher had it: KL(base‖model), context distillation (Askell et al. 2021,
     section 2; Snell et al. 2022), of which `settings.cross_entropy` leaves a share to the cross-entropy.
     """
-    from torch.nn.functional import cross_entropy
+    import torch
 
-    logits, place = _logits(model, batch["input_ids"], batch["labels"] != IGNORED)
-    losses = cross_entropy(logits, batch["labels"][place], reduction="none")
-    if "twins" in batch:
-        losses = _distilled(model, batch, logits, place, losses, settings)
-    weights = batch["weights"][place]
-    return (losses * weights).sum() / (weights.sum() if weight is None else weight)
+    hidden, place = _hidden(model, batch["input_ids"], batch["labels"] != IGNORED)
+    labels, weights = batch["labels"][place], batch["weights"][place]
+    theirs, twins = _teacher(model, batch, place) if "twins" in batch else (hidden[:0], torch.full_like(labels, -1))
+    head, weight = model.get_base_model().lm_head, weights.sum() if weight is None else weight
+    total, gradients = torch.zeros((), device=hidden.device), [hidden[:0]]
+    # The head is frozen: once the gradient of the hidden states is known, nothing asks for these logits again.
+    for some in torch.arange(len(labels), device=hidden.device).split(max(1, _LOGITS // head.weight.shape[0])):
+        with torch.enable_grad():
+            part = hidden[some].detach().requires_grad_()
+            logits = head(part).float()
+            losses = _losses(logits, labels[some], head, theirs, twins[some], settings)
+            loss = (losses * weights[some]).sum() / weight
+        gradients += torch.autograd.grad(loss, part)
+        total += loss.detach()
+    return total + ((hidden - hidden.detach()) * torch.cat(gradients)).sum()
 
 
-def _logits(model: Any, ids: Any, wanted: Any) -> tuple[Any, Any]:
-    """Logits (wanted tokens, vocabulary) that predict the tokens in `wanted`, a mask like `ids`; and where these stand."""
-    base = model.get_base_model()
+def _hidden(model: Any, ids: Any, wanted: Any) -> tuple[Any, Any]:
+    """Hidden states (wanted tokens, width) that predict the tokens in `wanted`, a mask like `ids`; and where these stand."""
     wanted = wanted.clone()
     wanted[:, 0] = False  # nothing predicts the first
-    hidden = base.model(input_ids=ids).last_hidden_state
-    return base.lm_head(hidden[:, :-1][wanted[:, 1:]]).float(), wanted
+    states = model.get_base_model().model(input_ids=ids).last_hidden_state
+    return states[:, :-1][wanted[:, 1:]], wanted
 
 
-def _distilled(model: Any, batch: dict[str, Any], logits: Any, place: Any, losses: Any, settings: Train) -> Any:
-    """`losses` with the divergence from the base in place of the cross-entropy of tokens that have a twin."""
+def _teacher(model: Any, batch: dict[str, Any], place: Any) -> tuple[Any, Any]:
+    """The base's hidden states in the chat as the teacher had it, and for each learned token which of them, or -1."""
     import torch
 
     row, here, there = batch["twins"]
-    learned = place[row, here]
-    row, here, there = row[learned], here[learned], there[learned]
-    number = torch.full_like(batch["input_ids"], -1)
-    number[place] = torch.arange(len(losses), device=number.device)
-    ours = number[row, here]
     wanted = torch.zeros_like(batch["asked_ids"], dtype=torch.bool)
     wanted[row, there] = True
     with torch.no_grad(), model.disable_adapter():
-        theirs, _ = _logits(model, batch["asked_ids"], wanted)
-        order = torch.full_like(batch["asked_ids"], -1)
-        order[wanted] = torch.arange(len(theirs), device=order.device)
-        target = theirs[order[row, there]]
-    apart = divergence(target, logits[ours], settings.temperature, settings.top_k)
-    return losses.index_put((ours,), torch.lerp(apart, losses[ours], settings.cross_entropy))
+        hidden, wanted = _hidden(model, batch["asked_ids"], wanted)
+    order = torch.full_like(batch["asked_ids"], -1)
+    order[wanted] = torch.arange(len(hidden), device=order.device)
+    twins = torch.full_like(batch["input_ids"], -1)
+    twins[row, here] = order[row, there]
+    return hidden, twins[place]
+
+
+def _losses(logits: Any, labels: Any, head: Any, theirs: Any, twins: Any, settings: Train) -> Any:
+    """The loss of each token: the divergence from the base where there is a twin, and the cross-entropy elsewhere."""
+    import torch
+
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    own = twins >= 0
+    if not own.any():
+        return losses
+    with torch.no_grad():
+        target = head(theirs[twins[own]]).float()
+    apart = divergence(target, logits[own], settings.temperature, settings.top_k)
+    return losses.index_put((own,), torch.lerp(apart, losses[own], settings.cross_entropy))
 
 
 def divergence(target: Any, logits: Any, temperature: float, top_k: int) -> Any:
