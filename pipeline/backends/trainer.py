@@ -7,7 +7,8 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,7 +186,7 @@ def loop(
             total = torch.zeros((), device=device)
             for part in parts(rows, self.budget):
                 batch = {name: tensor.to(device) for name, tensor in padded(part, pad).items()}
-                with self.compute_loss_context_manager():
+                with _mixed(network):
                     loss = learned_loss(network, batch, settings, weight)
                 self.accelerator.backward(loss)
                 total += loss.detach()
@@ -209,7 +210,7 @@ def loop(
             save_steps=settings.save_steps, save_total_limit=2, disable_tqdm=True, remove_unused_columns=False,
             report_to=list(settings.report_to) or "none",
             train_sampling_strategy="sequential",
-            bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(), dataloader_pin_memory=False,
+            dataloader_pin_memory=False,
         ),
         train_dataset=[asdict(e) for e in in_order(examples, settings, seed)],
         data_collator=lambda rows: {"rows": rows},
@@ -222,6 +223,22 @@ def loop(
     if stop.asked and trainer.state.global_step < settings.steps:
         raise GattError(f"Stopped after step {trainer.state.global_step}, which is saved. The same command goes on from there.")
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@contextmanager
+def _mixed(network: Any) -> Iterator[None]:
+    """On weights in bfloat16 the adapter computes in that, too, and is kept in float32.
+
+    PEFT would hand each of the adapter's matrices a float32 copy of its input, and all of these are kept for the way back.
+    """
+    import peft.helpers
+    import torch
+
+    if network.dtype != torch.bfloat16:
+        yield
+        return
+    with torch.autocast(network.device.type, torch.bfloat16), peft.helpers.disable_input_dtype_casting(network):
+        yield
 
 
 def _short_of_memory(error: Exception) -> bool:
