@@ -32,14 +32,26 @@ DEFAULT_RUN = Path("runs/demo")
 
 
 @app.command()
-def init(path: Annotated[Path, typer.Argument()] = Path("recipe.toml")) -> None:
-    """Write a recipe with every key, its default and its meaning. Example: gatt init my.toml"""
+def init(
+    path: Annotated[Path, typer.Argument()] = Path("recipe.toml"),
+    card: Annotated[float, typer.Option(help="Take the largest base that trains on a graphics card of so many GB.")] = 0,
+) -> None:
+    """Write a recipe with every key, its default and its meaning. Example: gatt init my.toml --card 12"""
     from pipeline.config import Recipe, recipe_toml
     from pipeline.files import write_text
 
     if path.exists():
         raise GattError(f"{path} exists already; it is left as it is. Name another file.")
-    write_text(path, recipe_toml(Recipe()))
+    recipe = Recipe()
+    if card:
+        from pipeline.backends.hub import largest_preset
+        from pipeline.memory import STEP, room
+
+        model = largest_preset(room(card), True, STEP, recipe.train)
+        if not model:
+            raise GattError(f"--card {card:g}: no base of `gatt doctor` trains in so little. Expected 8, 12, 16 or 24 GB.")
+        recipe = recipe.model_copy(update={"model": model})
+    write_text(path, recipe_toml(recipe))
     typer.echo(f"Wrote {path}. Next: gatt run {path}")
 
 
@@ -254,11 +266,13 @@ def serve(
 
 
 @app.command()
-def doctor() -> None:
-    """What this machine is and which base models fit. Example: gatt doctor"""
+def doctor(
+    model: Annotated[str, typer.Option(help="Only what training this base takes: a preset, GGUF, folder or Hub id.")] = "",
+) -> None:
+    """What this machine is and which base models can be trained. Example: gatt doctor --model qwen3-1.7b"""
     from pipeline.stages import doctor as stage
 
-    stage.run()
+    stage.run(model)
 
 
 def _open(

@@ -130,8 +130,8 @@ class Train(Section):
     batch: int = Field(default=4, ge=1)
     """Dialogues a step."""
     tokens: int = Field(default=0, ge=0)
-    """Tokens that are computed at a time: a step is done in parts that sum up to the same. 0 is the whole step, and less when
-    memory runs out."""
+    """Tokens that are computed at a time: a step is done in parts that sum up to the same. 0 is the whole step, or as many as
+    fit."""
     max_length: int = Field(default=1024, ge=64)
     """Tokens; a longer dialogue is cut at a turn boundary and never loses turn 1."""
     save_steps: int = Field(default=10, ge=1)

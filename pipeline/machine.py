@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import math
 import shutil
 import sys
 from pathlib import Path
@@ -49,17 +48,6 @@ def peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def training_memory(parameters: float, device: str, tokens: int = 2000) -> float:
-    """Bytes that a 4-bit QLoRA takes with `tokens` in a step: an estimate, measured on a CPU with one model only.
-
-    On a CPU activations and logits are not recomputed, and are most of it: 5.4 GB for 135 million parameters and 1,760
-    tokens. They are taken to grow with the root of the parameters.
-    """
-    if device != "cpu":
-        return 3 * GB + 0.7 * parameters
-    return 1.5 * GB + 2.5 * parameters + tokens * 172 * math.sqrt(parameters)
 
 
 def require_memory(needed: float, purpose: str) -> None:

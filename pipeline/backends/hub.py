@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -12,9 +13,11 @@ from typing import Any, Literal
 
 import tomlkit
 
+from pipeline.config import Train
 from pipeline.errors import GattError
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.read import open_gguf
+from pipeline.memory import Shape, training_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +47,8 @@ def presets() -> dict[str, dict[str, Any]]:
     return {f.stem: tomlkit.parse(f.read_text(encoding="utf-8")).unwrap() for f in sorted(folder.glob("*.toml"))}
 
 
-def find_model(name: str) -> Model:
-    """The model that `name` stands for; one on the Hub is downloaded, with resume.
+def find_model(name: str, weights: bool = True) -> Model:
+    """The model that `name` stands for; one on the Hub is downloaded, with resume, and without its `weights` if need be.
 
     Raises:
         GattError: nothing of that name, or not to be had without a network.
@@ -61,15 +64,45 @@ def find_model(name: str) -> Model:
         preset = known[name]
         if "package" in preset:
             return Model(name, _embedded(preset["package"]), preset["repository"])
-        return _download(name, preset["repository"])
+        return _download(name, preset["repository"], weights)
     if name.count("/") == 1 and not path.exists() and not name.startswith((".", "/")):
-        return _download(name, name)
+        return _download(name, name, weights)
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"Did you mean {near[0]!r}? " if near else ""
     raise GattError(
         f"Unknown model {name!r}. {hint}Expected a preset ({', '.join(known)}), a GGUF file, "
         "a Hugging Face folder with config.json, or a Hub id such as owner/name."
     )
+
+
+def largest_preset(memory: float, gpu: bool, tokens: int, settings: Train) -> str:
+    """The base model of most parameters that can be trained in so many bytes with `tokens` at a time; "" is none."""
+    shapes = {name: shape_of(name) for name in presets()}
+    able = [name for name, shape in shapes.items() if training_memory(shape, settings, tokens, gpu) <= memory]
+    return max(able, key=lambda name: shapes[name].parameters, default="")
+
+
+def shape_of(name: str) -> Shape:
+    """The sizes of a model, as `find_model` names it; of one on the Hub only the configuration is downloaded.
+
+    Raises:
+        GattError: nothing of that name, or a configuration without the sizes.
+    """
+    preset = presets().get(name, {})
+    if "shape" in preset:
+        return Shape(**preset["shape"])
+    model = find_model(name, weights=False)
+    if model.is_gguf:
+        info = open_gguf(model.path)
+        sizes, tensors = info.hyperparameter, {tensor.name: tensor.shape for tensor in info.tensors}
+        return Shape(
+            info.layers, sizes("embedding_length"), sizes("feed_forward_length"), tensors["blk.0.attn_q.weight"][0],
+            tensors["blk.0.attn_k.weight"][0], tensors["token_embd.weight"][0], "output.weight" not in tensors,
+        )  # fmt: skip
+    try:
+        return Shape.of_config(json.loads((model.path / "config.json").read_text(encoding="utf-8")))
+    except (KeyError, ValueError) as error:
+        raise GattError(f"{model.path / 'config.json'}: {error} is missing. Expected the sizes of a decoder.") from error
 
 
 def _embedded(package: str) -> Path:
@@ -82,7 +115,7 @@ def _embedded(package: str) -> Path:
 
 
 @cache
-def _download(name: str, repository: str) -> Model:
+def _download(name: str, repository: str, weights: bool) -> Model:
     """A snapshot of a Hub repository: configuration, tokenizer, safetensors."""
     import huggingface_hub
 
@@ -90,7 +123,8 @@ def _download(name: str, repository: str) -> Model:
         small = ["*.json", "*.jinja", "tokenizer.model", "README.md"]  # the card tells the licence
         folder = huggingface_hub.snapshot_download(repository, allow_patterns=small)
         CheckpointBase(Path(folder))  # gigabytes of weights are fetched only for a model that can be exported
-        huggingface_hub.snapshot_download(repository, allow_patterns=[*small, "model*.safetensors"])
+        if weights:
+            huggingface_hub.snapshot_download(repository, allow_patterns=[*small, "model*.safetensors"])
     except GattError:
         raise
     except Exception as error:  # network, authentication and 404 are many classes of several libraries

@@ -88,7 +88,16 @@ def _code(tokenizer: Any, messages: Sequence[Message]) -> _Coded:
     said = [m["content"].strip() for m in messages if m["role"] == "assistant"]
     firsts = [text.index(words, *span) for words, span in zip(said, answers, strict=True)]
     words = [(first, first + len(its)) for first, its in zip(firsts, said, strict=True)]
-    return _Coded(text, list(coded["input_ids"]), list(coded["offset_mapping"]), answers, words)
+    places = list(coded["offset_mapping"])
+    answers, words = ([_with_space(text, places, span) for span in spans] for spans in (answers, words))
+    return _Coded(text, list(coded["input_ids"]), places, answers, words)
+
+
+def _with_space(text: str, places: Sequence[tuple[int, int]], span: tuple[int, int]) -> tuple[int, int]:
+    """The span with the space before it, where a template writes one (Mistral's) that is part of its first token."""
+    start, end = span
+    first = next((left for left, right in places if left < start < right), start)
+    return (first if text[first:start].isspace() else start), end
 
 
 def _within(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:

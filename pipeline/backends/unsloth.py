@@ -16,6 +16,7 @@ from pipeline.backends.trainer import Step, loop
 from pipeline.config import Train
 from pipeline.errors import GattError
 from pipeline.files import whole_file
+from pipeline.machine import available_memory
 
 _PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
 
@@ -25,6 +26,13 @@ def on_gpu() -> bool:
     import torch
 
     return bool(torch.cuda.is_available())
+
+
+def free_memory() -> int:
+    """Bytes that training may take: of the graphics card, or else of the computer."""
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0]) if on_gpu() else available_memory()
 
 
 def try_four_bits(device: str) -> str:

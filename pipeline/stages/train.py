@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backends.convert import gguf_file, hugging_face_folder
-from pipeline.backends.hub import find_model
+from pipeline.backends.hub import find_model, shape_of
 from pipeline.backends.objective import IGNORED, Labelled, label
 from pipeline.backends.trainer import Step, last_checkpoint
-from pipeline.backends.unsloth import load_tokenizer, on_gpu, train
+from pipeline.backends.unsloth import free_memory, load_tokenizer, on_gpu, train
 from pipeline.backends.validation import Validation
-from pipeline.config import Recipe
+from pipeline.config import Recipe, Train
 from pipeline.console import chatter, note, out, progress
 from pipeline.dialogues import load_chats
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_jsonl, write_json
-from pipeline.machine import GB, give_back, require_disk, require_memory, training_memory
+from pipeline.machine import GB, give_back, require_disk
+from pipeline.memory import tokens_that_fit, training_memory
 from pipeline.pairs import read_pairs
 from pipeline.records import Message
 from pipeline.rundir import RunDir
@@ -36,9 +37,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     examples = [_labelled(tokenizer, row, recipe) for _, row in read_jsonl(rundir.examples)]
     if recipe.train.mix:
         examples += [label(tokenizer, chat, recipe.train) for chat in _mixed(recipe, len(examples))]
-    if not on_gpu():
-        longest = recipe.train.batch * max(len(e.labels) for e in examples)
-        require_memory(training_memory(size / 2, "cpu", longest), f"train {recipe.model}")
+    settings = _fitting(recipe, max(max(len(e.labels), len(e.asked_ids)) for e in examples))
     learned = sum(token != IGNORED for e in examples for token in e.labels)
     note(f"train: {len(examples)} dialogues, {sum(len(e.labels) for e in examples)} tokens, {learned} of them learned")
     steps: list[Step] = []
@@ -47,7 +46,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
         _watching(recipe, rundir) as (enough, seen),
     ):  # fmt: skip
         losses, reference = train(
-            folder, examples, recipe.train, recipe.seed, rundir.checkpoints, rundir.adapter,
+            folder, examples, settings, recipe.seed, rundir.checkpoints, rundir.adapter,
             lambda step: bar.advance(1, _line(steps, step) + "".join(seen[-1:])), enough,
         )  # fmt: skip
     give_back()
@@ -55,6 +54,27 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     write_json(rundir.losses, losses)
     if steps:
         write_json(rundir.speed, steps[-1]._asdict())
+
+
+def _fitting(recipe: Recipe, longest: int) -> Train:
+    """The recipe's settings, with as many tokens at a time as fit here if these are fewer than a step has.
+
+    Raises:
+        GattError: not even the longest dialogue fits.
+    """
+    settings, shape, memory = recipe.train, shape_of(recipe.model), free_memory()
+    tokens = settings.tokens or settings.batch * longest
+    fit = tokens_that_fit(shape, settings, memory, on_gpu())
+    if fit < longest:
+        needed = training_memory(shape, settings, longest, on_gpu())
+        raise GattError(
+            f"Too little memory to train {recipe.model}: {needed / GB:.1f} GB needed for a dialogue of {longest} tokens, "
+            f"{memory / GB:.1f} GB free. Close other programs, lower train.max_length, or take a smaller model (`gatt doctor` "
+            "lists what fits)."
+        )
+    need = training_memory(shape, settings, min(fit, tokens), on_gpu())
+    note(f"train: about {need / GB:.1f} GB of {memory / GB:.1f}" + (f", {fit} tokens at a time" if fit < tokens else ""))
+    return settings.model_copy(update={"tokens": fit}) if fit < tokens else settings
 
 
 def _line(steps: list[Step], step: Step) -> str:

@@ -1,0 +1,121 @@
+"""Predicted against real peak memory of training on this CPU: `.venv/bin/python scripts/bench/memory.py [--quick]`.
+
+The embedded model, and random Llamas of other widths, depths and vocabularies, each in a process of its own: two steps of the
+trainer of `gatt train` on dialogues of one length, half of whose tokens are learned. What `gatt doctor` and `gatt train` would
+say is compared with the resident memory at its peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.backends.convert import hugging_face_folder
+from pipeline.backends.hub import find_model, shape_of
+from pipeline.backends.objective import IGNORED, Labelled
+from pipeline.backends.unsloth import train
+from pipeline.config import Train
+from pipeline.console import Progress, chatter
+from pipeline.machine import GB, peak_memory
+from pipeline.memory import training_memory
+
+EMBEDDED = "smollm2-135m"
+
+
+class Case(NamedTuple):
+    """A model (its name, or layers, width, feed-forward, heads, heads of keys and vocabulary), and what it is trained on."""
+
+    model: str | tuple[int, int, int, int, int, int]
+    rank: int
+    rows: int
+    tokens: int
+    distill: bool
+
+
+CASES = (
+    Case(EMBEDDED, 32, 4, 450, True),
+    Case((8, 1280, 3456, 20, 5, 49152), 16, 2, 600, False),
+    Case(EMBEDDED, 8, 1, 400, False),
+    Case((16, 896, 2432, 14, 2, 49152), 32, 4, 300, True),
+    Case((12, 1024, 6144, 16, 16, 150000), 64, 3, 500, True),
+    Case((16, 2048, 8192, 32, 8, 128256), 32, 2, 500, True),
+)
+"""The last has the sizes of Llama 3.2 1B."""
+
+
+def folder_of(case: Case, folder: Path) -> Path:
+    """The case's model for transformers; a random one is written to `folder`, with the embedded model's tokenizer."""
+    if isinstance(case.model, str):
+        return hugging_face_folder(find_model(case.model))
+    import torch
+    import transformers
+
+    layers, width, feed_forward, heads, of_keys, vocabulary = case.model
+    config = transformers.LlamaConfig(
+        vocab_size=vocabulary, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=of_keys, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(hugging_face_folder(find_model(EMBEDDED))).save_pretrained(folder)
+    return folder
+
+
+def examples(case: Case) -> list[Labelled]:
+    """Dialogues of one length; of what is learned, most is distilled, as in the demo."""
+    found = []
+    for n in range(case.rows):
+        ids = [(7 * n + 11 * place) % 20000 + 5 for place in range(case.tokens)]
+        half = case.tokens // 2
+        twins = [(place, place) for place in range(half, case.tokens) if place % 10 < 7] if case.distill else []
+        labels, weights = [IGNORED] * half + ids[half:], [0.0] * half + [1.0] * (case.tokens - half)
+        found.append(Labelled(ids, labels, weights, ids if case.distill else [], twins))
+    return found
+
+
+def settings(case: Case) -> Train:
+    """Two steps."""
+    return Train(rank=case.rank, steps=2, batch=case.rows, loss="distill" if case.distill else "all_turns", save_steps=10)
+
+
+def measure(number: int, written: Path) -> dict[str, Any]:
+    """Train in this process; bytes that were predicted, and those at the peak."""
+    case, shape = CASES[number], shape_of(str(written))
+    with tempfile.TemporaryDirectory() as folder, chatter(Path(folder) / "log"):
+        train(written, examples(case), settings(case), 1, Path(folder), Path(folder) / "adapter", lambda _: None)
+    need = training_memory(shape, settings(case), case.rows * case.tokens, watched=False)
+    return {"parameters": shape.parameters, "predicted": need, "peak": peak_memory()}
+
+
+def main() -> None:
+    """Print each case, and the largest error."""
+    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    options.add_argument("--quick", action="store_true", help="the first two cases")
+    options.add_argument("--case", type=int, help="only this one, in this process, from the folder --model")
+    options.add_argument("--model", type=Path)
+    asked = options.parse_args()
+    if asked.case is not None:
+        print(json.dumps(measure(asked.case, asked.model)))
+        return
+    cases = CASES[:2] if asked.quick else CASES
+    bar, errors = Progress("memory: cases", len(cases)), []
+    for number, case in enumerate(cases):
+        with tempfile.TemporaryDirectory() as folder:
+            command = [sys.executable, __file__, "--case", str(number), "--model", str(folder_of(case, Path(folder)))]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        errors.append(abs(found["predicted"] / found["peak"] - 1))
+        print(f"{found['parameters'] / 1e6:6.0f} M parameters, rank {case.rank:2}, {case.rows} x {case.tokens} tokens: "
+              f"{found['predicted'] / GB:5.2f} GB predicted, {found['peak'] / GB:5.2f} GB at the peak", flush=True)  # fmt: skip
+        bar.advance()
+    error = max(errors)
+    print(json.dumps({"bench": "memory", "figures": {"error": {"value": round(error, 3), "bar": 0.15, "holds": error <= 0.15}}}))
+
+
+if __name__ == "__main__":
+    main()
