@@ -283,12 +283,15 @@ def _open(
     Without a recipe, a stage goes on with that of the run, and a run begun `anew` takes the demo's.
     """
     from pipeline.config import QUICK, load_recipe
+    from pipeline.machine import leads
     from pipeline.rundir import RunDir
 
     changes = (*(QUICK if quick else ()), *(overrides or ()))
     kept = run / "recipe.toml"
     settings = load_recipe(kept if recipe is None and not anew and kept.is_file() else recipe, changes)
     folder = RunDir(run)
+    if not leads():
+        return settings, folder
     folder.save_recipe(settings)
     if changes:
         typer.echo(f"Overridden: {', '.join(changes)}", err=True)
@@ -337,6 +340,8 @@ def _stage(name: str, settings: Recipe, folder: RunDir) -> None:
     """Run one stage unless it is done for this recipe and these inputs; its manifest is written last."""
     import importlib
 
+    from pipeline.machine import leads
+
     inputs = _inputs(name, settings, folder)
     missing = [path for path in inputs if not path.exists()]
     if missing:
@@ -348,6 +353,9 @@ def _stage(name: str, settings: Recipe, folder: RunDir) -> None:
         typer.echo(f"{name}: done already", err=True)
         return
     start = time.monotonic()
+    if not leads():  # one of several processes that share the steps of training
+        importlib.import_module(f"pipeline.stages.{name}").run(settings, folder)
+        return
     folder.claim(name, key, inputs)
     importlib.import_module(f"pipeline.stages.{name}").run(settings, folder)
     # Asked for again: the stage may have written an input that users can edit.

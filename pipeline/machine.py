@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,11 @@ from pathlib import Path
 from pipeline.errors import GattError
 
 GB = 1e9
+
+
+def leads() -> bool:
+    """Whether this process is the only one, or the first of those that `accelerate launch` has started: it writes, and speaks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def available_memory() -> int:

@@ -25,7 +25,7 @@ def _converse(base: Path, sequences: int) -> dict[tuple[str, int], Completion]:
             messages.append({"role": "assistant", "content": got[name, turn].text})
 
     with Llama(base, sequences, 1024) as llama:
-        llama.run(talk(d.id, d.turns) for d in load_dialogues("seed")[:6])
+        llama.run(talk(d.id, d.turns) for d in load_dialogues("seed")[:4])
     return got
 
 
@@ -33,7 +33,7 @@ def _converse(base: Path, sequences: int) -> dict[tuple[str, int], Completion]:
 def test_answers_do_not_depend_on_what_runs_beside_them(format_name: str) -> None:
     model = gguf_file(find_model("smollm2-135m"), format_name)
     alone, together = _converse(model, 1), _converse(model, 4)
-    assert len(alone) == 30
+    assert len(alone) == 20
     assert max(said.prompt_tokens for said in alone.values()) > 256  # llama.cpp pads the cache to multiples of 256
     assert alone == together
 
@@ -52,9 +52,9 @@ def test_a_branch_leaves_the_dialogue_after_it_exactly_as_it_was(base: Path) -> 
     branches: list[Completion] = []
     said: dict[bool, list[tuple[str, Completion]]] = {True: [], False: []}
     for probed in (True, False):
-        with Llama(base, 3, 1024) as llama:
-            llama.run(talk(d.id, d.turns, probed) for d in load_dialogues("seed")[:3])
-    assert len(branches) == 12
+        with Llama(base, 2, 1024) as llama:
+            llama.run(talk(d.id, d.turns, probed) for d in load_dialogues("seed")[:2])
+    assert len(branches) == 8
     assert sorted(said[True], key=str) == sorted(said[False], key=str)
 
 

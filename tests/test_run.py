@@ -172,7 +172,7 @@ def test_training_cut_off_goes_on_and_gives_the_same_adapter(
 def test_training_that_is_asked_to_stop_saves_and_goes_on(
     number: signal.Signals, finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]
 ) -> None:
-    longer = [*tiny, "--set", "train.steps=6", "--set", "train.save_steps=50"]
+    longer = [*tiny, "--set", "train.steps=30", "--set", "train.save_steps=50"]
     adapters = []
     for stopped in (False, True):
         folder = tmp_path / str(stopped)
@@ -184,14 +184,39 @@ def test_training_that_is_asked_to_stop_saves_and_goes_on(
                 said = []
                 for line in running.stderr:
                     said.append(line)
-                    if "steps: 1 of 6" in line or "steps: 2 of 6" in line:
+                    if "train: steps" in line and "Stopped" not in line:
                         running.send_signal(number)
+                        break
+                said += running.stderr
             assert running.returncode == 1
             assert "Stopped after step" in said[-1], said
         done = gatt("train", "--run", folder, *longer)
         assert done.returncode == 0, done.stderr
         adapters.append((folder / "train" / "adapter" / "adapter_model.safetensors").read_bytes())
     assert adapters[0] == adapters[1]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_adapter(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
+    """The whole command under `accelerate launch`: checkpoints, held-out answers, one run folder."""
+    import numpy as np
+    from safetensors.numpy import load_file
+
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "train")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    command = [*launch, "-m", "pipeline", "train", "--run", str(tmp_path), *tiny]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = (json.loads((folder / "train" / "losses.json").read_text()) for folder in (tmp_path, finished))
+    assert ours == pytest.approx(theirs, rel=1e-2)  # bfloat16, in parts of other lengths
+    assert (tmp_path / "train" / "manifest.json").exists() and len(list(read_jsonl(tmp_path / "train" / "validation.jsonl"))) == 2
+    name = Path("train") / "adapter" / "adapter_model.safetensors"
+    adapters = [load_file(folder / name) for folder in (tmp_path, finished)]
+    for key, matrix in adapters[0].items():
+        assert np.abs(matrix - adapters[1][key]).max() < 0.1 * np.abs(adapters[1][key]).max() + 1e-3, key
+    assert gatt("train", "--run", tmp_path, *tiny).stderr.strip().endswith("train: done already")
 
 
 @pytest.mark.slow

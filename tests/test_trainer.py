@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 from pipeline.backends import trainer
 from pipeline.backends.objective import IGNORED, Labelled
 from pipeline.backends.trainer import loop, parts
-from pipeline.config import Train
+from pipeline.backends.unsloth import continue_from
+from pipeline.config import Train, load_recipe
 from pipeline.errors import GattError
+from pipeline.stages.train import mixed
 
 _SETTINGS = Train(steps=3, batch=4, learning_rate=1e-2, save_steps=1)
 
@@ -108,6 +111,33 @@ def test_a_run_goes_on_as_if_it_had_not_been_cut(tiny_llama: Path, tmp_path: Pat
     losses, adapter = _trained(tiny_llama, tmp_path)
     assert losses == pytest.approx(whole[0], rel=1e-6)
     assert adapter.tolist() == pytest.approx(whole[1].tolist(), abs=1e-6)
+
+
+def test_training_goes_on_from_an_adapter(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+    import peft
+
+    network = _network(tiny_llama)
+    continue_from(network, tiny_adapter)
+    theirs = peft.load_peft_weights(str(tiny_adapter), device="cpu")
+    ours = peft.get_peft_model_state_dict(network)
+    assert ours.keys() == theirs.keys() and all(bool((ours[name] == theirs[name]).all()) for name in ours)
+    wider = peft.get_peft_model(network.unload(), peft.LoraConfig(r=8, target_modules="all-linear"))
+    with pytest.raises(GattError, match=r"of another rank, other targets or another base .* Set train.rank"):
+        continue_from(wider, tiny_adapter)
+    with pytest.raises(GattError, match=r"no adapter_model.safetensors in"):
+        continue_from(network, tmp_path)
+
+
+def test_own_chats_are_mixed_in_by_their_share(tmp_path: Path) -> None:
+    chats = tmp_path / "mine.jsonl"
+    one = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    chats.write_text("".join(json.dumps(one) + "\n" for _ in range(30)), encoding="utf-8")
+    recipe = load_recipe(None, (f"train.mix={chats}", "train.mix_share=0.2"))
+    assert len(mixed(recipe, 80)) == 20  # 20 of 100
+    assert len(mixed(recipe, 800)) == 30  # all there are
+    chats.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n', encoding="utf-8")
+    with pytest.raises(GattError, match="line 1: expected at least one answer"):
+        mixed(recipe, 80)
 
 
 def test_a_step_is_done_in_parts_that_have_room() -> None:

@@ -17,7 +17,7 @@ from pipeline.backends.objective import IGNORED, Labelled, learned_loss, padded
 from pipeline.config import Train
 from pipeline.console import note
 from pipeline.errors import GattError
-from pipeline.machine import peak_memory
+from pipeline.machine import leads, peak_memory
 
 _COMPLETE = "complete"
 
@@ -53,6 +53,24 @@ def in_order(examples: Sequence[Labelled], settings: Train, seed: int) -> list[L
         rng.shuffle(batches)
         rows += [row for batch in batches if len(batch) == settings.batch or len(epoch) < settings.batch for row in batch]
     return rows[: settings.steps * settings.batch]
+
+
+def processes() -> int:
+    """How many share each step."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def leader_first() -> Iterator[None]:
+    """What is in it the leading process does alone, and then the others."""
+    if processes() == 1:
+        yield
+        return
+    import accelerate
+    import torch
+
+    with accelerate.PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        yield
 
 
 def last_checkpoint(checkpoints: Path) -> int:
@@ -112,9 +130,8 @@ def loop(
     import torch
     import transformers
 
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if settings.batch % processes:
-        raise GattError(f"{processes} processes cannot share train.batch = {settings.batch} dialogues a step evenly.")
+    if settings.batch % processes():
+        raise GattError(f"{processes()} processes cannot share train.batch = {settings.batch} dialogues a step evenly.")
 
     class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
@@ -122,14 +139,16 @@ def loop(
                 on_step(Step(state.global_step, logs["loss"], logs["learning_rate"], *trainer.counted, *trainer.spent()))
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            # Signals do not reach all processes in the same step.
+            stop.asked = _any(stop.asked, network.device)
             if stop.asked:
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            # Written last: a checkpoint without it was cut off.
-            (folder / _COMPLETE).touch()
-            if not stop.asked and enough(state.global_step, folder):
+            if leads():  # written last: a checkpoint without it was cut off
+                (folder / _COMPLETE).touch()
+            if not stop.asked and _any(enough(state.global_step, folder), network.device):
                 control.should_training_stop = True
 
     class Weighted(transformers.Trainer):  # type: ignore[misc]
@@ -144,9 +163,10 @@ def loop(
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             """The loss of a step, its gradients summed over its parts and over all processes."""
             rows, start = inputs["rows"], time.monotonic()
+            weight = _summed(torch.tensor(sum(sum(row["weights"]) for row in rows), device=network.device))
             while True:
                 try:
-                    total = self._in_parts(rows)
+                    total = self._in_parts(rows, weight)
                     break
                 except (MemoryError, RuntimeError) as error:
                     split = parts(rows, self.budget)
@@ -160,6 +180,10 @@ def loop(
                     network.zero_grad()
                     self.budget = max(len(part) * _length(part[-1]) for part in split) // 2
                     note(f"train: out of memory; going on with at most {self.budget} tokens at a time")
+            for parameter in network.parameters():
+                if parameter.grad is not None:
+                    _summed(parameter.grad)
+            total = _summed(total)
             if not torch.isfinite(total):
                 raise GattError(
                     f"The loss of step {self.state.global_step + 1} is {float(total)}. The checkpoint of step "
@@ -179,32 +203,21 @@ def loop(
             self.counted = learned, computed, padding
             self.seconds += seconds
 
-        def _in_parts(self, rows: Sequence[dict[str, Any]]) -> Any:
+        def _in_parts(self, rows: Sequence[dict[str, Any]], weight: Any) -> Any:
             network.train()
-            device = next(network.parameters()).device
-            weight = self._over_processes(torch.tensor(sum(sum(row["weights"]) for row in rows), device=device))
-            total = torch.zeros((), device=device)
+            total = torch.zeros((), device=network.device)
             for part in parts(rows, self.budget):
-                batch = {name: tensor.to(device) for name, tensor in padded(part, pad).items()}
+                batch = {name: tensor.to(network.device) for name, tensor in padded(part, pad).items()}
                 with _mixed(network):
                     loss = learned_loss(network, batch, settings, weight)
                 self.accelerator.backward(loss)
                 total += loss.detach()
-            for parameter in network.parameters():
-                if parameter.grad is not None:
-                    self._over_processes(parameter.grad)
-            return self._over_processes(total)
-
-        def _over_processes(self, tensor: Any) -> Any:
-            """The sum over all processes, in place: each has a share of the dialogues."""
-            if self.accelerator.num_processes > 1:
-                torch.distributed.all_reduce(tensor)
-            return tensor
+            return total
 
     trainer = Weighted(
         model=network,
         args=transformers.TrainingArguments(
-            output_dir=str(checkpoints), max_steps=settings.steps, per_device_train_batch_size=settings.batch // processes,
+            output_dir=str(checkpoints), max_steps=settings.steps, per_device_train_batch_size=settings.batch // processes(),
             learning_rate=settings.learning_rate, lr_scheduler_type=settings.schedule, weight_decay=settings.weight_decay,
             warmup_steps=max(1, int(settings.steps * settings.warmup)), seed=seed, data_seed=seed, logging_steps=1,
             save_steps=settings.save_steps, save_total_limit=2, disable_tqdm=True, remove_unused_columns=False,
@@ -239,6 +252,22 @@ def _mixed(network: Any) -> Iterator[None]:
         return
     with torch.autocast(network.device.type, torch.bfloat16), peft.helpers.disable_input_dtype_casting(network):
         yield
+
+
+def _summed(tensor: Any) -> Any:
+    """The sum over all processes, in place: each has a share of the dialogues."""
+    import torch
+
+    if processes() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def _any(said: bool, device: Any) -> bool:
+    """Whether it is said in any process; all wait for the slowest."""
+    import torch
+
+    return bool(_summed(torch.tensor(float(said), device=device)))
 
 
 def _short_of_memory(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from pipeline.backends.trainer import Step, loop
 from pipeline.config import Train
 from pipeline.errors import GattError
 from pipeline.files import whole_file
-from pipeline.machine import available_memory
+from pipeline.machine import available_memory, leads
 
 _PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
 
@@ -92,13 +92,14 @@ def train(
         use_gradient_checkpointing=False if not torch.cuda.is_available() else "unsloth",
     )  # fmt: skip
     if settings.adapter:
-        _continue(network, Path(settings.adapter).expanduser())
+        continue_from(network, Path(settings.adapter).expanduser())
     losses = loop(network, tokenizer.pad_token_id or 0, examples, settings, seed, checkpoints, on_step, enough)
-    network.save_pretrained(adapter)
+    if leads():
+        network.save_pretrained(adapter)
     return losses, _predict(network, [e.input_ids for e in examples])
 
 
-def _continue(network: Any, folder: Path) -> None:
+def continue_from(network: Any, folder: Path) -> None:
     """Begin with the weights of an adapter that was trained before.
 
     Raises:

@@ -6,7 +6,6 @@ import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pipeline.backends.llama import Llama
 from pipeline.backends.weights import Adapter, Weights
@@ -16,42 +15,46 @@ from pipeline.gatt.text import flaw
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.merge import open_base
 from pipeline.gguf.read import open_gguf
+from pipeline.machine import give_back
 from pipeline.pairs import Paired
 from pipeline.records import Request, Task
 
-_TURNS, _TOKENS = 8, 48
+_TOKENS = 48
 
 
 class Validation:
-    """Over the base as a GGUF `file`, loaded once; each checkpoint's adapter is laid over it."""
+    """Over the base as a GGUF `file`, loaded once; each checkpoint's adapter is laid over it, for so many turns."""
 
-    def __init__(self, file: Path, pairs: Sequence[Paired], recipe: Recipe) -> None:
-        self._weights, self._base, self._pairs, self._recipe = Weights(open_gguf(file)), open_base(file), pairs, recipe
+    def __init__(self, file: Path, pairs: Sequence[Paired], recipe: Recipe, turns: int = 8) -> None:
+        self._weights, self._base, self._pairs = Weights(open_gguf(file)), open_base(file), pairs
+        self._recipe, self._turns = recipe, turns
 
     def close(self) -> None:
         """Give the memory back."""
         self._weights.close()
 
-    def measure(self, folder: Path) -> tuple[int, int]:
-        """How many answers of the base with the adapter in `folder` keep their instruction, and of how many."""
-        kept: list[bool] = []
+    def measure(self, folder: Path) -> list[tuple[int, bool]]:
+        """Of each answer of the base with the adapter in `folder` the turn (from 1), and whether it keeps its instruction."""
+        kept: list[tuple[int, bool]] = []
         with tempfile.TemporaryDirectory() as scratch:
             adapter = Adapter(Path(scratch) / f"{folder.name}.gguf")
             write_adapter(self._base, folder, adapter.path)
-            context = _TURNS * (_TOKENS + 60) + 200
+            context = self._turns * (_TOKENS + 60) + 200
             with Llama(self._weights, len(self._pairs), context, adapter=adapter) as llama:
                 llama.run(self._dialogue(pair, kept) for pair in self._pairs)
-        return sum(kept), len(kept)
+            self._weights.let_go(adapter)
+        give_back()
+        return kept
 
-    def _dialogue(self, pair: Paired, kept: list[Any]) -> Task:
+    def _dialogue(self, pair: Paired, kept: list[tuple[int, bool]]) -> Task:
         said: list[str] = []
         recipe = self._recipe
-        for turn in range(min(_TURNS, len(pair.dialogue.turns))):
+        for turn in range(min(self._turns, len(pair.dialogue.turns))):
             seed = zlib.crc32(f"{recipe.seed} {pair.dialogue.id} {turn}".encode())
             messages = pair.ask_student(said, recipe.dialogues.system)
             done = yield Request(messages, seed, _TOKENS, recipe.evaluate.temperature)
             if done.finish == "context":
                 return
             text = done.text.strip()
-            kept.append(obeys(pair.constraints(turn), text) and not flaw(text, said, pair.demanded))
+            kept.append((turn + 1, obeys(pair.constraints(turn), text) and not flaw(text, said, pair.demanded)))
             said.append(text)

@@ -87,7 +87,7 @@ class Weights:
         return context
 
     def _adapter(self, path: Path) -> Any:
-        """The loaded adapter; llama.cpp frees it with the model."""
+        """The loaded adapter; llama.cpp frees it with the model, if it is not let go before."""
         if path not in self._adapters:
             if read_gguf(path).field("general.type") != "adapter":
                 raise GattError(f"{path} is no adapter. `gatt export` writes one: adapter.gguf.")
@@ -96,6 +96,10 @@ class Weights:
                 raise GattError(f"{path} does not fit {self.name}: it is an adapter of another base.")
             self._adapters[path] = loaded
         return self._adapters[path]
+
+    def let_go(self, adapter: Adapter) -> None:
+        """Give an adapter's memory back, after that of all contexts with it."""
+        self.api.llama_adapter_lora_free(self._adapters.pop(adapter.path))
 
     def tokenize(self, text: str, opening: bool = False) -> list[int]:
         """Token ids of a rendered chat: special tokens are parsed, and none is added (the template writes its own).

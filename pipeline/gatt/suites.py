@@ -27,6 +27,8 @@ def probed_turns(turns: int) -> list[int]:
     return sorted({turn for turn in PROBED_TURNS if turn <= turns} | {turns})
 
 
+_SINGLE = 7
+"""Kinds for which each dialogue's first question is asked: all of them with the recipe's six dialogues."""
 _FIGURES = ("Napoleon", "Marie Curie", "Sherlock Holmes", "Cleopatra", "Robin Hood", "Mozart")
 _HOBBIES = ("tennis", "chess", "gardening", "photography", "fishing", "painting")
 
@@ -51,7 +53,7 @@ def suites(
         "recall": [(d, _told(i)) for d, i in zip(dialogues, set_up, strict=True)],
         "single": [
             (Dialogue(f"{d.id}.{c.kind}", d.topic, d.turns), _told(word((c,))))
-            for n, c in enumerate(_every_kind() if dialogues else ()) for d in [dialogues[n % len(dialogues)]]
+            for n, c in enumerate(_every_kind()[: _SINGLE * len(dialogues)]) for d in [dialogues[n % len(dialogues)]]
         ],
     }  # fmt: skip
     lengths = {"recall": recall_turns, "single": 1}

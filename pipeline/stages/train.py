@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.backends.convert import gguf_file, hugging_face_folder
 from pipeline.backends.hub import find_model, shape_of
 from pipeline.backends.objective import IGNORED, Labelled, label
-from pipeline.backends.trainer import Step, last_checkpoint
+from pipeline.backends.trainer import Step, last_checkpoint, leader_first, processes
 from pipeline.backends.unsloth import free_memory, load_tokenizer, on_gpu, train
 from pipeline.backends.validation import Validation
 from pipeline.config import Recipe, Train
@@ -19,7 +19,7 @@ from pipeline.console import chatter, note, out, progress
 from pipeline.dialogues import load_chats
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_jsonl, write_json
-from pipeline.machine import GB, give_back, require_disk
+from pipeline.machine import GB, give_back, leads, require_disk
 from pipeline.memory import tokens_that_fit, training_memory
 from pipeline.pairs import read_pairs
 from pipeline.records import Message
@@ -29,15 +29,19 @@ from pipeline.rundir import RunDir
 def run(recipe: Recipe, rundir: RunDir) -> None:
     """Train and write `train/adapter` and the loss of every step; goes on from the last checkpoint."""
     log = rundir.checkpoints.parent / "unsloth.log"
-    with chatter(log):
+    with leader_first(), chatter(log):
         folder = hugging_face_folder(find_model(recipe.model))
     size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     require_disk(rundir.path, size, "keep checkpoints")
     tokenizer = load_tokenizer(folder)
-    examples = [_labelled(tokenizer, row, recipe) for _, row in read_jsonl(rundir.examples)]
+    examples = [labelled(tokenizer, row, recipe) for _, row in read_jsonl(rundir.examples)]
     if recipe.train.mix:
-        examples += [label(tokenizer, chat, recipe.train) for chat in _mixed(recipe, len(examples))]
-    settings = _fitting(recipe, max(max(len(e.labels), len(e.asked_ids)) for e in examples))
+        examples += [label(tokenizer, chat, recipe.train) for chat in mixed(recipe, len(examples))]
+    settings = fitting(recipe, max(max(len(e.labels), len(e.asked_ids)) for e in examples))
+    if not leads():
+        with chatter(log):
+            train(folder, examples, settings, recipe.seed, rundir.checkpoints, rundir.adapter, lambda step: None)
+        return
     learned = sum(token != IGNORED for e in examples for token in e.labels)
     note(f"train: {len(examples)} dialogues, {sum(len(e.labels) for e in examples)} tokens, {learned} of them learned")
     steps: list[Step] = []
@@ -56,14 +60,15 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
         write_json(rundir.speed, steps[-1]._asdict())
 
 
-def _fitting(recipe: Recipe, longest: int) -> Train:
+def fitting(recipe: Recipe, longest: int) -> Train:
     """The recipe's settings, with as many tokens at a time as fit here if these are fewer than a step has.
 
     Raises:
         GattError: not even the longest dialogue fits.
     """
-    settings, shape, memory = recipe.train, shape_of(recipe.model), free_memory()
-    tokens = settings.tokens or settings.batch * longest
+    settings, shape = recipe.train, shape_of(recipe.model)
+    memory = free_memory() / (1 if on_gpu() else processes())
+    tokens = settings.tokens or settings.batch // processes() * longest
     fit = tokens_that_fit(shape, settings, memory, on_gpu())
     if fit < longest:
         needed = training_memory(shape, settings, longest, on_gpu())
@@ -101,7 +106,8 @@ def _watching(recipe: Recipe, rundir: RunDir) -> Iterator[tuple[Callable[[int, P
     validation = Validation(gguf_file(find_model(recipe.model), "Q8_0"), pairs, recipe)
 
     def enough(step: int, folder: Path) -> bool:
-        kept, answers = validation.measure(folder)
+        found = validation.measure(folder)
+        kept, answers = sum(its for _, its in found), len(found)
         log.append({"step": step, "kept": kept, "answers": answers})
         seen.append(f", {kept} of {answers} held-out answers obeyed at step {step}")
         return bool(recipe.train.stop_when) and kept >= recipe.train.stop_when * answers
@@ -113,7 +119,7 @@ def _watching(recipe: Recipe, rundir: RunDir) -> Iterator[tuple[Callable[[int, P
         validation.close()
 
 
-def _mixed(recipe: Recipe, beside: int) -> list[tuple[Message, ...]]:
+def mixed(recipe: Recipe, beside: int) -> list[tuple[Message, ...]]:
     """Of the user's own chats as many as make their share `beside` the synthesised ones, drawn by the seed."""
     share = recipe.train.mix_share
     chats = load_chats(recipe.train.mix)
@@ -123,7 +129,7 @@ def _mixed(recipe: Recipe, beside: int) -> list[tuple[Message, ...]]:
     return random.Random(f"mix {recipe.seed}").sample(chats, min(wanted, len(chats)))
 
 
-def _labelled(tokenizer: Any, row: dict[str, Any], recipe: Recipe) -> Labelled:
+def labelled(tokenizer: Any, row: dict[str, Any], recipe: Recipe) -> Labelled:
     """In a sampled answer every word was chosen with the instruction in sight: if it is not distilled, all of it is lesson."""
     lesson = row["way"] == "sampled" and recipe.train.loss != "distill"
     return label(tokenizer, row["messages"], recipe.train, () if lesson else row["asked"])
@@ -134,7 +140,7 @@ def show_labels(recipe: Recipe, rundir: RunDir) -> None:
     import sys
 
     tokenizer = load_tokenizer(hugging_face_folder(find_model(recipe.model)))
-    example = _labelled(tokenizer, next(read_jsonl(rundir.examples))[1], recipe)
+    example = labelled(tokenizer, next(read_jsonl(rundir.examples))[1], recipe)
     start, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[", "]")
     out(marked(tokenizer, example, start, end))
 
