@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from pipeline.config import Recipe
 from pipeline.gatt.judge import balanced, question, verdict
 from pipeline.gatt.kinds import KINDS
 from pipeline.gatt.suites import PROBED_TURNS, probed_turns, suites
