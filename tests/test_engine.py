@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from pipeline.backends.convert import gguf_file
 from pipeline.backends.hub import find_model
 from pipeline.backends.llama import Llama
+from pipeline.backends.streams import Streams
 from pipeline.dialogues import load_dialogues
 from pipeline.records import Completion, Message, Request, Task
 
@@ -116,3 +118,41 @@ def _greedy(model: Path, questions: list[str], sequences: int) -> list[str]:
     with Llama(model, sequences, 256, cache="F32") as llama:
         llama.run(map(ask, questions))
     return [got[question] for question in questions]
+
+
+def test_what_was_said_before_is_foreseen_and_changes_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    decode = Streams.decode
+
+    def counting(self: Any, busy: Any) -> list[int]:
+        passes.append(len(busy))
+        return decode(self, busy)
+
+    monkeypatch.setattr(Streams, "decode", counting)
+    asked = Request(({"role": "user", "content": "What is a lighthouse for?"},), 7, 40)
+    with Llama(base, 1, 512) as llama:
+        first = llama.complete(asked)
+        taken = len(passes)
+        assert llama.complete(asked) == first
+    assert first.tokens <= 40 and taken <= first.tokens
+    assert len(passes) - taken <= first.tokens // 2 + 2  # every second token came with the one before it
+
+
+def test_a_guess_that_nobody_takes_leaves_the_cache_as_it_was(base: Path) -> None:
+    """An answer that ends in the middle of what was foreseen, and the turns after it, are those of an engine without a past."""
+
+    def talk(said: list[str], enough: Callable[[str], bool] | None) -> Task:
+        messages: list[Message] = [{"role": "user", "content": "Name three fruits."}]
+        for turn in range(3):
+            done = yield Request(tuple(messages), 3, 30, enough=enough if turn == 1 else None)
+            said.append(done.text)
+            messages += [{"role": "assistant", "content": done.text}, {"role": "user", "content": "Name three fruits, please."}]
+
+    found: list[list[str]] = []
+    for warm in (False, True):
+        with Llama(base, 1, 512) as llama:
+            if warm:
+                llama.run([talk([], None), talk([], lambda text: len(text) > 12)])
+            found.append([])
+            llama.run([talk(found[-1], lambda text: len(text) > 9)])
+    assert found[0] == found[1]

@@ -187,11 +187,18 @@ class Lane(threading.Thread):
         if ready:
             rows = self.streams.decode([seat for seat, _ in ready])
             for (seat, job), row in zip(ready, rows, strict=True):
-                piece = self.streams.sample(seat, row)
-                if job.hear(piece, bool(seat.finish)):
-                    self._end(seat, "stop")
-                elif seat.finish:
-                    self._end(seat, "stop" if seat.finish == "stop" else "length")
+                if self._hear(seat, job, self.streams.sample(seat, row)):
+                    continue
+                foreseen = self.streams.foreseen(seat, row)
+                if foreseen is not None:
+                    self._hear(seat, job, foreseen)
+
+    def _hear(self, seat: _Seat, job: Job, piece: str) -> bool:
+        """Pass a token's text on; whether the answer has ended with it."""
+        stopped = job.hear(piece, bool(seat.finish))
+        if stopped or seat.finish:
+            self._end(seat, "stop" if stopped or seat.finish == "stop" else "length")
+        return seat.job is not job
 
     def _end(self, seat: _Seat, finish: Finish) -> None:
         """Leave the seat, whose cells are kept, to the next."""

@@ -25,6 +25,10 @@ from pipeline.gguf.base import Array
 from pipeline.records import Request
 
 _CHUNK = 63
+_CONTEXT = 3
+"""Tokens from which the next one is guessed, or from fewer."""
+_KNOWN = 1 << 17
+"""Contexts that are remembered; then all are forgotten."""
 _GAP = 2
 """Up to so many idle streams between two busy ones are decoded with them: that is cheaper than two passes."""
 
@@ -42,7 +46,8 @@ class _Row(NamedTuple):
 class Stream:
     """One stream of the cache and the answer that is generated in it.
 
-    The cells of the tokens `cached` are filled, those of `pending` are not yet.
+    The cells of the tokens `cached` are filled, those of `pending` are not yet. Where there is a `guess` at the token behind
+    these, its cell is filled, too.
     """
 
     id: int
@@ -53,6 +58,7 @@ class Stream:
     tokens: int = 0
     text: str = ""
     finish: str = ""
+    guess: int | None = None
     decoder: Any = None
     sampler: Any = None
 
@@ -76,6 +82,7 @@ class Streams(Generic[S]):
         self._context = weights.new_context(len(streams), cells, most, cache, threads, adapter)
         self._memory = self._api.llama_get_memory(self._context)
         self._batch = self._api.llama_batch_init(most, 0, 1)
+        self._followed: dict[tuple[int, ...], int] = {}
 
     def close(self) -> None:
         """Give the memory back."""
@@ -120,7 +127,9 @@ class Streams(Generic[S]):
         target.cached = list(source.cached)
 
     def release(self, stream: S) -> None:
-        """Free the sampler of an answer that has ended."""
+        """Free the sampler of an answer that has ended, and forget a guess that nobody has asked about."""
+        if stream.guess is not None:
+            self._drop(stream)
         if stream.sampler:
             self._api.llama_sampler_free(stream.sampler)
             stream.sampler = None
@@ -134,17 +143,43 @@ class Streams(Generic[S]):
 
     def decode(self, busy: Sequence[S]) -> list[int]:
         """Feed the last pending token of each stream (ordered by their numbers); the rows at which `sample` finds them."""
-        rows = self._feed([_Row(s.id, len(s.cached), s.pending[0], True) for s in busy])
+        rows = []
         for stream in busy:
+            rows.append(_Row(stream.id, len(stream.cached), stream.pending[0], True))
             stream.cached += stream.pending
             stream.pending = []
-        return rows
+            stream.guess = next((self._followed[past] for past in _pasts(stream.cached) if past in self._followed), None)
+            if stream.guess is not None:
+                rows.append(_Row(stream.id, len(stream.cached), stream.guess, True))
+        places = self._feed(rows)
+        first = {row.stream: place for row, place in zip(reversed(rows), reversed(places), strict=True)}
+        return [first[stream.id] for stream in busy]
 
     def sample(self, stream: S, row: int) -> str:
         """Draw the next token, and return its text. It is left pending, or `finish` says why the answer ends."""
+        piece = self._draw(stream, row)
+        if stream.guess is not None and stream.pending != [stream.guess]:
+            self._drop(stream)
+        return piece
+
+    def foreseen(self, stream: S, row: int) -> str | None:
+        """After `sample` of the same row: where it drew what was guessed, the text of the token behind it."""
+        if stream.guess is None:
+            return None
+        stream.cached.append(stream.guess)
+        stream.guess = None
+        return self._draw(stream, row + 1)
+
+    def _drop(self, stream: S) -> None:
+        """The guess was wrong."""
+        self._api.llama_memory_seq_rm(self._memory, stream.id, len(stream.cached), -1)
+        stream.guess = None
+
+    def _draw(self, stream: S, row: int) -> str:
         assert stream.request is not None
         token = self._api.llama_sampler_sample(stream.sampler, self._context, row)
         stream.tokens += 1
+        stream.pending = []
         ends = self._weights.ends(token)
         piece: str = stream.decoder.decode(b"" if ends else self._weights.piece(token), ends)
         stream.text += piece
@@ -154,9 +189,16 @@ class Streams(Generic[S]):
             stream.finish = "enough"
         elif stream.tokens < stream.request.max_tokens:
             stream.pending = [token]
+            self._learn(stream.cached, token)
         else:
             stream.finish = "length"
         return piece
+
+    def _learn(self, past: Sequence[int], token: int) -> None:
+        if len(self._followed) > _KNOWN:
+            self._followed.clear()
+        for few in _pasts(past):
+            self._followed[few] = token
 
     def logits(self, tokens: Sequence[int]) -> Iterator[Array]:
         """For each of the tokens, the logits (vocabulary) of what follows it, float32; nothing may be running."""
@@ -185,8 +227,8 @@ class Streams(Generic[S]):
     def _with_guests(self, rows: Sequence[_Row]) -> tuple[list[_Row], list[int], list[_Row]]:
         """The rows of a batch, the places of `rows` in it, and the guests: tokens that are forgotten at once.
 
-        A token that would be its stream's only one gets another for company. And llama.cpp decodes streams with a gap between
-        their numbers in two passes: small gaps are filled.
+        A token that is its stream's only one gets another for company. And llama.cpp decodes streams with a gap between their
+        numbers in two passes: small gaps are filled.
         """
         fed: list[_Row] = []
         places: list[int] = []
@@ -195,15 +237,20 @@ class Streams(Generic[S]):
         for row, after in zip(rows, [*rows[1:], None], strict=True):
             places.append(len(fed))
             fed.append(row)
-            if per_stream[row.stream] > 1:
-                continue
-            here = [_Row(row.stream, row.position + 1, row.token, False)]
+            lone = per_stream[row.stream] == 1
+            here = [_Row(row.stream, row.position + 1, row.token, False)] if lone else []
             gap = self._streams[row.stream + 1 : after.stream] if after else []
             for stream in gap if len(gap) <= _GAP else []:
                 here += [_Row(stream.id, len(stream.cached) + n, row.token, False) for n in range(2)]
             fed += here
             guests += here
         return fed, places, guests
+
+
+def _pasts(tokens: Sequence[int]) -> list[tuple[int, ...]]:
+    """The last few tokens, the longest stretch first."""
+    last = tuple(tokens[-_CONTEXT:])
+    return [last[n:] for n in range(len(last))]
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

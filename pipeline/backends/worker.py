@@ -85,9 +85,9 @@ class Worker:
                 while len(sequence.pending) > 1:
                     self._streams.prefill(sequence)
             for sequence, row in zip(busy, self._streams.decode(busy), strict=True):
-                piece = self._streams.sample(sequence, row)
-                if queue.on_text and piece:
-                    queue.on_text(piece)
+                for piece in (self._streams.sample(sequence, row), self._streams.foreseen(sequence, row)):
+                    if queue.on_text and piece:
+                        queue.on_text(piece)
             ended = [s for s in busy if not (s.pending or self._advance(s, queue) or self._next_task(s, queue))]
             for sequence in ended:
                 self._leave(sequence, busy)
