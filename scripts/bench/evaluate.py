@@ -280,9 +280,10 @@ def main() -> None:
     """Interleaved runs; the last line is the figures with their bars."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one run of 8 turns; the loop runs one dialogue in each arm")
+    parser.add_argument("--rounds", type=int, default=3, help="of about ten minutes each")
     parser.add_argument("--cache", default="F16", choices=("F16", "F32", "Q8_0"), help="the type of our keys and values")
     options = parser.parse_args()
-    size = Size(1, 8, 1, 96) if options.quick else Size(3, TURNS, 2, 192)
+    size = Size(1, 8, 1, 96) if options.quick else Size(options.rounds, TURNS, 2, 192)
     model = find_model(RECIPE.model)
     path, pairs = gguf_file(model, RECIPE.export.formats[0]), prepare()
     against_loop, over_turns = [], []
