@@ -17,7 +17,7 @@ from pipeline.backends.objective import IGNORED, Labelled, learned_loss, padded
 from pipeline.config import Train
 from pipeline.console import note
 from pipeline.errors import GattError
-from pipeline.machine import leads, peak_memory
+from pipeline.machine import give_back, leads, peak_memory
 
 _COMPLETE = "complete"
 
@@ -150,6 +150,7 @@ def loop(
                 (folder / _COMPLETE).touch()
             if not stop.asked and _any(enough(state.global_step, folder), network.device):
                 control.should_training_stop = True
+            give_back()  # steps of many lengths leave holes: after 70 the process would have twice the memory of a few
 
     class Weighted(transformers.Trainer):  # type: ignore[misc]
         budget = settings.tokens

@@ -15,7 +15,6 @@ from pipeline.gatt.text import flaw
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.merge import open_base
 from pipeline.gguf.read import open_gguf
-from pipeline.machine import give_back
 from pipeline.pairs import Paired
 from pipeline.records import Request, Task
 
@@ -43,7 +42,6 @@ class Validation:
             with Llama(self._weights, len(self._pairs), context, adapter=adapter) as llama:
                 llama.run(self._dialogue(pair, kept) for pair in self._pairs)
             self._weights.let_go(adapter)
-        give_back()
         return kept
 
     def _dialogue(self, pair: Paired, kept: list[tuple[int, bool]]) -> Task:
