@@ -13,6 +13,7 @@ Every measurement is a process of its own, since Unsloth changes TRL for the pro
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import random
 import resource
@@ -88,10 +89,23 @@ def plain(dialogues: list[Chat], steps: int, folder: Path) -> list[float]:
     model = transformers.AutoModelForCausalLM.from_pretrained(base(), quantization_config=four_bits, dtype=torch.bfloat16)
     rows = [{"prompt": list(chat[:-1]), "completion": [chat[-1]]} for chat in dialogues]
     lora = peft.LoraConfig(r=Train().rank, lora_alpha=Train().rank, target_modules=list(Train().targets))
-    return _train(model, transformers.AutoTokenizer.from_pretrained(base()), rows, LENGTH, steps, folder, peft_config=lora)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base())
+    return _train(_on_cpus(), model, tokenizer, rows, LENGTH, steps, folder, peft_config=lora)
 
 
-def unsloth(dialogues: list[Chat], length: int, steps: int, folder: Path) -> list[float]:
+def _on_cpus() -> Any:
+    """TRL's trainer with the loss of the transformers' one where there is no GPU: its own is a kernel that no CPU runs."""
+    import torch
+    import transformers
+    import trl
+
+    class Plain(trl.SFTTrainer):  # type: ignore[misc]
+        compute_loss = transformers.Trainer.compute_loss
+
+    return trl.SFTTrainer if torch.cuda.is_available() else Plain
+
+
+def plain_unsloth(dialogues: list[Chat], length: int, steps: int, folder: Path) -> list[float]:
     """Unsloth's way: its model in TRL's trainer, which it has changed; all texts learned whole and cut to one length."""
     from unsloth import FastLanguageModel
 
@@ -101,10 +115,14 @@ def unsloth(dialogues: list[Chat], length: int, steps: int, folder: Path) -> lis
         model, r=rank, lora_alpha=rank, target_modules=list(Train().targets), use_gradient_checkpointing=False
     )
     rows = [{"text": tokenizer.apply_chat_template(list(chat), tokenize=False)} for chat in dialogues]
-    return _train(model, tokenizer, rows, length, steps, folder)
+    import trl
+
+    return _train(trl.SFTTrainer, model, tokenizer, rows, length, steps, folder)
 
 
-def _train(model: Any, tokenizer: Any, rows: list[Any], length: int, steps: int, folder: Path, **more: Any) -> list[float]:
+def _train(
+    kind: Any, model: Any, tokenizer: Any, rows: list[Any], length: int, steps: int, folder: Path, **more: Any
+) -> list[float]:  # fmt: skip
     import datasets
     import transformers
     import trl
@@ -115,7 +133,7 @@ def _train(model: Any, tokenizer: Any, rows: list[Any], length: int, steps: int,
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
 
-    trainer = trl.SFTTrainer(
+    trainer = kind(
         model, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows), callbacks=[Watch()], **more,
         args=trl.SFTConfig(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=BATCH, max_length=length, learning_rate=RATE,
@@ -134,7 +152,7 @@ def base() -> Path:
 def measure(arm: str, count: int) -> Measured:
     """The second of two epochs over `count` dialogues, in this process."""
     if arm == "unsloth":
-        import unsloth
+        importlib.import_module("unsloth")  # before transformers, which it changes
     dialogues = chats(count, range(5, 6) if arm == "unsloth" else range(2, 9))
     if arm == "trl, each answer":
         each = [chat[: end + 1] for chat in dialogues for end, m in enumerate(chat) if m["role"] == "assistant"]
@@ -149,7 +167,7 @@ def measure(arm: str, count: int) -> Measured:
             ends = plain(dialogues, steps, Path(folder))
         elif arm == "unsloth":
             tokens = learned = min(lengths) * count
-            ends = unsloth(dialogues, min(lengths), steps, Path(folder))
+            ends = plain_unsloth(dialogues, min(lengths), steps, Path(folder))
         else:
             ends = ours(dialogues, loss, steps, Path(folder))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -168,12 +186,13 @@ def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     options.add_argument("--quick", action="store_true", help="fewer dialogues, one round")
     options.add_argument("--arm", choices=ARMS, help="only this one, in this process; its figures as a JSON list")
-    options.add_argument("--dialogues", type=int, default=40)
+    options.add_argument("--dialogues", type=int, default=32)
+    options.add_argument("--rounds", type=int, default=3)
     asked = options.parse_args()
     if asked.arm:
         print(json.dumps(measure(asked.arm, asked.dialogues)))
         return
-    count, rounds = (12, 1) if asked.quick else (asked.dialogues, 3)
+    count, rounds = (12, 1) if asked.quick else (asked.dialogues, asked.rounds)
     found: dict[str, list[Measured]] = {arm: [] for arm in ARMS}
     bar = Progress("training: epochs", rounds * len(ARMS))
     for _ in range(rounds):
