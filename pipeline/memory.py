@@ -20,7 +20,7 @@ _CUDA = 0.7e9
 """A CUDA context with the kernels of torch and bitsandbytes; not measured here."""
 _WATCHED = 1.1
 """Bytes of a weight in Q8_0, as llama.cpp holds it."""
-_PROCESS, _KEPT = 1.0e9, 1.0
+_PROCESS, _KEPT = 0.6e9, 1.5
 """On a CPU: Python with torch and Unsloth, and how much more is kept than what autograd asks for."""
 
 
@@ -92,13 +92,13 @@ def training_memory(shape: Shape, settings: Train, tokens: int, gpu: bool = Fals
     from the sizes alone.
     """
     weights = _FOUR_BITS * shape.projections + 2 * shape.embeddings
-    # Weights, gradients and the two moments of AdamW in float32, and a copy to compute with.
-    trained = 18 * shape.adapter(settings)
-    whole = 2 * max(inputs * outputs for inputs, outputs in shape.matrices.values())
+    # Weights, gradients and the two moments of AdamW in float32, and copies to compute with.
+    trained = 22 * shape.adapter(settings)
     if gpu:
+        whole = 2 * max(inputs * outputs for inputs, outputs in shape.matrices.values())
         return _CUDA + weights + trained + whole + _LOGITS + 2 * tokens * shape.kept
     llama = _WATCHED * shape.parameters if watched else 0
-    return _PROCESS + weights + trained + whole + _LOGITS + llama + _KEPT * tokens * shape.layers * shape.kept
+    return _PROCESS + weights + trained + _LOGITS + llama + _KEPT * tokens * shape.layers * shape.kept
 
 
 def room(card: float) -> float:

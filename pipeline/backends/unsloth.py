@@ -86,6 +86,8 @@ def train(
     network, tokenizer = FastLanguageModel.from_pretrained(
         str(folder), max_seq_length=settings.max_length, load_in_4bit=True, local_files_only=True
     )
+    if not on_gpu():
+        _let_go_of_files(network)
     network = FastLanguageModel.get_peft_model(
         network, r=settings.rank, lora_alpha=settings.alpha or settings.rank, lora_dropout=settings.dropout,
         target_modules=list(settings.targets), random_state=seed, use_rslora=settings.rslora,
@@ -97,6 +99,13 @@ def train(
     if leads():
         network.save_pretrained(adapter)
     return losses, _predict(network, [e.input_ids for e in examples])
+
+
+def _let_go_of_files(network: Any) -> None:
+    """Copy what was not quantised: it lies in the mapped checkpoint, whose pages would all stay in memory with it."""
+    for parameter in network.parameters():
+        if not hasattr(parameter, "quant_state"):
+            parameter.data = parameter.data.clone()
 
 
 def continue_from(network: Any, folder: Path) -> None:
