@@ -293,7 +293,8 @@ def test_a_merged_folder_is_what_peft_makes(tiny_llama: Path, tiny_adapter: Path
     for name, weights in ours.state_dict().items():
         torch.testing.assert_close(weights, expected[name], rtol=1e-5, atol=1e-6)
     assert "nats a token from the trained model" in done.stdout
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"Modelfile", "adapter.gguf", "export.json", "llama-F16.gguf"}
+    made = {p.name for p in (tmp_path / "out").iterdir()}
+    assert made == {"Modelfile", "adapter.gguf", "export.json", "llama-F16.gguf", "lmstudio"}
     again = gatt("export", *words, "--format", "F16")
     _refused(again, "holds a model already")
 

@@ -49,7 +49,9 @@ def test_the_export_is_the_model_that_was_trained(finished: Path) -> None:
     assert table["formats"]["Q8_0"]["kl_f16"] < 0.02
     assert min(table["formats"]["Q8_0"]["retained"].values()) > 0.5
     made = {p.name for p in (finished / "export").iterdir()} - {"manifest.json", "started.json"}
-    assert made == {"Modelfile", "adapter.gguf", "export.json", "tuned-Q8_0.gguf"}
+    assert made == {"Modelfile", "adapter.gguf", "export.json", "lmstudio", "tuned-Q8_0.gguf"}
+    layout = finished / "export" / "lmstudio" / "gatt" / "tuned-Q8_0" / "tuned-Q8_0.gguf"
+    assert layout.samefile(finished / "export" / "tuned-Q8_0.gguf")
 
 
 def test_held_out_answers_are_watched_at_each_checkpoint(finished: Path) -> None:

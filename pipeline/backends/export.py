@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -95,12 +96,24 @@ def export(job: Job) -> dict[str, Any]:
     for name in job.settings.formats:
         text = modelfile(open_gguf(job.file(name)), job.file(name).name, job.temperature, 4096, job.system)
         write_text(job.folder / ("Modelfile" if name == job.settings.formats[0] else f"Modelfile-{name}"), text)
+        _for_lm_studio(job.file(name))
     read = importance.tokens if importance else 0
     table = {
         "merge_onto": merged.onto, "merges": merged.far, "surprise": merged.surprise, "formats": rows, "importance_tokens": read,
     }  # fmt: skip
     show(job, table)
     return table
+
+
+def _for_lm_studio(file: Path) -> None:
+    """LM Studio reads publisher/model/file below its folder of models: a second name of the same bytes."""
+    target = file.parent / "lmstudio" / "gatt" / file.stem / file.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(file, target)
+    except OSError:
+        note(f"export: this file system gives a file one name only; `lms import {file.name}` brings it into LM Studio.")
 
 
 def _importance(job: Job, adapter: Path, scratch: Path) -> Importance | None:
