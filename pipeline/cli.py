@@ -353,13 +353,12 @@ def _stage(name: str, settings: Recipe, folder: RunDir) -> None:
         typer.echo(f"{name}: done already", err=True)
         return
     start = time.monotonic()
-    if not leads():  # one of several processes that share the steps of training
-        importlib.import_module(f"pipeline.stages.{name}").run(settings, folder)
-        return
-    folder.claim(name, key, inputs)
+    if leads():  # of several processes that share the steps of training only one writes
+        folder.claim(name, key, inputs)
     importlib.import_module(f"pipeline.stages.{name}").run(settings, folder)
-    # Asked for again: the stage may have written an input that users can edit.
-    folder.finish(name, key, _inputs(name, settings, folder), time.monotonic() - start)
+    if leads():
+        # Asked for again: the stage may have written an input that users can edit.
+        folder.finish(name, key, _inputs(name, settings, folder), time.monotonic() - start)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What training takes in memory, from the sizes of a model. Constants of a CPU are measured (scripts/bench/memory.py)."""
+"""What training takes in memory, from the sizes of a model. Constants of a CPU are fitted (scripts/bench/memory.py)."""
 
 from __future__ import annotations
 
