@@ -111,6 +111,9 @@ class Train(Section):
     """Strength of the adapter, which counts alpha / rank times; 0 is as large as the rank."""
     rslora: bool = False
     """Let it count alpha / sqrt(rank) times, which keeps large ranks learning (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Learn the lengths of the weights' rows apart from their directions (DoRA, Liu et al. 2024). It takes longer, and
+    llama.cpp has no form for it but the merged file."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the adapter's inputs that are dropped in training."""
     targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = Field(

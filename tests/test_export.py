@@ -304,3 +304,27 @@ def test_a_folder_goes_the_whole_way(folder: Path, tmp_path: Path, gatt: Gatt, t
     done = gatt("run", "--run", tmp_path, *tiny, "--set", f"model='{folder}'")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "export" / "tuned-Q8_0.gguf").exists()
+
+
+def test_a_dora_is_merged_as_peft_merges_it_and_has_no_gguf_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+    import peft
+    import torch
+    import transformers
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    wrapped = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name or "magnitude" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    wrapped.save_pretrained(tmp_path / "dora")
+    shutil.copytree(tiny_llama, tmp_path / "theirs")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    alone(str(tiny_llama), tmp_path / "dora", tmp_path / "out", Export(formats=("F32", "Q4_0"), merge_onto="16bit"), None)
+    write_formats(Model("theirs", tmp_path / "theirs"), None, {"F32": tmp_path / "theirs.gguf"})
+    ours = {tensor.name: tensor for tensor in GgufBase(tmp_path / "out" / "llama-F32.gguf").tensors()}
+    for tensor in GgufBase(tmp_path / "theirs.gguf").tensors():
+        np.testing.assert_allclose(ours[tensor.name].load(0, tensor.rows), tensor.load(0, tensor.rows), rtol=1e-4, atol=1e-5)
+    assert not (tmp_path / "out" / "adapter.gguf").exists()
+    with pytest.raises(GattError, match="is a DoRA"):
+        write_adapter(open_base(tiny_llama), tmp_path / "dora", tmp_path / "adapter.gguf")

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.backends import objective
+from pipeline.backends import objective, probe
 from pipeline.backends.convert import hugging_face_folder
 from pipeline.backends.hub import find_model
 from pipeline.backends.objective import IGNORED, divergence, label, learned_loss, padded
 from pipeline.backends.trainer import Stop
-from pipeline.backends.unsloth import load_tokenizer, train
+from pipeline.backends.unsloth import four_bits, load_tokenizer, train
 from pipeline.config import Train
+from pipeline.gguf.merge import add, direct, write
 from pipeline.records import Message
 
 _CHAT: list[Message] = [
@@ -163,11 +164,18 @@ def test_the_first_signal_asks_to_stop_and_the_second_stops() -> None:
 
 
 @pytest.mark.slow
-def test_the_adapter_is_what_the_recipe_asks_for(tmp_path: Path) -> None:
-    settings = Train(rank=8, alpha=16, rslora=True, targets=("q_proj", "down_proj"), steps=1, schedule="linear", loss="distill")
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_adapter_is_what_the_recipe_asks_for(dora: bool, tmp_path: Path) -> None:
+    targets = ("q_proj", "down_proj")
+    settings = Train(rank=8, alpha=16, rslora=True, dora=dora, targets=targets, steps=2, schedule="linear", loss="distill")
     folder = hugging_face_folder(find_model("smollm2-135m"))
     example = label(load_tokenizer(folder), _CHAT, settings, _ASKED)
-    train(folder, [example] * 4, settings, 1, tmp_path / "checkpoints", tmp_path / "adapter", lambda step: None)
+    to = tmp_path / "checkpoints", tmp_path / "adapter"
+    _, trained = train(folder, [example] * 4, settings, 1, *to, lambda step: None)
     made = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (made["r"], made["lora_alpha"], made["use_rslora"]) == (8, 16, True)
+    assert (made["r"], made["lora_alpha"], made["use_rslora"], made["use_dora"]) == (8, 16, True, dora)
     assert set(made["target_modules"]) == {"q_proj", "down_proj"}
+    merged = add(find_model("smollm2-135m").path, tmp_path / "adapter", four_bits)
+    write(merged, {tmp_path / "tuned.gguf": direct(merged.tensors, "F16")})
+    exported = probe.probe(tmp_path / "tuned.gguf", (), trained.sequences).logits
+    assert probe.divergence(trained.logits, exported) < 0.002

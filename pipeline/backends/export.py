@@ -26,7 +26,7 @@ from pipeline.config import Export
 from pipeline.console import note, out, progress
 from pipeline.errors import GattError
 from pipeline.files import write_text
-from pipeline.gguf.adapter import write_adapter
+from pipeline.gguf.adapter import is_dora, write_adapter
 from pipeline.gguf.base import Array
 from pipeline.gguf.merge import DIRECT, add, open_base, size, write, write_skeleton
 from pipeline.gguf.read import open_gguf
@@ -81,7 +81,7 @@ def export(job: Job) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=job.folder, prefix=".export-") as name:
         scratch = Path(name)
         adapter = scratch / "adapter.gguf"
-        if job.adapter:
+        if job.adapter and not is_dora(job.adapter):
             write_adapter(open_base(job.model.path), job.adapter, adapter)
         importance = _importance(job, adapter, scratch)
         keys = _fitting_keys(job, scratch) if job.settings.same_tokens else {}
@@ -121,12 +121,14 @@ def _importance(job: Job, adapter: Path, scratch: Path) -> Importance | None:
     if all(name in DIRECT for name in job.settings.formats):
         return None
     most = job.settings.importance_tokens
-    source = gguf_file(job.model, "Q8_0")
+    laid = Adapter(adapter) if adapter.exists() else None
+    merged = job.adapter and not laid
+    source = _merge(job, "16bit", scratch, None, ("Q8_0",))["Q8_0"][0] if merged else gguf_file(job.model, "Q8_0")
     info = open_gguf(source)
     template = ChatTemplate(info.chat_template, info.bos, info.eos)
     texts = (template.render(messages, answer_follows=False) for messages in job.dialogues)
     with progress("export: importance, tokens", most) as bar:
-        importance = measure(source, Adapter(adapter) if job.adapter else None, texts, most, bar.advance)
+        importance = measure(source, laid, texts, most, bar.advance)
     importance.save(scratch / "imatrix.gguf", "the run's dialogues")
     return importance
 

@@ -135,7 +135,7 @@ class Lane(threading.Thread):
     def __init__(self, model: ServedModel, share: int, cells: int, adapter: Adapter | None) -> None:
         super().__init__(name=f"gatt {model.name}")
         self.seats = [_Seat(n) for n in range(share)]
-        self.streams = Streams(model.weights, self.seats, cells, "F16", 1, adapter)
+        self.streams = Streams(model.weights, self.seats, cells, "F16", 1, adapter, exact=False)
         self.active = False
         self._model = model
 
@@ -187,18 +187,9 @@ class Lane(threading.Thread):
         if ready:
             rows = self.streams.decode([seat for seat, _ in ready])
             for (seat, job), row in zip(ready, rows, strict=True):
-                if self._hear(seat, job, self.streams.sample(seat, row)):
-                    continue
-                foreseen = self.streams.foreseen(seat, row)
-                if foreseen is not None:
-                    self._hear(seat, job, foreseen)
-
-    def _hear(self, seat: _Seat, job: Job, piece: str) -> bool:
-        """Pass a token's text on; whether the answer has ended with it."""
-        stopped = job.hear(piece, bool(seat.finish))
-        if stopped or seat.finish:
-            self._end(seat, "stop" if stopped or seat.finish == "stop" else "length")
-        return seat.job is not job
+                stopped = job.hear(self.streams.sample(seat, row), bool(seat.finish))
+                if stopped or seat.finish:
+                    self._end(seat, "stop" if stopped or seat.finish == "stop" else "length")
 
     def _end(self, seat: _Seat, finish: Finish) -> None:
         """Leave the seat, whose cells are kept, to the next."""

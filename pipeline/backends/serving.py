@@ -1,7 +1,7 @@
 """Generation for requests that come at any time: batched with those that run, and each conversation's cache is kept.
 
-Every core has a context and a thread of its own over one copy of the weights (`lanes`), as in `llama`. Whatever is reused or
-runs beside it, an answer is a function of its text and seed (`streams` says why).
+Every core has a context and a thread of its own over one copy of the weights (`lanes`), as in `llama`. Unlike there, no token
+is fed a second one for company: what is reused or runs beside an answer may change its rounding (`streams` says why).
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ text and seed, bit by bit. That takes three things, and each was found by measur
 its own; a prompt is fed in chunks below 64 tokens (from there on another kernel sums in another order); and no stream is fed a
 token alone, because a lone one is multiplied by another kernel, too: it gets company, which is forgotten at once. Flash
 attention would be as exact without company, and is four times as slow on a CPU: 48 ms a token at 1,500 tokens of context, where
-this takes 19 (135 million parameters, one core).
+this takes 19 (135 million parameters, one core). Company is left out where answers are not compared but awaited: the server's
+streams are not `exact`, and differ as those of llama.cpp do, by rounding.
 
 Who decides what is generated in which stream: `worker` for dialogues that are all there, `serving` for requests that come.
 """
@@ -69,15 +70,18 @@ S = TypeVar("S", bound=Stream)
 class Streams(Generic[S]):
     """A context with a cache of `cells` tokens for each of `streams`; one thread at a time may use it.
 
+    `exact`: no token is fed alone, so that answers do not depend on what is reused or runs beside them.
+
     Raises:
         GattError: no memory for it, or an adapter of another base.
     """
 
     def __init__(
-        self, weights: Weights, streams: list[S], cells: int, cache: CacheType, threads: int, adapter: Adapter | None = None
-    ) -> None:
+        self, weights: Weights, streams: list[S], cells: int, cache: CacheType, threads: int, adapter: Adapter | None = None,
+        exact: bool = True,
+    ) -> None:  # fmt: skip
         self._weights, self._api, self._threads = weights, weights.api, threads
-        self._streams = streams
+        self._streams, self._exact = streams, exact
         most = max(_CHUNK, 2 * len(streams)) + 1
         self._context = weights.new_context(len(streams), cells, most, cache, threads, adapter)
         self._memory = self._api.llama_get_memory(self._context)
@@ -148,7 +152,7 @@ class Streams(Generic[S]):
             rows.append(_Row(stream.id, len(stream.cached), stream.pending[0], True))
             stream.cached += stream.pending
             stream.pending = []
-            stream.guess = next((self._followed[past] for past in _pasts(stream.cached) if past in self._followed), None)
+            stream.guess = self._guess(stream.cached) if self._exact else None
             if stream.guess is not None:
                 rows.append(_Row(stream.id, len(stream.cached), stream.guess, True))
         places = self._feed(rows)
@@ -189,10 +193,14 @@ class Streams(Generic[S]):
             stream.finish = "enough"
         elif stream.tokens < stream.request.max_tokens:
             stream.pending = [token]
-            self._learn(stream.cached, token)
+            if self._exact:
+                self._learn(stream.cached, token)
         else:
             stream.finish = "length"
         return piece
+
+    def _guess(self, past: Sequence[int]) -> int | None:
+        return next((self._followed[few] for few in _pasts(past) if few in self._followed), None)
 
     def _learn(self, past: Sequence[int], token: int) -> None:
         if len(self._followed) > _KNOWN:
@@ -227,8 +235,8 @@ class Streams(Generic[S]):
     def _with_guests(self, rows: Sequence[_Row]) -> tuple[list[_Row], list[int], list[_Row]]:
         """The rows of a batch, the places of `rows` in it, and the guests: tokens that are forgotten at once.
 
-        A token that is its stream's only one gets another for company. And llama.cpp decodes streams with a gap between their
-        numbers in two passes: small gaps are filled.
+        Where answers are to be exact, a token that is its stream's only one gets another for company. And llama.cpp decodes
+        streams with a gap between their numbers in two passes: small gaps are filled.
         """
         fed: list[_Row] = []
         places: list[int] = []
@@ -237,11 +245,11 @@ class Streams(Generic[S]):
         for row, after in zip(rows, [*rows[1:], None], strict=True):
             places.append(len(fed))
             fed.append(row)
-            lone = per_stream[row.stream] == 1
+            lone = self._exact and per_stream[row.stream] == 1
             here = [_Row(row.stream, row.position + 1, row.token, False)] if lone else []
             gap = self._streams[row.stream + 1 : after.stream] if after else []
             for stream in gap if len(gap) <= _GAP else []:
-                here += [_Row(stream.id, len(stream.cached) + n, row.token, False) for n in range(2)]
+                here += [_Row(stream.id, len(stream.cached) + n, row.token, False) for n in range(1 + self._exact)]
             fed += here
             guests += here
         return fed, places, guests

@@ -37,6 +37,25 @@ class Step(NamedTuple):
     memory: int
 
 
+class Counted(NamedTuple):
+    """Tokens of the steps so far, as in `Step`."""
+
+    learned: int = 0
+    computed: int = 0
+    padding: int = 0
+
+    def plus(self, split: Sequence[Sequence[dict[str, Any]]]) -> Counted:
+        """With those of a step in its parts."""
+        learned, computed, padding = self
+        for part in split:
+            learned += sum(token != IGNORED for row in part for token in row["labels"])
+            for key in ("input_ids", "asked_ids"):
+                lengths = [len(row[key]) for row in part]
+                computed += len(part) * max(lengths)
+                padding += len(part) * max(lengths) - sum(lengths)
+        return Counted(learned, computed, padding)
+
+
 def in_order(examples: Sequence[Labelled], settings: Train, seed: int) -> list[Labelled]:
     """The dialogues of all steps, one batch after another, each epoch anew; dialogues of like length share a batch.
 
@@ -76,6 +95,24 @@ def leader_first() -> Iterator[None]:
 def last_checkpoint(checkpoints: Path) -> int:
     """The step of the last whole checkpoint; 0 where there is none."""
     return max((int(c.parent.name.split("-")[1]) for c in checkpoints.glob(f"checkpoint-*/{_COMPLETE}")), default=0)
+
+
+def whole(checkpoint: Path) -> None:
+    """Say so, last of all: one that does not was cut off."""
+    (checkpoint / _COMPLETE).touch()
+
+
+def no_number(step: int, loss: float, checkpoints: Path) -> GattError:
+    """The loss is NaN or infinity."""
+    return GattError(
+        f"The loss of step {step} is {loss}. The checkpoint of step {last_checkpoint(checkpoints)} is kept. Lower "
+        "train.learning_rate, or begin anew with --restart."
+    )
+
+
+def stopped(step: int) -> GattError:
+    """The user has stopped it."""
+    return GattError(f"Stopped after step {step}, which is saved. The same command goes on from there.")
 
 
 class Stop:
@@ -146,15 +183,15 @@ def loop(
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if leads():  # written last: a checkpoint without it was cut off
-                (folder / _COMPLETE).touch()
+            if leads():
+                whole(folder)
             if not stop.asked and _any(enough(state.global_step, folder), network.device):
                 control.should_training_stop = True
             give_back()  # steps of many lengths leave holes: after 70 the process would have twice the memory of a few
 
     class Weighted(transformers.Trainer):  # type: ignore[misc]
         budget = settings.tokens
-        counted = (0, 0, 0)
+        counted = Counted()
         seconds = 0.0
 
         def spent(self) -> tuple[float, int]:
@@ -186,23 +223,10 @@ def loop(
                     _summed(parameter.grad)
             total = _summed(total)
             if not torch.isfinite(total):
-                raise GattError(
-                    f"The loss of step {self.state.global_step + 1} is {float(total)}. The checkpoint of step "
-                    f"{last_checkpoint(checkpoints)} is kept. Lower train.learning_rate, or begin anew with --restart."
-                )
-            self._count(parts(rows, self.budget), time.monotonic() - start)
+                raise no_number(self.state.global_step + 1, float(total), checkpoints)
+            self.counted = self.counted.plus(parts(rows, self.budget))
+            self.seconds += time.monotonic() - start
             return total
-
-        def _count(self, split: list[list[dict[str, Any]]], seconds: float) -> None:
-            learned, computed, padding = self.counted
-            for part in split:
-                learned += sum(token != IGNORED for row in part for token in row["labels"])
-                for key in ("input_ids", "asked_ids"):
-                    lengths = [len(row[key]) for row in part]
-                    computed += len(part) * max(lengths)
-                    padding += len(part) * max(lengths) - sum(lengths)
-            self.counted = learned, computed, padding
-            self.seconds += seconds
 
         def _in_parts(self, rows: Sequence[dict[str, Any]], weight: Any) -> Any:
             network.train()
@@ -235,7 +259,7 @@ def loop(
     with Stop() as stop:
         trainer.train(resume_from_checkpoint=str(checkpoints / f"checkpoint-{step}") if step else None)
     if stop.asked and trainer.state.global_step < settings.steps:
-        raise GattError(f"Stopped after step {trainer.state.global_step}, which is saved. The same command goes on from there.")
+        raise stopped(trainer.state.global_step)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 

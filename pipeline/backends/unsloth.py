@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import platformdirs
 
+from pipeline.backends import mlx
 from pipeline.backends.objective import Labelled
 from pipeline.backends.trainer import Step, loop
 from pipeline.config import Train
@@ -81,6 +82,10 @@ def train(
         The loss of every step, and what the trained model predicts.
     """
     FastLanguageModel = _unsloth()
+    sequences = [e.input_ids for e in examples]
+    if mlx.available():
+        losses, network = mlx.train(FastLanguageModel, folder, examples, settings, seed, checkpoints, adapter, on_step, enough)
+        return losses, _predict(lambda heads: mlx.predict(network, heads), sequences)
     import torch
 
     network, tokenizer = FastLanguageModel.from_pretrained(
@@ -91,6 +96,7 @@ def train(
     network = FastLanguageModel.get_peft_model(
         network, r=settings.rank, lora_alpha=settings.alpha or settings.rank, lora_dropout=settings.dropout,
         target_modules=list(settings.targets), random_state=seed, use_rslora=settings.rslora,
+        use_dora=settings.dora,
         use_gradient_checkpointing=False if not torch.cuda.is_available() else "unsloth",
     )  # fmt: skip
     if settings.adapter:
@@ -98,7 +104,7 @@ def train(
     losses = loop(network, tokenizer.pad_token_id or 0, examples, settings, seed, checkpoints, on_step, enough)
     if leads():
         network.save_pretrained(adapter)
-    return losses, _predict(network, [e.input_ids for e in examples])
+    return losses, _predict(_logits(network), sequences)
 
 
 def _let_go_of_files(network: Any) -> None:
@@ -156,8 +162,10 @@ class Reference(NamedTuple):
 
 
 def predict(folder: Path, adapter: Path | None, sequences: Sequence[Sequence[int]], four_bits: bool) -> Reference:
-    """What the base in `folder` with `adapter` on it predicts, in 4 bits as in training, or in float32 as it is."""
-    if four_bits:
+    """What the base in `folder` with `adapter` on it predicts, in 4 bits as in training, or in float32 as it is (with MLX, which
+    has other 4 bits, always).
+    """
+    if four_bits and not mlx.available():
         network, _ = _unsloth().from_pretrained(str(folder), max_seq_length=4096, load_in_4bit=True, local_files_only=True)
     else:
         import transformers
@@ -167,19 +175,27 @@ def predict(folder: Path, adapter: Path | None, sequences: Sequence[Sequence[int
         import peft
 
         network = peft.PeftModel.from_pretrained(network, str(adapter))
-    return _predict(network, sequences)
+    return _predict(_logits(network), sequences)
 
 
-def _predict(network: Any, sequences: Sequence[Sequence[int]]) -> Reference:
+def _predict(logits: Callable[[list[list[int]]], Any], sequences: Sequence[Sequence[int]]) -> Reference:
     """The first tokens of the first few sequences are enough to compare models by."""
+    heads = [list(s[:_PREDICTED_TOKENS]) for s in sequences[:_PREDICTED_SEQUENCES]]
+    return Reference(heads, logits(heads))
+
+
+def _logits(network: Any) -> Callable[[list[list[int]]], Any]:
+    """A function that gives the network's logits (all tokens, vocabulary) of what follows each token, float32."""
     import numpy as np
     import torch
 
-    device = next(network.parameters()).device
-    heads = [list(s[:_PREDICTED_TOKENS]) for s in sequences[:_PREDICTED_SEQUENCES]]
-    with torch.no_grad():
-        rows = [network(input_ids=torch.tensor([s], device=device)).logits[0].float().cpu().numpy() for s in heads]
-    return Reference(heads, np.concatenate(rows))
+    def of(sequences: list[list[int]]) -> Any:
+        device = next(network.parameters()).device
+        with torch.no_grad():
+            rows = [network(input_ids=torch.tensor([s], device=device)).logits[0].float().cpu().numpy() for s in sequences]
+        return np.concatenate(rows)
+
+    return of
 
 
 def four_bits(matrix: Any) -> Any:

@@ -19,17 +19,21 @@ from pipeline.gguf.base import Array, Base, Tensor, row_order
 from pipeline.gguf.checkpoint import Stored, mapped
 from pipeline.gguf.vocabulary import read_object
 
+_MAGNITUDE = ".lora_magnitude_vector"
+
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """What an adapter adds to one matrix: `scale * b @ a`, with `a` (rank, inputs) and `b` (outputs, rank) in a mapped file.
 
-    `order` says which row of `b` each row is; None where they are the same.
+    A DoRA (Liu et al. 2024, section 4.1) then gives each row of the sum the length in `magnitude` (outputs). `order` says which
+    row of `b` each row is; None where they are the same.
     """
 
     a: Stored
     b: Stored
     scale: float
+    magnitude: Stored | None = None
     order: Any = None
 
     @property
@@ -48,37 +52,45 @@ class Delta:
         Raises:
             GattError: they hold NaN or infinity.
         """
-        a = self.a.load(slice(None))
-        b = self.b.load(slice(first, last) if self.order is None else self.order[first:last])
+        a, b = self.a.load(slice(None)), self.b.load(self._there(first, last))
         if not (np.isfinite(a.sum()) and np.isfinite(b.sum())):
             raise GattError(f"{self.a.file}: the adapter holds NaN or infinity. Train again with a lower train.learning_rate.")
         return a, b
 
-    def rows(self, first: int, last: int) -> Array:
-        """Some rows of the change, (rows, inputs), float32."""
+    def change(self, weights: Array, first: int, last: int) -> Array:
+        """What is added to some rows of the matrix, which are `weights`: (rows, inputs), float32."""
         a, b = self.factors(first, last)
         change: Array = np.matmul(b * np.float32(self.scale), a)
-        return change
+        if self.magnitude is None:
+            return change
+        total = weights + change
+        lengths = self.magnitude.load(slice(None))[0][self._there(first, last)] / np.linalg.norm(total, axis=1)
+        scaled: Array = total * lengths[:, None] - weights
+        return scaled
+
+    def _there(self, first: int, last: int) -> Any:
+        return slice(first, last) if self.order is None else self.order[first:last]
 
 
 def read_adapter(folder: Path) -> dict[str, Delta]:
-    """A PEFT LoRA adapter by the names of the modules that it changes.
+    """A PEFT adapter by the names of the modules that it changes.
 
     Raises:
-        GattError: no adapter there, or one that is more than a LoRA.
+        GattError: no adapter there, or one that is more than a LoRA or a DoRA.
     """
     settings = _settings(folder)
     tensors = mapped(folder / "adapter_model.safetensors")
     deltas = {}
     for key, a in tensors.items():
-        if key.endswith(".lora_B.weight"):
+        if key.endswith((".lora_B.weight", _MAGNITUDE)):
             continue
         if not key.endswith(".lora_A.weight"):
-            raise GattError(f"{folder} holds {key}; only the two matrices of a LoRA can be merged (no DoRA, no embeddings).")
-        module = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            raise GattError(f"{folder} holds {key}; only what a LoRA or a DoRA changes can be merged (no embeddings).")
+        module = key.removesuffix(".lora_A.weight")
         rank = a.shape[0]
         scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        deltas[module] = Delta(a, tensors[key.replace("lora_A", "lora_B")], scale)
+        both = tensors[f"{module}.lora_B.weight"], scale, tensors.get(module + _MAGNITUDE)
+        deltas[module.removeprefix("base_model.model.")] = Delta(a, *both)
     return deltas
 
 
@@ -117,14 +129,21 @@ def _settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
+def is_dora(folder: Path) -> bool:
+    """Whether an adapter is a DoRA, which can be merged but not written as a GGUF: llama.cpp lays only LoRAs over a model."""
+    return bool(_settings(folder).get("use_dora"))
+
+
 def write_adapter(base: Base, folder: Path, target: Path) -> None:
     """Write the adapter alone as a GGUF in F32, which llama.cpp lays over the base's own file.
 
     Raises:
-        GattError: as `read_adapter` and `fit`.
+        GattError: as `read_adapter` and `fit`, or a DoRA.
     """
     import gguf
 
+    if is_dora(folder):
+        raise GattError(f"{folder} is a DoRA, and llama.cpp lays only a LoRA over a model. Merge it: `gatt export`.")
     deltas = fit(read_adapter(folder), base, base.tensors())
     with whole_file(target) as draft:
         writer = gguf.GGUFWriter(draft, base.architecture)

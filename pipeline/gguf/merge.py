@@ -273,7 +273,7 @@ def _round(whole: Sum, tensor: Tensor, formats: list[Format], first: int, last: 
     if not np.isfinite(weights.sum()):
         raise GattError(f"{tensor.name} of the base holds NaN or infinity. Download the model again.")
     delta = whole.deltas.get(tensor.name)
-    change = delta.rows(first, last) if delta else None
+    change = delta.change(weights, first, last) if delta else None
     total = weights if change is None else weights + change
     done = []
     for how in formats:

@@ -85,5 +85,5 @@ def _write_file(tensors: dict[str, Stored], deltas: dict[str, Delta], target: Pa
                 if not np.isfinite(weights.sum()):
                     raise GattError(f"{key} of {tensor.file.name} holds NaN or infinity. Download the model again.")
                 if key in deltas:
-                    weights += deltas[key].rows(first, last)
+                    weights += deltas[key].change(weights, first, last)
                 out.write(weights.tobytes())
