@@ -318,7 +318,7 @@ def test_a_dora_is_merged_as_peft_merges_it_and_has_no_gguf_of_its_own(tiny_llam
             if "lora_B" in name or "magnitude" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     wrapped.save_pretrained(tmp_path / "dora")
-    shutil.copytree(tiny_llama, tmp_path / "theirs")
+    shutil.copytree(tiny_llama, tmp_path / "theirs", ignore=shutil.ignore_patterns("model*"))
     wrapped.merge_and_unload().save_pretrained(tmp_path / "theirs")
     alone(str(tiny_llama), tmp_path / "dora", tmp_path / "out", Export(formats=("F32", "Q4_0"), merge_onto="16bit"), None)
     write_formats(Model("theirs", tmp_path / "theirs"), None, {"F32": tmp_path / "theirs.gguf"})

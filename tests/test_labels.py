@@ -178,4 +178,4 @@ def test_the_adapter_is_what_the_recipe_asks_for(dora: bool, tmp_path: Path) -> 
     merged = add(find_model("smollm2-135m").path, tmp_path / "adapter", four_bits)
     write(merged, {tmp_path / "tuned.gguf": direct(merged.tensors, "F16")})
     exported = probe.probe(tmp_path / "tuned.gguf", (), trained.sequences).logits
-    assert probe.divergence(trained.logits, exported) < 0.002
+    assert probe.divergence(trained.logits, exported) < 0.005  # bfloat16 rounds; onto 16 bits it would be 0.3
