@@ -18,10 +18,13 @@ _LOGITS = 0.25e9
 """Of the tokens whose logits are in memory at a time, and their gradients."""
 _CUDA = 0.7e9
 """A CUDA context with the kernels of torch and bitsandbytes; not measured here."""
-_WATCHED = 1.1
-"""Bytes of a weight in Q8_0, as llama.cpp holds it."""
-_PROCESS, _KEPT = 0.6e9, 1.5
-"""On a CPU: Python with torch and Unsloth, and how much more is kept than what autograd asks for."""
+_WATCHED, _CELLS = 1.1, 6 * 1280
+"""Bytes of a weight in Q8_0, as llama.cpp holds it, and cells of its cache for the dialogues of `dialogues.watched`."""
+_DORA = 12
+"""Bytes for each weight of the projections that a DoRA keeps for the way back: it computes whole matrices anew."""
+_PROCESS, _KEPT = 0.7e9, 1.9
+"""On a CPU: Python with torch and Unsloth, and how much more is kept than what autograd asks for: steps of many lengths leave
+holes of many sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +96,11 @@ def training_memory(shape: Shape, settings: Train, tokens: int, gpu: bool = Fals
     """
     weights = _FOUR_BITS * shape.projections + 2 * shape.embeddings
     # Weights, gradients and the two moments of AdamW in float32, and copies to compute with.
-    trained = 22 * shape.adapter(settings)
+    trained = 26 * shape.adapter(settings) + (_DORA * shape.projections if settings.dora else 0)
     if gpu:
         whole = 2 * max(inputs * outputs for inputs, outputs in shape.matrices.values())
         return _CUDA + weights + trained + whole + _LOGITS + 2 * tokens * shape.kept
-    llama = _WATCHED * shape.parameters if watched else 0
+    llama = _WATCHED * shape.parameters + 4 * _CELLS * shape.layers * shape.keys if watched else 0
     return _PROCESS + weights + trained + _LOGITS + llama + _KEPT * tokens * shape.layers * shape.kept
 
 

@@ -1,8 +1,8 @@
 """Predicted against real peak memory of training on this CPU: `.venv/bin/python scripts/bench/memory.py [--quick]`.
 
-The embedded model, and random Llamas of other widths, depths and vocabularies, each in a process of its own: two steps of the
-trainer of `gatt train` on dialogues of one length, half of whose tokens are learned. What `gatt doctor` and `gatt train` would
-say is compared with the resident memory at its peak.
+The embedded model, and random Llamas of other widths, depths and vocabularies, each in a process of its own: eight steps of the
+trainer of `gatt train`, each of another length (every new one leaves holes of its own), half of whose tokens are learned. What
+`gatt doctor` and `gatt train` would say is compared with the resident memory at its peak.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipeline.backends.convert import hugging_face_folder
 from pipeline.backends.hub import find_model, shape_of
@@ -35,17 +35,21 @@ class Case(NamedTuple):
     rows: int
     tokens: int
     distill: bool
+    dora: bool = False
 
 
+LENGTHS = (0.68, 0.71, 0.63, 0.86, 1.0, 0.78, 0.8, 0.66)
+"""Of the dialogues of each step, as a share of the longest."""
 CASES = (
     Case(EMBEDDED, 32, 4, 450, True),
     Case((8, 1280, 3456, 20, 5, 49152), 16, 2, 600, False),
     Case(EMBEDDED, 8, 1, 400, False),
     Case((16, 896, 2432, 14, 2, 49152), 32, 4, 300, True),
     Case((12, 1024, 6144, 16, 16, 150000), 64, 3, 500, True),
-    Case((16, 2048, 8192, 32, 8, 128256), 32, 2, 500, True),
+    Case((16, 2048, 8192, 32, 8, 128256), 32, 2, 500, True),  # the sizes of Llama 3.2 1B
+    Case(EMBEDDED, 32, 4, 450, True, dora=True),
+    Case((8, 1280, 3456, 20, 5, 49152), 16, 2, 600, False, dora=True),
 )
-"""The last has the sizes of Llama 3.2 1B."""
 
 
 def folder_of(case: Case, folder: Path) -> Path:
@@ -67,20 +71,22 @@ def folder_of(case: Case, folder: Path) -> Path:
 
 
 def examples(case: Case) -> list[Labelled]:
-    """Dialogues of one length; of what is learned, most is distilled, as in the demo."""
+    """Dialogues for all steps; of what is learned, most is distilled, as in the demo."""
     found = []
-    for n in range(case.rows):
-        ids = [(7 * n + 11 * place) % 20000 + 5 for place in range(case.tokens)]
-        half = case.tokens // 2
-        twins = [(place, place) for place in range(half, case.tokens) if place % 10 < 7] if case.distill else []
-        labels, weights = [IGNORED] * half + ids[half:], [0.0] * half + [1.0] * (case.tokens - half)
-        found.append(Labelled(ids, labels, weights, ids if case.distill else [], twins))
+    for n in range(case.rows * len(LENGTHS)):
+        tokens = int(case.tokens * LENGTHS[n // case.rows])
+        ids = [(7 * n + 11 * place) % 20000 + 5 for place in range(tokens)]
+        half, apart = tokens // 2, tokens // 14
+        twins = [(place, place - apart) for place in range(half, tokens) if place % 10 < 7] if case.distill else []
+        labels, weights = [IGNORED] * half + ids[half:], [0.0] * half + [1.0] * (tokens - half)
+        found.append(Labelled(ids, labels, weights, ids[apart:] if case.distill else [], twins))
     return found
 
 
 def settings(case: Case) -> Train:
-    """Two steps."""
-    return Train(rank=case.rank, steps=2, batch=case.rows, loss="distill" if case.distill else "all_turns", save_steps=10)
+    """One epoch."""
+    loss: Literal["distill", "all_turns"] = "distill" if case.distill else "all_turns"
+    return Train(rank=case.rank, steps=len(LENGTHS), batch=case.rows, loss=loss, dora=case.dora, save_steps=100)
 
 
 def measure(number: int, written: Path) -> dict[str, Any]:
@@ -110,7 +116,8 @@ def main() -> None:
             done = subprocess.run(command, check=True, capture_output=True, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
         errors.append(abs(found["predicted"] / found["peak"] - 1))
-        print(f"{found['parameters'] / 1e6:6.0f} M parameters, rank {case.rank:2}, {case.rows} x {case.tokens} tokens: "
+        kind = "DoRA" if case.dora else "LoRA"
+        print(f"{found['parameters'] / 1e6:6.0f} M parameters, {kind} of rank {case.rank:2}, {case.rows} x {case.tokens} tokens: "
               f"{found['predicted'] / GB:5.2f} GB predicted, {found['peak'] / GB:5.2f} GB at the peak", flush=True)  # fmt: skip
         bar.advance()
     error = max(errors)
