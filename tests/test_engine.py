@@ -40,7 +40,7 @@ def test_answers_do_not_depend_on_what_runs_beside_them(format_name: str) -> Non
     assert alone == together
 
 
-def test_a_branch_leaves_the_dialogue_after_it_exactly_as_it_was(base: Path) -> None:
+def test_a_branch_leaves_the_dialogue_after_it_exactly_as_it_was() -> None:
     def talk(name: str, turns: tuple[str, ...], probed: bool) -> Task:
         messages: list[Message] = []
         for turn, user in enumerate(turns[:4]):
@@ -54,7 +54,7 @@ def test_a_branch_leaves_the_dialogue_after_it_exactly_as_it_was(base: Path) -> 
     branches: list[Completion] = []
     said: dict[bool, list[tuple[str, Completion]]] = {True: [], False: []}
     for probed in (True, False):
-        with Llama(base, 2, 1024) as llama:
+        with Llama(gguf_file(find_model("smollm2-135m"), "Q4_0"), 2, 1024) as llama:
             llama.run(talk(d.id, d.turns, probed) for d in load_dialogues("seed")[:2])
     assert len(branches) == 8
     assert sorted(said[True], key=str) == sorted(said[False], key=str)
