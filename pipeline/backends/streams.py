@@ -14,9 +14,12 @@ Who decides what is generated in which stream: `worker` for dialogues that are a
 from __future__ import annotations
 
 import codecs
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -68,7 +71,7 @@ S = TypeVar("S", bound=Stream)
 
 
 class Streams(Generic[S]):
-    """A context with a cache of `cells` tokens for each of `streams`; one thread at a time may use it.
+    """A context with a cache of `cells` tokens of a `kind` for each of `streams`; one thread at a time may use it.
 
     `exact`: no token is fed alone, so that answers do not depend on what is reused or runs beside them.
 
@@ -77,13 +80,13 @@ class Streams(Generic[S]):
     """
 
     def __init__(
-        self, weights: Weights, streams: list[S], cells: int, cache: CacheType, threads: int, adapter: Adapter | None = None,
+        self, weights: Weights, streams: list[S], cells: int, kind: CacheType, threads: int, adapter: Adapter | None = None,
         exact: bool = True,
     ) -> None:  # fmt: skip
         self._weights, self._api, self._threads = weights, weights.api, threads
         self._streams, self._exact = streams, exact
         most = max(_CHUNK, 2 * len(streams)) + 1
-        self._context = weights.new_context(len(streams), cells, most, cache, threads, adapter)
+        self._context = weights.new_context(len(streams), cells, most, kind, threads, adapter)
         self._memory = self._api.llama_get_memory(self._context)
         self._batch = self._api.llama_batch_init(most, 0, 1)
         self._followed: dict[tuple[int, ...], int] = {}
@@ -225,12 +228,24 @@ class Streams(Generic[S]):
         for n, (stream, position, token, logits) in enumerate(fed):
             batch.token[n], batch.pos[n], batch.logits[n] = token, position, logits
             batch.n_seq_id[n], batch.seq_id[n][0] = 1, stream
-        status = self._api.llama_decode(self._context, batch)
+        status = self._decoded(batch)
         if status:
             raise RuntimeError(f"llama_decode returned {status} for {len(fed)} tokens")
         for guest in guests:
             self._api.llama_memory_seq_rm(self._memory, guest.stream, guest.position, -1)
         return places
+
+    def _decoded(self, batch: Any) -> int:
+        """llama_decode's status. OpenMP's threads belong to the thread that calls them, and do not spin where they are more than
+        the cores, which makes a token three times as slow: passes of several threads come from few callers.
+        """
+        if self._threads == 1:
+            return int(self._api.llama_decode(self._context, batch))
+        running = _callers(self._threads).submit(self._api.llama_decode, self._context, batch)
+        try:
+            return int(running.result())
+        finally:
+            wait([running])  # Ctrl-C is no reason to take the context away from under it
 
     def _with_guests(self, rows: Sequence[_Row]) -> tuple[list[_Row], list[int], list[_Row]]:
         """The rows of a batch, the places of `rows` in it, and the guests: tokens that are forgotten at once.
@@ -253,6 +268,12 @@ class Streams(Generic[S]):
             fed += here
             guests += here
         return fed, places, guests
+
+
+@cache
+def _callers(threads: int) -> ThreadPoolExecutor:
+    """Those that call passes of so many threads: as many as the cores can serve."""
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // threads), "gatt wide")
 
 
 def _pasts(tokens: Sequence[int]) -> list[tuple[int, ...]]:
