@@ -57,6 +57,7 @@ def run(
         mount(app, engine, key, runs or Path("runs"), listening.getsockname()[1])
         server = _Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
         server.engine = engine
+        listening.listen()  # whoever reads the address may come at once
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
         note(f"Serving {', '.join(engine.names)} at {address}. A page to talk on: {address.removesuffix('v1')} Ctrl-C stops it.")
         server.run(sockets=[listening])
