@@ -19,7 +19,18 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.backends.objective import IGNORED, Labelled, padded
-from pipeline.backends.trainer import Counted, Step, Stop, in_order, last_checkpoint, no_number, parts, stopped, whole
+from pipeline.backends.trainer import (
+    Counted,
+    Step,
+    Stop,
+    adapter_weights,
+    in_order,
+    last_checkpoint,
+    no_number,
+    parts,
+    stopped,
+    whole,
+)
 from pipeline.config import Train
 from pipeline.errors import GattError
 from pipeline.files import write_json
@@ -275,10 +286,7 @@ def _load_adapter(network: Any, folder: Path) -> None:
     """
     import mlx.core as mx
 
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise GattError(f"train.adapter: no adapter_model.safetensors in {folder}. Name the folder of a PEFT LoRA.")
-    found = mx.load(str(file))
+    found = mx.load(str(adapter_weights(folder)))
     wanted = {theirs: (ours, matrix.T.shape) for theirs, ours, matrix in _pairs(network)}
     if {name: matrix.shape for name, matrix in found.items()} != {name: shape for name, (_, shape) in wanted.items()}:
         raise GattError(f"train.adapter: {folder} is of another rank, other targets or another base than the recipe's.")

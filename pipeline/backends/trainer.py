@@ -115,6 +115,18 @@ def stopped(step: int) -> GattError:
     return GattError(f"Stopped after step {step}, which is saved. The same command goes on from there.")
 
 
+def adapter_weights(folder: Path) -> Path:
+    """The file of an adapter to go on from.
+
+    Raises:
+        GattError: there is none.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise GattError(f"train.adapter: no adapter_model.safetensors in {folder}. Name the folder of a PEFT LoRA.")
+    return file
+
+
 class Stop:
     """While it is open, Ctrl-C and SIGTERM only ask to stop at the end of the step; a second one stops at once."""
 

@@ -13,7 +13,7 @@ import platformdirs
 
 from pipeline.backends import mlx
 from pipeline.backends.objective import Labelled
-from pipeline.backends.trainer import Step, loop
+from pipeline.backends.trainer import Step, adapter_weights, loop
 from pipeline.config import Train
 from pipeline.errors import GattError
 from pipeline.files import whole_file
@@ -122,9 +122,7 @@ def continue_from(network: Any, folder: Path) -> None:
     """
     import peft
 
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise GattError(f"train.adapter: no adapter_model.safetensors in {folder}. Name the folder of a PEFT LoRA.")
+    adapter_weights(folder)
     weights = peft.load_peft_weights(str(folder), device="cpu")
     theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     ours = {name: tuple(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(network).items()}
