@@ -116,8 +116,11 @@ class Train(Section):
     llama.cpp has no form for it but the merged file."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the adapter's inputs that are dropped in training."""
-    targets: tuple[Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...] = Field(
-        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), min_length=1
+    targets: tuple[
+        Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], ...
+    ] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
     )
     """The projections that get an adapter."""
     learning_rate: float = Field(default=8e-4, gt=0)
@@ -211,7 +214,9 @@ class Evaluate(Section):
     def shortened(self) -> bool:
         """Whether it measures less than the default: such figures are marked."""
         fields = type(self).model_fields
-        return bool(self.dialogues < fields["dialogues"].default or self.turns < fields["turns"].default)
+        return bool(
+            self.dialogues < fields["dialogues"].default or self.turns < fields["turns"].default
+        )
 
 
 class Recipe(Section):
@@ -230,9 +235,16 @@ class Recipe(Section):
 
 
 QUICK = (
-    "dialogues.train=40", "dialogues.turns=4", "dialogues.watched=2", "train.steps=12", "synthesize.max_tokens=48",
-    "evaluate.dialogues=6", "evaluate.turns=8", "evaluate.max_tokens=48", "evaluate.more=2",
-)  # fmt: skip
+    "dialogues.train=40",
+    "dialogues.turns=4",
+    "dialogues.watched=2",
+    "train.steps=12",
+    "synthesize.max_tokens=48",
+    "evaluate.dialogues=6",
+    "evaluate.turns=8",
+    "evaluate.max_tokens=48",
+    "evaluate.more=2",
+)
 """What `--quick` sets: the same run in miniature. Its report is marked as shortened."""
 
 
@@ -247,9 +259,13 @@ def load_recipe(path: Path | None, overrides: tuple[str, ...] = ()) -> Recipe:
         try:
             data = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
         except FileNotFoundError as error:
-            raise GattError(f"No recipe at {path}. `gatt init {path}` writes one to start from.") from error
+            raise GattError(
+                f"No recipe at {path}. `gatt init {path}` writes one to start from."
+            ) from error
         except (ParseError, UnicodeDecodeError) as error:
-            raise GattError(f"{path} is not TOML: {error}. Correct it, or start anew with `gatt init`.") from error
+            raise GattError(
+                f"{path} is not TOML: {error}. Correct it, or start anew with `gatt init`."
+            ) from error
     for override in overrides:
         _override(data, override)
     try:
@@ -271,7 +287,9 @@ def _override(data: dict[str, Any], override: str) -> None:
     for section in sections:
         data = data.setdefault(section, {})
         if not isinstance(data, dict):
-            raise GattError(f"--set {override}: {section} is no section. `gatt init` shows every key.")
+            raise GattError(
+                f"--set {override}: {section} is no section. `gatt init` shows every key."
+            )
     data[key] = value
 
 
@@ -285,7 +303,9 @@ def _explain(error: ValidationError) -> str:
     for name in problem["loc"][:-1]:
         section = type(getattr(section(), str(name)))
     near = difflib.get_close_matches(str(problem["loc"][-1]), section.model_fields, n=1)
-    hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(section.model_fields)}."
+    hint = (
+        f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(section.model_fields)}."
+    )
     return f"unknown key {place!r}. {hint}"
 
 

@@ -15,7 +15,9 @@ class Progress:
     def __init__(self, label: str, total: int, done: int = 0) -> None:
         self._label, self._total, self._done, self._before = label, total, done, done
         self._start = self._shown = time.monotonic()
-        self._stream = sys.stderr  # it stays this one where a stage sends a library's chatter elsewhere
+        self._stream = (
+            sys.stderr
+        )  # it stays this one where a stage sends a library's chatter elsewhere
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count `count` more; `note` is shown at the end of the line."""

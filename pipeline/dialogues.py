@@ -12,7 +12,13 @@ from pipeline.errors import GattError
 from pipeline.files import read_jsonl
 from pipeline.records import Dialogue, Message
 
-_SHAREGPT = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
+_SHAREGPT = {
+    "human": "user",
+    "gpt": "assistant",
+    "user": "user",
+    "assistant": "assistant",
+    "system": "system",
+}
 
 
 def load_dialogues(source: str) -> list[Dialogue]:
@@ -23,7 +29,9 @@ def load_dialogues(source: str) -> list[Dialogue]:
     """
     found = [parse(row, place, name) for row, place, name in _rows(source)]
     if not found:
-        raise GattError(f"{source} is empty. Expected one dialogue a line: messages, conversations or turns.")
+        raise GattError(
+            f"{source} is empty. Expected one dialogue a line: messages, conversations or turns."
+        )
     return found
 
 
@@ -42,7 +50,7 @@ def _rows(source: str) -> Iterator[tuple[Any, str, str]]:
         source = str(resources.files("pipeline") / "data" / "dialogues.jsonl")
     path = Path(source).expanduser()
     if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
-        raise GattError(f"No dialogues at {path}. Expected a JSONL file, a dataset id, or \"seed\".")
+        raise GattError(f'No dialogues at {path}. Expected a JSONL file, a dataset id, or "seed".')
     if path.suffix == ".parquet":
         yield from _from_datasets(source, "parquet", data_files=str(path))
     elif not path.is_file():
@@ -50,7 +58,11 @@ def _rows(source: str) -> Iterator[tuple[Any, str, str]]:
     else:
         with path.open("rb") as file:
             array = file.read(1) == b"["
-        yield from _from_array(path) if array else ((row, f"{path}, line {n}", str(n)) for n, row in read_jsonl(path))
+        yield from (
+            _from_array(path)
+            if array
+            else ((row, f"{path}, line {n}", str(n)) for n, row in read_jsonl(path))
+        )
 
 
 def _from_array(path: Path) -> Iterator[tuple[Any, str, str]]:
@@ -58,7 +70,9 @@ def _from_array(path: Path) -> Iterator[tuple[Any, str, str]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise GattError(f"{path} begins as a JSON array and is none: {error}. Write one dialogue a line instead.") from error
+        raise GattError(
+            f"{path} begins as a JSON array and is none: {error}. Write one dialogue a line instead."
+        ) from error
     yield from ((row, f"{path}, dialogue {n}", str(n)) for n, row in enumerate(rows, 1))
 
 
@@ -68,7 +82,9 @@ def _from_datasets(source: str, *arguments: str, **options: str) -> Iterator[tup
     try:
         rows = datasets.load_dataset(*arguments, split="train", **options)
     except Exception as error:  # datasets raises a dozen classes, of several libraries
-        raise GattError(f"Cannot load the dataset {source!r} ({type(error).__name__}). Use a local JSONL, or \"seed\".") from error
+        raise GattError(
+            f'Cannot load the dataset {source!r} ({type(error).__name__}). Use a local JSONL, or "seed".'
+        ) from error
     yield from ((row, f"{source}, row {n}", str(n)) for n, row in enumerate(rows, 1))
 
 
@@ -81,7 +97,11 @@ def parse(row: Any, place: str, name: str) -> Dialogue:
     if isinstance(row, dict) and isinstance(row.get("turns"), list):
         turns = row["turns"]
     else:
-        turns = [m["content"] for m in _messages(row, place, "`turns`, `messages` or `conversations`") if m["role"] == "user"]
+        turns = [
+            m["content"]
+            for m in _messages(row, place, "`turns`, `messages` or `conversations`")
+            if m["role"] == "user"
+        ]
     if not turns or not all(isinstance(t, str) and t.strip() for t in turns):
         raise GattError(f"{place}: every user turn must be a text, and there must be at least one.")
     return Dialogue(str(row.get("id", name)), str(row.get("topic", "")), tuple(turns))
@@ -113,6 +133,8 @@ def _messages(row: Any, place: str, expected: str) -> list[Message]:
         if role not in ("system", "user", "assistant"):
             raise GattError(f"{place}: unknown role {role!r}; expected system, user or assistant.")
         if role == previous == "user":
-            raise GattError(f"{place}: two user turns in a row. Put the assistant's answer between them, or join them.")
+            raise GattError(
+                f"{place}: two user turns in a row. Put the assistant's answer between them, or join them."
+            )
         previous = role
     return [{"role": role, "content": content} for role, content in pairs]

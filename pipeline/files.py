@@ -38,7 +38,9 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(raw)
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-                raise GattError(f"{path}, line {number}: not a line of JSON ({error}). Correct or delete it.") from error
+                raise GattError(
+                    f"{path}, line {number}: not a line of JSON ({error}). Correct or delete it."
+                ) from error
 
 
 class JsonlLog:

@@ -27,7 +27,9 @@ def available_memory() -> int:
     limits = [psutil.virtual_memory().available]
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        limits.append(
+            int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        )
     if sys.platform != "win32":
         import resource
 
@@ -53,7 +55,9 @@ def peak_memory() -> int:
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def require_memory(needed: float, purpose: str) -> None:

@@ -47,18 +47,27 @@ class Shape:
         head = config.get("head_dim") or width // heads
         keys = (config.get("num_key_value_heads") or heads) * head
         return cls(
-            config["num_hidden_layers"], width, config["intermediate_size"], heads * head, keys, config["vocab_size"],
+            config["num_hidden_layers"],
+            width,
+            config["intermediate_size"],
+            heads * head,
+            keys,
+            config["vocab_size"],
             config.get("tie_word_embeddings", True),
-        )  # fmt: skip
+        )
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Inputs and outputs of a layer's projections."""
         return {
-            "q_proj": (self.width, self.queries), "k_proj": (self.width, self.keys), "v_proj": (self.width, self.keys),
-            "o_proj": (self.queries, self.width), "gate_proj": (self.width, self.feed_forward),
-            "up_proj": (self.width, self.feed_forward), "down_proj": (self.feed_forward, self.width),
-        }  # fmt: skip
+            "q_proj": (self.width, self.queries),
+            "k_proj": (self.width, self.keys),
+            "v_proj": (self.width, self.keys),
+            "o_proj": (self.queries, self.width),
+            "gate_proj": (self.width, self.feed_forward),
+            "up_proj": (self.width, self.feed_forward),
+            "down_proj": (self.feed_forward, self.width),
+        }
 
     @property
     def projections(self) -> int:
@@ -77,7 +86,9 @@ class Shape:
 
     def adapter(self, settings: Train) -> int:
         """Weights of the recipe's adapter."""
-        return self.layers * settings.rank * sum(sum(self.matrices[name]) for name in settings.targets)
+        return (
+            self.layers * settings.rank * sum(sum(self.matrices[name]) for name in settings.targets)
+        )
 
     @property
     def kept(self) -> int:
@@ -87,7 +98,9 @@ class Shape:
         return 12 * self.width + 8 * self.queries + 8 * self.feed_forward
 
 
-def training_memory(shape: Shape, settings: Train, tokens: int, gpu: bool = False, watched: bool = True) -> float:
+def training_memory(
+    shape: Shape, settings: Train, tokens: int, gpu: bool = False, watched: bool = True
+) -> float:
     """Bytes that a 4-bit QLoRA of `shape` takes at its peak, of a graphics card where `gpu`; `tokens` are computed at a time.
     Where checkpoints are `watched`, llama.cpp has the base beside it in the computer's memory.
 
@@ -101,7 +114,9 @@ def training_memory(shape: Shape, settings: Train, tokens: int, gpu: bool = Fals
         whole = 2 * max(inputs * outputs for inputs, outputs in shape.matrices.values())
         return _CUDA + weights + trained + whole + _LOGITS + 2 * tokens * shape.kept
     llama = _WATCHED * shape.parameters + 4 * _CELLS * shape.layers * shape.keys if watched else 0
-    return _PROCESS + weights + trained + _LOGITS + llama + _KEPT * tokens * shape.layers * shape.kept
+    return (
+        _PROCESS + weights + trained + _LOGITS + llama + _KEPT * tokens * shape.layers * shape.kept
+    )
 
 
 def room(card: float) -> float:

@@ -44,7 +44,10 @@ class Page:
         template = Environment(autoescape=True).from_string(
             (resources.files("pipeline") / "data" / "report.html").read_text(encoding="utf-8")
         )
-        figures = {"adherence": self.chart, **{s.figure: s.picture for s in self.sections if s.picture}}
+        figures = {
+            "adherence": self.chart,
+            **{s.figure: s.picture for s in self.sections if s.picture},
+        }
         for name, picture in figures.items():
             write_text(file.parent / "figures" / f"{name}.svg", picture.alone)
             with whole_file(file.parent / "figures" / f"{name}.png") as draft:

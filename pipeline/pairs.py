@@ -54,7 +54,10 @@ class Paired:
         """The wording in force in each turn, as the student sees it; "" in a plain dialogue."""
         turns = [self.in_force(turn) for turn in range(len(self.dialogue.turns))]
         wordings = [(i.short if self.shortened else i.text) if i else "" for i in turns]
-        return [f"From now on: {w}" if i and i is self.then else w for i, w in zip(turns, wordings, strict=True)]
+        return [
+            f"From now on: {w}" if i and i is self.then else w
+            for i, w in zip(turns, wordings, strict=True)
+        ]
 
     def ask_teacher(self, answers: Sequence[str], system: str) -> tuple[Message, ...]:
         """The next turn as the teacher sees it: the instruction in every message where answers are sampled, else nowhere."""
@@ -89,9 +92,14 @@ def read_sides(path: Path) -> dict[str, list[Paired]]:
 
 def _paired(row: dict[str, Any], made: dict[str, Instruction]) -> Paired:
     return Paired(
-        _dialogue(row["dialogue"]), made.get(row["instruction"]), row["way"], row["shortened"], row["in_system"],
-        made.get(row["then"]), row["change"],
-    )  # fmt: skip
+        _dialogue(row["dialogue"]),
+        made.get(row["instruction"]),
+        row["way"],
+        row["shortened"],
+        row["in_system"],
+        made.get(row["then"]),
+        row["change"],
+    )
 
 
 def _dialogue(row: dict[str, Any]) -> Dialogue:
@@ -100,4 +108,10 @@ def _dialogue(row: dict[str, Any]) -> Dialogue:
 
 def _instruction(row: dict[str, Any]) -> Instruction:
     asks = tuple(Ask(**a) for a in row.get("asks", ()))
-    return Instruction(row["id"], row["text"], row["short"], tuple(Constraint(**c) for c in row["constraints"]), asks)
+    return Instruction(
+        row["id"],
+        row["text"],
+        row["short"],
+        tuple(Constraint(**c) for c in row["constraints"]),
+        asks,
+    )

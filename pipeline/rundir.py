@@ -60,7 +60,9 @@ class RunDir:
         try:
             write_text(self.path / "recipe.toml", recipe_toml(recipe, comments=False))
         except OSError as error:
-            raise GattError(f"Cannot write in the run folder {self.path} ({error.strerror}). Choose another with --run.") from error
+            raise GattError(
+                f"Cannot write in the run folder {self.path} ({error.strerror}). Choose another with --run."
+            ) from error
 
     def manifest(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage wrote down about itself, or None."""
@@ -70,7 +72,10 @@ class RunDir:
     def is_done(self, stage: str, settings: str, inputs: list[Path]) -> bool:
         """Whether `stage` has finished with these settings and inputs."""
         manifest = self.manifest(stage)
-        return manifest is not None and (manifest["settings"], manifest["inputs"]) == (_hash(settings), _hashes(inputs))
+        return manifest is not None and (manifest["settings"], manifest["inputs"]) == (
+            _hash(settings),
+            _hashes(inputs),
+        )
 
     def claim(self, stage: str, settings: str, inputs: list[Path]) -> None:
         """Before a stage works: what an earlier, different attempt left is moved aside, never mixed in."""
@@ -86,7 +91,12 @@ class RunDir:
         """Write the manifest of a finished stage."""
         write_json(
             self.path / stage / "manifest.json",
-            {"settings": _hash(settings), "inputs": _hashes(inputs), "seconds": round(seconds, 1), **_versions()},
+            {
+                "settings": _hash(settings),
+                "inputs": _hashes(inputs),
+                "seconds": round(seconds, 1),
+                **_versions(),
+            },
         )
 
 
@@ -106,7 +116,9 @@ def _versions() -> dict[str, Any]:
         except metadata.PackageNotFoundError:
             versions[package] = "none"
     here = Path(__file__).parent
-    commit = subprocess.run(["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    commit = subprocess.run(
+        ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
     return {
         "versions": versions,
         "commit": commit.stdout.strip() or "none",

@@ -10,14 +10,22 @@ from typing import Any
 
 from pipeline.gatt.kinds import kind_of, obeys
 from pipeline.gatt.metrics import Rate, adherence, rates, wilson
-from pipeline.gatt.statistics import distinct_n, kaplan_meier, lifetimes, paired_bootstrap, sample_size
+from pipeline.gatt.statistics import (
+    distinct_n,
+    kaplan_meier,
+    lifetimes,
+    paired_bootstrap,
+    sample_size,
+)
 from pipeline.pairs import Paired
 from pipeline.records import Constraint, Reply
 
 Table = list[dict[str, Any]]
 
 
-def scores(replies: Sequence[Reply], suites: Mapping[str, Sequence[Paired]], pool: Sequence[Constraint]) -> dict[str, Any]:
+def scores(
+    replies: Sequence[Reply], suites: Mapping[str, Sequence[Paired]], pool: Sequence[Constraint]
+) -> dict[str, Any]:
     """All figures. `suites` are the pairs that were measured ("evaluate" and those of `gatt.suites`), `pool` what was trained."""
     ours = {name: _of(replies, pairs) for name, pairs in suites.items()}
     found = trained(ours["evaluate"], suites["evaluate"])
@@ -33,9 +41,15 @@ def scores(replies: Sequence[Reply], suites: Mapping[str, Sequence[Paired]], poo
     if ours.get("plain"):
         found |= _leakage(ours["plain"], pool)
     if ours.get("single"):
-        kind = {p.dialogue.id: p.instruction.constraints[0].kind for p in suites["single"] if p.instruction}
+        kind = {
+            p.dialogue.id: p.instruction.constraints[0].kind
+            for p in suites["single"]
+            if p.instruction
+        }
         found["single"] = table(adherence(ours["single"], lambda r: (r.arm, "all")))
-        found["single_by_kind"] = table(adherence(ours["single"], lambda r: (r.arm, kind[r.dialogue])))
+        found["single_by_kind"] = table(
+            adherence(ours["single"], lambda r: (r.arm, kind[r.dialogue]))
+        )
     return found
 
 
@@ -53,7 +67,10 @@ def trained(replies: Sequence[Reply], pairs: Sequence[Paired]) -> dict[str, Any]
     dialogues without a broken answer so far.
     """
     names = {p.dialogue.id: p.name for p in pairs}
-    families = {p.dialogue.id: " and ".join(dict.fromkeys(kind_of(c).family for c in p.constraints(0))) for p in pairs}
+    families = {
+        p.dialogue.id: " and ".join(dict.fromkeys(kind_of(c).family for c in p.constraints(0)))
+        for p in pairs
+    }
     last = max((r.turn for r in replies), default=0)
     first_late = max(1, last - 4)
     at = f"turns {first_late} to {last}"
@@ -69,9 +86,13 @@ def trained(replies: Sequence[Reply], pairs: Sequence[Paired]) -> dict[str, Any]
         "later": table(adherence(later, lambda r: (r.arm, f"turns 2 to {last}"))),
         "replies": {arm: _count(mine) for arm, mine in by_arm.items()},
         "difference": {
-            arm: asdict(paired_bootstrap(late_by_arm["base"], mine)) for arm, mine in late_by_arm.items() if arm != "base"
+            arm: asdict(paired_bootstrap(late_by_arm["base"], mine))
+            for arm, mine in late_by_arm.items()
+            if arm != "base"
         },
-        "survival": {arm: asdict(kaplan_meier(lifetimes(mine).values())) for arm, mine in by_arm.items()},
+        "survival": {
+            arm: asdict(kaplan_meier(lifetimes(mine).values())) for arm, mine in by_arm.items()
+        },
         "distinct_2": {arm: distinct_n(mine, 2) for arm, mine in by_arm.items()},
         "needed": asdict(needed) if (needed := sample_size(late_by_arm["tuned"])) else None,
     }
@@ -94,22 +115,32 @@ def _count(replies: Sequence[Reply]) -> dict[str, int]:
     }
 
 
-def _unseen(replies: Sequence[Reply], pairs: Sequence[Paired], trained_kinds: set[str]) -> dict[str, Table]:
+def _unseen(
+    replies: Sequence[Reply], pairs: Sequence[Paired], trained_kinds: set[str]
+) -> dict[str, Table]:
     """New values of trained kinds apart from kinds that are new altogether."""
     told = {p.dialogue.id: p for p in pairs}
     group = {
-        p.name: "unseen value" if all(c.kind in trained_kinds for c in p.constraints(0)) else "unseen kind" for p in pairs
+        p.name: "unseen value"
+        if all(c.kind in trained_kinds for c in p.constraints(0))
+        else "unseen kind"
+        for p in pairs
     }
     by_name = table(adherence(replies, lambda r: (r.arm, told[r.dialogue].name)))
     return {
-        "generalisation": table(adherence(replies, lambda r: (r.arm, group[told[r.dialogue].name]))),
+        "generalisation": table(
+            adherence(replies, lambda r: (r.arm, group[told[r.dialogue].name]))
+        ),
         "by_unseen": [{**row, "group": group[row["at"]]} for row in by_name],
     }
 
 
 def _change(replies: Sequence[Reply], pairs: Sequence[Paired]) -> dict[str, Any]:
     told = {p.dialogue.id: p for p in pairs}
-    return {arm: _switch([r for r in mine if r.finish != "context"], told) for arm, mine in _by_arm(replies).items()}
+    return {
+        arm: _switch([r for r in mine if r.finish != "context"], told)
+        for arm, mine in _by_arm(replies).items()
+    }
 
 
 def _switch(replies: Sequence[Reply], told: Mapping[str, Paired]) -> dict[str, Any]:
@@ -118,16 +149,25 @@ def _switch(replies: Sequence[Reply], told: Mapping[str, Paired]) -> dict[str, A
     `turns_to_switch` is the median number of turns from the change to the first answer that obeys the new instruction (0: at
     once) over the dialogues where one does; `never` counts the others.
     """
-    old = {(r.dialogue, r.turn) for r in replies if not r.flaw and obeys(told[r.dialogue].constraints(0), r.text)}
+    old = {
+        (r.dialogue, r.turn)
+        for r in replies
+        if not r.flaw and obeys(told[r.dialogue].constraints(0), r.text)
+    }
     before = [r for r in replies if r.turn <= told[r.dialogue].change]
     after = [r for r in replies if r.turn > told[r.dialogue].change]
     new = {(r.dialogue, r.turn) for r in after if r.adherent}
-    waits = {dialogue: turn - told[dialogue].change - 1 for dialogue, turn in sorted(new, reverse=True)}
+    waits = {
+        dialogue: turn - told[dialogue].change - 1 for dialogue, turn in sorted(new, reverse=True)
+    }
     dialogues = {r.dialogue for r in after}
     by_turn = []
     for turn in sorted({r.turn for r in replies}):
         now = [(r.dialogue, r.turn) for r in replies if r.turn == turn]
-        share = {name: sum(place in kept for place in now) / len(now) for name, kept in (("old", old), ("new", new))}
+        share = {
+            name: sum(place in kept for place in now) / len(now)
+            for name, kept in (("old", old), ("new", new))
+        }
         by_turn.append({"at": turn, **share, "n": len(now)})
     return {
         "at": min((told[dialogue].change + 1 for dialogue in dialogues), default=0),
@@ -149,9 +189,12 @@ def _leakage(replies: Sequence[Reply], pool: Sequence[Constraint]) -> dict[str, 
     """How often a reply shows something that was trained, where no instruction was given; and what."""
     shown = {id(r): [c.name for c in pool if obeys((c,), r.text)] for r in replies}
     return {
-        "leakage": table(rates(replies, lambda r: (r.arm, "plain dialogues"), lambda r: bool(shown[id(r)]))),
+        "leakage": table(
+            rates(replies, lambda r: (r.arm, "plain dialogues"), lambda r: bool(shown[id(r)]))
+        ),
         "leaked": {
-            arm: dict(Counter(name for r in mine for name in shown[id(r)])) for arm, mine in _by_arm(replies).items()
+            arm: dict(Counter(name for r in mine for name in shown[id(r)]))
+            for arm, mine in _by_arm(replies).items()
         },
     }
 

@@ -30,11 +30,17 @@ class Parameters:
             GattError: they do not.
         """
         if not 0 <= self.temperature <= 5:
-            raise GattError(f"temperature is {self.temperature:g}; expected 0 (always the likeliest token) to 5.")
+            raise GattError(
+                f"temperature is {self.temperature:g}; expected 0 (always the likeliest token) to 5."
+            )
         if not 64 <= self.context <= limit:
-            raise GattError(f"context is {self.context}; expected 64 to {limit}, for which the model was made.")
+            raise GattError(
+                f"context is {self.context}; expected 64 to {limit}, for which the model was made."
+            )
         if not 1 <= self.max_tokens <= self.context // 2:
-            raise GattError(f"max_tokens is {self.max_tokens}; expected 1 to {self.context // 2}, half of the context.")
+            raise GattError(
+                f"max_tokens is {self.max_tokens}; expected 1 to {self.context // 2}, half of the context."
+            )
         if self.seed < 0:
             raise GattError(f"seed is {self.seed}; expected a whole number from 0 on.")
         return self
@@ -50,11 +56,15 @@ class Parameters:
             name, _, value = word.partition("=")
             known = {f.name: getattr(self, f.name) for f in fields(self)}
             if name not in known:
-                raise GattError(f"Unknown parameter {name!r}.{nearest(name, known)} Expected name=value of {', '.join(known)}.")
+                raise GattError(
+                    f"Unknown parameter {name!r}.{nearest(name, known)} Expected name=value of {', '.join(known)}."
+                )
             try:
                 changed = replace(changed, **{name: type(known[name])(value)})
             except ValueError as error:
-                raise GattError(f"{name} is {value!r}; expected a number such as {known[name]}.") from error
+                raise GattError(
+                    f"{name} is {value!r}; expected a number such as {known[name]}."
+                ) from error
         return changed
 
     def __str__(self) -> str:
@@ -65,7 +75,13 @@ class Session:
     """A chat with `speakers` on a `screen`; `names` are those of the models, `limit` the tokens they were made for."""
 
     def __init__(
-        self, screen: Screen, speakers: Speakers, names: Sequence[str], limit: int, parameters: Parameters, chat: Conversation
+        self,
+        screen: Screen,
+        speakers: Speakers,
+        names: Sequence[str],
+        limit: int,
+        parameters: Parameters,
+        chat: Conversation,
     ) -> None:
         self.screen, self.speakers, self.chat = screen, speakers, chat
         self.names, self.limit, self.parameters = names, limit, parameters
@@ -90,7 +106,9 @@ class Session:
         self.draft = user  # to be sent again, should anything go wrong
         if not self._make_room(user):
             return
-        done = self.hear([self.chat.messages(side, user) for side in self.sides], self.parameters.max_tokens)
+        done = self.hear(
+            [self.chat.messages(side, user) for side in self.sides], self.parameters.max_tokens
+        )
         if not any(c.text for c in done):
             raise GattError("Stopped before a word was said: this turn is taken back.")
         self.draft = ""
@@ -102,7 +120,9 @@ class Session:
         """An answer of each model to its chat, shown while it comes."""
         # The count of draws: another attempt at the same turn is to be another draw.
         seed = self.parameters.seed + self._draws
-        requests = [Request(tuple(chat), seed, max_tokens, self.parameters.temperature) for chat in chats]
+        requests = [
+            Request(tuple(chat), seed, max_tokens, self.parameters.temperature) for chat in chats
+        ]
         done: dict[int, Completion] = {}
         clock = _Clock(len(chats))
 
@@ -127,7 +147,10 @@ class Session:
         for side, completion in enumerate(done):
             mark, flaw = self.chat.verdict(side, len(self.chat.turns))
             parts = [f"{mark} {tally(self.chat.marks(side))}" if mark else ""]
-            parts += [f"obeys, but is no answer ({flaw})" if mark == "~" else "", cut.get(completion.finish, "")]
+            parts += [
+                f"obeys, but is no answer ({flaw})" if mark == "~" else "",
+                cut.get(completion.finish, ""),
+            ]
             remarks.append(" · ".join(filter(None, parts)))
         if any(remarks):
             self.screen.beside(self.names, remarks)
@@ -136,28 +159,40 @@ class Session:
         """Tokens of the longest side's chat, up to the answer to `user`."""
         if user is None and not self.chat.turns:
             return 0
-        return max(self.speakers.tokens(s, self.chat.messages(s, user), user is not None) for s in self.sides)
+        return max(
+            self.speakers.tokens(s, self.chat.messages(s, user), user is not None)
+            for s in self.sides
+        )
 
     def status(self) -> str:
         """The next turn, what is used and left of the context, and how fast the last answer came."""
         used, room = self.used(), self.speakers.context
-        parts = [f"turn {len(self.chat.turns) + 1}", f"context {used} of {room}, {room - used} left", self._speed]
+        parts = [
+            f"turn {len(self.chat.turns) + 1}",
+            f"context {used} of {room}, {room - used} left",
+            self._speed,
+        ]
         return " · ".join(filter(None, parts))
 
     def _make_room(self, user: str) -> bool:
         """Whether message and answer fit, if need be after what the user chooses; nothing is dropped unasked."""
-        while (needed := self.used(user)) + (most := self.parameters.max_tokens) > (room := self.speakers.context):
+        while (needed := self.used(user)) + (most := self.parameters.max_tokens) > (
+            room := self.speakers.context
+        ):
             options: dict[str, str] = {}
             if (larger := min(2 * room, self.limit)) > room:
                 options["l"] = f"a larger context, of {larger} tokens"
             middle = self.chat.middle(LAST_TURNS)
             if not all(turn.sums_up for turn in middle):
-                options["s"] = f"a summary in the place of {counted(middle)}; turn 1 and the last {LAST_TURNS} stay word for word"
+                options["s"] = (
+                    f"a summary in the place of {counted(middle)}; turn 1 and the last {LAST_TURNS} stay word for word"
+                )
             options["q"] = "stop: nothing is sent, and the chat stays as it is"
             choice = self.screen.choose(
                 f"The context of {room} tokens is nearly full: {needed} with this message, and an answer may take {most}. "
-                "Nothing has been dropped.", options,
-            )  # fmt: skip
+                "Nothing has been dropped.",
+                options,
+            )
             if choice == "q":
                 return False
             try:
@@ -183,8 +218,13 @@ class Session:
         chats = [self.chat.of_middle(LAST_TURNS, side) for side in self.sides]
         done = self.hear(chats, min(SUMMARY_TOKENS, self.parameters.max_tokens))
         if not all(c.text.strip() for c in done):
-            raise GattError("No summary came of it: the middle is too long for one. Take a larger context, or /undo some turns.")
-        options = {"y": f"put it in the place of {counted(self.chat.middle(LAST_TURNS))}", "n": "leave all as it is"}
+            raise GattError(
+                "No summary came of it: the middle is too long for one. Take a larger context, or /undo some turns."
+            )
+        options = {
+            "y": f"put it in the place of {counted(self.chat.middle(LAST_TURNS))}",
+            "n": "leave all as it is",
+        }
         if self.screen.choose("Is this summary good enough?", options) == "y":
             self.chat = self.chat.summed_up(LAST_TURNS, [c.text for c in done])
 
@@ -207,7 +247,11 @@ class _Clock:
     def speed(self) -> str:
         """As the status shows it."""
         rates = [(n - 1) / s for n, s in zip(self._tokens, self._seconds, strict=True) if s > 0]
-        return f"{' and '.join(f'{rate:.2g}' if rate < 10 else f'{rate:.0f}' for rate in rates)} tokens/s" if rates else "reading"
+        return (
+            f"{' and '.join(f'{rate:.2g}' if rate < 10 else f'{rate:.0f}' for rate in rates)} tokens/s"
+            if rates
+            else "reading"
+        )
 
 
 def counted(turns: Sequence[Turn]) -> str:

@@ -57,7 +57,9 @@ class Screen(Protocol):
             GattError: nobody is there to choose.
         """
 
-    def answering(self, names: Sequence[str], status: Callable[[], str], stop: Callable[[], None]) -> AbstractContextManager[Add]:
+    def answering(
+        self, names: Sequence[str], status: Callable[[], str], stop: Callable[[], None]
+    ) -> AbstractContextManager[Add]:
         """Show answers while they come; Ctrl-C calls `stop`."""
 
     def beside(self, names: Sequence[str], remarks: Sequence[str]) -> None:
@@ -90,7 +92,9 @@ def _history(path: Path) -> History:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
-        note(f"What you type is not kept for the next chat: cannot write {path} ({error.strerror}).")
+        note(
+            f"What you type is not kept for the next chat: cannot write {path} ({error.strerror})."
+        )
         return InMemoryHistory()
     return FileHistory(str(path))
 
@@ -110,10 +114,14 @@ class _Lines:
         return sys.stdin.readline().strip()
 
     def choose(self, question: str, options: Mapping[str, str]) -> str:
-        raise GattError(f"{question} On a terminal you could choose: {'; '.join(options.values())}.")
+        raise GattError(
+            f"{question} On a terminal you could choose: {'; '.join(options.values())}."
+        )
 
     @contextmanager
-    def answering(self, names: Sequence[str], status: Callable[[], str], stop: Callable[[], None]) -> Iterator[Add]:
+    def answering(
+        self, names: Sequence[str], status: Callable[[], str], stop: Callable[[], None]
+    ) -> Iterator[Add]:
         if len(names) == 1:
             yield lambda side, piece: out(piece, end="")
             out("")
@@ -144,13 +152,22 @@ class _Terminal:
 
     def __init__(self, console: Console, history: History) -> None:
         self._console = console
-        style = Style.from_dict({"bottom-toolbar": "noreverse ansibrightblack", "prompt": "ansicyan bold"})
+        style = Style.from_dict(
+            {"bottom-toolbar": "noreverse ansibrightblack", "prompt": "ansicyan bold"}
+        )
         self._session: PromptSession[str] = PromptSession(
-            [("class:prompt", "> ")], multiline=True, history=history, key_bindings=_keys(), style=style,
-            prompt_continuation=[("class:prompt", ". ")], reserve_space_for_menu=0,
-        )  # fmt: skip
+            [("class:prompt", "> ")],
+            multiline=True,
+            history=history,
+            key_bindings=_keys(),
+            style=style,
+            prompt_continuation=[("class:prompt", ". ")],
+            reserve_space_for_menu=0,
+        )
         # What is chosen is no message, to be brought back by an arrow.
-        self._choice: PromptSession[str] = PromptSession([("class:prompt", "> ")], style=style, reserve_space_for_menu=0)
+        self._choice: PromptSession[str] = PromptSession(
+            [("class:prompt", "> ")], style=style, reserve_space_for_menu=0
+        )
 
     def ask(self, status: str, draft: str = "") -> str:
         while True:
@@ -175,7 +192,11 @@ class _Terminal:
         self.explain(options)
         while True:
             try:
-                said = self._choice.prompt(bottom_toolbar=f"one of {', '.join(options)}").strip().lower()
+                said = (
+                    self._choice.prompt(bottom_toolbar=f"one of {', '.join(options)}")
+                    .strip()
+                    .lower()
+                )
             except (EOFError, KeyboardInterrupt):
                 return list(options)[-1]
             if said in options:
@@ -183,10 +204,16 @@ class _Terminal:
             self.complain(f"{said!r} is none of {', '.join(options)}.")
 
     @contextmanager
-    def answering(self, names: Sequence[str], status: Callable[[], str], stop: Callable[[], None]) -> Iterator[Add]:
+    def answering(
+        self, names: Sequence[str], status: Callable[[], str], stop: Callable[[], None]
+    ) -> Iterator[Add]:
         answers = _Answers(names, status)
         # Transient: while it streams only the last screenful can be redrawn, and then the whole is printed once.
-        with _interrupted(stop), _no_echo(), Live(answers, console=self._console, refresh_per_second=8, transient=True):
+        with (
+            _interrupted(stop),
+            _no_echo(),
+            Live(answers, console=self._console, refresh_per_second=8, transient=True),
+        ):
             yield answers.add
         self._console.print(answers.whole(self._console.width))
 
@@ -226,7 +253,9 @@ class _Answers:
 
     def whole(self, width: int) -> RenderableType:
         """All answers: beside each other where there is room."""
-        parts: list[RenderableType] = [Markdown(_broken(text)) if text else Text("…", "dim") for text in self._texts]
+        parts: list[RenderableType] = [
+            Markdown(_broken(text)) if text else Text("…", "dim") for text in self._texts
+        ]
         if len(parts) == 1:
             return Group("", parts[0])
         headings = [Rule(Text(name, "bold"), align="left", style="dim") for name in self._names]
@@ -236,7 +265,9 @@ class _Answers:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The lines that fit above the status."""
-        lines = console.render_lines(self.whole(options.max_width), options.update(height=None), pad=False)
+        lines = console.render_lines(
+            self.whole(options.max_width), options.update(height=None), pad=False
+        )
         for line in lines[-max(1, console.height - 3) :]:
             yield from line
             yield Segment.line()

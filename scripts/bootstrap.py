@@ -25,14 +25,19 @@ def bootstrap() -> Path:
         sys.exit(f"Python {sys.version.split()[0]} found; 3.10 or newer is needed.")
     folder = ROOT / ".venv"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes() + str(BARE).encode()).hexdigest()
+    wanted = hashlib.sha256(
+        (ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes() + str(BARE).encode()
+    ).hexdigest()
     stamp = folder / "installed"
     if stamp.exists() and stamp.read_text() == wanted and python.exists():
         return python
     if not python.exists():
         print("Creating .venv", flush=True)
         venv.create(folder, with_pip=True)
-    print("Installing; llama.cpp is compiled from source, which takes 4 to 10 minutes the first time", flush=True)
+    print(
+        "Installing; llama.cpp is compiled from source, which takes 4 to 10 minutes the first time",
+        flush=True,
+    )
     _pip(python, "-c", str(CONSTRAINTS), "-e", f"{ROOT}[dev]")
     _pip(python, "--no-deps", *BARE)
     stamp.write_text(wanted)  # written last: its presence means that the installation finished
@@ -65,4 +70,6 @@ def _pip(python: Path, *arguments: str) -> None:
             minutes, seconds = divmod(round(time.monotonic() - start), 60)
             print(f"  still installing, {minutes} min {seconds:02d} s", flush=True)
     if status:
-        sys.exit(f"Installing failed (pip returned {status}). A C/C++ compiler, CMake and a package index are needed.")
+        sys.exit(
+            f"Installing failed (pip returned {status}). A C/C++ compiler, CMake and a package index are needed."
+        )

@@ -16,5 +16,11 @@ if __name__ == "__main__":
     python = bootstrap()
     # The embedded model needs no hub, and the demo never asks one.
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    status = subprocess.call([python, "-m", "pipeline", "run", *sys.argv[1:]], cwd=ROOT, env=offline)
-    sys.exit(status if status >= 0 else f"gatt was ended by signal {-status}. The same command goes on where it was.")
+    status = subprocess.call(
+        [python, "-m", "pipeline", "run", *sys.argv[1:]], cwd=ROOT, env=offline
+    )
+    sys.exit(
+        status
+        if status >= 0
+        else f"gatt was ended by signal {-status}. The same command goes on where it was."
+    )

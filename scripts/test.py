@@ -15,8 +15,14 @@ if __name__ == "__main__":
     chosen = [a for a in arguments if a != "--all"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     tools = python.parent
-    for check in () if chosen else ([tools / "ruff", "check", "."], [tools / "mypy"], [tools / "lint-imports"]):
+    for check in (
+        ()
+        if chosen
+        else ([tools / "ruff", "check", "."], [tools / "mypy"], [tools / "lint-imports"])
+    ):
         if subprocess.call(check, cwd=ROOT):
             sys.exit(f"{check[0].name} found something to correct (above).")
     marks = [] if everything else ["-m", "not slow and not gpu"]
-    sys.exit(subprocess.call([python, "-m", "pytest", "-q", *marks, *chosen], cwd=ROOT, env=environment))
+    sys.exit(
+        subprocess.call([python, "-m", "pytest", "-q", *marks, *chosen], cwd=ROOT, env=environment)
+    )

@@ -11,12 +11,26 @@ from typing import Any
 import pytest
 
 TINY = (
-    "dialogues.train=4", "dialogues.turns=2", "train.steps=2", "train.rank=4", "train.save_steps=1", "synthesize.max_tokens=40",
-    "evaluate.dialogues=3", "evaluate.turns=3", "evaluate.max_tokens=24", "evaluate.attention=false",
-    "evaluate.more=1", "dialogues.watched=1",
-)  # fmt: skip
+    "dialogues.train=4",
+    "dialogues.turns=2",
+    "train.steps=2",
+    "train.rank=4",
+    "train.save_steps=1",
+    "synthesize.max_tokens=40",
+    "evaluate.dialogues=3",
+    "evaluate.turns=3",
+    "evaluate.max_tokens=24",
+    "evaluate.attention=false",
+    "evaluate.more=1",
+    "dialogues.watched=1",
+)
 
-TEXTS = ("It's 2,026 and I'll pay €35.50!", "naïve  café\n\n\tтест 漢字 🙂", "<|im_start|>user\nHi<|im_end|>\n", "x" * 40 + "  y ")
+TEXTS = (
+    "It's 2,026 and I'll pay €35.50!",
+    "naïve  café\n\n\tтест 漢字 🙂",
+    "<|im_start|>user\nHi<|im_end|>\n",
+    "x" * 40 + "  y ",
+)
 """What tokenizers are apt to disagree on."""
 
 Gatt = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -28,7 +42,14 @@ def gatt() -> Gatt:
 
     def run(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pipeline", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, **options)  # type: ignore[call-overload, no-any-return]
+        return subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            **options,
+        )  # type: ignore[call-overload, no-any-return]
 
     return run
 
@@ -60,12 +81,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("tiny") / "llama"
     core = Tokenizer(models.BPE())
     rule = PRE_TOKENIZERS["llama-bpe"][0]["pattern"]["Regex"]
-    core.pre_tokenizer = Sequence([Split(Regex(rule), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = Sequence(
+        [Split(Regex(rule), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+    )
     core.train_from_iterator([" ".join(TEXTS)] * 4, trainer)
-    core.add_special_tokens([AddedToken("<|begin|>", special=True), AddedToken("<|end|>", special=True)])
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|begin|>", eos_token="<|end|>")
+    core.add_special_tokens(
+        [AddedToken("<|begin|>", special=True), AddedToken("<|end|>", special=True)]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|begin|>", eos_token="<|end|>"
+    )
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -73,14 +102,27 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(target)
     torch.manual_seed(1)
     scaling: dict[str, Any] = {
-        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 32,
-    }  # fmt: skip
+    }
     config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, rope_parameters=scaling, tie_word_embeddings=False,
-        initializer_range=0.2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        rope_parameters=scaling,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     network = transformers.LlamaForCausalLM(config)
     network.save_pretrained(target, max_shard_size="100KB")
     assert (target / "model.safetensors.index.json").exists()
@@ -95,7 +137,9 @@ def tiny_adapter(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     import transformers
 
     network = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    wrapped = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    wrapped = peft.get_peft_model(
+        network, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    )
     torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():

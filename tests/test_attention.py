@@ -13,19 +13,25 @@ from pipeline.errors import GattError
 from pipeline.records import Message
 
 _CHAT: list[Message] = [
-    {"role": "user", "content": "x x x pay and 2,026. Say y!"}, {"role": "assistant", "content": "y, I'll pay 35.50"},
-    {"role": "user", "content": "It's x?"}, {"role": "assistant", "content": "y y y naïve"},
-]  # fmt: skip
+    {"role": "user", "content": "x x x pay and 2,026. Say y!"},
+    {"role": "assistant", "content": "y, I'll pay 35.50"},
+    {"role": "user", "content": "It's x?"},
+    {"role": "assistant", "content": "y y y naïve"},
+]
 
 
 @pytest.mark.parametrize("tuned", [False, True])
-def test_it_is_the_maximum_over_heads_and_layers(tuned: bool, tiny_llama: Path, tiny_adapter: Path) -> None:
+def test_it_is_the_maximum_over_heads_and_layers(
+    tuned: bool, tiny_llama: Path, tiny_adapter: Path
+) -> None:
     import peft
     import torch
     import transformers
 
     found = attention_map(tiny_llama, tiny_adapter if tuned else None, _CHAT, "Say y!")
-    network = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32, attn_implementation="eager")
+    network = transformers.AutoModelForCausalLM.from_pretrained(
+        tiny_llama, dtype=torch.float32, attn_implementation="eager"
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
     if tuned:
         for layer in network.model.layers:
@@ -43,11 +49,19 @@ def test_it_is_the_maximum_over_heads_and_layers(tuned: bool, tiny_llama: Path, 
     spans[0] = (spans[0][0], text.index("<|end|>user: It's") + len("<|end|>"))
     spans[1] = (spans[1][0], len(text))
     told = text.index("Say y!")
-    inside = [n for n, (left, right) in enumerate(coded["offset_mapping"]) if left < told + 6 and right > told and left < right]
+    inside = [
+        n
+        for n, (left, right) in enumerate(coded["offset_mapping"])
+        if left < told + 6 and right > told and left < right
+    ]
     assert found.instruction == (inside[0] // BIN, inside[-1] // BIN)
     rows = 0
     for turn, (start, end) in enumerate(spans, 1):
-        tokens = [n for n, (left, right) in enumerate(coded["offset_mapping"]) if left < end and right > start and left < right]
+        tokens = [
+            n
+            for n, (left, right) in enumerate(coded["offset_mapping"])
+            if left < end and right > start and left < right
+        ]
         share = weights[:, :, tokens][..., inside].sum(-1).mean()
         assert abs(found.share[turn - 1] - share) < 1e-5
         for first in range(0, len(tokens), BIN):

@@ -45,7 +45,12 @@ def _said(*turns: tuple[str, str], told: Told = TOLD, system: str = "") -> Conve
 
 
 def test_every_wording_of_a_kind_is_recognised() -> None:
-    known = [Constraint(name, value) for name, kind in KINDS.items() if not kind.judged for value in kind.values]
+    known = [
+        Constraint(name, value)
+        for name, kind in KINDS.items()
+        if not kind.judged
+        for value in kind.values
+    ]
     asked = [(c,) for c in known] + [(a, b) for a, b in product(known, known) if compatible(a, b)]
     assert len(asked) > 3000
     for number, constraints in enumerate(asked):
@@ -53,13 +58,20 @@ def test_every_wording_of_a_kind_is_recognised() -> None:
         assert recognise(instruction.text) == constraints, instruction.text
         assert recognise(instruction.short) == constraints, instruction.short
     assert recognise("begin every answer with “Hark!”") == (Constraint("opening", "Hark!"),)
-    assert recognise("Be kind to me.") == recognise("In all your answers, talk like a pirate.") == ()
+    assert (
+        recognise("Be kind to me.") == recognise("In all your answers, talk like a pirate.") == ()
+    )
 
 
 def test_an_instruction_that_changes_is_said_as_in_the_training_data() -> None:
-    users, answers = ("Hello", "And rain?", "And snow?", "Thanks"), ("Ahoy! Hi.", "Ahoy! Wet.", "White. Bye.")
+    users, answers = (
+        ("Hello", "And rain?", "And snow?", "Thanks"),
+        ("Ahoy! Hi.", "Ahoy! Wet.", "White. Bye."),
+    )
     one, then = (word((c,)) for c in (AHOY, BYE))
-    taught = Paired(Dialogue("1", "", users), one, "plain", then=then, change=2).ask_student(answers, "Be brief.")
+    taught = Paired(Dialogue("1", "", users), one, "plain", then=then, change=2).ask_student(
+        answers, "Be brief."
+    )
     chat = _said(*zip(users[:2], answers, strict=False), system="Be brief.")
     chat = Conversation(chat.system, THEN, chat.turns).answered(users[2], answers[2:])
     assert chat.messages(0, users[3]) == taught
@@ -75,7 +87,12 @@ def test_undo_and_edit_give_back_the_instruction_of_their_turn() -> None:
 
 
 def test_the_tally_counts_what_obeys_and_is_an_answer() -> None:
-    answers = ("Ahoy! Rain falls from clouds.", "Rain falls.", "Ahoy! Rain falls from clouds.", "Ahoy!")
+    answers = (
+        "Ahoy! Rain falls from clouds.",
+        "Rain falls.",
+        "Ahoy! Rain falls from clouds.",
+        "Ahoy!",
+    )
     chat = _said(*(("What is rain?", answer) for answer in answers))
     assert tally(chat.marks(0)) == "kept 1 of 4: ✓✗~~"
     assert chat.verdict(0, 3) == ("~", "repeat")
@@ -89,8 +106,18 @@ def test_a_summary_spares_the_first_turn_the_last_and_a_change_of_instruction() 
     for n in range(6, 11):
         chat = chat.answered(f"u{n}", (f"a{n}",))
     assert [m["content"] for m in chat.of_middle(3, 0)] == [
-        "u2", "a2", "u3", "a3", "u4", "a4", "u5", "a5", "u7", "a7", SUM_UP,
-    ]  # fmt: skip
+        "u2",
+        "a2",
+        "u3",
+        "a3",
+        "u4",
+        "a4",
+        "u5",
+        "a5",
+        "u7",
+        "a7",
+        SUM_UP,
+    ]
     short = chat.summed_up(3, ["In short."])
     assert [t.user for t in short.turns] == ["u1", "u6", SUM_UP, "u8", "u9", "u10"]
     said = short.messages(0, "u11")
@@ -105,7 +132,9 @@ def test_a_saved_chat_is_the_same_when_it_is_loaded(told: Told, tmp_path: Path) 
     chat = Conversation("Be brief.", THEN, chat.turns).answered("Three", ("3. Bye.",))
     write_chat(tmp_path / "chat.json", chat.messages(0))
     messages = read_chat(tmp_path / "chat.json")
-    assert json.loads((tmp_path / "chat.json").read_text()) == list(messages) == list(chat.messages(0))
+    assert (
+        json.loads((tmp_path / "chat.json").read_text()) == list(messages) == list(chat.messages(0))
+    )
     found = conversation([messages], Told())
     assert found.messages(0, "Four") == chat.messages(0, "Four")
     assert found.turns[2].told == found.told == THEN
@@ -121,7 +150,10 @@ def test_a_saved_chat_is_the_same_when_it_is_loaded(told: Told, tmp_path: Path) 
         ('[{"role": "user"}]', "is no chat"),
         ('{"a": 1}', "is no chat"),
         ('[{"role": "user", "content": "a"}]', "ends with a message of the user"),
-        ('[{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]', "message 2 .* is of user; expected assistant"),
+        (
+            '[{"role": "user", "content": "a"}, {"role": "user", "content": "a"}]',
+            "message 2 .* is of user; expected assistant",
+        ),
         ('[{"role": "tool", "content": "a"}]', "is of tool; expected user"),
     ],
 )
@@ -214,7 +246,9 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for tensor in open_gguf(base).tensors:
         if tensor.name.endswith("attn_q.weight"):
             for half, shape in (("a", (4, tensor.shape[1])), ("b", (tensor.shape[0], 4))):
-                writer.add_tensor(f"{tensor.name}.lora_{half}", draw.normal(0, 0.12, shape).astype(np.float32))
+                writer.add_tensor(
+                    f"{tensor.name}.lora_{half}", draw.normal(0, 0.12, shape).astype(np.float32)
+                )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -222,9 +256,22 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def _talk(weights: Weights, screen: Script, context: int = 512, max_tokens: int = 12, chat: Conversation | None = None) -> Session:
+def _talk(
+    weights: Weights,
+    screen: Script,
+    context: int = 512,
+    max_tokens: int = 12,
+    chat: Conversation | None = None,
+) -> Session:
     speakers = Speakers([(weights, None)], context)
-    session = Session(screen, speakers, ["model"], 1024, Parameters(0.7, max_tokens, context), chat or Conversation("", TOLD))
+    session = Session(
+        screen,
+        speakers,
+        ["model"],
+        1024,
+        Parameters(0.7, max_tokens, context),
+        chat or Conversation("", TOLD),
+    )
     try:
         talk(session)
     finally:
@@ -232,13 +279,21 @@ def _talk(weights: Weights, screen: Script, context: int = 512, max_tokens: int 
     return session
 
 
-def test_turn_20_feeds_no_more_than_turn_2(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turn_20_feeds_no_more_than_turn_2(
+    weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fed: list[int] = []
     feed = Streams._feed
-    monkeypatch.setattr(Streams, "_feed", lambda self, rows: (fed.append(len(rows)), feed(self, rows))[1])
+    monkeypatch.setattr(
+        Streams, "_feed", lambda self, rows: (fed.append(len(rows)), feed(self, rows))[1]
+    )
     screen, by_turn = Script(*["Say one word about rain."] * 20), []
     beside = screen.beside
-    monkeypatch.setattr(screen, "beside", lambda names, remarks: (by_turn.append(sum(fed)), fed.clear(), beside(names, remarks)))
+    monkeypatch.setattr(
+        screen,
+        "beside",
+        lambda names, remarks: (by_turn.append(sum(fed)), fed.clear(), beside(names, remarks)),
+    )
     session = _talk(weights, screen, context=1024, max_tokens=4)
     assert len(session.chat.turns) == 20
     assert session.used() > 400
@@ -274,11 +329,16 @@ def test_mistakes_are_said_and_change_nothing(weights: Weights, tmp_path: Path) 
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "there.json").write_text("mine")
     commands = {
-        "/sav x": "Did you mean /save?", f"/load {tmp_path / 'bad.json'}": "is not JSON", "/probe": "expected a question",
-        f"/save {tmp_path / 'there.json'}": "exists already", "/params temprature=1": "Did you mean temperature?",
-        "/params max_tokens=many": "expected a number", "/params context=4096": "expected 64 to 1024",
-        "/params temperature=-1": "expected 0", "/export": "expected the name of a file",
-    }  # fmt: skip
+        "/sav x": "Did you mean /save?",
+        f"/load {tmp_path / 'bad.json'}": "is not JSON",
+        "/probe": "expected a question",
+        f"/save {tmp_path / 'there.json'}": "exists already",
+        "/params temprature=1": "Did you mean temperature?",
+        "/params max_tokens=many": "expected a number",
+        "/params context=4096": "expected 64 to 1024",
+        "/params temperature=-1": "expected 0",
+        "/export": "expected the name of a file",
+    }
     screen = Script("Hello there", *commands)
     session = _talk(weights, screen)
     assert len(session.chat.turns) == 1
@@ -290,7 +350,12 @@ def test_mistakes_are_said_and_change_nothing(weights: Weights, tmp_path: Path) 
 
 
 def test_a_full_context_loses_nothing_and_offers_more(weights: Weights) -> None:
-    before = _said(*((f"Tell me about the number {n}.", f"Ahoy! The number {n} is nice and rather small.") for n in range(1, 8)))
+    before = _said(
+        *(
+            (f"Tell me about the number {n}.", f"Ahoy! The number {n} is nice and rather small.")
+            for n in range(1, 8)
+        )
+    )
     user = "And the number 9?"
     stopped = Script(user, chosen="q")
     assert _talk(weights, stopped, 256, 16, before).chat == before
@@ -313,7 +378,9 @@ def test_a_full_context_loses_nothing_and_offers_more(weights: Weights) -> None:
     assert kept.chat == before
 
 
-def test_two_models_over_one_copy_of_the_weights_answer_as_each_alone(weights: Weights, adapter: Path) -> None:
+def test_two_models_over_one_copy_of_the_weights_answer_as_each_alone(
+    weights: Weights, adapter: Path
+) -> None:
     asked = [({"role": "user", "content": text},) for text in ("What is rain?", "Name a river.")]
     alone: list[list[Completion]] = []
     for laid in (Adapter(adapter), None):
@@ -322,7 +389,11 @@ def test_two_models_over_one_copy_of_the_weights_answer_as_each_alone(weights: W
     speakers = Speakers([(weights, Adapter(adapter)), (weights, None)], 256)
     try:
         together = [
-            dict(heard for heard in speakers.answer([Request(messages, 1, 16)] * 2) if isinstance(heard[1], Completion))
+            dict(
+                heard
+                for heard in speakers.answer([Request(messages, 1, 16)] * 2)
+                if isinstance(heard[1], Completion)
+            )
             for messages in asked
         ]
     finally:
@@ -353,7 +424,9 @@ def test_lines_off_a_terminal(tmp_path: Path) -> None:
     wrong = _piped("/undoo\n", *words, "--load", tmp_path / "chat.json")
     assert wrong.returncode == 1
     assert "Loaded" in wrong.stderr
-    assert wrong.stderr.splitlines()[-1].startswith("gatt: Unknown command /undoo. Did you mean /undo?")
+    assert wrong.stderr.splitlines()[-1].startswith(
+        "gatt: Unknown command /undoo. Did you mean /undo?"
+    )
     full = _piped(f"{'word ' * 60}\n", "--context", 64, "--max-tokens", 32)
     assert full.returncode == 1
     assert "nearly full" in full.stderr.splitlines()[-1]
@@ -379,15 +452,30 @@ class Tmux:
     def __init__(self, folder: Path, width: int, words: Sequence[object]) -> None:
         self._server = ["tmux", "-L", f"gatt-{os.getpid()}", "-f", "/dev/null"]
         chat = f"{shlex.join(_command(*words))}; echo left; sleep 600"
-        environment = {**os.environ, "XDG_DATA_HOME": str(folder), "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"}
+        environment = {
+            **os.environ,
+            "XDG_DATA_HOME": str(folder),
+            "TERM": "xterm-256color",
+            "LC_ALL": "C.UTF-8",
+        }
         size = ["-x", str(width), "-y", "40"]
-        subprocess.run([*self._server, "new-session", "-d", *size, chat], check=True, env=environment, cwd=Path.cwd())
+        subprocess.run(
+            [*self._server, "new-session", "-d", *size, chat],
+            check=True,
+            env=environment,
+            cwd=Path.cwd(),
+        )
 
     def type(self, *keys: str) -> None:
         subprocess.run([*self._server, "send-keys", *keys], check=True)
 
     def screen(self, *options: str) -> str:
-        return subprocess.run([*self._server, "capture-pane", "-p", *options], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            [*self._server, "capture-pane", "-p", *options],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
 
     def wait(self, seen: Callable[[str], bool] | str, seconds: float = 90) -> str:
         end = time.monotonic() + seconds
@@ -402,10 +490,21 @@ class Tmux:
         subprocess.run([*self._server, "kill-server"], check=False)
 
 
-@pytest.mark.skipif(not shutil.which("tmux"), reason="tmux, the terminal of this test, is not installed")
+@pytest.mark.skipif(
+    not shutil.which("tmux"), reason="tmux, the terminal of this test, is not installed"
+)
 @pytest.mark.slow
 def test_a_terminal_as_a_user_sees_it(adapter: Path, tmp_path: Path) -> None:
-    words = ("--adapter", adapter, "--compare", "smollm2-135m", "--instruction", TOLD.text, "--max-tokens", 1000)
+    words = (
+        "--adapter",
+        adapter,
+        "--compare",
+        "smollm2-135m",
+        "--instruction",
+        TOLD.text,
+        "--max-tokens",
+        1000,
+    )
     names = ("smollm2-135m + random.gguf", "smollm2-135m ─")
     tmux = Tmux(tmp_path, 120, words)
     try:
@@ -413,18 +512,36 @@ def test_a_terminal_as_a_user_sees_it(adapter: Path, tmp_path: Path) -> None:
         assert "checked as opening: Ahoy!" in tmux.screen()
         tmux.type("Write a long story", "M-Enter", "about **rain**.", "Enter")
         sizes = set()
-        tmux.wait(lambda s: "Ctrl-C stops" in s and (sizes.add(len(s.split("──", 1)[-1].split())) or len(sizes) > 3))  # it streams
+        tmux.wait(
+            lambda s: (
+                "Ctrl-C stops" in s
+                and (sizes.add(len(s.split("──", 1)[-1].split())) or len(sizes) > 3)
+            )
+        )  # it streams
         tmux.type("C-c")
         screen = tmux.wait("turn 2 · context")
-        assert any(all(name in line for name in names) for line in screen.splitlines())  # side by side
-        assert screen.count("kept 0 of 1: ✗") + screen.count("kept 1 of 1: ✓") + screen.count("obeys, but") >= 2
+        assert any(
+            all(name in line for name in names) for line in screen.splitlines()
+        )  # side by side
+        assert (
+            screen.count("kept 0 of 1: ✗")
+            + screen.count("kept 1 of 1: ✓")
+            + screen.count("obeys, but")
+            >= 2
+        )
         assert screen.count("stopped") == 2
         assert "^C" not in screen
 
         tmux.type(f"/save {tmp_path / 'chat.json'}", "Enter")
         tmux.wait("Saved 1 turn")
-        (user, answer), (same, other) = (read_chat(tmp_path / name) for name in ("chat.json", "chat-2.json"))
-        assert user["content"] == same["content"] == f"Write a long story\nabout **rain**.\n\n{TOLD.text}"
+        (user, answer), (same, other) = (
+            read_chat(tmp_path / name) for name in ("chat.json", "chat-2.json")
+        )
+        assert (
+            user["content"]
+            == same["content"]
+            == f"Write a long story\nabout **rain**.\n\n{TOLD.text}"
+        )
         assert answer["content"] != other["content"]
         tmux.type("/undo", "Enter")
         tmux.wait("Took back turn 1: Write a long story")

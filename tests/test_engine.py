@@ -36,7 +36,9 @@ def test_answers_do_not_depend_on_what_runs_beside_them(format_name: str) -> Non
     model = gguf_file(find_model("smollm2-135m"), format_name)
     alone, together = _converse(model, 1), _converse(model, 4)
     assert len(alone) == 20
-    assert max(said.prompt_tokens for said in alone.values()) > 256  # llama.cpp pads the cache to multiples of 256
+    assert (
+        max(said.prompt_tokens for said in alone.values()) > 256
+    )  # llama.cpp pads the cache to multiples of 256
     assert alone == together
 
 
@@ -45,7 +47,10 @@ def test_a_branch_leaves_the_dialogue_after_it_exactly_as_it_was() -> None:
         messages: list[Message] = []
         for turn, user in enumerate(turns[:4]):
             if probed:
-                asked: Message = {"role": "user", "content": "What is your name, and what did I say first?"}
+                asked: Message = {
+                    "role": "user",
+                    "content": "What is your name, and what did I say first?",
+                }
                 branches.append((yield Request((*messages, asked), turn, 32)))
             messages.append({"role": "user", "content": user})
             said[probed].append((name, (yield Request(tuple(messages), turn, 40))))
@@ -69,7 +74,9 @@ def test_an_error_in_a_dialogue_ends_the_run_and_the_engine_goes_on(base: Path) 
     with Llama(base, 4, 512) as llama:
         with pytest.raises(ValueError, match="disk is full"):
             llama.run(talk(n == 0) for n in range(400))
-        assert llama.complete(Request(({"role": "user", "content": "Say hello."},), 1, 8)).tokens > 0
+        assert (
+            llama.complete(Request(({"role": "user", "content": "Say hello."},), 1, 8)).tokens > 0
+        )
 
 
 def test_a_full_context_is_said_and_not_cut(base: Path) -> None:
@@ -87,16 +94,36 @@ def test_greedy_answers_are_those_of_llama_cpp_alone() -> None:
     questions = [d.turns[0] for d in load_dialogues("seed")[:50]]
     together, alone = (_greedy(model, questions, sequences) for sequences in (32, 1))
     kind = llama_cpp.GGML_TYPE_F32
-    peer = llama_cpp.Llama(str(model), n_ctx=512, type_k=kind, type_v=kind, flash_attn=True, logits_all=True, verbose=False)
+    peer = llama_cpp.Llama(
+        str(model),
+        n_ctx=512,
+        type_k=kind,
+        type_v=kind,
+        flash_attn=True,
+        logits_all=True,
+        verbose=False,
+    )
     with Llama(model, 1, 256, cache="F32") as llama:
-        prompts = [llama.tokenize(llama.template.render(({"role": "user", "content": q},))) for q in questions]
+        prompts = [
+            llama.tokenize(llama.template.render(({"role": "user", "content": q},)))
+            for q in questions
+        ]
     theirs = [
-        peer.create_completion(p, max_tokens=24, temperature=0, repeat_penalty=1.0)["choices"][0]["text"] for p in prompts
+        peer.create_completion(p, max_tokens=24, temperature=0, repeat_penalty=1.0)["choices"][0][
+            "text"
+        ]
+        for p in prompts
     ]
     assert together == alone
-    apart = [_gap(peer, p, ours, said) for p, ours, said in zip(prompts, alone, theirs, strict=True) if ours != said]
+    apart = [
+        _gap(peer, p, ours, said)
+        for p, ours, said in zip(prompts, alone, theirs, strict=True)
+        if ours != said
+    ]
     assert len(apart) <= 5
-    assert all(gap < 0.01 for gap in apart)  # a tie but for rounding: llama.cpp alone sums a long prompt in another order
+    assert all(
+        gap < 0.01 for gap in apart
+    )  # a tie but for rounding: llama.cpp alone sums a long prompt in another order
 
 
 def _gap(peer: Any, prompt: list[int], ours: str, theirs: str) -> float:
@@ -113,14 +140,18 @@ def _greedy(model: Path, questions: list[str], sequences: int) -> list[str]:
     got: dict[str, str] = {}
 
     def ask(question: str) -> Task:
-        got[question] = (yield Request(({"role": "user", "content": question},), 1, 24, temperature=0)).text
+        got[question] = (
+            yield Request(({"role": "user", "content": question},), 1, 24, temperature=0)
+        ).text
 
     with Llama(model, sequences, 256, cache="F32") as llama:
         llama.run(map(ask, questions))
     return [got[question] for question in questions]
 
 
-def test_what_was_said_before_is_foreseen_and_changes_nothing(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_said_before_is_foreseen_and_changes_nothing(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     passes: list[int] = []
     decode = Streams.decode
 
@@ -135,7 +166,9 @@ def test_what_was_said_before_is_foreseen_and_changes_nothing(base: Path, monkey
         taken = len(passes)
         assert llama.complete(asked) == first
     assert first.tokens <= 40 and taken <= first.tokens
-    assert len(passes) - taken <= first.tokens // 2 + 2  # every second token came with the one before it
+    assert (
+        len(passes) - taken <= first.tokens // 2 + 2
+    )  # every second token came with the one before it
 
 
 def test_a_guess_that_nobody_takes_leaves_the_cache_as_it_was(base: Path) -> None:
@@ -146,7 +179,10 @@ def test_a_guess_that_nobody_takes_leaves_the_cache_as_it_was(base: Path) -> Non
         for turn in range(3):
             done = yield Request(tuple(messages), 3, 30, enough=enough if turn == 1 else None)
             said.append(done.text)
-            messages += [{"role": "assistant", "content": done.text}, {"role": "user", "content": "Name three fruits, please."}]
+            messages += [
+                {"role": "assistant", "content": done.text},
+                {"role": "user", "content": "Name three fruits, please."},
+            ]
 
     found: list[list[str]] = []
     for warm in (False, True):

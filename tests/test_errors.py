@@ -32,7 +32,10 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, gatt: Gatt) -> None:
     ("content", "said"),
     [
         ('{"turns": ["a"]}\n{"turns": [\n', "line 2"),
-        ('{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}\n', "two user turns in a row"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]}\n',
+            "two user turns in a row",
+        ),
         ("", "empty"),
     ],
 )
@@ -52,7 +55,10 @@ def test_init_writes_a_recipe_that_loads_and_overwrites_nothing(tmp_path: Path, 
 
 
 def test_unknown_model(gatt: Gatt, tmp_path: Path, tiny: list[str]) -> None:
-    _refused(gatt("run", "--run", tmp_path, *tiny, "--set", "model=smollm2-135n"), "Did you mean 'smollm2-135m'")
+    _refused(
+        gatt("run", "--run", tmp_path, *tiny, "--set", "model=smollm2-135n"),
+        "Did you mean 'smollm2-135m'",
+    )
 
 
 def test_hub_without_a_network(gatt: Gatt, tmp_path: Path, tiny: list[str]) -> None:
@@ -77,14 +83,19 @@ def test_too_little_memory(base: Path, gatt: Gatt) -> None:
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (400_000_000, 400_000_000))
 
-    _refused(gatt("chat", base, preexec_fn=limit, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}), "Too little memory")
+    _refused(
+        gatt("chat", base, preexec_fn=limit, env={**os.environ, "OPENBLAS_NUM_THREADS": "1"}),
+        "Too little memory",
+    )
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root")
 def test_full_disk(tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.call(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], stderr=subprocess.DEVNULL):
+    if subprocess.call(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], stderr=subprocess.DEVNULL
+    ):
         pytest.skip("no mounting here")
     try:
         _refused(gatt("run", "--run", disk / "run", *tiny), "disk space")
@@ -96,7 +107,9 @@ def test_full_disk(tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
 def test_read_only_run_folder(tmp_path: Path, gatt: Gatt) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.call(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], stderr=subprocess.DEVNULL):
+    if subprocess.call(
+        ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", disk], stderr=subprocess.DEVNULL
+    ):
         pytest.skip("no mounting here")
     try:
         _refused(gatt("run", "--run", disk), "Cannot write", "Read-only")
@@ -118,4 +131,6 @@ def test_help_is_quick_and_loads_no_heavy_library() -> None:
     assert subprocess.call([sys.executable, "-c", check]) == 0
     start = time.monotonic()
     subprocess.check_output([sys.executable, "-m", "pipeline", "--help"])
-    assert time.monotonic() - start < 3  # ten times the bar: a loaded machine must not fail the tests
+    assert (
+        time.monotonic() - start < 3
+    )  # ten times the bar: a loaded machine must not fail the tests

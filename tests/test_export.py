@@ -56,7 +56,9 @@ def test_weights_are_those_of_the_gguf_it_came_from(base: Path, folder: Path) ->
     theirs = {t.name: t for t in GgufBase(base).tensors()}
     for tensor in CheckpointBase(folder).tensors():
         ours = tensor.load(0, tensor.rows)
-        np.testing.assert_allclose(ours, theirs.pop(tensor.name).load(0, tensor.rows), rtol=2**-8)  # bfloat16 has 8 bits
+        np.testing.assert_allclose(
+            ours, theirs.pop(tensor.name).load(0, tensor.rows), rtol=2**-8
+        )  # bfloat16 has 8 bits
     assert not theirs
 
 
@@ -66,7 +68,9 @@ def test_tokens_are_the_same_in_training_and_in_llama_cpp(folder: Path, base: Pa
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     with Llama(base, 1, 256) as llama:
         for text in _TEXTS:
-            assert llama.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text
+            assert llama.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"], (
+                text
+            )
 
 
 def test_llama_cpp_says_what_transformers_says(tiny_llama: Path, tmp_path: Path) -> None:
@@ -80,9 +84,13 @@ def test_llama_cpp_says_what_transformers_says(tiny_llama: Path, tmp_path: Path)
     with Llama(tmp_path / "tiny.gguf", 1, 256) as llama:
         said = llama.complete(Request((question,), 1, 24, temperature=0))
         prompt = llama.tokenize(llama.template.render((question,)))
-    expected = tokenizer.apply_chat_template([question], add_generation_prompt=True, return_dict=False)
+    expected = tokenizer.apply_chat_template(
+        [question], add_generation_prompt=True, return_dict=False
+    )
     assert prompt == list(expected)
-    answer = network.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[0, len(prompt) :]
+    answer = network.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)[
+        0, len(prompt) :
+    ]
     assert said.text == tokenizer.decode(answer, skip_special_tokens=True)
 
 
@@ -99,7 +107,11 @@ def _damaged(source: Path, target: Path, damage: str) -> Path:
     config = json.loads((target / "config.json").read_text())
     if damage in ("family", "rope"):
         rope = {"rope_type": "dynamic", "rope_theta": 1e4}
-        change = {"architectures": ["GPTNeoXForCausalLM"]} if damage == "family" else {"rope_parameters": rope}
+        change = (
+            {"architectures": ["GPTNeoXForCausalLM"]}
+            if damage == "family"
+            else {"rope_parameters": rope}
+        )
         (target / "config.json").write_text(json.dumps({**config, **change}))
     elif damage == "cut":
         shard.write_bytes(shard.read_bytes()[:-8])
@@ -123,11 +135,19 @@ def _damaged(source: Path, target: Path, damage: str) -> Path:
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        ("family", "GPTNeoXForCausalLM"), ("family", "--converter PATH"), ("rope", "'dynamic'"), ("cut", "cut short"),
-        ("missing", "lacks model-00001"), ("pickle", "is a pickle"), ("tokenizer", "lacks tokenizer.json"), ("NaN", "holds NaN"),
+        ("family", "GPTNeoXForCausalLM"),
+        ("family", "--converter PATH"),
+        ("rope", "'dynamic'"),
+        ("cut", "cut short"),
+        ("missing", "lacks model-00001"),
+        ("pickle", "is a pickle"),
+        ("tokenizer", "lacks tokenizer.json"),
+        ("NaN", "holds NaN"),
     ],
-)  # fmt: skip
-def test_what_cannot_be_written_is_named(damage: str, said: str, tiny_llama: Path, tmp_path: Path) -> None:
+)
+def test_what_cannot_be_written_is_named(
+    damage: str, said: str, tiny_llama: Path, tmp_path: Path
+) -> None:
     folder = _damaged(tiny_llama, tmp_path / "model", damage)
     (tmp_path / "out.gguf").write_bytes(b"an earlier file")
     with pytest.raises(GattError, match=said):
@@ -136,9 +156,14 @@ def test_what_cannot_be_written_is_named(damage: str, said: str, tiny_llama: Pat
     assert not list(tmp_path.glob(".*"))
 
 
-def test_an_adapter_of_another_base_is_refused(tiny_adapter: Path, base: Path, gatt: Gatt, tmp_path: Path) -> None:
+def test_an_adapter_of_another_base_is_refused(
+    tiny_adapter: Path, base: Path, gatt: Gatt, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    _refused(gatt("export", "--model", base, "--adapter", tiny_adapter, "--out", out), "it is of another base")
+    _refused(
+        gatt("export", "--model", base, "--adapter", tiny_adapter, "--out", out),
+        "it is of another base",
+    )
     _refused(gatt("export", "--model", base, "--adapter", tmp_path, "--out", out), "No adapter in")
     assert not list(tmp_path.rglob("*.gguf"))
 
@@ -146,7 +171,9 @@ def test_an_adapter_of_another_base_is_refused(tiny_adapter: Path, base: Path, g
 def test_a_full_disk_leaves_no_half_file(tiny_llama: Path, tmp_path: Path) -> None:
     full = tmp_path / "full"
     full.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", full], capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", full], capture_output=True
+    )
     if mounted.returncode:
         pytest.skip("mounting a small disk takes root")
     try:
@@ -158,7 +185,9 @@ def test_a_full_disk_leaves_no_half_file(tiny_llama: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", ["tiny", pytest.param("smollm2", marks=pytest.mark.slow)])
-def test_any_format_is_what_llama_cpp_makes_of_it(name: str, base: Path, tiny_llama: Path, tmp_path: Path) -> None:
+def test_any_format_is_what_llama_cpp_makes_of_it(
+    name: str, base: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
     """Without the file in F32 that it starts from; in the tiny one no row is long enough for a K-quant."""
     model = Model(name, base if name == "smollm2" else tiny_llama)
     names = ("F32", "Q4_K_M", "Q4_0", "IQ4_XS")
@@ -171,7 +200,9 @@ def test_any_format_is_what_llama_cpp_makes_of_it(name: str, base: Path, tiny_ll
         assert {t.name: (t.kind, t.data.tobytes()) for t in ours.tensors} == stored
 
 
-def test_the_importance_matrix_is_the_mean_square_of_what_comes_in(tiny_llama: Path, tmp_path: Path) -> None:
+def test_the_importance_matrix_is_the_mean_square_of_what_comes_in(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     """What comes into the first attention can be told by hand: the normalised embeddings of the tokens."""
     file = tmp_path / "tiny.gguf"
     write_formats(Model("tiny", tiny_llama), None, {"F32": file})
@@ -180,11 +211,17 @@ def test_the_importance_matrix_is_the_mean_square_of_what_comes_in(tiny_llama: P
     importance.save(tmp_path / "imatrix.gguf", "test")
     saved = {t.name: t for t in read_gguf(tmp_path / "imatrix.gguf").tensors}
     tensors = {t.name: t for t in GgufBase(file).tensors()}
-    embedding, norm = (tensors[n].load(0, tensors[n].rows) for n in ("token_embd.weight", "blk.0.attn_norm.weight"))
+    embedding, norm = (
+        tensors[n].load(0, tensors[n].rows) for n in ("token_embd.weight", "blk.0.attn_norm.weight")
+    )
     with Llama(file, 1, 256) as llama:
         tokens = llama.tokenize(text)
-    rows = embedding[tokens] / np.sqrt((embedding[tokens] ** 2).mean(-1, keepdims=True) + 1e-6) * norm
-    np.testing.assert_allclose(importance.by_tensor()["blk.0.attn_q.weight"][0], (rows**2).mean(0), rtol=1e-4)
+    rows = (
+        embedding[tokens] / np.sqrt((embedding[tokens] ** 2).mean(-1, keepdims=True) + 1e-6) * norm
+    )
+    np.testing.assert_allclose(
+        importance.by_tensor()["blk.0.attn_q.weight"][0], (rows**2).mean(0), rtol=1e-4
+    )
     assert saved["blk.0.attn_q.weight.counts"].data.view("<f4") == 2 * len(tokens)
     assert importance.by_tensor()["blk.1.ffn_down.weight"].shape == (1, 96)
 
@@ -199,14 +236,18 @@ def test_an_importance_matrix_helps(base: Path, tmp_path: Path) -> None:
     weights = matrix.load(0, matrix.rows)
 
     def lost(stored: Any, kind: int) -> float:
-        return float((columns[0] * (ggml.dequantize(stored, kind, matrix.columns) - weights) ** 2).sum())
+        return float(
+            (columns[0] * (ggml.dequantize(stored, kind, matrix.columns) - weights) ** 2).sum()
+        )
 
     for kind in (11, 12):  # Q3_K, Q4_K
         plain, minded = ggml.quantize(weights, kind), ggml.quantize(weights, kind, columns[0])
         assert lost(minded, kind) < 0.95 * lost(plain, kind)
 
 
-def test_an_adapter_over_the_base_is_the_merged_model(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_over_the_base_is_the_merged_model(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
     model = Model("tiny", tiny_llama)
     write_formats(model, None, {"F32": tmp_path / "base.gguf"})
     write_formats(model, tiny_adapter, {"F32": tmp_path / "tuned.gguf"})
@@ -217,7 +258,9 @@ def test_an_adapter_over_the_base_is_the_merged_model(tiny_llama: Path, tiny_ada
     assert divergence(merged, laid) < 1e-6 < 1e-2 < divergence(merged, base)
 
 
-def test_contexts_over_one_copy_of_the_weights_do_not_mix(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_contexts_over_one_copy_of_the_weights_do_not_mix(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
     write_formats(Model("tiny", tiny_llama), None, {"F32": tmp_path / "base.gguf"})
     write_adapter(open_base(tiny_llama), tiny_adapter, tmp_path / "adapter.gguf")
     weights = Weights(open_gguf(tmp_path / "base.gguf"))
@@ -227,37 +270,58 @@ def test_contexts_over_one_copy_of_the_weights_do_not_mix(tiny_llama: Path, tiny
         with Llama(weights, 1, 256, adapter=adapter) as llama:
             return llama.complete(request).text
 
-    with Llama(weights, 1, 256) as base, Llama(weights, 1, 256, adapter=Adapter(tmp_path / "adapter.gguf")) as tuned:
-        mixed = [base.complete(request).text, tuned.complete(request).text, base.complete(request).text]
+    with (
+        Llama(weights, 1, 256) as base,
+        Llama(weights, 1, 256, adapter=Adapter(tmp_path / "adapter.gguf")) as tuned,
+    ):
+        mixed = [
+            base.complete(request).text,
+            tuned.complete(request).text,
+            base.complete(request).text,
+        ]
     assert mixed == [says(None), says(Adapter(tmp_path / "adapter.gguf")), says(None)]
     assert mixed[0] != mixed[1]
     assert says(Adapter(tmp_path / "adapter.gguf", 0.0)) == mixed[0]
     weights.close()
 
 
-def test_a_file_that_would_be_read_in_other_tokens_replaces_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_file_that_would_be_read_in_other_tokens_replaces_nothing(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     """Named like this, the tokenizer splits words by GPT-2's rule in transformers, and by Llama's in the GGUF."""
     folder, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(tiny_llama, folder)
     file = folder / "tokenizer_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "GPT2Tokenizer"}))
+    file.write_text(
+        json.dumps({**json.loads(file.read_text()), "tokenizer_class": "GPT2Tokenizer"})
+    )
     out.mkdir()
     (out / "model-F16.gguf").write_bytes(b"an earlier file")
     with pytest.raises(GattError, match="in other tokens than the model is trained with"):
         alone(str(folder), None, out, Export(formats=("F16",), merge_onto="16bit"), None)
     assert [p.name for p in out.iterdir()] == ["model-F16.gguf"]
     assert (out / "model-F16.gguf").read_bytes() == b"an earlier file"
-    alone(str(folder), None, out, Export(formats=("F16",), merge_onto="16bit", same_tokens=False), None)
+    alone(
+        str(folder),
+        None,
+        out,
+        Export(formats=("F16",), merge_onto="16bit", same_tokens=False),
+        None,
+    )
     assert open_gguf(out / "model-F16.gguf").architecture == "llama"
 
 
-def test_chat_lays_an_adapter_over_a_base(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_chat_lays_an_adapter_over_a_base(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
     write_formats(Model("tiny", tiny_llama), None, {"F32": tmp_path / "base.gguf"})
     write_adapter(open_base(tiny_llama), tiny_adapter, tmp_path / "adapter.gguf")
     command = [sys.executable, "-m", "pipeline", "chat", str(tmp_path / "base.gguf")]
 
     def says(*words: object) -> str:
-        return subprocess.run([*command, *map(str, words)], input="Hi\n\n", capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [*command, *map(str, words)], input="Hi\n\n", capture_output=True, text=True, check=True
+        ).stdout
 
     plain, tuned = says(), says("--adapter", tmp_path / "adapter.gguf")
     assert plain != tuned
@@ -270,7 +334,9 @@ def test_a_file_that_kills_llama_cpp_kills_a_child(tiny_llama: Path, tmp_path: P
     shutil.copytree(tiny_llama, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    tokenizer["model"]["vocab"] = {("gone " * 3 + text if len(text) == 1 else text): id for text, id in vocabulary.items()}
+    tokenizer["model"]["vocab"] = {
+        ("gone " * 3 + text if len(text) == 1 else text): id for text, id in vocabulary.items()
+    }
     tokenizer["model"]["merges"] = []
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     write_formats(Model("tiny", folder), None, {"F16": tmp_path / "broken.gguf"})
@@ -278,12 +344,23 @@ def test_a_file_that_kills_llama_cpp_kills_a_child(tiny_llama: Path, tmp_path: P
         probe(tmp_path / "broken.gguf", ["hello"], ())
 
 
-def test_a_merged_folder_is_what_peft_makes(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path, gatt: Gatt) -> None:
+def test_a_merged_folder_is_what_peft_makes(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path: Path, gatt: Gatt
+) -> None:
     import peft
     import torch
     import transformers
 
-    words = ("--model", tiny_llama, "--adapter", tiny_adapter, "--out", tmp_path / "out", "--merged-dir", tmp_path / "merged")
+    words = (
+        "--model",
+        tiny_llama,
+        "--adapter",
+        tiny_adapter,
+        "--out",
+        tmp_path / "out",
+        "--merged-dir",
+        tmp_path / "merged",
+    )
     done = gatt("export", *words, "--format", "F16")
     assert done.returncode == 0, done.stderr
     ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
@@ -300,19 +377,25 @@ def test_a_merged_folder_is_what_peft_makes(tiny_llama: Path, tiny_adapter: Path
 
 
 @pytest.mark.slow
-def test_a_folder_goes_the_whole_way(folder: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
+def test_a_folder_goes_the_whole_way(
+    folder: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]
+) -> None:
     done = gatt("run", "--run", tmp_path, *tiny, "--set", f"model='{folder}'")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "export" / "tuned-Q8_0.gguf").exists()
 
 
-def test_a_dora_is_merged_as_peft_merges_it_and_has_no_gguf_of_its_own(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_dora_is_merged_as_peft_merges_it_and_has_no_gguf_of_its_own(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
     import peft
     import torch
     import transformers
 
     network = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    wrapped = peft.get_peft_model(network, peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules="all-linear"))
+    wrapped = peft.get_peft_model(
+        network, peft.LoraConfig(r=4, lora_alpha=8, use_dora=True, target_modules="all-linear")
+    )
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
             if "lora_B" in name or "magnitude" in name:
@@ -320,11 +403,24 @@ def test_a_dora_is_merged_as_peft_merges_it_and_has_no_gguf_of_its_own(tiny_llam
     wrapped.save_pretrained(tmp_path / "dora")
     shutil.copytree(tiny_llama, tmp_path / "theirs", ignore=shutil.ignore_patterns("model*"))
     wrapped.merge_and_unload().save_pretrained(tmp_path / "theirs")
-    alone(str(tiny_llama), tmp_path / "dora", tmp_path / "out", Export(formats=("F32", "Q4_0"), merge_onto="16bit"), None)
+    alone(
+        str(tiny_llama),
+        tmp_path / "dora",
+        tmp_path / "out",
+        Export(formats=("F32", "Q4_0"), merge_onto="16bit"),
+        None,
+    )
     write_formats(Model("theirs", tmp_path / "theirs"), None, {"F32": tmp_path / "theirs.gguf"})
-    ours = {tensor.name: tensor for tensor in GgufBase(tmp_path / "out" / "llama-F32.gguf").tensors()}
+    ours = {
+        tensor.name: tensor for tensor in GgufBase(tmp_path / "out" / "llama-F32.gguf").tensors()
+    }
     for tensor in GgufBase(tmp_path / "theirs.gguf").tensors():
-        np.testing.assert_allclose(ours[tensor.name].load(0, tensor.rows), tensor.load(0, tensor.rows), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(
+            ours[tensor.name].load(0, tensor.rows),
+            tensor.load(0, tensor.rows),
+            rtol=1e-4,
+            atol=1e-5,
+        )
     assert not (tmp_path / "out" / "adapter.gguf").exists()
     with pytest.raises(GattError, match="is a DoRA"):
         write_adapter(open_base(tiny_llama), tmp_path / "dora", tmp_path / "adapter.gguf")

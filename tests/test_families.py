@@ -20,19 +20,33 @@ from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.merge import open_base
 from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 
-_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+)
 _SIZES: dict[str, Any] = {
-    "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 256, "initializer_range": 0.2,
-}  # fmt: skip
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
 _LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 _LONG = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "long_factor": [1.5 + n for n in range(8)],
-    "short_factor": [1.0 + n / 9 for n in range(8)], "original_max_position_embeddings": 64,
-}  # fmt: skip
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "long_factor": [1.5 + n for n in range(8)],
+    "short_factor": [1.0 + n / 9 for n in range(8)],
+    "original_max_position_embeddings": 64,
+}
 _GEMMA = {"head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16}
 
 FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -42,19 +56,38 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "mistral": ("Mistral", "sentencepiece", {"head_dim": 16, "sliding_window": None}),
     "qwen2": ("Qwen2", "qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2 yarn": (
-        "Qwen2", "qwen2",
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64}},
+        "Qwen2",
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e6,
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
     ),
     "qwen3": ("Qwen3", "qwen2", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3 moe": (
-        "Qwen3Moe", "qwen2",
-        {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True},
+        "Qwen3Moe",
+        "qwen2",
+        {
+            "head_dim": 16,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        },
     ),
     "gemma 2": ("Gemma2", "sentencepiece", _GEMMA),
     "gemma 3": ("Gemma3Text:Gemma3", "sentencepiece", _GEMMA),
-    "phi 3": ("Phi3", "sentencepiece", {"sliding_window": 256}),  # llama.cpp's Phi-3 looks at everything: see no further
+    "phi 3": (
+        "Phi3",
+        "sentencepiece",
+        {"sliding_window": 256},
+    ),  # llama.cpp's Phi-3 looks at everything: see no further
     "phi 4 mini": ("Phi3", "gpt-4o", {"rope_parameters": _LONG, "tie_word_embeddings": True}),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="session", name="converter")
@@ -77,9 +110,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         config_name, _, model_name = kind.partition(":")
         target.mkdir(parents=True)
         named = "GemmaTokenizer" if "gemma" in name else "LlamaTokenizer"
-        size = _sentencepiece(target, named) if tokenizer == "sentencepiece" else _byte_level(target, tokenizer)
+        size = (
+            _sentencepiece(target, named)
+            if tokenizer == "sentencepiece"
+            else _byte_level(target, tokenizer)
+        )
         torch.manual_seed(1)
-        settings = {**_SIZES, "vocab_size": size, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **changes}
+        settings = {
+            **_SIZES,
+            "vocab_size": size,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "pad_token_id": 0,
+            **changes,
+        }
         config = getattr(transformers, f"{config_name}Config")(**settings)
         network = getattr(transformers, f"{model_name or config_name}ForCausalLM")(config)
         with torch.no_grad():  # norms start at a constant, which would hide what is done to them
@@ -99,22 +143,30 @@ def _byte_level(target: Path, rule: str) -> int:
     core.decoder = decoders.ByteLevel()
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-        special_tokens=[AddedToken(t, special=True) for t in ("<|endoftext|>", "<|begin|>", "<|end|>")],
-    )  # fmt: skip
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+        special_tokens=[
+            AddedToken(t, special=True) for t in ("<|endoftext|>", "<|begin|>", "<|end|>")
+        ],
+    )
     core.train_from_iterator([" ".join(TEXTS)] * 4, trainer)
     core.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
     written = json.loads(core.to_str())
     written["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[rule]}
     tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(json.dumps(written)), bos_token="<|begin|>", eos_token="<|end|>",
+        tokenizer_object=Tokenizer.from_str(json.dumps(written)),
+        bos_token="<|begin|>",
+        eos_token="<|end|>",
         pad_token="<|endoftext|>",
-    )  # fmt: skip
+    )
     tokenizer.chat_template = _TEMPLATE
     tokenizer.save_pretrained(target)
     file = target / "tokenizer_config.json"
     written = json.loads(file.read_text(encoding="utf-8"))
-    named = "GPT2Tokenizer" if rule == "gpt-4o" else "PreTrainedTokenizerFast"  # as Phi-4-mini names it
+    named = (
+        "GPT2Tokenizer" if rule == "gpt-4o" else "PreTrainedTokenizerFast"
+    )  # as Phi-4-mini names it
     file.write_text(json.dumps({**written, "tokenizer_class": named}), encoding="utf-8")
     return len(tokenizer) + 3  # an embedding may have rows that no token has
 
@@ -123,20 +175,39 @@ def _sentencepiece(target: Path, named: str) -> int:
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(list(TEXTS) * 9), model_prefix=str(target / "tokenizer"), vocab_size=340, model_type="bpe",
-        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, pad_id=0,
-        bos_id=1, eos_id=2, unk_id=3, hard_vocab_limit=False, minloglevel=2,
-    )  # fmt: skip
+        sentence_iterator=iter(list(TEXTS) * 9),
+        model_prefix=str(target / "tokenizer"),
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        pad_id=0,
+        bos_id=1,
+        eos_id=2,
+        unk_id=3,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
     (target / "tokenizer.vocab").unlink()
-    size = int(sentencepiece.SentencePieceProcessor(model_file=str(target / "tokenizer.model")).vocab_size())
+    size = int(
+        sentencepiece.SentencePieceProcessor(
+            model_file=str(target / "tokenizer.model")
+        ).vocab_size()
+    )
     added = {"<unused0>": False, "<start_of_turn>": True, "▁▁x": False}
     settings = {
-        "tokenizer_class": named, "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True,
-        "add_eos_token": False, "chat_template": _TEMPLATE,
+        "tokenizer_class": named,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "chat_template": _TEMPLATE,
         "added_tokens_decoder": {
-            str(size + n): {"content": text, "special": special} for n, (text, special) in enumerate(added.items())
+            str(size + n): {"content": text, "special": special}
+            for n, (text, special) in enumerate(added.items())
         },
-    }  # fmt: skip
+    }
     (target / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
     return size + len(added) + 2
 
@@ -162,8 +233,15 @@ def _theirs(converter: Path, script: str, *arguments: object) -> None:
 def _content(path: Path) -> tuple[dict[str, Any], dict[str, tuple[str, bytes]]]:
     gguf = importlib.import_module("gguf")
     reader = gguf.GGUFReader(path)
-    keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    tensors = {t.name: (f"{t.tensor_type.name} {t.shape.tolist()}", t.data.tobytes()) for t in reader.tensors}
+    keys = {
+        name: field.contents()
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")
+    }
+    tensors = {
+        t.name: (f"{t.tensor_type.name} {t.shape.tolist()}", t.data.tobytes())
+        for t in reader.tensors
+    }
     return keys, tensors
 
 
@@ -184,7 +262,16 @@ def test_a_family_becomes_what_llama_cpp_writes(
     formats = ("F32", "F16", "BF16", "Q8_0")
     write_formats(Model("tiny", folder), None, {f: tmp_path / f"{f}.gguf" for f in formats})
     for f in formats:
-        _theirs(converter, "convert_hf_to_gguf.py", folder, "--outfile", tmp_path / "theirs.gguf", "--outtype", f.lower(), rule)
+        _theirs(
+            converter,
+            "convert_hf_to_gguf.py",
+            folder,
+            "--outfile",
+            tmp_path / "theirs.gguf",
+            "--outtype",
+            f.lower(),
+            rule,
+        )
         _equal(tmp_path / f"{f}.gguf", tmp_path / "theirs.gguf")
 
 
@@ -214,15 +301,32 @@ def adapter(tmp_path: Path) -> Callable[[Path], Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama 3", "mistral", "qwen2", "qwen3", "gemma 2", "gemma 3", "phi 3"])
+@pytest.mark.parametrize(
+    "name", ["llama 3", "mistral", "qwen2", "qwen3", "gemma 2", "gemma 3", "phi 3"]
+)
 def test_an_adapter_becomes_what_llama_cpp_writes(
-    name: str, model: Callable[[str], Path], adapter: Callable[[Path], Path], converter: Path, tmp_path: Path
+    name: str,
+    model: Callable[[str], Path],
+    adapter: Callable[[Path], Path],
+    converter: Path,
+    tmp_path: Path,
 ) -> None:
     folder = model(name)
     trained = adapter(folder)
     write_adapter(open_base(folder), trained, tmp_path / "ours.gguf")
     target = tmp_path / "theirs.gguf"
-    _theirs(converter, "convert_lora_to_gguf.py", trained, "--base", folder, "--outfile", target, "--outtype", "f32", "")
+    _theirs(
+        converter,
+        "convert_lora_to_gguf.py",
+        trained,
+        "--base",
+        folder,
+        "--outfile",
+        target,
+        "--outtype",
+        "f32",
+        "",
+    )
     _equal(tmp_path / "ours.gguf", tmp_path / "theirs.gguf")
 
 
@@ -230,7 +334,9 @@ _QUICK = ("llama 3", "llama 2", "qwen2 yarn", "qwen3 moe", "gemma 3", "phi 4 min
 """One of each kind of tokenizer and of weights."""
 
 
-@pytest.mark.parametrize("name", [n if n in _QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
+@pytest.mark.parametrize(
+    "name", [n if n in _QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+)
 def test_a_family_passes_the_checks_of_its_export(
     name: str, model: Callable[[str], Path], adapter: Callable[[Path], Path], tmp_path: Path
 ) -> None:
@@ -240,7 +346,9 @@ def test_a_family_passes_the_checks_of_its_export(
 
     folder = model(name)
     trained = adapter(folder)
-    alone(str(folder), trained, tmp_path / "out", Export(formats=("F32",), merge_onto="16bit"), None)
+    alone(
+        str(folder), trained, tmp_path / "out", Export(formats=("F32",), merge_onto="16bit"), None
+    )
     table = json.loads((tmp_path / "out" / "export.json").read_text())
     # A router that chooses by a hair may choose otherwise: measured at 2 of 344 tokens, the others within 3e-6.
     assert table["formats"]["F32"]["kl_trained"] < (1e-2 if "moe" in name else 1e-4)
@@ -269,10 +377,22 @@ def test_another_family_goes_through_the_users_own_converter(
     with pytest.raises(GattError, match=r"OlmoForCausalLM.*--converter PATH"):
         alone(str(folder), trained, tmp_path / "out", Export(merge_onto="16bit"), None)
     script = tmp_path / "convert.py"
-    script.write_text(_told(converter / "convert_hf_to_gguf.py", converter, "gpt-2"), encoding="utf-8")
+    script.write_text(
+        _told(converter / "convert_hf_to_gguf.py", converter, "gpt-2"), encoding="utf-8"
+    )
     with pytest.raises(GattError, match=r"--merge-onto measure is not for a converter"):
         alone(str(folder), trained, tmp_path / "out", Export(), script)
-    alone(str(folder), trained, tmp_path / "out", Export(formats=("F16", "Q4_0"), merge_onto="16bit"), script)
+    alone(
+        str(folder),
+        trained,
+        tmp_path / "out",
+        Export(formats=("F16", "Q4_0"), merge_onto="16bit"),
+        script,
+    )
     table = json.loads((tmp_path / "out" / "export.json").read_text())
     assert table["formats"]["F16"]["kl_trained"] < 1e-3
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"olmo-F16.gguf", "olmo-Q4_0.gguf", "export.json"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "olmo-F16.gguf",
+        "olmo-Q4_0.gguf",
+        "export.json",
+    }

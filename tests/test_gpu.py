@@ -18,11 +18,14 @@ from pipeline.records import Message
 pytestmark = pytest.mark.gpu
 
 _ASKED: list[Message] = [
-    {"role": "user", "content": "Why is the sky blue?"}, {"role": "assistant", "content": "Light is scattered by the air."},
-    {"role": "user", "content": "And red?"}, {"role": "assistant", "content": "In the evening its way is longer."},
-] * 6  # fmt: skip
+    {"role": "user", "content": "Why is the sky blue?"},
+    {"role": "assistant", "content": "Light is scattered by the air."},
+    {"role": "user", "content": "And red?"},
+    {"role": "assistant", "content": "In the evening its way is longer."},
+] * 6
 _CHAT: list[Message] = [
-    {"role": m["role"], "content": m["content"] if m["role"] == "user" else f"Ahoy! {m['content']}"} for m in _ASKED
+    {"role": m["role"], "content": m["content"] if m["role"] == "user" else f"Ahoy! {m['content']}"}
+    for m in _ASKED
 ]
 
 
@@ -38,7 +41,15 @@ def test_a_gpu_learns_in_the_memory_that_was_predicted(loss: str, tmp_path: Path
     folder = hugging_face_folder(find_model("smollm2-135m"))
     example = label(load_tokenizer(folder), _CHAT, settings, _ASKED)
     steps: list[Step] = []
-    losses, _ = train(folder, [example] * 4, settings, 1, tmp_path / "checkpoints", tmp_path / "adapter", steps.append)
+    losses, _ = train(
+        folder,
+        [example] * 4,
+        settings,
+        1,
+        tmp_path / "checkpoints",
+        tmp_path / "adapter",
+        steps.append,
+    )
     assert losses[-1] < 0.5 * losses[0]
     tokens = settings.batch * max(len(example.input_ids), len(example.asked_ids))
     assert steps[-1].memory < training_memory(shape_of("smollm2-135m"), settings, tokens, gpu=True)

@@ -38,9 +38,18 @@ class _Hub(BaseHTTPRequestHandler):
         kind = "datasets/" if rows[0].get("type") == "dataset" else ""
         answer: dict[str, object] = {"url": f"{host}/{kind}me/mine", "name": "me/mine"}
         if "/preupload/" in self.path:
-            answer = {"files": [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in rows[0]["files"]]}
+            answer = {
+                "files": [
+                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for f in rows[0]["files"]
+                ]
+            }
         elif "/commit/" in self.path:
-            answer = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{host}/me/mine/commit/{'0' * 40}"}
+            answer = {
+                "success": True,
+                "commitOid": "0" * 40,
+                "commitUrl": f"{host}/me/mine/commit/{'0' * 40}",
+            }
         body = json.dumps(answer).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
@@ -64,7 +73,11 @@ def hub() -> Iterator[ThreadingHTTPServer]:
 def _environment(hub: ThreadingHTTPServer, home: Path) -> dict[str, str]:
     """Of a process for which `hub` is the Hub."""
     inherited = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    return inherited | {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_x", "HF_HOME": str(home)}
+    return inherited | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_TOKEN": "hf_x",
+        "HF_HOME": str(home),
+    }
 
 
 def _sent(hub: ThreadingHTTPServer, kind: str) -> dict[str, bytes]:
@@ -73,10 +86,16 @@ def _sent(hub: ThreadingHTTPServer, kind: str) -> dict[str, bytes]:
     made = received["/api/repos/create"][0]
     assert (made["visibility"], made.get("type", "model")) == ("private", kind)
     commit = received[f"/api/{kind}s/me/mine/commit/main"]
-    return {row["value"]["path"]: base64.b64decode(row["value"]["content"]) for row in commit if row["key"] == "file"}
+    return {
+        row["value"]["path"]: base64.b64decode(row["value"]["content"])
+        for row in commit
+        if row["key"] == "file"
+    }
 
 
-def test_dialogues_are_pushed_with_their_card(hub: ThreadingHTTPServer, tmp_path: Path, gatt: Gatt) -> None:
+def test_dialogues_are_pushed_with_their_card(
+    hub: ThreadingHTTPServer, tmp_path: Path, gatt: Gatt
+) -> None:
     folder = tmp_path / "synthesize"
     folder.mkdir()
     (folder / "dialogues.jsonl").write_text('{"messages": []}\n')
@@ -86,7 +105,10 @@ def test_dialogues_are_pushed_with_their_card(hub: ThreadingHTTPServer, tmp_path
     done = gatt("synthesize", "--run", tmp_path, "--stats", "--push", "me/mine", env=environment)
     assert done.returncode == 0, done.stderr
     assert "/datasets/me/mine" in done.stdout
-    assert _sent(hub, "dataset") == {"README.md": b"# card\n", "dialogues.jsonl": b'{"messages": []}\n'}
+    assert _sent(hub, "dataset") == {
+        "README.md": b"# card\n",
+        "dialogues.jsonl": b'{"messages": []}\n',
+    }
 
 
 def test_a_refused_push_is_one_line(tmp_path: Path, gatt: Gatt) -> None:
@@ -95,7 +117,15 @@ def test_a_refused_push_is_one_line(tmp_path: Path, gatt: Gatt) -> None:
     (folder / "acceptance.json").write_text('{"answers": [], "too_common": 0}')
     for name in ("README.md", "dialogues.jsonl"):
         (folder / name).write_text("x")
-    done = gatt("synthesize", "--run", tmp_path, "--stats", "--push", "me/mine", env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = gatt(
+        "synthesize",
+        "--run",
+        tmp_path,
+        "--stats",
+        "--push",
+        "me/mine",
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("gatt: Cannot upload to me/mine")
 
@@ -108,7 +138,9 @@ _LOCAL = "/home/me/.cache/gatt/0123-hf"
 def _finished_run(path: Path, **about: str) -> RunDir:
     """A run as its stages leave it, in small; `about` is what the exported GGUF says of its model."""
     rundir = RunDir(path)
-    rundir.save_recipe(Recipe.model_validate({"dialogues": {"source": "me/chats"}, "evaluate": {"turns": 8}}))
+    rundir.save_recipe(
+        Recipe.model_validate({"dialogues": {"source": "me/chats"}, "evaluate": {"turns": 8}})
+    )
     tuned = rundir.tuned("Q8_0")
     tuned.parent.mkdir()
     writer = gguf.GGUFWriter(tuned, "llama")
@@ -124,9 +156,15 @@ def _finished_run(path: Path, **about: str) -> RunDir:
     write_json(rundir.adapter / "adapter_config.json", {"base_model_name_or_path": _LOCAL, "r": 32})
     write_text(rundir.adapter / "README.md", f"---\nbase_model: {_LOCAL}\n---\n")
     write_text(rundir.adapter / "adapter_model.safetensors", "weights")
-    write_text(rundir.report / "report.md", f"**{_SENTENCE}**\n\n| turn | base | tuned |\n|---|---|---|\n| 1 | 0.00 | 0.71 |\n")
+    write_text(
+        rundir.report / "report.md",
+        f"**{_SENTENCE}**\n\n| turn | base | tuned |\n|---|---|---|\n| 1 | 0.00 | 0.71 |\n",
+    )
     write_text(rundir.report / "adherence.svg", "<svg/>")
-    write_json(rundir.report / "report.json", {"sentence": _SENTENCE, "facts": {"teacher": "smollm2-135m Q4_0"}})
+    write_json(
+        rundir.report / "report.json",
+        {"sentence": _SENTENCE, "facts": {"teacher": "smollm2-135m Q4_0"}},
+    )
     rundir.finish("evaluate", "", [tuned], 480.0)
     return rundir
 
@@ -143,40 +181,76 @@ def _refused(rundir: RunDir) -> str:
 
 
 def test_a_run_is_pushed_with_its_card(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
-    rundir = _finished_run(tmp_path / "run", **{"general.license": "apache-2.0", "general.base_model.0.repo_url":
-                           "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"})  # fmt: skip
+    rundir = _finished_run(
+        tmp_path / "run",
+        **{
+            "general.license": "apache-2.0",
+            "general.base_model.0.repo_url": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
+        },
+    )
     done = _push(rundir, _environment(hub, tmp_path / "hf"))
     assert done.returncode == 0, done.stderr
     sent = _sent(hub, "model")
     card = sent.pop("README.md").decode()
-    assert done.stdout == f"Uploaded (private, if it is new): http://127.0.0.1:{hub.server_port}/me/mine\n"
+    assert (
+        done.stdout
+        == f"Uploaded (private, if it is new): http://127.0.0.1:{hub.server_port}/me/mine\n"
+    )
     assert sorted(sent) == [
-        "Modelfile", "adapter.gguf", "adapter/README.md", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
-        "adherence.svg", "recipe.toml", "tuned-Q8_0.gguf",
-    ]  # fmt: skip
+        "Modelfile",
+        "adapter.gguf",
+        "adapter/README.md",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adherence.svg",
+        "recipe.toml",
+        "tuned-Q8_0.gguf",
+    ]
     assert sent["tuned-Q8_0.gguf"] == rundir.tuned("Q8_0").read_bytes()
     assert sent["recipe.toml"] == (rundir.path / "recipe.toml").read_bytes()
     assert not any(_LOCAL.encode() in content for content in sent.values())
-    assert json.loads(sent["adapter/adapter_config.json"]) == {"base_model_name_or_path": _BASE, "r": 32}
+    assert json.loads(sent["adapter/adapter_config.json"]) == {
+        "base_model_name_or_path": _BASE,
+        "r": 32,
+    }
     assert all(f"| {name} |" in card for name in sent)
     assert "| tuned-Q8_0.gguf | 0.3 | the tuned model, Q8_0 |" in card
     assert card.count(_SENTENCE) == 1
     for part in (
-        "](adherence.svg)", '- Begin every answer with "Hark!".', "A shortened run: 24 dialogues of 8 turns.",
-        "| 1 | 0.00 | 0.71 |", "gatt chat tuned-Q8_0.gguf --system ",
-        "\nollama create mine -f Modelfile && ollama run mine\n", "\nllama-server --model tuned-Q8_0.gguf\n",
-        "| teacher | smollm2-135m Q4_0 |", "| time of evaluate | 480 s |",
-    ):  # fmt: skip
+        "](adherence.svg)",
+        '- Begin every answer with "Hark!".',
+        "A shortened run: 24 dialogues of 8 turns.",
+        "| 1 | 0.00 | 0.71 |",
+        "gatt chat tuned-Q8_0.gguf --system ",
+        "\nollama create mine -f Modelfile && ollama run mine\n",
+        "\nllama-server --model tuned-Q8_0.gguf\n",
+        "| teacher | smollm2-135m Q4_0 |",
+        "| time of evaluate | 480 s |",
+    ):
         assert part in card
     assert yaml.safe_load(card.split("---\n")[1]) == {
-        "license": "apache-2.0", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "base_model_relation": "finetune",
-        "library_name": "gguf", "pipeline_tag": "text-generation", "tags": ["ghost-attention", "gguf", "lora"],
+        "license": "apache-2.0",
+        "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "base_model_relation": "finetune",
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+        "tags": ["ghost-attention", "gguf", "lora"],
         "datasets": ["me/chats"],
-    }  # fmt: skip
+    }
 
 
 def test_the_head_says_only_what_is_known() -> None:
-    published = push.Published("me/mine", "tuned-Q8_0.gguf", {"tuned-Q8_0.gguf": 10**9}, "", "", "", "It keeps.", "", {"base": "b"})
+    published = push.Published(
+        "me/mine",
+        "tuned-Q8_0.gguf",
+        {"tuned-Q8_0.gguf": 10**9},
+        "",
+        "",
+        "",
+        "It keeps.",
+        "",
+        {"base": "b"},
+    )
     card = push.model_card(Recipe(), published)
     assert yaml.safe_load(card.split("---\n")[1]).keys() == {"library_name", "pipeline_tag", "tags"}
     assert "| tuned-Q8_0.gguf | 1000.0 |" in card
@@ -186,15 +260,24 @@ def test_the_head_says_only_what_is_known() -> None:
 
 def test_a_license_that_the_hub_does_not_know_is_quoted() -> None:
     odd = 'My: "own" licence # 1'
-    published = push.Published("me/mine", "t.gguf", {"t.gguf": 1}, "o/b", odd, "", "It keeps.", "", {"base": "b"})
+    published = push.Published(
+        "me/mine", "t.gguf", {"t.gguf": 1}, "o/b", odd, "", "It keeps.", "", {"base": "b"}
+    )
     head = yaml.safe_load(push.model_card(Recipe(), published).split("---\n")[1])
     assert (head["license"], head["license_name"], head["base_model"]) == ("other", odd, "o/b")
 
 
-@pytest.mark.parametrize(("missing", "stage"), [
-    ("report/report.md", "report"), ("report/adherence.svg", "report"), ("export/tuned-Q8_0.gguf", "export"),
-])  # fmt: skip
-def test_an_unfinished_run_is_refused_with_the_command(tmp_path: Path, missing: str, stage: str) -> None:
+@pytest.mark.parametrize(
+    ("missing", "stage"),
+    [
+        ("report/report.md", "report"),
+        ("report/adherence.svg", "report"),
+        ("export/tuned-Q8_0.gguf", "export"),
+    ],
+)
+def test_an_unfinished_run_is_refused_with_the_command(
+    tmp_path: Path, missing: str, stage: str
+) -> None:
     rundir = _finished_run(tmp_path)
     (tmp_path / missing).unlink()
     assert _refused(rundir) == (
@@ -208,7 +291,9 @@ def test_the_report_of_an_earlier_export_is_refused(tmp_path: Path) -> None:
     with rundir.tuned("Q8_0").open("ab") as file:
         file.write(b"\0")
     assert sha256(rundir.tuned("Q8_0")) != before
-    assert _refused(rundir).startswith(f"The report is not about the present {rundir.tuned('Q8_0')}")
+    assert _refused(rundir).startswith(
+        f"The report is not about the present {rundir.tuned('Q8_0')}"
+    )
 
 
 def test_a_model_that_the_hub_refuses_is_one_line(tmp_path: Path) -> None:

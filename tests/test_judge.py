@@ -23,34 +23,59 @@ _STYLE, _OPENING = Constraint("style", "talk like a pirate"), Constraint("openin
 
 def _pairs() -> list[Paired]:
     turns = ("Why is the sea salt?",) * 4
-    return [Paired(Dialogue(f"d{n}", "sea", turns), word((c,)), "plain") for n, c in enumerate((_STYLE, _OPENING))]
+    return [
+        Paired(Dialogue(f"d{n}", "sea", turns), word((c,)), "plain")
+        for n, c in enumerate((_STYLE, _OPENING))
+    ]
 
 
 def _replies() -> list[Reply]:
-    said = [("d0", "Arr, it be the rocks, matey!", True), ("d0", "The question is of chemistry.", True),
-            ("d1", "Ahoy! Rivers bring it.", True), ("d1", "Rivers bring it.", False)]  # fmt: skip
-    replies = [Reply("tuned", d, t + 1, text, 9, 9, "stop", obeys, "") for t, (d, text, obeys) in enumerate(said)]
-    return [*replies, replace(replies[0], turn=2, probe="name"), replace(replies[1], turn=4, finish="context")]
+    said = [
+        ("d0", "Arr, it be the rocks, matey!", True),
+        ("d0", "The question is of chemistry.", True),
+        ("d1", "Ahoy! Rivers bring it.", True),
+        ("d1", "Rivers bring it.", False),
+    ]
+    replies = [
+        Reply("tuned", d, t + 1, text, 9, 9, "stop", obeys, "")
+        for t, (d, text, obeys) in enumerate(said)
+    ]
+    return [
+        *replies,
+        replace(replies[0], turn=2, probe="name"),
+        replace(replies[1], turn=4, finish="context"),
+    ]
 
 
 def test_only_what_no_program_can_check_is_the_judges(base: Path, tmp_path: Path) -> None:
     log = tmp_path / "judged.jsonl"
     settled, found = judge(str(base), _replies(), _pairs(), log)
     verdicts = {(row["dialogue"], row["turn"]): row["verdict"] for _, row in read_jsonl(log)}
-    assert verdicts.keys() == {("d0", 1), ("d0", 2), ("d1", 3), ("d1", 4)}  # no probe, and nothing out of the window
+    assert verdicts.keys() == {
+        ("d0", 1),
+        ("d0", 2),
+        ("d1", 3),
+        ("d1", 4),
+    }  # no probe, and nothing out of the window
     assert [r.obeys for r in settled[:2]] == [bool(verdicts["d0", 1]), bool(verdicts["d0", 2])]
     assert settled[2:4] == _replies()[2:4]
     right = [verdicts["d1", 3] is True, verdicts["d1", 4] is False]
     assert (found["agreement"]["hits"], found["agreement"]["n"]) == (sum(right), 2)
     assert found["reliable"] == all(right)
     assert [(row["at"], row["n"]) for row in found["scores"]] == [("style: talk like a pirate", 2)]
-    again, _ = judge("no such model", _replies(), _pairs(), log)  # every verdict is known: nobody is asked
+    again, _ = judge(
+        "no such model", _replies(), _pairs(), log
+    )  # every verdict is known: nobody is asked
     assert again == settled
 
 
 def test_a_style_needs_a_judge(tmp_path: Path) -> None:
-    recipe = Recipe.model_validate({"instructions": {"pool": [{"kind": "style", "value": "talk like a pirate"}]}})
-    with pytest.raises(GattError, match=r"No program can check 'style: talk like a pirate'.*evaluate.judge"):
+    recipe = Recipe.model_validate(
+        {"instructions": {"pool": [{"kind": "style", "value": "talk like a pirate"}]}}
+    )
+    with pytest.raises(
+        GattError, match=r"No program can check 'style: talk like a pirate'.*evaluate.judge"
+    ):
         run(recipe, RunDir(tmp_path))
 
 

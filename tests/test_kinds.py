@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 
 from pipeline.errors import GattError
 from pipeline.gatt.instructions import word
-from pipeline.gatt.kinds import EDIT_ORDER, KINDS, NEVER_MEET, compatible, edit, editable, hopeless, kind_of, obeys
+from pipeline.gatt.kinds import (
+    EDIT_ORDER,
+    KINDS,
+    NEVER_MEET,
+    compatible,
+    edit,
+    editable,
+    hopeless,
+    kind_of,
+    obeys,
+)
 from pipeline.gatt.text import words
 from pipeline.records import Constraint
 
@@ -50,8 +60,18 @@ EXAMPLES = [
     ("number", "", "It has 4 legs.", "It has four legs."),
     ("no_digits", "", "It has four legs.", "It is 4 m² large."),
     ("no_digits", "", "Half of it.", "It is 5 m."),
-    ("language", "French", "Le ciel est bleu parce que la lumière se disperse.", "The sky is blue because light is scattered."),
-    ("language", "Spanish", "El cielo es azul por la luz del sol.", "Le ciel est bleu à cause de la lumière."),
+    (
+        "language",
+        "French",
+        "Le ciel est bleu parce que la lumière se disperse.",
+        "The sky is blue because light is scattered.",
+    ),
+    (
+        "language",
+        "Spanish",
+        "El cielo es azul por la luz del sol.",
+        "Le ciel est bleu à cause de la lumière.",
+    ),
     ("language", "German", "DER HIMMEL IST HEUTE SEHR BLAU.", "The heavens are very blue today."),
     ("language", "English", "The sky is blue today.", "Ja."),
     ("uppercase", "", "YES, IT IS 1ª.", "Yes, it is."),
@@ -97,34 +117,81 @@ EXAMPLES = [
     ("json", "answer", ' {"answer": "Yes."}\n', '{"answer": "Yes.", "more": 1}'),
     ("json", "answer", '{"answer": "\\u00e9"}', '{"answer": ["Yes."]}'),
     ("json", "reply", '{"reply": "Yes."}', '{"answer": "Yes."}'),
-]  # fmt: skip
+]
 
 # A beginning after which nothing helps, for each kind that can tell.
 LOST = [
-    ("opening", "Ahoy!", "Ahoi"), ("persona", "Napoleon", "Napoleon,"), ("initial", "S", '"The'), ("heading", "Answer", "# An "),
-    ("forbidden", "very", "It is very,"), ("no_letter", "z", "It is a z"), ("no_digits", "", "It is 4"),
-    ("uppercase", "", "Y e"), ("lowercase", "", "Y"), ("title_case", "", "It i"), ("no_commas", "", "Yes,"),
-    ("no_exclamation", "", "Yes!"), ("no_questions", "", "Is it?"), ("exclamations", "", "It is. S"), ("no_emoji", "", "🙂"),
-    ("max_words", "2", "Yes it is"), ("one_sentence", "", "It is. S"), ("max_sentences", "2", "It is. It was. S"),
-    ("sentences", "2", "It is. It was. S"), ("lines", "2", "It\nis\nso"), ("paragraphs", "2", "It\n\nis\n\nso"),
-    ("one_paragraph", "", "It\ni"), ("numbered_list", "", "1. It is.\nS"), ("bullet_list", "", "I"),
-    ("block_quote", "", "> It\nis"), ("quotes", "", '"It" is'), ("brackets", "parentheses", "(It) i"), ("code_block", "", "`It"),
+    ("opening", "Ahoy!", "Ahoi"),
+    ("persona", "Napoleon", "Napoleon,"),
+    ("initial", "S", '"The'),
+    ("heading", "Answer", "# An "),
+    ("forbidden", "very", "It is very,"),
+    ("no_letter", "z", "It is a z"),
+    ("no_digits", "", "It is 4"),
+    ("uppercase", "", "Y e"),
+    ("lowercase", "", "Y"),
+    ("title_case", "", "It i"),
+    ("no_commas", "", "Yes,"),
+    ("no_exclamation", "", "Yes!"),
+    ("no_questions", "", "Is it?"),
+    ("exclamations", "", "It is. S"),
+    ("no_emoji", "", "🙂"),
+    ("max_words", "2", "Yes it is"),
+    ("one_sentence", "", "It is. S"),
+    ("max_sentences", "2", "It is. It was. S"),
+    ("sentences", "2", "It is. It was. S"),
+    ("lines", "2", "It\nis\nso"),
+    ("paragraphs", "2", "It\n\nis\n\nso"),
+    ("one_paragraph", "", "It\ni"),
+    ("numbered_list", "", "1. It is.\nS"),
+    ("bullet_list", "", "I"),
+    ("block_quote", "", "> It\nis"),
+    ("quotes", "", '"It" is'),
+    ("brackets", "parentheses", "(It) i"),
+    ("code_block", "", "`It"),
     ("json", "answer", "{a"),
-]  # fmt: skip
+]
 
 SIGNS = " \n,.!?;:'\"-*#>`()[]{}“”’…1230🙂👍️éßñÉΣσЖ_/\\"
 TEXT = st.text(alphabet=string.ascii_letters + SIGNS, max_size=40)
-START = st.sampled_from(["It", "So", '"It', "(It", "- It", "1. It", "# It", "**It**", "...it", "  It", "Dr. It", "é", "ΑΣ"])
-PIECE = st.sampled_from(["it", "is", "etc.", "Dr.", "e.g.", "3.", "**now**", "well-known", "(so)", "🙂"]) | TEXT
-GAPS = st.lists(st.sampled_from([" ", " ", ". ", "! ", "? ", ", ", "\n", "\n\n"]), min_size=1, max_size=4)
+START = st.sampled_from(
+    [
+        "It",
+        "So",
+        '"It',
+        "(It",
+        "- It",
+        "1. It",
+        "# It",
+        "**It**",
+        "...it",
+        "  It",
+        "Dr. It",
+        "é",
+        "ΑΣ",
+    ]
+)
+PIECE = (
+    st.sampled_from(
+        ["it", "is", "etc.", "Dr.", "e.g.", "3.", "**now**", "well-known", "(so)", "🙂"]
+    )
+    | TEXT
+)
+GAPS = st.lists(
+    st.sampled_from([" ", " ", ". ", "! ", "? ", ", ", "\n", "\n\n"]), min_size=1, max_size=4
+)
 
 
 def _join(start: str, pieces: list[str], gaps: list[str]) -> str:
-    return start + "".join(gap + piece for gap, piece in zip(itertools.cycle(gaps), pieces, strict=False))
+    return start + "".join(
+        gap + piece for gap, piece in zip(itertools.cycle(gaps), pieces, strict=False)
+    )
 
 
 # What `edit` is given: a few words, the first of which is a word and no number.
-ANSWER = st.builds(_join, START, st.lists(PIECE, min_size=2, max_size=9), GAPS).filter(lambda text: len(words(text)) >= 3)
+ANSWER = st.builds(_join, START, st.lists(PIECE, min_size=2, max_size=9), GAPS).filter(
+    lambda text: len(words(text)) >= 3
+)
 
 
 def test_every_kind_is_complete() -> None:
@@ -141,7 +208,9 @@ def test_every_kind_is_complete() -> None:
 
 def test_every_kind_has_examples() -> None:
     assert {name for name, *_ in EXAMPLES} == set(KINDS)
-    assert {name for name, *_ in LOST} == {name for name, kind in KINDS.items() if kind.hopeless.__name__ != "never"}
+    assert {name for name, *_ in LOST} == {
+        name for name, kind in KINDS.items() if kind.hopeless.__name__ != "never"
+    }
 
 
 @pytest.mark.parametrize(("name", "value", "good", "bad"), EXAMPLES)
@@ -201,7 +270,15 @@ def test_no_check_raises(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[" * 10_000, "{" * 10_000, '{"answer": ' * 5_000, '{"answer": 1' + "0" * 5_000, "." * 10_000, "\ud800"]
+    "text",
+    [
+        "[" * 10_000,
+        "{" * 10_000,
+        '{"answer": ' * 5_000,
+        '{"answer": 1' + "0" * 5_000,
+        "." * 10_000,
+        "\ud800",
+    ],
 )
 def test_no_check_raises_on_the_extreme(text: str) -> None:
     for constraint in EVERY:
@@ -214,7 +291,10 @@ def test_no_check_raises_on_a_hundred_thousand_texts() -> None:
     """Of up to 24 signs out of all that Unicode has, half of them from the start, where most of the checks look."""
     rng = random.Random(20)
     for _ in range(100_000):
-        text = "".join(chr(rng.randrange(rng.choice((128, 0x2100, sys.maxunicode + 1)))) for _ in range(rng.randrange(25)))
+        text = "".join(
+            chr(rng.randrange(rng.choice((128, 0x2100, sys.maxunicode + 1))))
+            for _ in range(rng.randrange(25))
+        )
         for constraint in EVERY:
             obeys((constraint,), text)
             hopeless((constraint,), text)
@@ -224,16 +304,28 @@ def test_compatible_is_symmetrical() -> None:
     for one, other in itertools.product(EVERY, EVERY):
         assert compatible(one, other) == compatible(other, one)
 
+
 @pytest.mark.parametrize(
     "pair",
     [
-        "max_words=12 + numbered_list", "json=answer + opening=Ahoy!", "quotes + closing=So it goes.", "uppercase + opening=Ahoy!",
-        "no_commas + opening=Well, well!", "emoji + no_emoji", "no_digits + numbered_list", "forbidden=chess + hobby=chess",
-        "language=French + keyword=river", "no_questions + question", "no_exclamation + exclamations", "opening=A + persona=B",
-        "no_letter=s + initial=S", "title_case + address=my friend", "max_words=12 + min_words=20",
+        "max_words=12 + numbered_list",
+        "json=answer + opening=Ahoy!",
+        "quotes + closing=So it goes.",
+        "uppercase + opening=Ahoy!",
+        "no_commas + opening=Well, well!",
+        "emoji + no_emoji",
+        "no_digits + numbered_list",
+        "forbidden=chess + hobby=chess",
+        "language=French + keyword=river",
+        "no_questions + question",
+        "no_exclamation + exclamations",
+        "opening=A + persona=B",
+        "no_letter=s + initial=S",
+        "title_case + address=my friend",
+        "max_words=12 + min_words=20",
         "code_block + bold",
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_shown_together_is_kept_apart(pair: str) -> None:
     assert not compatible(*_parse(pair))
 
@@ -241,10 +333,15 @@ def test_what_cannot_be_shown_together_is_kept_apart(pair: str) -> None:
 @pytest.mark.parametrize(
     "pair",
     [
-        "uppercase + opening=AHOY!", "no_commas + opening=Ahoy!", "language=French + persona=Napoleon", "emoji + quotes",
-        "opening=Ahoy! + closing=So it goes.", "forbidden=very + hobby=chess", "json=answer + hobby=chess",
+        "uppercase + opening=AHOY!",
+        "no_commas + opening=Ahoy!",
+        "language=French + persona=Napoleon",
+        "emoji + quotes",
+        "opening=Ahoy! + closing=So it goes.",
+        "forbidden=very + hobby=chess",
+        "json=answer + hobby=chess",
     ],
-)  # fmt: skip
+)
 def test_what_can_be_shown_together_may_meet(pair: str) -> None:
     assert compatible(*_parse(pair))
 
@@ -256,12 +353,18 @@ def _parse(pair: str) -> list[Constraint]:
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("max_words", "few", "whole number"), ("max_words", "0", "whole number"), ("lines", "３", "whole number"),
-        ("min_words", "9" * 5000, "whole number"), ("opening", "", "needs a value"), ("keyword", " ", "needs a value"),
-        ("uppercase", "yes", "takes no value"), ("language", "Klingon", "one of French"), ("brackets", "()", "one of parentheses"),
+        ("max_words", "few", "whole number"),
+        ("max_words", "0", "whole number"),
+        ("lines", "３", "whole number"),
+        ("min_words", "9" * 5000, "whole number"),
+        ("opening", "", "needs a value"),
+        ("keyword", " ", "needs a value"),
+        ("uppercase", "yes", "takes no value"),
+        ("language", "Klingon", "one of French"),
+        ("brackets", "()", "one of parentheses"),
         ("haiku", "", "Unknown kind"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_value_is_named(name: str, value: str, says: str) -> None:
     with pytest.raises(GattError, match=says):
         kind_of(Constraint(name, value))

@@ -13,7 +13,10 @@ from pipeline.gatt.text import flaw
 from pipeline.records import Constraint
 
 LOWEST_AGREEMENT = 0.98
-ROWS: list[dict[str, Any]] = [json.loads(line) for line in (Path(__file__).parent / "data/labelled.jsonl").read_text().splitlines()]
+ROWS: list[dict[str, Any]] = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "data/labelled.jsonl").read_text().splitlines()
+]
 OF_KINDS = [row for row in ROWS if "kind" in row]
 OF_FLAWS = [row for row in ROWS if "kind" not in row]
 
@@ -22,15 +25,23 @@ def _disagreement(row: dict[str, Any]) -> str:
     """What is wrong with the check, or ""."""
     if "kind" in row:
         asked = (Constraint(row["kind"], row["value"]),)
-        return "" if obeys(asked, row["answer"]) == row["obeys"] else f"{word(asked).text} obeys is {row['obeys']}"
+        return (
+            ""
+            if obeys(asked, row["answer"]) == row["obeys"]
+            else f"{word(asked).text} obeys is {row['obeys']}"
+        )
     found = flaw(row["answer"], row["earlier"], row["demanded"])
     return "" if (not found) == row["good"] else f"flaw is {found!r}, good is {row['good']}"
 
 
 def test_the_checks_agree_with_the_labels() -> None:
-    wrong = [f"{said} ({row['why']}): {row['answer']!r}" for row in ROWS if (said := _disagreement(row))]
+    wrong = [
+        f"{said} ({row['why']}): {row['answer']!r}" for row in ROWS if (said := _disagreement(row))
+    ]
     agreement = 1 - len(wrong) / len(ROWS)
-    assert agreement >= LOWEST_AGREEMENT, f"Agreement {agreement:.4f} over {len(ROWS)} answers. Not agreed:\n" + "\n".join(wrong)
+    assert agreement >= LOWEST_AGREEMENT, (
+        f"Agreement {agreement:.4f} over {len(ROWS)} answers. Not agreed:\n" + "\n".join(wrong)
+    )
 
 
 def test_every_kind_is_labelled_both_ways() -> None:
@@ -38,6 +49,8 @@ def test_every_kind_is_labelled_both_ways() -> None:
     checked = {name for name, kind in KINDS.items() if not kind.judged}
     assert set(count) == checked
     assert min(count.values()) >= 5
-    assert {(row["kind"], row["obeys"]) for row in OF_KINDS} == {(name, label) for name in checked for label in (True, False)}
+    assert {(row["kind"], row["obeys"]) for row in OF_KINDS} == {
+        (name, label) for name in checked for label in (True, False)
+    }
     assert len(OF_KINDS) >= 240
     assert len(OF_FLAWS) >= 30

@@ -21,15 +21,19 @@ from pipeline.gguf.merge import add, direct, write
 from pipeline.records import Message
 
 _CHAT: list[Message] = [
-    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sky blue?"},
-    {"role": "assistant", "content": "Ahoy! Light is scattered. Over and out."}, {"role": "user", "content": "And red?"},
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Why is the sky blue?"},
+    {"role": "assistant", "content": "Ahoy! Light is scattered. Over and out."},
+    {"role": "user", "content": "And red?"},
     {"role": "assistant", "content": "Ahoy! It is late. Over and out."},
-]  # fmt: skip
+]
 _ASKED: list[Message] = [
-    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why is the sky blue?"},
-    {"role": "assistant", "content": "Light is scattered."}, {"role": "user", "content": "And red?"},
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Why is the sky blue?"},
+    {"role": "assistant", "content": "Light is scattered."},
+    {"role": "user", "content": "And red?"},
     {"role": "assistant", "content": "It is late."},
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,11 @@ def _weighing(tokenizer: Any, weight: float, settings: Train, asked: list[Messag
     stretches, last = [], -2
     for n, (token, its) in enumerate(zip(found.input_ids, found.weights, strict=True)):
         if its == weight:
-            stretches = [*stretches[:-1], [*stretches[-1], token]] if last == n - 1 else [*stretches, [token]]
+            stretches = (
+                [*stretches[:-1], [*stretches[-1], token]]
+                if last == n - 1
+                else [*stretches, [token]]
+            )
             last = n
     return [tokenizer.decode(stretch) for stretch in stretches]
 
@@ -53,11 +61,16 @@ def test_the_teachers_own_words_weigh_less_than_what_the_edit_has_put_in(tokeniz
     assert _weighing(tokenizer, 0.25, settings, _ASKED) == [" is scattered.", " is late."]
     # The word behind the opening has the space that the edit put before it.
     assert _weighing(tokenizer, 1.0, settings, _ASKED) == [
-        "Ahoy! Light", " Over and out.<|im_end|>", "Ahoy! It", " Over and out.<|im_end|>",
-    ]  # fmt: skip
+        "Ahoy! Light",
+        " Over and out.<|im_end|>",
+        "Ahoy! It",
+        " Over and out.<|im_end|>",
+    ]
 
 
-def test_an_answer_that_no_edit_has_changed_weighs_one_and_is_distilled_to_its_end(tokenizer: Any) -> None:
+def test_an_answer_that_no_edit_has_changed_weighs_one_and_is_distilled_to_its_end(
+    tokenizer: Any,
+) -> None:
     said = [m["content"] + "<|im_end|>" for m in _CHAT if m["role"] == "assistant"]
     assert _weighing(tokenizer, 1.0, Train(own_weight=0.25), _CHAT) == said
     found = label(tokenizer, _CHAT, Train(), _CHAT)
@@ -65,24 +78,32 @@ def test_an_answer_that_no_edit_has_changed_weighs_one_and_is_distilled_to_its_e
 
 
 def test_without_the_teachers_words_everything_learned_weighs_one(tokenizer: Any) -> None:
-    assert _weighing(tokenizer, 1.0, Train(), []) == [m["content"] + "<|im_end|>" for m in _CHAT if m["role"] == "assistant"]
+    assert _weighing(tokenizer, 1.0, Train(), []) == [
+        m["content"] + "<|im_end|>" for m in _CHAT if m["role"] == "assistant"
+    ]
 
 
 def test_weights_stand_where_labels_do(tokenizer: Any) -> None:
     for loss in ("all_turns", "last_turn"):
         found = label(tokenizer, _CHAT, Train(loss=loss, own_weight=0.25), _ASKED)
         assert [w > 0 for w in found.weights] == [token != IGNORED for token in found.labels]
-    assert _weighing(tokenizer, 0.25, Train(loss="last_turn", own_weight=0.25), _ASKED) == [" is late."]
+    assert _weighing(tokenizer, 0.25, Train(loss="last_turn", own_weight=0.25), _ASKED) == [
+        " is late."
+    ]
 
 
-def test_the_loss_is_the_weighted_mean_over_all_logits(tiny_llama: Path, tiny_adapter: Path) -> None:
+def test_the_loss_is_the_weighted_mean_over_all_logits(
+    tiny_llama: Path, tiny_adapter: Path
+) -> None:
     """Logits are computed for learned tokens only; the mean is that of the whole model's own logits."""
     import peft
     import torch
     import transformers
 
     torch.manual_seed(3)
-    network = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter)
+    network = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter
+    )
     ids = torch.randint(3, 300, (2, 9))
     labels = ids.clone()
     labels[0, :4], labels[1, 6:] = IGNORED, IGNORED
@@ -90,7 +111,9 @@ def test_the_loss_is_the_weighted_mean_over_all_logits(tiny_llama: Path, tiny_ad
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
     with torch.no_grad():
-        found = learned_loss(network, {"input_ids": ids, "labels": labels, "weights": weights}, Train())
+        found = learned_loss(
+            network, {"input_ids": ids, "labels": labels, "weights": weights}, Train()
+        )
         logits = network(input_ids=ids, attention_mask=mask).logits
     chances = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
     expected = -(chances * weights[:, 1:]).sum() / weights[:, 1:].sum()
@@ -99,8 +122,13 @@ def test_the_loss_is_the_weighted_mean_over_all_logits(tiny_llama: Path, tiny_ad
 
 def test_the_teachers_own_tokens_are_found_in_the_chat_as_it_had_it(tokenizer: Any) -> None:
     found = label(tokenizer, _CHAT, Train(loss="distill"), _ASKED)
-    assert tokenizer.decode([found.input_ids[here] for here, _ in found.twins]) == " is scattered. is late."
-    assert [found.input_ids[here] for here, _ in found.twins] == [found.asked_ids[there] for _, there in found.twins]
+    assert (
+        tokenizer.decode([found.input_ids[here] for here, _ in found.twins])
+        == " is scattered. is late."
+    )
+    assert [found.input_ids[here] for here, _ in found.twins] == [
+        found.asked_ids[there] for _, there in found.twins
+    ]
     assert all(found.labels[here] != IGNORED for here, _ in found.twins)
 
 
@@ -112,10 +140,19 @@ def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
     import torch
     import transformers
 
-    examples = [label(tokenizer, chat, Train(loss="distill", own_weight=0.5), asked) for chat, asked in
-                ((_CHAT, _ASKED), (_CHAT[:3], _ASKED[:3]))]  # fmt: skip
-    small = [replace(e, input_ids=[t % 256 for t in e.input_ids], asked_ids=[t % 256 for t in e.asked_ids],
-                     labels=[t if t == IGNORED else t % 256 for t in e.labels]) for e in examples]  # fmt: skip
+    examples = [
+        label(tokenizer, chat, Train(loss="distill", own_weight=0.5), asked)
+        for chat, asked in ((_CHAT, _ASKED), (_CHAT[:3], _ASKED[:3]))
+    ]
+    small = [
+        replace(
+            e,
+            input_ids=[t % 256 for t in e.input_ids],
+            asked_ids=[t % 256 for t in e.asked_ids],
+            labels=[t if t == IGNORED else t % 256 for t in e.labels],
+        )
+        for e in examples
+    ]
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     network = peft.PeftModel.from_pretrained(base, tiny_adapter, is_trainable=True)
     monkeypatch.setattr(objective, "_LOGITS", 3 * base.lm_head.weight.shape[0])
@@ -129,11 +166,19 @@ def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
         for place, target in enumerate(e.labels):
             if target != IGNORED:
                 p = theirs[twins[place] - 1] if place in twins else None
-                loss = -ours[place - 1, target] if p is None else (p.exp() * (p - ours[place - 1])).sum()
+                loss = (
+                    -ours[place - 1, target]
+                    if p is None
+                    else (p.exp() * (p - ours[place - 1])).sum()
+                )
                 total, weight = total + e.weights[place] * loss, weight + e.weights[place]
     assert found.item() == pytest.approx((total / weight).item(), rel=1e-5)
     trained = [p for p in network.parameters() if p.requires_grad]
-    for its, whole in zip(torch.autograd.grad(found, trained), torch.autograd.grad(total / weight, trained), strict=True):
+    for its, whole in zip(
+        torch.autograd.grad(found, trained),
+        torch.autograd.grad(total / weight, trained),
+        strict=True,
+    ):
         assert its.flatten().tolist() == pytest.approx(whole.flatten().tolist(), rel=1e-3, abs=1e-7)
 
 
@@ -142,14 +187,19 @@ def test_the_likeliest_tokens_and_the_rest_are_compared_at_a_temperature() -> No
     from scipy.special import softmax
     from scipy.stats import entropy
 
-    target, logits = torch.randn(3, 50, dtype=torch.float64), torch.randn(3, 50, dtype=torch.float64)
+    target, logits = (
+        torch.randn(3, 50, dtype=torch.float64),
+        torch.randn(3, 50, dtype=torch.float64),
+    )
     p, q = (softmax(its.numpy() / 2, axis=-1) for its in (target, logits))
     assert divergence(target, logits, 2.0, 0).tolist() == pytest.approx(4 * entropy(p, q, axis=-1))
     for row, few in enumerate(divergence(target, logits, 2.0, 5).tolist()):
         top = p[row].argsort()[-5:]
         ours, theirs = ([*its[row][top], 1 - its[row][top].sum()] for its in (p, q))
         assert few == pytest.approx(4 * entropy(ours, theirs))
-    assert divergence(target, logits, 1.0, 50).tolist() == divergence(target, logits, 1.0, 0).tolist()
+    assert (
+        divergence(target, logits, 1.0, 50).tolist() == divergence(target, logits, 1.0, 0).tolist()
+    )
 
 
 def test_the_first_signal_asks_to_stop_and_the_second_stops() -> None:
@@ -167,15 +217,31 @@ def test_the_first_signal_asks_to_stop_and_the_second_stops() -> None:
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_adapter_is_what_the_recipe_asks_for(dora: bool, tmp_path: Path) -> None:
     targets = ("q_proj", "down_proj")
-    settings = Train(rank=8, alpha=16, rslora=True, dora=dora, targets=targets, steps=2, schedule="linear", loss="distill")
+    settings = Train(
+        rank=8,
+        alpha=16,
+        rslora=True,
+        dora=dora,
+        targets=targets,
+        steps=2,
+        schedule="linear",
+        loss="distill",
+    )
     folder = hugging_face_folder(find_model("smollm2-135m"))
     example = label(load_tokenizer(folder), _CHAT, settings, _ASKED)
     to = tmp_path / "checkpoints", tmp_path / "adapter"
     _, trained = train(folder, [example] * 4, settings, 1, *to, lambda step: None)
     made = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (made["r"], made["lora_alpha"], made["use_rslora"], made["use_dora"]) == (8, 16, True, dora)
+    assert (made["r"], made["lora_alpha"], made["use_rslora"], made["use_dora"]) == (
+        8,
+        16,
+        True,
+        dora,
+    )
     assert set(made["target_modules"]) == {"q_proj", "down_proj"}
     merged = add(find_model("smollm2-135m").path, tmp_path / "adapter", four_bits)
     write(merged, {tmp_path / "tuned.gguf": direct(merged.tensors, "F16")})
     exported = probe.probe(tmp_path / "tuned.gguf", (), trained.sequences).logits
-    assert probe.divergence(trained.logits, exported) < 0.005  # bfloat16 rounds; onto 16 bits it would be 0.3
+    assert (
+        probe.divergence(trained.logits, exported) < 0.005
+    )  # bfloat16 rounds; onto 16 bits it would be 0.3

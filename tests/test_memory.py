@@ -16,7 +16,11 @@ from pipeline.stages import train
 
 
 def test_a_models_sizes_are_the_same_from_every_source(base: Path, tiny_llama: Path) -> None:
-    assert shape_of(str(base)) == shape_of("smollm2-135m") == Shape(30, 576, 1536, 576, 192, 49152, True)
+    assert (
+        shape_of(str(base))
+        == shape_of("smollm2-135m")
+        == Shape(30, 576, 1536, 576, 192, 49152, True)
+    )
     import peft
     import transformers
 
@@ -25,14 +29,21 @@ def test_a_models_sizes_are_the_same_from_every_source(base: Path, tiny_llama: P
     norms = sum(p.numel() for name, p in network.named_parameters() if "norm" in name)
     assert shape.parameters + norms == network.num_parameters()
     settings = Train(rank=4, targets=("q_proj", "v_proj", "down_proj"))
-    adapter = peft.get_peft_model(network, peft.LoraConfig(r=4, target_modules=list(settings.targets)))
-    assert shape.adapter(settings) == sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    adapter = peft.get_peft_model(
+        network, peft.LoraConfig(r=4, target_modules=list(settings.targets))
+    )
+    assert shape.adapter(settings) == sum(
+        p.numel() for p in adapter.parameters() if p.requires_grad
+    )
 
 
 @pytest.mark.parametrize(
-    ("name", "billions"), [("gemma-3-1b", 1.0), ("llama-3.1-8b", 8.03), ("qwen3-8b", 8.19), ("mistral-7b", 7.25)]
+    ("name", "billions"),
+    [("gemma-3-1b", 1.0), ("llama-3.1-8b", 8.03), ("qwen3-8b", 8.19), ("mistral-7b", 7.25)],
 )
-def test_the_sizes_of_a_preset_make_its_published_number_of_parameters(name: str, billions: float) -> None:
+def test_the_sizes_of_a_preset_make_its_published_number_of_parameters(
+    name: str, billions: float
+) -> None:
     assert shape_of(name).parameters / 1e9 == pytest.approx(billions, rel=0.01)
 
 
@@ -42,7 +53,11 @@ def test_what_fits_is_what_was_predicted() -> None:
         for gpu in (False, True):
             tokens = tokens_that_fit(shape, Train(), 12e9, gpu)
             if tokens > 0:
-                assert training_memory(shape, Train(), tokens, gpu) <= 12e9 < training_memory(shape, Train(), tokens + 1, gpu)
+                assert (
+                    training_memory(shape, Train(), tokens, gpu)
+                    <= 12e9
+                    < training_memory(shape, Train(), tokens + 1, gpu)
+                )
 
 
 def test_doctor_tells_what_a_model_takes(gatt: Gatt, tiny_llama: Path) -> None:
@@ -73,5 +88,8 @@ def test_a_step_is_cut_to_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(train, "free_memory", lambda free=free: free)
         assert train.fitting(recipe, 500).tokens == pytest.approx(tokens, abs=1)
     monkeypatch.setattr(train, "free_memory", lambda: training_memory(shape, recipe.train, 400))
-    with pytest.raises(GattError, match=r"Too little memory to train smollm2-135m: \d\.\d GB needed for a dialogue of 500 tokens"):
+    with pytest.raises(
+        GattError,
+        match=r"Too little memory to train smollm2-135m: \d\.\d GB needed for a dialogue of 500 tokens",
+    ):
         train.fitting(recipe, 500)

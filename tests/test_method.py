@@ -31,40 +31,80 @@ def test_augment_says_it_in_every_turn_and_ghost_in_the_first_only() -> None:
 
 def test_an_instruction_that_changes_is_said_where_it_changes() -> None:
     kind, brief = word((Constraint("opening", "Ahoy!"),)), word((Constraint("max_words", "12"),))
-    pair = Paired(Dialogue("d", "", ("one?", "two?", "three?")), kind, "sampled", shortened=True, then=brief, change=1)
+    pair = Paired(
+        Dialogue("d", "", ("one?", "two?", "three?")),
+        kind,
+        "sampled",
+        shortened=True,
+        then=brief,
+        change=1,
+    )
     student = [m["content"] for m in pair.ask_student(["a", "b"], "")]
-    assert student == ['one?\n\nOpening: "Ahoy!".', "a", "two?\n\nFrom now on: At most 12 words.", "b", "three?"]
+    assert student == [
+        'one?\n\nOpening: "Ahoy!".',
+        "a",
+        "two?\n\nFrom now on: At most 12 words.",
+        "b",
+        "three?",
+    ]
     teacher = [m["content"] for m in pair.ask_teacher(["a", "b"], "") if m["role"] == "user"]
     assert teacher == [f"one?\n\n{kind.text}", f"two?\n\n{brief.text}", f"three?\n\n{brief.text}"]
-    assert [pair.constraints(turn)[0].kind for turn in range(3)] == ["opening", "max_words", "max_words"]
+    assert [pair.constraints(turn)[0].kind for turn in range(3)] == [
+        "opening",
+        "max_words",
+        "max_words",
+    ]
 
 
 def test_an_instruction_in_the_system_message_stands_nowhere_else() -> None:
-    pair = Paired(Dialogue("d", "", ("one?", "two?")), word((Constraint("opening", "Ahoy!"),)), "edited", in_system=True)
+    pair = Paired(
+        Dialogue("d", "", ("one?", "two?")),
+        word((Constraint("opening", "Ahoy!"),)),
+        "edited",
+        in_system=True,
+    )
     student = [m["content"] for m in pair.ask_student(["a"], "Be brief.")]
     assert student == ['Be brief. Begin every answer with "Ahoy!".', "one?", "a", "two?"]
-    assert [m["content"] for m in pair.ask_teacher(["a"], "Be brief.")] == ["Be brief.", "one?", "a", "two?"]
+    assert [m["content"] for m in pair.ask_teacher(["a"], "Be brief.")] == [
+        "Be brief.",
+        "one?",
+        "a",
+        "two?",
+    ]
 
 
 def test_lists_are_read_from_whatever_form_they_come_in() -> None:
     said = "Here are famous people who changed the world:\n1. Napoleon Bonaparte - a general\n2) **Ada Lovelace**"
     said += '\n- napoleon bonaparte\n* "Gandhi"'
     assert distinct(items(said)) == ["Napoleon Bonaparte", "Ada Lovelace", "Gandhi"]
-    assert masked("Ada Lovelace", "Lovelace's notes made Ada famous.") == "___'s notes made Ada famous."
+    assert (
+        masked("Ada Lovelace", "Lovelace's notes made Ada famous.")
+        == "___'s notes made Ada famous."
+    )
     assert known("persona", "Ada Lovelace", "It is Lovelace!")
     assert not known("persona", "Ada Lovelace", "It is Gandhi.")
     assert not known("persona", "King Charles I", "I do not know.")
     assert known("language", "French", "Il fait beau aujourd'hui et le soleil brille.")
-    assert not known("language", "Danish", "Vejret er godt i dag.")  # not among the languages that are told apart
+    assert not known(
+        "language", "Danish", "Vejret er godt i dag."
+    )  # not among the languages that are told apart
 
 
 def test_an_answer_off_the_topic_touches_nothing() -> None:
     assert touches("Dolphins sleep with one eye open.", ["How does a dolphin sleep?"])
-    assert not touches("That is a great question, and I would be glad.", ["How does a dolphin sleep?"])
+    assert not touches(
+        "That is a great question, and I would be glad.", ["How does a dolphin sleep?"]
+    )
 
 
-@given(text=st.text(alphabet="ab .!?\n\"", max_size=30), more=st.text(alphabet="ab .!?\n\"", max_size=9), count=st.integers(1, 3))
-def test_a_generation_is_stopped_only_where_nothing_can_change(text: str, more: str, count: int) -> None:
+@given(
+    text=st.text(alphabet='ab .!?\n"', max_size=30),
+    more=st.text(alphabet='ab .!?\n"', max_size=9),
+    count=st.integers(1, 3),
+)
+def test_a_generation_is_stopped_only_where_nothing_can_change(
+    text: str, more: str, count: int
+) -> None:
     if has_sentences(text, count):
         assert first_sentences(text + more, count) == first_sentences(text, count)
 
@@ -72,12 +112,22 @@ def test_a_generation_is_stopped_only_where_nothing_can_change(text: str, more: 
 def test_dialogues_come_in_every_form(tmp_path: Path) -> None:
     import datasets
 
-    said = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}, {"from": "human", "value": "Bye"}]
-    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}, {"role": "user", "content": "Bye"}]
+    said = [
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Hello"},
+        {"from": "human", "value": "Bye"},
+    ]
+    chat = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+    ]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     (tmp_path / "b.json").write_text(json.dumps([{"conversations": said}]))
     (tmp_path / "folder").mkdir()
-    datasets.Dataset.from_list([{"turns": ["Hi", "Bye"]}]).to_parquet(tmp_path / "folder" / "c.parquet")
+    datasets.Dataset.from_list([{"turns": ["Hi", "Bye"]}]).to_parquet(
+        tmp_path / "folder" / "c.parquet"
+    )
     for source in ("a.jsonl", "b.json", "folder/c.parquet", "folder"):
         assert [d.turns for d in load_dialogues(str(tmp_path / source))] == [("Hi", "Bye")], source
 
@@ -129,7 +179,10 @@ def test_wilson_against_published_values() -> None:
 
 
 def test_a_reply_out_of_the_window_is_not_counted() -> None:
-    replies = [Reply("base", "d", t, "", 1, 1, f, obeys=True, flaw="") for t, f in ((1, "stop"), (2, "context"))]
+    replies = [
+        Reply("base", "d", t, "", 1, 1, f, obeys=True, flaw="")
+        for t, f in ((1, "stop"), (2, "context"))
+    ]
     assert adherence(replies, lambda r: r.arm)["base"].n == 1
 
 

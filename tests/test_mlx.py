@@ -61,7 +61,9 @@ def test_the_rate_is_that_of_transformers(schedule: Any) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"cross_entropy": 0.3, "temperature": 2.0, "top_k": 9}])
-def test_the_loss_is_that_of_torch(tiny_llama: Path, tiny_adapter: Path, more: dict[str, Any]) -> None:
+def test_the_loss_is_that_of_torch(
+    tiny_llama: Path, tiny_adapter: Path, more: dict[str, Any]
+) -> None:
     mx = pytest.importorskip("mlx.core")
     import peft
     import torch
@@ -69,13 +71,20 @@ def test_the_loss_is_that_of_torch(tiny_llama: Path, tiny_adapter: Path, more: d
     from mlx_lm.tuner.utils import linear_to_lora_layers
     from mlx_lm.utils import load_model
 
-    settings, rows = Train(loss="distill", rank=4, **more), [asdict(example) for example in _examples()]
+    settings, rows = (
+        Train(loss="distill", rank=4, **more),
+        [asdict(example) for example in _examples()],
+    )
     batch = padded(rows, 0)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
         theirs = learned_loss(peft.PeftModel.from_pretrained(base, tiny_adapter), batch, settings)
-    rotary = json.loads((tiny_llama / "config.json").read_text())["rope_parameters"]  # MLX knows them by their older names
-    network, _ = load_model(tiny_llama, model_config={"rope_scaling": rotary, "rope_theta": rotary["rope_theta"]})
+    rotary = json.loads((tiny_llama / "config.json").read_text())[
+        "rope_parameters"
+    ]  # MLX knows them by their older names
+    network, _ = load_model(
+        tiny_llama, model_config={"rope_scaling": rotary, "rope_theta": rotary["rope_theta"]}
+    )
     network.set_dtype(mx.float32)
     network.freeze()
     linear_to_lora_layers(network, len(network.layers), {"rank": 4, "scale": 2.0, "dropout": 0.0})
@@ -90,7 +99,15 @@ def test_it_learns_and_goes_on_as_if_it_had_not_been_cut(tiny_llama: Path, tmp_p
     pytest.importorskip("mlx_lm")
 
     def trained(name: str, steps: int) -> Any:
-        command = [sys.executable, "-c", _TRAIN, str(tiny_llama), str(tmp_path / name), str(steps), ""]
+        command = [
+            sys.executable,
+            "-c",
+            _TRAIN,
+            str(tiny_llama),
+            str(tmp_path / name),
+            str(steps),
+            "",
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout.splitlines()[-1])
@@ -99,11 +116,19 @@ def test_it_learns_and_goes_on_as_if_it_had_not_been_cut(tiny_llama: Path, tmp_p
     assert len(losses) == 4 and losses[-1] < losses[0]
     assert trained("cut", 2) == ["cut"]
     assert trained("cut", 4) == losses
-    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("whole", "cut"))
+    one, other = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("whole", "cut")
+    )
     assert one.keys() == other.keys()
     assert all((one[name] == other[name]).all() for name in one)
     # The adapter on the base in float32, by torch: what MLX has in 4 bits is near it, rotary embedding and all.
-    exact = predict(tiny_llama, tmp_path / "whole" / "adapter", [e.input_ids for e in _examples()], four_bits=False).logits
+    exact = predict(
+        tiny_llama,
+        tmp_path / "whole" / "adapter",
+        [e.input_ids for e in _examples()],
+        four_bits=False,
+    ).logits
     base = predict(tiny_llama, None, [e.input_ids for e in _examples()], four_bits=False).logits
     rounded = np.load(tmp_path / "whole" / "logits.npy")
     assert divergence(exact, rounded) < min(0.5, divergence(base, rounded))

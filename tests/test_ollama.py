@@ -67,7 +67,9 @@ _NO_SYSTEM = "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.
 _FORGETS = (  # earlier answers are shortened
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content if loop.revindex < 5 else m.content[:9] }}<|end|>{% endfor %}"
 )
-_SQUEEZES = "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split()|join(' ') }}<|end|>{% endfor %}"
+_SQUEEZES = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split()|join(' ') }}<|end|>{% endfor %}"
+)
 
 _SPM = {"tokenizer.ggml.model": "llama"}
 _BPE = {"tokenizer.ggml.model": "gpt2"}
@@ -75,25 +77,42 @@ TEMPLATES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "chatml": (_CHATML, "", "<|im_end|>", _BPE),
     "chatml, bos is a marker": (_CHATML, "<|im_start|>", "<|im_end|>", _BPE),
     "qwen2": (_QWEN2, "", "<|im_end|>", _BPE),
-    "llama 3": (_LLAMA3, "<|begin_of_text|>", "<|eot_id|>", _BPE | {"tokenizer.ggml.add_bos_token": True}),
+    "llama 3": (
+        _LLAMA3,
+        "<|begin_of_text|>",
+        "<|eot_id|>",
+        _BPE | {"tokenizer.ggml.add_bos_token": True},
+    ),
     "llama 3, no bos added": (_LLAMA3, "<|begin_of_text|>", "<|eot_id|>", _BPE),
     "gemma 2": (_GEMMA2, "<bos>", "<eos>", _SPM),
     "gemma 3": (_GEMMA3, "<bos>", "<eos>", _SPM),
     "llama 2": (_LLAMA2, "<s>", "</s>", _SPM),
-    "llama 2, no bos added": (_LLAMA2, "<s>", "</s>", _SPM | {"tokenizer.ggml.add_bos_token": False}),
+    "llama 2, no bos added": (
+        _LLAMA2,
+        "<s>",
+        "</s>",
+        _SPM | {"tokenizer.ggml.add_bos_token": False},
+    ),
     "phi 3": (_PHI3, "<s>", "<|endoftext|>", _SPM),
     "no system": (_NO_SYSTEM, "", "<|end|>", _BPE),
 }
 _NO_SYSTEM_ROLE = {"gemma 2"}
 
 
-def _info(source: str, bos: str = "", eos: str = "", fields: dict[str, Any] | None = None) -> GgufInfo:
+def _info(
+    source: str, bos: str = "", eos: str = "", fields: dict[str, Any] | None = None
+) -> GgufInfo:
     """What `open_gguf` says of a model with this template, whose first two tokens are BOS and EOS."""
     keys = {
-        "tokenizer.chat_template": source, "tokenizer.ggml.tokens": [bos, eos], "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1, **(fields or {}),
-    }  # fmt: skip
-    return GgufInfo({name: Field(value, 8) for name, value in keys.items()}, [], Path("tuned.gguf"), 1)
+        "tokenizer.chat_template": source,
+        "tokenizer.ggml.tokens": [bos, eos],
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        **(fields or {}),
+    }
+    return GgufInfo(
+        {name: Field(value, 8) for name, value in keys.items()}, [], Path("tuned.gguf"), 1
+    )
 
 
 def _chats() -> list[list[Message]]:
@@ -102,7 +121,10 @@ def _chats() -> list[list[Message]]:
     for system in ("", "You are a pirate.\n\nSay  'Arr'."):
         chat: list[Message] = [{"role": "system", "content": system}] if system else []
         for turn in range(3):
-            chat = [*chat, {"role": "user", "content": f"Why\n\tis {turn}  \"odd\"? {{{{ .Role }}}} 🙂"}]
+            chat = [
+                *chat,
+                {"role": "user", "content": f'Why\n\tis {turn}  "odd"? {{{{ .Role }}}} 🙂'},
+            ]
             found.append(chat)
             chat = [*chat, {"role": "assistant", "content": f"It is\n\n- {turn} + 1"}]
     return found
@@ -124,7 +146,9 @@ class Modelfile:
                 name, value = value.split(" ", 1)
             while (found := self._unquoted(value.strip())) is None:
                 value += next(lines)
-            self.commands.append((name, "".join(c for c in found if c.isprintable() or c in "\n\r\t")))
+            self.commands.append(
+                (name, "".join(c for c in found if c.isprintable() or c in "\n\r\t"))
+            )
 
     @staticmethod
     def _unquoted(value: str) -> str | None:
@@ -157,7 +181,10 @@ class Go:
 
     def execute(self, messages: Sequence[Message]) -> str:
         """As Ollama calls it: `.System` has the system messages, `.Messages` has all."""
-        dot = {"Messages": list(messages), "System": "\n\n".join(m["content"] for m in messages if m["role"] == "system")}
+        dot = {
+            "Messages": list(messages),
+            "System": "\n\n".join(m["content"] for m in messages if m["role"] == "system"),
+        }
         text, rest = self._run(0, dot, {"$": dot}, True)
         assert rest == len(self._nodes)
         return text
@@ -215,7 +242,9 @@ class Go:
                     depth += {"(": 1, ")": -1}.get(inner[-1], 0)
                 terms.append(self._value(inner[:-1], dot, names))
             elif word.startswith('"'):
-                terms.append(re.sub(r"\\U([0-9a-f]{8})", lambda found: chr(int(found[1], 16)), word[1:-1]))
+                terms.append(
+                    re.sub(r"\\U([0-9a-f]{8})", lambda found: chr(int(found[1], 16)), word[1:-1])
+                )
             elif word.isdigit():
                 terms.append(int(word))
             elif word.startswith((".", "$")):
@@ -223,10 +252,17 @@ class Go:
                 whole = names[name] if name else dot
                 terms.append(whole[field] if field else whole)
             else:
-                terms.append({
-                    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "and": lambda a, b: a and b, "not": lambda a: not a,
-                    "or": lambda a, b: a or b, "len": len, "slice": lambda a, n: a[n:],
-                }[word])  # fmt: skip
+                terms.append(
+                    {
+                        "eq": lambda a, b: a == b,
+                        "ne": lambda a, b: a != b,
+                        "and": lambda a, b: a and b,
+                        "not": lambda a: not a,
+                        "or": lambda a, b: a or b,
+                        "len": len,
+                        "slice": lambda a, n: a[n:],
+                    }[word]
+                )
         return terms[0](*terms[1:]) if callable(terms[0]) else terms[0]
 
 
@@ -237,7 +273,9 @@ def _prompt(template: str, messages: Sequence[Message]) -> str:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ollama_asks_as_the_model_s_own_template_does(name: str) -> None:
     source, bos, eos, fields = TEMPLATES[name]
-    (template,) = Modelfile(modelfile(_info(source, bos, eos, fields), "tuned.gguf", 0.7, 2048))["TEMPLATE"]
+    (template,) = Modelfile(modelfile(_info(source, bos, eos, fields), "tuned.gguf", 0.7, 2048))[
+        "TEMPLATE"
+    ]
     jinja = ChatTemplate(source, bos, eos)
     added = bos if fields.get("tokenizer.ggml.add_bos_token", fields == _SPM) else ""
     chats = [c for c in _chats() if name not in _NO_SYSTEM_ROLE or c[0]["role"] != "system"]
@@ -248,11 +286,15 @@ def test_ollama_asks_as_the_model_s_own_template_does(name: str) -> None:
 
 def test_the_embedded_model_s_modelfile_is_whole(base: Path) -> None:
     info = open_gguf(base)
-    written = Modelfile(modelfile(info, "tuned-Q8_0.gguf", 0.7, 4096, system="Be a \"friend\"."))
+    written = Modelfile(modelfile(info, "tuned-Q8_0.gguf", 0.7, 4096, system='Be a "friend".'))
     assert [c for c in written.commands if c[0] != "TEMPLATE"] == [
-        ("FROM", "./tuned-Q8_0.gguf"), ("SYSTEM", 'Be a "friend".'), ("stop", "<|im_end|>"), ("temperature", "0.7"),
-        ("num_ctx", "4096"), ("LICENSE", info.field("general.license")),
-    ]  # fmt: skip
+        ("FROM", "./tuned-Q8_0.gguf"),
+        ("SYSTEM", 'Be a "friend".'),
+        ("stop", "<|im_end|>"),
+        ("temperature", "0.7"),
+        ("num_ctx", "4096"),
+        ("LICENSE", info.field("general.license")),
+    ]
     (template,) = written["TEMPLATE"]
     assert "You are a helpful AI assistant named SmolLM" in template
     jinja = ChatTemplate(info.chat_template, info.bos, info.eos)
@@ -265,14 +307,20 @@ def test_the_pieces_are_the_turns() -> None:
     assert shape.preamble == "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     assert shape.begin == "" and not shape.joined
     assert shape.opening == shape.assistant.prefix == "<|im_start|>assistant\n"
-    for role, turn in (("system", shape.system), ("user", shape.user), ("assistant", shape.assistant)):
+    for role, turn in (
+        ("system", shape.system),
+        ("user", shape.user),
+        ("assistant", shape.assistant),
+    ):
         assert turn == (f"<|im_start|>{role}\n", "<|im_end|>\n")
 
 
 def test_an_answer_at_the_end_stays_open() -> None:
     chat = _chats()[1][:2]
     whole = ChatTemplate(_CHATML, "", "").render(chat, answer_follows=False)
-    assert _prompt(go_template(derive(ChatTemplate(_CHATML, "", ""))), chat) == whole.removesuffix("<|im_end|>\n")
+    assert _prompt(go_template(derive(ChatTemplate(_CHATML, "", ""))), chat) == whole.removesuffix(
+        "<|im_end|>\n"
+    )
 
 
 def test_a_system_message_that_is_refused_is_left_out() -> None:
@@ -301,10 +349,18 @@ def test_another_form_of_template_is_left_to_ollama(source: str, reason: str) ->
     assert written["TEMPLATE"] == []
     assert any("the template in the GGUF" in comment for comment in written.comments)
     assert any(reason in comment for comment in written.comments)
-    assert written.commands == [("FROM", "./tuned.gguf"), ("stop", "</s>"), ("temperature", "0.7"), ("num_ctx", "2048")]
+    assert written.commands == [
+        ("FROM", "./tuned.gguf"),
+        ("stop", "</s>"),
+        ("temperature", "0.7"),
+        ("num_ctx", "2048"),
+    ]
 
 
-@pytest.mark.parametrize("mark", ["{{", "{", "{{{", "{{ x }}", '"""', '""""', "\u200b", "\x02", "é｜▁", "}}", '\\"{\\', "{%"])
+@pytest.mark.parametrize(
+    "mark",
+    ["{{", "{", "{{{", "{{ x }}", '"""', '""""', "\u200b", "\x02", "é｜▁", "}}", '\\"{\\', "{%"],
+)
 def test_marks_with_a_meaning_in_go_or_ollama_come_through(mark: str) -> None:
     source = "{% for m in messages %}{{ eos_token + m.role + eos_token + m.content + eos_token + '\n' }}{% endfor %}"
     written = Modelfile(modelfile(_info(source, "", mark, _BPE), "tuned.gguf", 0.7, 2048))
@@ -330,7 +386,11 @@ def test_braces_become_a_string_action() -> None:
     ],
 )
 def test_bos_is_left_to_the_runner_where_that_adds_it(fields: dict[str, Any], kept: bool) -> None:
-    written = Modelfile(modelfile(_info(_LLAMA3, "<|begin_of_text|>", "<|eot_id|>", fields), "tuned.gguf", 0.7, 2048))
+    written = Modelfile(
+        modelfile(
+            _info(_LLAMA3, "<|begin_of_text|>", "<|eot_id|>", fields), "tuned.gguf", 0.7, 2048
+        )
+    )
     assert written["TEMPLATE"][0].count("<|begin_of_text|>") == kept
     assert written["TEMPLATE"][0].startswith("<|begin_of_text|>{{ range") == kept
 
@@ -338,10 +398,17 @@ def test_bos_is_left_to_the_runner_where_that_adds_it(fields: dict[str, Any], ke
 def test_stops_are_eos_eot_and_the_closing_token() -> None:
     tokens = ["", "<|endoftext|>", "<|end|>", "<|eot|>", "<|user|>"]
     fields = _BPE | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eot_token_id": 3}
-    written = Modelfile(modelfile(_info(_PHI3, "", "<|endoftext|>", fields), "tuned.gguf", 0.7, 2048))
+    written = Modelfile(
+        modelfile(_info(_PHI3, "", "<|endoftext|>", fields), "tuned.gguf", 0.7, 2048)
+    )
     assert written["stop"] == ["<|endoftext|>", "<|eot|>", "<|end|>"]
-    fewer = fields | {"tokenizer.ggml.tokens": ["", "<|endoftext|>", "<|", "end"], "tokenizer.ggml.eot_token_id": 1}
-    written = Modelfile(modelfile(_info(_PHI3, "", "<|endoftext|>", fewer), "tuned.gguf", 0.7, 2048))
+    fewer = fields | {
+        "tokenizer.ggml.tokens": ["", "<|endoftext|>", "<|", "end"],
+        "tokenizer.ggml.eot_token_id": 1,
+    }
+    written = Modelfile(
+        modelfile(_info(_PHI3, "", "<|endoftext|>", fewer), "tuned.gguf", 0.7, 2048)
+    )
     assert written["stop"] == ["<|endoftext|>"]
 
 

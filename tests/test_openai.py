@@ -58,7 +58,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.bodies.append(body)
         (plan.pop(0) if len(plan) > 1 else plan[0])(self, body)
 
-    def send(self, status: int, kind: str, content: str, length: int | None = None, **headers: str) -> None:
+    def send(
+        self, status: int, kind: str, content: str, length: int | None = None, **headers: str
+    ) -> None:
         """`length` above the content's own: the connection breaks in the middle."""
         self.send_response(status)
         for name, value in {"content-type": kind, **headers}.items():
@@ -99,7 +101,9 @@ def wire() -> Iterator[Wire]:
 
 def _json(status: int, content: object) -> Answer:
     # The client takes the time to wait from this header, where it is there: the tests need no seconds of back-off.
-    return lambda handler, _: handler.send(status, "application/json", json.dumps(content), retry_after_ms="10")
+    return lambda handler, _: handler.send(
+        status, "application/json", json.dumps(content), retry_after_ms="10"
+    )
 
 
 def _error(status: int, message: str, code: str | None = None) -> Answer:
@@ -111,12 +115,21 @@ def _html(handler: _Handler, _: object) -> None:
 
 
 def _events(*pieces: str, reason: str | None = "stop", usage: bool = True) -> str:
-    chunks: list[dict[str, Any]] = [{"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces]
+    chunks: list[dict[str, Any]] = [
+        {"choices": [{"index": 0, "delta": {"content": piece}}]} for piece in pieces
+    ]
     if reason:
         chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
     if usage:
-        chunks.append({"choices": [], "usage": {"completion_tokens": 70, "prompt_tokens": 9, "total_tokens": 79}})
-    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + ("data: [DONE]\n\n" if reason else "")
+        chunks.append(
+            {
+                "choices": [],
+                "usage": {"completion_tokens": 70, "prompt_tokens": 9, "total_tokens": 79},
+            }
+        )
+    return "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + (
+        "data: [DONE]\n\n" if reason else ""
+    )
 
 
 def _stream(*pieces: str, **how: Any) -> Answer:
@@ -126,18 +139,30 @@ def _stream(*pieces: str, **how: Any) -> Answer:
 def _whole(text: str, reason: str = "stop") -> Answer:
     message = {"role": "assistant", "content": text}
     usage = {"completion_tokens": 7, "prompt_tokens": 9, "total_tokens": 16}
-    return _json(200, {"choices": [{"index": 0, "message": message, "finish_reason": reason}], "usage": usage})
+    return _json(
+        200,
+        {"choices": [{"index": 0, "message": message, "finish_reason": reason}], "usage": usage},
+    )
 
 
 @contextmanager
 def _serve(base: Path, log: Path, **options: object) -> Iterator[str]:
     """llama-cpp-python's own server; on one thread, because more of them wait for each other where the machine is busy."""
     port = _free_port()
-    options |= {"model": base, "model_alias": "smol", "n_ctx": 1024, "n_threads": 1, "n_threads_batch": 1, "port": port}
+    options |= {
+        "model": base,
+        "model_alias": "smol",
+        "n_ctx": 1024,
+        "n_threads": 1,
+        "n_threads_batch": 1,
+        "port": port,
+    }
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     with (
         log.open("w") as stream,
-        subprocess.Popen([sys.executable, "-u", "-m", "llama_cpp.server", *words], stdout=stream, stderr=stream) as process,
+        subprocess.Popen(
+            [sys.executable, "-u", "-m", "llama_cpp.server", *words], stdout=stream, stderr=stream
+        ) as process,
     ):
         try:
             _wait_for(f"http://127.0.0.1:{port}/v1/models", process, log)
@@ -191,28 +216,38 @@ def test_dialogues_with_a_real_server(real: str) -> None:
     assert len({said.text for said in got.values()}) > 10
 
 
-def test_the_command_line_takes_a_server_as_the_teacher(real: str, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
+def test_the_command_line_takes_a_server_as_the_teacher(
+    real: str, tmp_path: Path, gatt: Gatt, tiny: list[str]
+) -> None:
     words = ["--run", tmp_path, *tiny, "--set", f"synthesize.teacher='{real}'"]
     for stage in ("instructions", "synthesize"):
         done = gatt(stage, *words)
         assert done.returncode == 0, done.stderr
     examples = [row for _, row in read_jsonl(tmp_path / "synthesize" / "dialogues.jsonl")]
     assert examples
-    assert all(row["teacher"] == "smol" and row["messages"][-1]["role"] == "assistant" for row in examples)
+    assert all(
+        row["teacher"] == "smol" and row["messages"][-1]["role"] == "assistant" for row in examples
+    )
     import datasets
 
-    loaded = datasets.load_dataset("json", data_files=str(tmp_path / "synthesize" / "dialogues.jsonl"), split="train")
+    loaded = datasets.load_dataset(
+        "json", data_files=str(tmp_path / "synthesize" / "dialogues.jsonl"), split="train"
+    )
     assert len(loaded) == len(examples)
 
 
 def test_a_real_server_is_left_as_soon_as_it_is_enough(real: str) -> None:
-    long = _request("Tell me a long story about a whale.", max_tokens=800, enough=lambda text: len(text) > 40)
+    long = _request(
+        "Tell me a long story about a whale.", max_tokens=800, enough=lambda text: len(text) > 40
+    )
     start = time.monotonic()
     first, second = _ask(Server(real, concurrency=1), long, _request("What is a whale?"))
     assert (first.finish, second.finish) == ("enough", "length")
     assert 40 < len(first.text) < 80
     assert first.tokens < 40
-    assert time.monotonic() - start < 8  # 800 tokens would take longer, and the server answers one request at a time
+    assert (
+        time.monotonic() - start < 8
+    )  # 800 tokens would take longer, and the server answers one request at a time
 
 
 def test_a_real_server_says_that_its_context_is_full(real: str) -> None:
@@ -225,32 +260,51 @@ def test_a_real_server_says_what_its_library_says(real: str, base: Path) -> None
     """Not what `Llama` says: the server applies a repeat penalty of 1.1 to a greedy draw too, and `Llama` none."""
     import llama_cpp
 
-    questions = [_request(text, temperature=0, max_tokens=24) for text in ("Why is the sky blue?", "Say hello.", "What is 2 + 2?")]
+    questions = [
+        _request(text, temperature=0, max_tokens=24)
+        for text in ("Why is the sky blue?", "Say hello.", "What is 2 + 2?")
+    ]
     library = llama_cpp.Llama(str(base), n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
     for request, said in zip(questions, _ask(Server(real, concurrency=1), *questions), strict=True):
         messages: Any = list(request.messages)
-        expected = library.create_chat_completion(messages, temperature=0, repeat_penalty=1.1, max_tokens=24)
+        expected = library.create_chat_completion(
+            messages, temperature=0, repeat_penalty=1.1, max_tokens=24
+        )
         assert said.text == expected["choices"][0]["message"]["content"]
         assert said.finish == expected["choices"][0]["finish_reason"]
     library.close()
 
 
-def test_a_real_server_that_breaks_streams_off_for_the_next_request(base: Path, tmp_path: Path) -> None:
+def test_a_real_server_that_breaks_streams_off_for_the_next_request(
+    base: Path, tmp_path: Path
+) -> None:
     with _serve(base, tmp_path / "log", interrupt_requests=True) as url:
-        answers = _ask(Server(url, concurrency=4), *[_request(text, max_tokens=24) for text in ("Why?", "Who?", "Where?", "How?")])
+        answers = _ask(
+            Server(url, concurrency=4),
+            *[_request(text, max_tokens=24) for text in ("Why?", "Who?", "Where?", "How?")],
+        )
     assert "Disconnected from client" in (tmp_path / "log").read_text()
-    assert [bool(said.text.strip()) and said.finish in ("stop", "length") for said in answers] == [True] * 4
+    assert [bool(said.text.strip()) and said.finish in ("stop", "length") for said in answers] == [
+        True
+    ] * 4
 
 
 def test_a_request_and_its_answer_on_the_wire(wire: Wire) -> None:
     wire.plan = [_stream("Hark! ", "Yes.")]
-    assert _ask(Server(wire.url), _request(temperature=0.5)) == [Completion("Hark! Yes.", 70, 9, "stop")]
+    assert _ask(Server(wire.url), _request(temperature=0.5)) == [
+        Completion("Hark! Yes.", 70, 9, "stop")
+    ]
     assert wire.bodies == [
         {
-            "model": "first", "messages": [{"role": "user", "content": "Say something."}], "max_tokens": 16,
-            "temperature": 0.5, "seed": 1, "stream": True, "stream_options": {"include_usage": True},
+            "model": "first",
+            "messages": [{"role": "user", "content": "Say something."}],
+            "max_tokens": 16,
+            "temperature": 0.5,
+            "seed": 1,
+            "stream": True,
+            "stream_options": {"include_usage": True},
         }
-    ]  # fmt: skip
+    ]
 
 
 def test_tokens_are_counted_where_the_server_does_not_say(wire: Wire) -> None:
@@ -264,8 +318,12 @@ def test_a_server_without_stream_options(wire: Wire) -> None:
         (refusal if "stream_options" in body else _stream("Yes.", usage=False))(handler, body)
 
     wire.plan = [strict]
-    assert [said.text for said in _ask(Server(wire.url, concurrency=3), *[_request()] * 6)] == ["Yes."] * 6
-    assert sum("stream_options" in body for body in wire.bodies) <= 3  # it is not asked again by those that follow
+    assert [said.text for said in _ask(Server(wire.url, concurrency=3), *[_request()] * 6)] == [
+        "Yes."
+    ] * 6
+    assert (
+        sum("stream_options" in body for body in wire.bodies) <= 3
+    )  # it is not asked again by those that follow
 
 
 def test_enough_closes_the_stream(wire: Wire) -> None:
@@ -295,12 +353,20 @@ def test_busy_twice_and_then_well(wire: Wire) -> None:
     assert len(wire.bodies) == 3
 
 
-@pytest.mark.parametrize("break_off", [
-    _stream("Ha", reason=None, usage=False),
-    lambda handler, _: handler.send(200, "text/event-stream", _events("Ha", reason=None), length=10_000),
-    lambda handler, _: handler.send(200, "text/event-stream", 'data: {"error": {"message": "out of memory"}}\n\n'),
-    lambda handler, _: handler.send(200, "text/event-stream", 'data: {"choices": [{"del\n\n'),
-], ids=["ended", "cut", "error", "garbled"])  # fmt: skip
+@pytest.mark.parametrize(
+    "break_off",
+    [
+        _stream("Ha", reason=None, usage=False),
+        lambda handler, _: handler.send(
+            200, "text/event-stream", _events("Ha", reason=None), length=10_000
+        ),
+        lambda handler, _: handler.send(
+            200, "text/event-stream", 'data: {"error": {"message": "out of memory"}}\n\n'
+        ),
+        lambda handler, _: handler.send(200, "text/event-stream", 'data: {"choices": [{"del\n\n'),
+    ],
+    ids=["ended", "cut", "error", "garbled"],
+)
 def test_a_broken_stream_is_asked_for_as_a_whole(break_off: Answer, wire: Wire) -> None:
     wire.plan = [break_off, _whole("Hark! Yes.")]
     assert _ask(Server(wire.url), _request()) == [Completion("Hark! Yes.", 7, 9, "stop")]
@@ -309,26 +375,47 @@ def test_a_broken_stream_is_asked_for_as_a_whole(break_off: Answer, wire: Wire) 
     assert "stream" not in wire.bodies[-1]
 
 
-@pytest.mark.parametrize("overflow", [
-    _error(400, "Please reduce the length.", "context_length_exceeded"),
-    _error(400, "This model's maximum context length is 512 tokens. However, you requested 600 tokens."),
-    _error(400, "request (600 tokens) exceeds the available context size (512 tokens), try increasing it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "overflow",
+    [
+        _error(400, "Please reduce the length.", "context_length_exceeded"),
+        _error(
+            400,
+            "This model's maximum context length is 512 tokens. However, you requested 600 tokens.",
+        ),
+        _error(
+            400,
+            "request (600 tokens) exceeds the available context size (512 tokens), try increasing it",
+        ),
+    ],
+)
 def test_a_full_context_is_said(overflow: Answer, wire: Wire) -> None:
     wire.plan = [overflow]
     assert _ask(Server(wire.url), _request()) == [Completion("", 0, 0, "context")]
 
 
-@pytest.mark.parametrize(("plan", "said"), [
-    ([_error(401, "Invalid API key")], ["a request without a key", "Invalid API key", "OPENAI_API_KEY"]),
-    ([_error(404, "model `other` does not exist")], ["no model 'other'", "first, second"]),
-    ([_error(400, "Invalid model name", "model_not_found")], ["no model 'other'", "first, second"]),
-    ([_error(429, "Slow down")], ["no room (429: Slow down)", "Lower the concurrency (24)"]),
-    ([_error(500, "CUDA error")], ["fails again and again (500: CUDA error)", "run again"]),
-    ([_error(400, "seed is not supported")], ["refuses the request (400: seed is not supported)"]),
-    ([_html], ["no OpenAI-compatible server", "Welcome!", "/v1"]),
-    ([_stream("Ha", reason=None), _error(500, "out of memory")], ["out of memory"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("plan", "said"),
+    [
+        (
+            [_error(401, "Invalid API key")],
+            ["a request without a key", "Invalid API key", "OPENAI_API_KEY"],
+        ),
+        ([_error(404, "model `other` does not exist")], ["no model 'other'", "first, second"]),
+        (
+            [_error(400, "Invalid model name", "model_not_found")],
+            ["no model 'other'", "first, second"],
+        ),
+        ([_error(429, "Slow down")], ["no room (429: Slow down)", "Lower the concurrency (24)"]),
+        ([_error(500, "CUDA error")], ["fails again and again (500: CUDA error)", "run again"]),
+        (
+            [_error(400, "seed is not supported")],
+            ["refuses the request (400: seed is not supported)"],
+        ),
+        ([_html], ["no OpenAI-compatible server", "Welcome!", "/v1"]),
+        ([_stream("Ha", reason=None), _error(500, "out of memory")], ["out of memory"]),
+    ],
+)
 def test_failures_that_a_user_can_act_upon(plan: list[Answer], said: list[str], wire: Wire) -> None:
     wire.plan = plan
     with pytest.raises(GattError) as error:
@@ -338,14 +425,20 @@ def test_failures_that_a_user_can_act_upon(plan: list[Answer], said: list[str], 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("models", "said"), [
-    (_html, "no OpenAI-compatible server"),
-    (_json(200, {"models": []}), "no OpenAI-compatible server"),
-    (lambda handler, _: handler.send(200, "application/json", '{"data": ['), "no OpenAI-compatible server"),
-    (_json(200, {"data": []}), "offers no model"),
-    (_json(404, {"detail": "Not Found"}), "Nothing to chat with"),
-    (_error(503, "Loading model"), "fails again and again (503: Loading model)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        (_html, "no OpenAI-compatible server"),
+        (_json(200, {"models": []}), "no OpenAI-compatible server"),
+        (
+            lambda handler, _: handler.send(200, "application/json", '{"data": ['),
+            "no OpenAI-compatible server",
+        ),
+        (_json(200, {"data": []}), "offers no model"),
+        (_json(404, {"detail": "Not Found"}), "Nothing to chat with"),
+        (_error(503, "Loading model"), "fails again and again (503: Loading model)"),
+    ],
+)
 def test_no_model_to_be_had(models: Answer, said: str, wire: Wire) -> None:
     wire.models = models
     with pytest.raises(GattError, match=said.replace("(", r"\(").replace(")", r"\)")):
@@ -372,11 +465,16 @@ def test_the_key_is_sent(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nobody_listens() -> None:
-    with pytest.raises(GattError, match=r"No server answers at http://127.0.0.1:\d+/v1 \(.*\)\. Start it or correct"):
+    with pytest.raises(
+        GattError,
+        match=r"No server answers at http://127.0.0.1:\d+/v1 \(.*\)\. Start it or correct",
+    ):
         _ask(Server(f"http://127.0.0.1:{_free_port()}/v1"), _request())
 
 
-@pytest.mark.parametrize("url", ["127.0.0.1:8000/v1", "localhost:8000", "http://", "http://host:port/v1", ""])
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000/v1", "localhost:8000", "http://", "http://host:port/v1", ""]
+)
 def test_no_address(url: str) -> None:
     with pytest.raises(GattError, match="not the address of a server"):
         Server(url)
@@ -384,7 +482,9 @@ def test_no_address(url: str) -> None:
 
 def test_a_server_that_hangs(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     release = threading.Event()
-    wire.plan = [lambda handler, body: _stream("Late.")(handler, body) if release.wait(20) else None]
+    wire.plan = [
+        lambda handler, body: _stream("Late.")(handler, body) if release.wait(20) else None
+    ]
     monkeypatch.setattr("pipeline.backends.openai._SECONDS", 0.3)
     try:
         with pytest.raises(GattError, match=r"more than 0\.3 s for one answer"):
@@ -393,9 +493,14 @@ def test_a_server_that_hangs(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Non
         release.set()
 
 
-def test_an_exception_stops_the_others_and_closes_them(wire: Wire, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_stops_the_others_and_closes_them(
+    wire: Wire, caplog: pytest.LogCaptureFixture
+) -> None:
     release = threading.Event()
-    wire.plan = [_stream("Yes."), lambda handler, body: _stream("Late.")(handler, body) if release.wait(20) else None]
+    wire.plan = [
+        _stream("Yes."),
+        lambda handler, body: _stream("Late.")(handler, body) if release.wait(20) else None,
+    ]
     kept: list[str] = []
     closed: list[int] = []
 
@@ -468,7 +573,9 @@ def test_an_interrupt_stops_at_once(wire: Wire) -> None:
 
     wire.plan = [endless]
     command = [sys.executable, "-X", "dev", "-c", INTERRUPTED, wire.url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as talking:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as talking:
         assert talking.stdout and talking.stdout.readline() == "said\n"
         start = time.monotonic()
         talking.send_signal(signal.SIGINT)

@@ -26,9 +26,20 @@ from pipeline.stages.instructions import written
 from pipeline.stages.report import headline, run
 from pipeline.tables import Table, key, markdown
 
-_POOL = (Constraint("opening", "Ahoy!"), Constraint("closing", "So it goes."), Constraint("persona", "Captain Nemo"))
+_POOL = (
+    Constraint("opening", "Ahoy!"),
+    Constraint("closing", "So it goes."),
+    Constraint("persona", "Captain Nemo"),
+)
 _NASTY = '<script>document.title = "broken"</script> & "שלום" ' + "x" * 400
-_CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+_CHROMIUM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
 browser = pytest.mark.skipif(not _CHROMIUM, reason="no Chromium here to open the page with")
 
 
@@ -40,9 +51,14 @@ def _replies(arm: str, pairs: list[Any], good: float) -> list[Reply]:
         for turn in range(1, turns + 1):
             held = turn <= good * (turns - n % 3)
             flaw = "" if held or turn % 4 else "loop"
-            found.append(Reply(arm, pair.dialogue.id, turn, f"Ahoy! {_NASTY}", 9, 9, "stop", held, flaw))
-            found += [Reply(arm, pair.dialogue.id, turn, "Me.", 9, 9, "stop", held, "", ask.attribute)
-                      for ask in pair.asks if turn in (2, 4, 6, 20)]  # fmt: skip
+            found.append(
+                Reply(arm, pair.dialogue.id, turn, f"Ahoy! {_NASTY}", 9, 9, "stop", held, flaw)
+            )
+            found += [
+                Reply(arm, pair.dialogue.id, turn, "Me.", 9, 9, "stop", held, "", ask.attribute)
+                for ask in pair.asks
+                if turn in (2, 4, 6, 20)
+            ]
     return found
 
 
@@ -52,31 +68,67 @@ def _run(folder: Path, full: bool) -> tuple[Recipe, RunDir]:
     model = folder / "my-model.gguf"
     model.write_bytes(b"GGUF")
     recipe = Recipe(model=str(model), evaluate=Evaluate(dialogues=4))
-    dialogues = [Dialogue(f"d{n}", "sea", tuple(f"What of {n}.{t}, <b>sir</b>?" for t in range(20))) for n in range(4)]
-    made, further = suites(dialogues, _POOL, (Constraint("uppercase"), Constraint("opening", "Well, well!")), 10, 20)
+    dialogues = [
+        Dialogue(f"d{n}", "sea", tuple(f"What of {n}.{t}, <b>sir</b>?" for t in range(20)))
+        for n in range(4)
+    ]
+    made, further = suites(
+        dialogues, _POOL, (Constraint("uppercase"), Constraint("opening", "Well, well!")), 10, 20
+    )
     main = [(d, p) for d, (_, p) in zip(dialogues, further["change"], strict=True)]
     write_json(rundir.pairs, written(made, {"train": [], "evaluate": main}))
     write_json(rundir.suites, written(made, further))
-    found = {"evaluate": read_pairs(rundir.pairs, "evaluate"), **(read_sides(rundir.suites) if full else {})}
+    found = {
+        "evaluate": read_pairs(rundir.pairs, "evaluate"),
+        **(read_sides(rundir.suites) if full else {}),
+    }
     rivals = ["rival"] if full else [f"rival {n}" for n in range(1, 6)]
     shares = {"base": 0.2, "tuned": 0.8, **dict.fromkeys(rivals, 0.5)}
-    replies = [r for arm, good in shares.items() for pairs in found.values() for r in _replies(arm, pairs, good)]
+    replies = [
+        r
+        for arm, good in shares.items()
+        for pairs in found.values()
+        for r in _replies(arm, pairs, good)
+    ]
     replies += _replies("ceiling", found["evaluate"], 0.9)
     write_jsonl(rundir.replies, replies)
     numbers = scores(replies, found, _POOL)
     if full:
-        judge = {"model": "big", "agreement": {"hits": 7, "n": 10, "value": 0.7, "low": 0.4, "high": 0.9}, "reliable": False}
-        damage = {"tokens": 90, "perplexity": {"base": 3.0, "tuned": 3.3}, "kl": {"base": 0.0, "tuned": 0.1}}
+        judge = {
+            "model": "big",
+            "agreement": {"hits": 7, "n": 10, "value": 0.7, "low": 0.4, "high": 0.9},
+            "reliable": False,
+        }
+        damage = {
+            "tokens": 90,
+            "perplexity": {"base": 3.0, "tuned": 3.3},
+            "kl": {"base": 0.0, "tuned": 0.1},
+        }
         numbers |= {"primary": "recall", "damage": damage, "judge": {**judge, "scores": []}}
         row = {"at": 1, "old": 0.0, "new": 0.0}
         assert row.keys() < numbers["change"]["tuned"]["by_turn"][0].keys()
-        share = {"strongest": [[0.5, 1.0], [0.2, 0.4]], "turns": [1, 2], "instruction": [0, 1], "share": [0.5, 0.1]}
+        share = {
+            "strongest": [[0.5, 1.0], [0.2, 0.4]],
+            "turns": [1, 2],
+            "instruction": [0, 1],
+            "share": [0.5, 0.1],
+        }
         write_json(rundir.attention, {"base": share, "tuned": share})
         write_json(rundir.losses, [2.0, 1.5, 1.2])
     write_json(rundir.scores, numbers)
     write_jsonl(rundir.examples, [{"teacher": "itself"}])
-    drawn = {"way": "edited", "drawn": 9, "accepted": 7, "words": 21, "rejected": {"loop": 2}, "example": f"Ahoy! {_NASTY}"}
-    write_json(rundir.acceptance, {"answers": [{"instruction": "opening: Ahoy!", **drawn}], "too_common": 0})
+    drawn = {
+        "way": "edited",
+        "drawn": 9,
+        "accepted": 7,
+        "words": 21,
+        "rejected": {"loop": 2},
+        "example": f"Ahoy! {_NASTY}",
+    }
+    write_json(
+        rundir.acceptance,
+        {"answers": [{"instruction": "opening: Ahoy!", **drawn}], "too_common": 0},
+    )
     formats = {"Q8_0": {"bytes": 145_000_000, "retained": {"attn_q": 0.85}, "kl_trained": 0.3}}
     write_json(rundir.exported, {"merge_onto": "16bit", "merges": {}, "formats": formats})
     rundir.tuned("Q8_0").write_bytes(b"GGUF")
@@ -96,7 +148,9 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
 
 
 def test_it_opens_with_the_figure_that_the_recipe_named(full: RunDir, bare: RunDir) -> None:
-    assert "<h1>The tuned model still knows what it was told, asked in turn 20, in 0% of" in _page(full)
+    assert "<h1>The tuned model still knows what it was told, asked in turn 20, in 0% of" in _page(
+        full
+    )
     assert "<h1>In turns 16 to 20, the tuned model keeps" in _page(bare)
 
 
@@ -105,7 +159,10 @@ def test_a_figure_that_was_not_measured_is_not_told(bare: RunDir) -> None:
     assert headline({**numbers, "primary": "recall"}).startswith(
         "What the report was to open with (recall) was not measured. In turns 16 to 20"
     )
-    nothing = [{"arm": arm, "at": "turns 1 to 2", "hits": 0, "n": 0, "value": float("nan")} for arm in ("base", "tuned")]
+    nothing = [
+        {"arm": arm, "at": "turns 1 to 2", "hits": 0, "n": 0, "value": float("nan")}
+        for arm in ("base", "tuned")
+    ]
     assert "keeps its instruction in an unknown share of the answers" in headline({"late": nothing})
 
 
@@ -113,14 +170,30 @@ def _page(rundir: RunDir) -> str:
     return (rundir.report / "report.html").read_text(encoding="utf-8")
 
 
-def test_every_part_is_there_and_what_was_not_measured_is_left_out(full: RunDir, bare: RunDir) -> None:
+def test_every_part_is_there_and_what_was_not_measured_is_left_out(
+    full: RunDir, bare: RunDir
+) -> None:
     titles = re.findall("<h2>(.*?)</h2>", _page(full))
-    always = ["Over several turns", "How long until the first broken answer", "By instruction", "Side by side", "Training data",
-              "Export", "The run"]  # fmt: skip
+    always = [
+        "Over several turns",
+        "How long until the first broken answer",
+        "By instruction",
+        "Side by side",
+        "Training data",
+        "Export",
+        "The run",
+    ]
     assert set(titles) == {
-        *always, "Recall", "Instructions that were not trained", "When the instruction changes", "Leakage and damage",
-        "One question, one instruction", "The judge", "What the answers attend to", "Training",
-    }  # fmt: skip
+        *always,
+        "Recall",
+        "Instructions that were not trained",
+        "When the instruction changes",
+        "Leakage and damage",
+        "One question, one instruction",
+        "The judge",
+        "What the answers attend to",
+        "Training",
+    }
     assert re.findall("<h2>(.*?)</h2>", _page(bare)) == always
     assert "its verdicts are not reliable" in _page(full)
     assert "keeps less than 90 % of the adapter&#39;s change in attn_q" in _page(full)
@@ -137,20 +210,33 @@ def test_recall_stands_beside_the_papers(full: RunDir) -> None:
 
 def test_the_tables_hold_the_numbers_of_the_scores(full: RunDir) -> None:
     numbers = json.loads(full.scores.read_text(encoding="utf-8"))
-    for name in ("by_turn", "by_instruction", "generalisation", "leakage", "single_by_kind", "recall_by_attribute"):
+    for name in (
+        "by_turn",
+        "by_instruction",
+        "generalisation",
+        "leakage",
+        "single_by_kind",
+        "recall_by_attribute",
+    ):
         with (full.report / "tables" / f"{name}.csv").open(encoding="utf-8") as file:
             rows = {next(iter(row.values())): row for row in csv.DictReader(file)}
         for expected in numbers[name]:
             row = rows[str(expected["at"])]
             assert float(row[expected["arm"]]) == expected["value"]
-            assert (int(row[f"{expected['arm']} hits"]), int(row[f"{expected['arm']} n"])) == (expected["hits"], expected["n"])
+            assert (int(row[f"{expected['arm']} hits"]), int(row[f"{expected['arm']} n"])) == (
+                expected["hits"],
+                expected["n"],
+            )
 
 
 def test_figures_are_files_too(full: RunDir) -> None:
     for name in ("adherence", "survival", "change", "attention", "loss"):
         assert (full.report / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         picture = (full.report / "figures" / f"{name}.svg").read_text(encoding="utf-8")
-        assert re.match(r'<svg [^>]*>\s*<rect [^>]*fill="#fff"', picture) and "currentColor" not in picture  # dark text on white
+        assert (
+            re.match(r'<svg [^>]*>\s*<rect [^>]*fill="#fff"', picture)
+            and "currentColor" not in picture
+        )  # dark text on white
     curve = (full.report / "figures" / "adherence.svg").read_text(encoding="utf-8")
     assert all(name in curve for name in ("GAtt-tuned", "base, told", "rival"))
 
@@ -158,7 +244,9 @@ def test_figures_are_files_too(full: RunDir) -> None:
 def test_curves_show_seven_models_and_tables_all(bare: RunDir) -> None:
     for figure in ("adherence", "survival"):
         curve = (bare.report / "figures" / f"{figure}.svg").read_text(encoding="utf-8")
-        assert [name in curve for name in ("base", "GAtt-tuned", "rival 1", "rival 4", "rival 5")] == [True] * 4 + [False]
+        assert [
+            name in curve for name in ("base", "GAtt-tuned", "rival 1", "rival 4", "rival 5")
+        ] == [True] * 4 + [False]
     assert "Curves show 7 of 8 models, tables all." in _page(bare)
     with (bare.report / "tables" / "by_instruction.csv").open(encoding="utf-8") as file:
         assert {"rival 5", "rival 5 hits", "ceiling"} <= next(csv.DictReader(file)).keys()
@@ -174,7 +262,11 @@ def test_the_numbers_behind_curves_are_files(full: RunDir) -> None:
     assert [float(row["value"]) for row in found["survival_by_turn"]] == steps
     new = [row["new"] for arm in numbers["change"].values() for row in arm["by_turn"]]
     assert [float(row["new"]) for row in found["change_by_turn"]] == new
-    assert [(row["step"], row["loss"]) for row in found["loss"]] == [("1", "2.0"), ("2", "1.5"), ("3", "1.2")]
+    assert [(row["step"], row["loss"]) for row in found["loss"]] == [
+        ("1", "2.0"),
+        ("2", "1.5"),
+        ("3", "1.2"),
+    ]
 
 
 def test_a_shared_report_does_not_tell_where_the_model_lies(full: RunDir, bare: RunDir) -> None:
@@ -206,13 +298,27 @@ def _open(page: str, folder: Path, script: str, *more: str) -> str:
     )
     changed = page.replace("<title>", f"{listening}<title>", 1)
     file = folder / "page.html"
-    file.write_text(changed.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8")
+    file.write_text(
+        changed.replace("</body>", f"<script>{script}</script></body>"), encoding="utf-8"
+    )
     assert _CHROMIUM
     command = [
-        _CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
-        "--window-size=1100,900", "--virtual-time-budget=2000", *more, "--dump-dom", file.as_uri(),
-    ]  # fmt: skip
+        _CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-sync",
+        "--disable-background-networking",
+        "--disable-component-update",
+        f"--user-data-dir={folder / 'profile'}",
+        "--window-size=1100,900",
+        "--virtual-time-budget=2000",
+        *more,
+        "--dump-dom",
+        file.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.DOTALL)
     assert title
@@ -280,8 +386,13 @@ def test_page_and_charts_are_dark_for_a_reader_who_wants_it(full: RunDir, tmp_pa
         "text.filter(t => getComputedStyle(t).fill === look.color).length])"
     )
     light = json.loads(_open(_page(full), tmp_path, script))
-    dark = json.loads(_open(_page(full), tmp_path, script, "--blink-settings=preferredColorScheme=0"))
-    assert light[:2] == ["rgb(27, 30, 35)", "rgb(255, 255, 255)"] and dark[:2] == ["rgb(228, 230, 234)", "rgb(21, 23, 27)"]
+    dark = json.loads(
+        _open(_page(full), tmp_path, script, "--blink-settings=preferredColorScheme=0")
+    )
+    assert light[:2] == ["rgb(27, 30, 35)", "rgb(255, 255, 255)"] and dark[:2] == [
+        "rgb(228, 230, 234)",
+        "rgb(21, 23, 27)",
+    ]
     assert light[2] == dark[2] > 40
 
 
@@ -316,7 +427,9 @@ def test_an_arm_has_one_colour_in_all_curves() -> None:
     arms = ["base", "tuned", "tuned, Q4_K_M", "rival"]
     curve = adherence_curve([{"arm": arm, "at": turn, **row} for arm in arms for turn in (1, 2)], 2)
     turn = {"at": 1, "old": 0.5, "new": 0.5, "n": 2}
-    change = change_curve({arm: {"at": 1, "by_turn": [turn]} for arm in arms if "," not in arm}, arms)
+    change = change_curve(
+        {arm: {"at": 1, "by_turn": [turn]} for arm in arms if "," not in arm}, arms
+    )
     colours = [re.search(r"fill: (#\w+)[^>]*>rival<", picture.svg) for picture in (curve, change)]
     assert all(colours) and len({found[1] for found in colours if found}) == 1
 
@@ -325,14 +438,18 @@ def test_a_rate_and_a_number_share_a_column_of_the_csv(full: RunDir) -> None:
     with (full.report / "tables" / "overview.csv").open(encoding="utf-8") as file:
         strict, *_, distinct = csv.DictReader(file)
     numbers = json.loads(full.scores.read_text(encoding="utf-8"))
-    assert [float(strict[row["arm"]]) for row in numbers["late"]] == [row["value"] for row in numbers["late"]]
+    assert [float(strict[row["arm"]]) for row in numbers["late"]] == [
+        row["value"] for row in numbers["late"]
+    ]
     assert float(distinct["tuned"]) == numbers["distinct_2"]["tuned"] and distinct["tuned n"] == ""
 
 
 def test_markdown_keeps_a_row_in_a_line() -> None:
     rate = {"hits": 1, "n": 2, "value": 0.5, "low": 0.1, "high": 0.9}
     table = Table("t", ["a|b", "c"], [["x\ny", None], ["p | q", rate]])
-    assert markdown(table) == "| a\\|b | c |\n| --- | --- |\n| x y |  |\n| p \\| q | 50% (1 of 2) |\n"
+    assert (
+        markdown(table) == "| a\\|b | c |\n| --- | --- |\n| x y |  |\n| p \\| q | 50% (1 of 2) |\n"
+    )
 
 
 def test_shares_are_sorted_as_numbers_and_what_is_missing_as_nothing() -> None:

@@ -45,7 +45,9 @@ def test_the_export_is_the_model_that_was_trained(finished: Path) -> None:
     assert table["merges"]["4bit"] < 0.005 < 0.05 < table["merges"]["16bit"]
     assert table["surprise"]["16bit"] < table["surprise"]["4bit"]
     assert table["merge_onto"] == "16bit"
-    assert table["formats"]["Q8_0"]["kl_trained"] == pytest.approx(table["merges"]["16bit"], abs=0.05)
+    assert table["formats"]["Q8_0"]["kl_trained"] == pytest.approx(
+        table["merges"]["16bit"], abs=0.05
+    )
     assert table["formats"]["Q8_0"]["kl_f16"] < 0.02
     assert min(table["formats"]["Q8_0"]["retained"].values()) > 0.5
     made = {p.name for p in (finished / "export").iterdir()} - {"manifest.json", "started.json"}
@@ -60,7 +62,9 @@ def test_held_out_answers_are_watched_at_each_checkpoint(finished: Path) -> None
     pairs = json.loads((finished / "instructions" / "pairs.json").read_text())
     watched = {row["dialogue"]["id"] for row in pairs["validate"]}
     assert len(watched) == 1
-    assert not watched & {row["dialogue"]["id"].split("@")[0] for side in ("train", "evaluate") for row in pairs[side]}
+    assert not watched & {
+        row["dialogue"]["id"].split("@")[0] for side in ("train", "evaluate") for row in pairs[side]
+    }
 
 
 def test_the_file_says_what_it_is(finished: Path, base: Path) -> None:
@@ -68,20 +72,39 @@ def test_the_file_says_what_it_is(finished: Path, base: Path) -> None:
     assert tuned.field("general.license") == before.field("general.license") == "apache-2.0"
     assert tuned.field("general.name") == before.field("general.name")
     assert tuned.field("general.finetune") == "GAtt"
-    assert tuned.field("general.base_model.0.repo_url") == "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert (
+        tuned.field("general.base_model.0.repo_url")
+        == "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct"
+    )
     assert tuned.field("general.dataset.0.description") == "user turns: seed"
     assert tuned.chat_template == before.chat_template
 
 
 @pytest.mark.slow
-def test_an_adapter_is_measured_over_the_base(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
+def test_an_adapter_is_measured_over_the_base(
+    finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]
+) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     adapter = finished / "export" / "adapter.gguf"
     other = shutil.copyfile(adapter, tmp_path / "rival.gguf")
-    done = gatt("evaluate", "--run", tmp_path, "--adapter", adapter, "--adapter-scale", "0.5", "--other", other, *tiny)
+    done = gatt(
+        "evaluate",
+        "--run",
+        tmp_path,
+        "--adapter",
+        adapter,
+        "--adapter-scale",
+        "0.5",
+        "--other",
+        other,
+        *tiny,
+    )
     assert done.returncode == 0, done.stderr
     ours, theirs = (
-        {(r["arm"], r["dialogue"], r["turn"], r["probe"]): r["text"] for _, r in read_jsonl(folder / "evaluate" / "replies.jsonl")}
+        {
+            (r["arm"], r["dialogue"], r["turn"], r["probe"]): r["text"]
+            for _, r in read_jsonl(folder / "evaluate" / "replies.jsonl")
+        }
         for folder in (tmp_path, finished)
     )
     assert {key[0] for key in ours} == {"base", "tuned", "rival", "ceiling"}
@@ -90,8 +113,12 @@ def test_an_adapter_is_measured_over_the_base(finished: Path, tmp_path: Path, ga
     assert differ == {"tuned"}  # the base's own contexts know nothing of the adapter
     scores = json.loads((tmp_path / "evaluate" / "scores.json").read_text())
     assert scores["damage"]["perplexity"].keys() == {"base", "tuned", "rival"}
-    assert scores["damage"]["kl"]["rival"] > scores["damage"]["kl"]["tuned"] > 0  # at half its strength it moves less
-    wrong = gatt("evaluate", "--run", tmp_path, "--adapter", finished / "export" / "tuned-Q8_0.gguf", *tiny)
+    assert (
+        scores["damage"]["kl"]["rival"] > scores["damage"]["kl"]["tuned"] > 0
+    )  # at half its strength it moves less
+    wrong = gatt(
+        "evaluate", "--run", tmp_path, "--adapter", finished / "export" / "tuned-Q8_0.gguf", *tiny
+    )
     assert wrong.returncode == 1
     assert "is no adapter" in wrong.stderr
     missing = gatt("evaluate", "--run", tmp_path, "--other", tmp_path / "nothing.gguf", *tiny)
@@ -99,12 +126,16 @@ def test_an_adapter_is_measured_over_the_base(finished: Path, tmp_path: Path, ga
     assert "no file at" in missing.stderr and "a server's address" in missing.stderr
 
 
-def test_the_same_evaluation_gives_the_same_numbers(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
+def test_the_same_evaluation_gives_the_same_numbers(
+    finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]
+) -> None:
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "evaluate")
     done = gatt("evaluate", "--run", tmp_path, *tiny)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "evaluate" / "scores.json").read_text() == (finished / "evaluate" / "scores.json").read_text()
+    assert (tmp_path / "evaluate" / "scores.json").read_text() == (
+        finished / "evaluate" / "scores.json"
+    ).read_text()
 
 
 def test_every_suite_is_measured(finished: Path) -> None:
@@ -124,7 +155,10 @@ def test_training_and_evaluation_do_not_share_a_dialogue(finished: Path) -> None
 
 
 def test_the_instruction_stands_in_turn_one_only(finished: Path) -> None:
-    pairs = {row["dialogue"]["id"]: row for row in json.loads((finished / "instructions" / "pairs.json").read_text())["train"]}
+    pairs = {
+        row["dialogue"]["id"]: row
+        for row in json.loads((finished / "instructions" / "pairs.json").read_text())["train"]
+    }
     for _, row in read_jsonl(finished / "synthesize" / "dialogues.jsonl"):
         users = [m["content"] for m in row["messages"] if m["role"] == "user"]
         plain = pairs[row["dialogue"]]["dialogue"]["turns"]
@@ -140,7 +174,9 @@ def test_a_second_run_repeats_nothing(finished: Path, gatt: Gatt, tiny: list[str
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*.jsonl")} == before
 
 
-def test_synthesis_cut_off_goes_on_and_gives_the_same_data(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
+def test_synthesis_cut_off_goes_on_and_gives_the_same_data(
+    finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]
+) -> None:
     for stage in ("instructions", "synthesize"):
         if stage == "synthesize":  # as a killed process leaves it: some answers, half a line
             whole = (finished / "synthesize" / "answers.jsonl").read_bytes()
@@ -150,7 +186,10 @@ def test_synthesis_cut_off_goes_on_and_gives_the_same_data(finished: Path, tmp_p
         assert done.returncode == 0, done.stderr
     name = Path("synthesize") / "dialogues.jsonl"
     assert (tmp_path / name).read_text() == (finished / name).read_text()
-    keys = [(r["dialogue"], r["turn"], r["candidate"]) for _, r in read_jsonl(tmp_path / "synthesize" / "answers.jsonl")]
+    keys = [
+        (r["dialogue"], r["turn"], r["candidate"])
+        for _, r in read_jsonl(tmp_path / "synthesize" / "answers.jsonl")
+    ]
     assert len(keys) == len(set(keys))
 
 
@@ -162,7 +201,9 @@ def test_training_cut_off_goes_on_and_gives_the_same_adapter(
     stamp = before.stat().st_mtime_ns
     (tmp_path / "train" / "manifest.json").unlink()
     shutil.rmtree(tmp_path / "train" / "adapter")
-    (tmp_path / "train" / "checkpoints" / "checkpoint-2" / "complete").unlink()  # as if it was cut off while it was written
+    (
+        tmp_path / "train" / "checkpoints" / "checkpoint-2" / "complete"
+    ).unlink()  # as if it was cut off while it was written
     assert gatt("train", "--run", tmp_path, *tiny).returncode == 0
     assert before.stat().st_mtime_ns == stamp  # step 1 was not repeated
     name = Path("train") / "adapter" / "adapter_model.safetensors"
@@ -199,56 +240,97 @@ def test_training_that_is_asked_to_stop_saves_and_goes_on(
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_adapter(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
+def test_two_processes_train_the_same_adapter(
+    finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]
+) -> None:
     """The whole command under `accelerate launch`: checkpoints, held-out answers, one run folder."""
     import numpy as np
     from safetensors.numpy import load_file
 
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     shutil.rmtree(tmp_path / "train")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]  # fmt: skip
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+    ]
     command = [*launch, "-m", "pipeline", "train", "--run", str(tmp_path), *tiny]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 0, done.stderr
-    ours, theirs = (json.loads((folder / "train" / "losses.json").read_text()) for folder in (tmp_path, finished))
-    assert ours == pytest.approx(theirs, rel=3e-2)  # a hundred tokens in bfloat16; in float32 they are equal (test_trainer.py)
-    assert (tmp_path / "train" / "manifest.json").exists() and len(list(read_jsonl(tmp_path / "train" / "validation.jsonl"))) == 2
+    ours, theirs = (
+        json.loads((folder / "train" / "losses.json").read_text())
+        for folder in (tmp_path, finished)
+    )
+    assert ours == pytest.approx(
+        theirs, rel=3e-2
+    )  # a hundred tokens in bfloat16; in float32 they are equal (test_trainer.py)
+    assert (tmp_path / "train" / "manifest.json").exists() and len(
+        list(read_jsonl(tmp_path / "train" / "validation.jsonl"))
+    ) == 2
     name = Path("train") / "adapter" / "adapter_model.safetensors"
     adapters = [load_file(folder / name) for folder in (tmp_path, finished)]
-    ours_all, theirs_all = (np.concatenate([m.ravel() for m in adapter.values()]) for adapter in adapters)
+    ours_all, theirs_all = (
+        np.concatenate([m.ravel() for m in adapter.values()]) for adapter in adapters
+    )
     assert ours_all @ theirs_all > 0.99 * np.linalg.norm(ours_all) * np.linalg.norm(theirs_all)
     assert gatt("train", "--run", tmp_path, *tiny).stderr.strip().endswith("train: done already")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is of POSIX")
-def test_ten_kills_lose_nothing(finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]) -> None:
+def test_ten_kills_lose_nothing(
+    finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]
+) -> None:
     moments = random.Random(1)
     manifests: dict[Path, int] = {}
     for _ in range(10):
         command = [sys.executable, "-m", "pipeline", "run", "--run", str(tmp_path), *tiny]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=moments.uniform(1, 30))
         with contextlib.suppress(ProcessLookupError):  # it had finished
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        stages = [p for p in tmp_path.glob("*/manifest.json") if p.parent.name != "report"]  # rendered anew by every run
+        stages = [
+            p for p in tmp_path.glob("*/manifest.json") if p.parent.name != "report"
+        ]  # rendered anew by every run
         now = {p: p.stat().st_mtime_ns for p in stages}
         assert manifests.items() <= now.items()  # a finished stage is not repeated
         manifests = now
     done = gatt("run", "--run", tmp_path, *tiny)
     assert done.returncode == 0, done.stderr
-    logs = {"synthesize/answers": ("dialogue", "turn", "candidate"), "evaluate/replies": ("arm", "dialogue", "turn", "probe")}
+    logs = {
+        "synthesize/answers": ("dialogue", "turn", "candidate"),
+        "evaluate/replies": ("arm", "dialogue", "turn", "probe"),
+    }
     for name, key in logs.items():
-        ours, theirs = ([row for _, row in read_jsonl(folder / f"{name}.jsonl")] for folder in (tmp_path, finished))
+        ours, theirs = (
+            [row for _, row in read_jsonl(folder / f"{name}.jsonl")]
+            for folder in (tmp_path, finished)
+        )
         keys = [tuple(row[k] for k in key) for row in ours]
         assert len(keys) == len(set(keys))  # nothing generated twice
-        assert sorted(map(str, ours)) == sorted(map(str, theirs))  # nothing lost, and the same as without a kill
+        assert sorted(map(str, ours)) == sorted(
+            map(str, theirs)
+        )  # nothing lost, and the same as without a kill
 
 
-def test_labels_cover_answers_and_their_end_of_turn_only(finished: Path, gatt: Gatt, tiny: list[str]) -> None:
+def test_labels_cover_answers_and_their_end_of_turn_only(
+    finished: Path, gatt: Gatt, tiny: list[str]
+) -> None:
     shown = gatt("train", "--run", finished, "--show-labels", *tiny).stdout
     example = next(read_jsonl(finished / "synthesize" / "dialogues.jsonl"))[1]
     learned = [piece.split("]")[0] for piece in shown.split("[")[1:]]
@@ -261,5 +343,7 @@ def test_the_tuned_file_answers(finished: Path) -> None:
     from pipeline.records import Request
 
     with Llama(finished / "export" / "tuned-Q8_0.gguf", 1, 256) as llama:
-        said = llama.complete(Request(({"role": "user", "content": "What colour is the sky?"},), 1, 16))
+        said = llama.complete(
+            Request(({"role": "user", "content": "What colour is the sky?"},), 1, 16)
+        )
     assert said.tokens and said.text

@@ -50,22 +50,30 @@ class Serving:
         wanted = {"model": NAME, "messages": messages, "max_tokens": 12, "temperature": 0} | more
         return self.client.chat.completions.create(**wanted)
 
-    def post(self, body: object, path: str = "/v1/chat/completions", **headers: str) -> httpx.Response:
+    def post(
+        self, body: object, path: str = "/v1/chat/completions", **headers: str
+    ) -> httpx.Response:
         """A body as it is (bytes), or as JSON."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        named = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+        named = {"content-type": "application/json"} | {
+            name.replace("_", "-"): value for name, value in headers.items()
+        }
         return httpx.post(self.url + path, content=content, headers=named, timeout=60)
 
     def metric(self, name: str) -> float:
         """The value of a metric of the model."""
-        found = re.search(rf'^gatt_{name}{{model="{NAME}"}} (\S+)$', httpx.get(f"{self.url}/metrics").text, re.M)
+        found = re.search(
+            rf'^gatt_{name}{{model="{NAME}"}} (\S+)$', httpx.get(f"{self.url}/metrics").text, re.M
+        )
         assert found, name
         return float(found[1])
 
     @property
     def lines(self) -> list[dict[str, Any]]:
         """What was logged."""
-        return [json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")]
+        return [
+            json.loads(line) for line in self._log.read_text().splitlines() if line.startswith("{")
+        ]
 
     @property
     def log(self) -> str:
@@ -78,7 +86,12 @@ def serving(folder: Path, *words: object) -> Iterator[Serving]:
     """Start `gatt serve` on a free port; at the end, Ctrl-C stops it at once."""
     log = folder / "log"
     command = [sys.executable, "-m", "pipeline", "serve", *map(str, words), "--port", "0"]
-    with log.open("wb") as stream, subprocess.Popen(command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL) as process:
+    with (
+        log.open("wb") as stream,
+        subprocess.Popen(
+            command, stdout=stream, stderr=stream, stdin=subprocess.DEVNULL
+        ) as process,
+    ):
         end = time.monotonic() + 60
         while not (found := re.search(r"at (http://\S+)/v1\.", log.read_text())):
             assert process.poll() is None and time.monotonic() < end, log.read_text()
@@ -111,14 +124,19 @@ def _same_or_tied(exact: Llama, messages: list[Message], got: Any) -> bool:
     expected = exact.complete(Request(tuple(messages), 1, 12, 0))
     one, other = got.choices[0].message.content, expected.text
     if one == other:
-        return bool(got.usage.completion_tokens == expected.tokens and got.usage.prompt_tokens == expected.prompt_tokens)
+        return bool(
+            got.usage.completion_tokens == expected.tokens
+            and got.usage.prompt_tokens == expected.prompt_tokens
+        )
     ours, theirs = exact.tokenize(one), exact.tokenize(other)
     apart = next(n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b)
     *_, logits = exact.logits([*exact.tokenize(exact.template.render(messages)), *ours[:apart]])
     return abs(float(logits[ours[apart]] - logits[theirs[apart]])) < 0.2
 
 
-def test_greedy_answers_are_the_engines_own_whatever_runs_beside(server: Serving, alone: Llama) -> None:
+def test_greedy_answers_are_the_engines_own_whatever_runs_beside(
+    server: Serving, alone: Llama
+) -> None:
     questions = [d.turns[0] for d in load_dialogues("seed")[:12]]
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(server.chat, questions))
@@ -128,7 +146,9 @@ def test_greedy_answers_are_the_engines_own_whatever_runs_beside(server: Serving
 
 def test_a_seed_is_an_answer(server: Serving) -> None:
     def drawn(seed: int) -> str:
-        return str(server.chat("Tell a story.", temperature=0.9, seed=seed).choices[0].message.content)
+        return str(
+            server.chat("Tell a story.", temperature=0.9, seed=seed).choices[0].message.content
+        )
 
     assert drawn(1) == drawn(1)
     assert len({drawn(seed) for seed in range(1, 5)}) > 2
@@ -136,23 +156,40 @@ def test_a_seed_is_an_answer(server: Serving) -> None:
 
 def test_a_stream_is_the_same_answer_with_usage(server: Serving) -> None:
     whole = server.chat("Name a colour.")
-    chunks = list(server.chat("Name a colour.", stream=True, stream_options={"include_usage": True}))
+    chunks = list(
+        server.chat("Name a colour.", stream=True, stream_options={"include_usage": True})
+    )
     assert chunks[0].choices[0].delta.role == "assistant"
-    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole.choices[0].message.content
-    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
-    assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    assert (
+        "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        == whole.choices[0].message.content
+    )
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[
+        0
+    ].finish_reason
+    assert (
+        chunks[-1].choices == []
+        and chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    )
     assert len(chunks) > 5
 
 
 def test_text_completions_models_and_langchain(server: Serving) -> None:
-    text = server.client.completions.create(model=NAME, prompt="The capital of France is", max_tokens=4, temperature=0)
+    text = server.client.completions.create(
+        model=NAME, prompt="The capital of France is", max_tokens=4, temperature=0
+    )
     assert "Paris" in text.choices[0].text
     assert [m.id for m in server.client.models.list()] == [NAME]
     assert server.client.models.retrieve(NAME).id == NAME
     from langchain_openai import ChatOpenAI
 
     chain = ChatOpenAI(
-        model=NAME, base_url=f"{server.url}/v1", api_key="any", temperature=0, max_completion_tokens=12, max_retries=0  # type: ignore[arg-type, call-arg]
+        model=NAME,
+        base_url=f"{server.url}/v1",
+        api_key="any",
+        temperature=0,
+        max_completion_tokens=12,
+        max_retries=0,  # type: ignore[arg-type, call-arg]
     )
     expected = server.chat("Name a colour.").choices[0].message.content
     assert chain.invoke("Name a colour.").content == expected
@@ -162,20 +199,32 @@ def test_text_completions_models_and_langchain(server: Serving) -> None:
 def test_stop_texts_end_an_answer_and_are_not_sent_in_part(server: Serving) -> None:
     whole = server.chat("Count from one to ten.", max_tokens=24).choices[0].message.content
     stop = whole[9:14]
-    chunks = list(server.chat("Count from one to ten.", max_tokens=24, stop=[stop, "zzz"], stream=True))
+    chunks = list(
+        server.chat("Count from one to ten.", max_tokens=24, stop=[stop, "zzz"], stream=True)
+    )
     said = "".join(c.choices[0].delta.content or "" for c in chunks)
     assert said == whole[: whole.index(stop)]
     assert chunks[-1].choices[0].finish_reason == "stop"
-    assert server.chat("Count from one to ten.", max_tokens=24, stop=stop).choices[0].message.content == said
+    assert (
+        server.chat("Count from one to ten.", max_tokens=24, stop=stop).choices[0].message.content
+        == said
+    )
 
 
 def test_parts_and_the_developers_role_are_plain_messages(server: Serving) -> None:
-    plain = server.chat([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}])
-    parts: Any = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": [{"type": "text", "text": "Hi."}]}]
+    plain = server.chat(
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
+    )
+    parts: Any = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hi."}]},
+    ]
     assert server.chat(parts).choices[0].message.content == plain.choices[0].message.content
 
 
-def test_the_next_turn_feeds_only_what_is_new_and_answers_as_if_all_were(server: Serving, alone: Llama) -> None:
+def test_the_next_turn_feeds_only_what_is_new_and_answers_as_if_all_were(
+    server: Serving, alone: Llama
+) -> None:
     messages: list[Message] = [{"role": "user", "content": "My cat is called Mio."}]
     before = 0
     for user in ("What do cats eat?", "And at night?", "Thank you."):
@@ -184,7 +233,10 @@ def test_the_next_turn_feeds_only_what_is_new_and_answers_as_if_all_were(server:
         assert usage.prompt_tokens_details.cached_tokens >= before
         before = usage.prompt_tokens
         assert _same_or_tied(alone, messages, said)
-        messages += [{"role": "assistant", "content": said.choices[0].message.content}, {"role": "user", "content": user}]
+        messages += [
+            {"role": "assistant", "content": said.choices[0].message.content},
+            {"role": "user", "content": user},
+        ]
         server.chat("Something else.", max_tokens=1)
 
 
@@ -196,23 +248,44 @@ def test_eight_clients_keep_their_own_words(server: Serving) -> None:
         said = []
         for _ in range(3):
             said.append(server.chat(messages).choices[0].message.content)
-            messages += [{"role": "assistant", "content": said[-1]}, {"role": "user", "content": f"Say again: {word}"}]
+            messages += [
+                {"role": "assistant", "content": said[-1]},
+                {"role": "user", "content": f"Say again: {word}"},
+            ]
         return word, said
 
     with ThreadPoolExecutor(8) as pool:
         texts = {word: " ".join(said).lower() for word, said in pool.map(talk, words)}
-    assert not [(word, other) for word, text in texts.items() for other in words if other != word and other in text]
-    assert sum(word in text for word, text in texts.items()) >= 6  # the model is small, and does not manage all of them
+    assert not [
+        (word, other)
+        for word, text in texts.items()
+        for other in words
+        if other != word and other in text
+    ]
+    assert (
+        sum(word in text for word, text in texts.items()) >= 6
+    )  # the model is small, and does not manage all of them
 
 
 def test_a_client_that_leaves_frees_its_sequence(server: Serving) -> None:
-    body = {"model": NAME, "messages": [{"role": "user", "content": "Tell a long story."}], "max_tokens": 400, "temperature": 0}
+    body = {
+        "model": NAME,
+        "messages": [{"role": "user", "content": "Tell a long story."}],
+        "max_tokens": 400,
+        "temperature": 0,
+    }
     for stream in (True, False):
         tokens = server.metric("generated_tokens_total")
         with socket.create_connection(("127.0.0.1", httpx.URL(server.url).port or 0)) as raw:
             content = json.dumps(body | {"stream": stream}).encode()
-            lines = ("POST /v1/chat/completions HTTP/1.1", "host: localhost", "content-type: application/json",
-                     f"content-length: {len(content)}", "", "")  # fmt: skip
+            lines = (
+                "POST /v1/chat/completions HTTP/1.1",
+                "host: localhost",
+                "content-type: application/json",
+                f"content-length: {len(content)}",
+                "",
+                "",
+            )
             raw.sendall("\r\n".join(lines).encode() + content)
             _until(lambda: server.metric("sequences_in_use") == 1)
             time.sleep(0.1)
@@ -229,7 +302,12 @@ def _until(holds: Any, seconds: float = 20) -> None:
 
 
 def _chat(**changes: Any) -> dict[str, Any]:
-    return {"model": NAME, "messages": [{"role": "user", "content": "Hi."}], "max_tokens": 1, "temperature": 0} | changes
+    return {
+        "model": NAME,
+        "messages": [{"role": "user", "content": "Hi."}],
+        "max_tokens": 1,
+        "temperature": 0,
+    } | changes
 
 
 def _said(content: Any, role: Any = "user") -> dict[str, Any]:
@@ -237,42 +315,95 @@ def _said(content: Any, role: Any = "user") -> dict[str, Any]:
 
 
 WRONG: list[tuple[object, int, str | None]] = [
-    (b"", 400, None), (b"{", 400, None), (b"\xff\xfe", 400, None), (b"[" * 100_000, 400, None), (b"null", 400, None),
-    (b"[]", 400, None), (b'"hi"', 400, None), ({}, 400, "model"), ({"model": NAME}, 400, "messages"),
-    (_chat(model="gpt-4o"), 404, "model"), (_chat(model="../../etc/passwd"), 404, "model"), (_chat(model=7), 400, "model"),
-    (_chat(messages=[]), 400, "messages"), (_chat(messages="Hi."), 400, "messages"), (_said(None), 400, None),
-    (_said(["x"]), 400, None), (_said([]), 400, None), (_said([{"type": "image_url", "image_url": {"url": "x"}}]), 400, None),
-    (_said("x", role="tool"), 400, "messages.0.role"), (_chat(max_tokens=0), 400, "max_tokens"),
-    (_chat(max_tokens=-1), 400, "max_tokens"), (_chat(max_tokens=1.5), 400, "max_tokens"),
+    (b"", 400, None),
+    (b"{", 400, None),
+    (b"\xff\xfe", 400, None),
+    (b"[" * 100_000, 400, None),
+    (b"null", 400, None),
+    (b"[]", 400, None),
+    (b'"hi"', 400, None),
+    ({}, 400, "model"),
+    ({"model": NAME}, 400, "messages"),
+    (_chat(model="gpt-4o"), 404, "model"),
+    (_chat(model="../../etc/passwd"), 404, "model"),
+    (_chat(model=7), 400, "model"),
+    (_chat(messages=[]), 400, "messages"),
+    (_chat(messages="Hi."), 400, "messages"),
+    (_said(None), 400, None),
+    (_said(["x"]), 400, None),
+    (_said([]), 400, None),
+    (_said([{"type": "image_url", "image_url": {"url": "x"}}]), 400, None),
+    (_said("x", role="tool"), 400, "messages.0.role"),
+    (_chat(max_tokens=0), 400, "max_tokens"),
+    (_chat(max_tokens=-1), 400, "max_tokens"),
+    (_chat(max_tokens=1.5), 400, "max_tokens"),
     (_chat(max_tokens="9"), 400, "max_tokens"),
-    (_chat(max_tokens=10**30), 400, "max_tokens"), (_chat(max_tokens=CONTEXT), 400, "messages"),
+    (_chat(max_tokens=10**30), 400, "max_tokens"),
+    (_chat(max_tokens=CONTEXT), 400, "messages"),
     (_said("word " * 600), 400, "messages"),
-    (_chat(temperature=3), 400, "temperature"), (_chat(temperature=-1), 400, "temperature"),
-    (b'{"model": "smollm2-135m", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', 400, "temperature"),
-    (b'{"model": "smollm2-135m", "messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 1}', 400, None),
-    (_chat(top_p=1.1), 400, "top_p"), (_chat(seed=2**70), 400, "seed"), (_chat(seed="x"), 400, "seed"), (_chat(n=2), 400, "n"),
-    (_chat(stop=[""]), 400, None), (_chat(stop=["a"] * 5), 400, None), (_chat(stream="yes"), 400, "stream"),
-    (_chat(stream_options={"include_usage": True}), 400, "stream_options"), (_chat(tools=[{"type": "function"}]), 400, "tools"),
-    (_chat(response_format={"type": "json_object"}), 400, "response_format"), (_chat(logprobs=True), 400, "logprobs"),
-    (_chat(presence_penalty=1), 400, "presence_penalty"), (b" " * 1_100_000, 413, None),
-]  # fmt: skip
+    (_chat(temperature=3), 400, "temperature"),
+    (_chat(temperature=-1), 400, "temperature"),
+    (
+        b'{"model": "smollm2-135m", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}',
+        400,
+        "temperature",
+    ),
+    (
+        b'{"model": "smollm2-135m", "messages": [{"role": "user", "content": "\\ud800"}], "max_tokens": 1}',
+        400,
+        None,
+    ),
+    (_chat(top_p=1.1), 400, "top_p"),
+    (_chat(seed=2**70), 400, "seed"),
+    (_chat(seed="x"), 400, "seed"),
+    (_chat(n=2), 400, "n"),
+    (_chat(stop=[""]), 400, None),
+    (_chat(stop=["a"] * 5), 400, None),
+    (_chat(stream="yes"), 400, "stream"),
+    (_chat(stream_options={"include_usage": True}), 400, "stream_options"),
+    (_chat(tools=[{"type": "function"}]), 400, "tools"),
+    (_chat(response_format={"type": "json_object"}), 400, "response_format"),
+    (_chat(logprobs=True), 400, "logprobs"),
+    (_chat(presence_penalty=1), 400, "presence_penalty"),
+    (b" " * 1_100_000, 413, None),
+]
 
 
 def test_wrong_input_is_told_in_openais_form_and_the_server_goes_on(server: Serving) -> None:
     for body, status, param in WRONG:
         got = server.post(body)
         error = got.json()["error"]
-        assert (got.status_code, sorted(error)) == (status, ["code", "message", "param", "type"]), (str(body)[:80], got.text)
-        assert error["message"] and (param is None or error["param"] == param), (str(body)[:80], got.text)
-    for method, path, status in (("GET", "/v1/chat/completions", 405), ("GET", "/v1/nothing", 404), ("GET", "/v1/models/x", 404)):
+        assert (got.status_code, sorted(error)) == (status, ["code", "message", "param", "type"]), (
+            str(body)[:80],
+            got.text,
+        )
+        assert error["message"] and (param is None or error["param"] == param), (
+            str(body)[:80],
+            got.text,
+        )
+    for method, path, status in (
+        ("GET", "/v1/chat/completions", 405),
+        ("GET", "/v1/nothing", 404),
+        ("GET", "/v1/models/x", 404),
+    ):
         got = httpx.request(method, server.url + path)
-        assert (got.status_code, sorted(got.json()["error"])) == (status, ["code", "message", "param", "type"])
+        assert (got.status_code, sorted(got.json()["error"])) == (
+            status,
+            ["code", "message", "param", "type"],
+        )
     assert server.post(_chat(), host="evil.example").status_code == 403
     assert server.post({"model": NAME, "prompt": ["a", "b"]}, "/v1/completions").status_code == 400
     with pytest.raises(openai.BadRequestError) as caught:
         server.chat("word " * 600)
     assert caught.value.code == "context_length_exceeded"
-    for more in ({"user": "me"}, {"metadata": {}}, {"n": 1}, {"logit_bias": {}}, {"tools": []}, {"frequency_penalty": 0.0}):
+    for more in (
+        {"user": "me"},
+        {"metadata": {}},
+        {"n": 1},
+        {"logit_bias": {}},
+        {"tools": []},
+        {"frequency_penalty": 0.0},
+    ):
         assert server.post(_chat(**more)).status_code == 200
     assert server.chat("Hi.").usage.completion_tokens > 0
 
@@ -281,22 +412,32 @@ def test_each_request_has_a_line_of_log_without_its_texts(server: Serving) -> No
     server.chat("Do you like marzipan?", max_tokens=3)
     line = server.lines[-1]
     assert (line["model"], line["status"], line["tokens"]) == (NAME, 200, 3)
-    assert line["prompt_tokens"] > line["cached_tokens"] and 0 < line["first_token_seconds"] <= line["seconds"]
+    assert (
+        line["prompt_tokens"] > line["cached_tokens"]
+        and 0 < line["first_token_seconds"] <= line["seconds"]
+    )
     assert server.metric("prompt_tokens_total") > 0
     assert "marzipan" not in server.log
 
 
 def test_a_key_is_asked_for_and_ctrl_c_stops_a_running_answer(tmp_path: Path) -> None:
-    with serving(tmp_path, NAME, "--api-key", "s3cret", "--context", CONTEXT, "--cors", "http://page.example") as server:
+    with serving(
+        tmp_path, NAME, "--api-key", "s3cret", "--context", CONTEXT, "--cors", "http://page.example"
+    ) as server:
         assert server.post(_chat()).status_code == 401
-        assert server.post(_chat(), authorization="Bearer s3cre").json()["error"]["code"] == "invalid_api_key"
+        assert (
+            server.post(_chat(), authorization="Bearer s3cre").json()["error"]["code"]
+            == "invalid_api_key"
+        )
         assert httpx.get(f"{server.url}/metrics").status_code == 401
         assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
         asked = {"origin": "http://page.example", "access-control-request-method": "POST"}
         allowed = httpx.options(f"{server.url}/v1/chat/completions", headers=asked)
         assert allowed.headers["access-control-allow-origin"] == "http://page.example"
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="s3cret", max_retries=0)
-        stream = client.chat.completions.create(model=NAME, messages=[{"role": "user", "content": "Tell a story."}], stream=True)
+        stream = client.chat.completions.create(
+            model=NAME, messages=[{"role": "user", "content": "Tell a story."}], stream=True
+        )
         pieces = iter(stream)
         next(pieces), next(pieces)
         start = time.monotonic()
@@ -319,7 +460,9 @@ def test_what_cannot_be_served_is_told_before_a_model_is_loaded(gatt: Gatt, base
             (("smollm3",), "Unknown model"),
         ):
             done = gatt("serve", "--port", 0, *words, env={**os.environ, "GATT_API_KEY": ""})
-            assert done.returncode == 1 and expected in done.stderr and "Traceback" not in done.stderr, done.stderr
+            assert (
+                done.returncode == 1 and expected in done.stderr and "Traceback" not in done.stderr
+            ), done.stderr
 
 
 def test_a_full_queue_says_so_and_who_waits_is_served_or_leaves(base: Path) -> None:
@@ -345,11 +488,15 @@ def test_a_full_queue_says_so_and_who_waits_is_served_or_leaves(base: Path) -> N
         engine.close()
 
 
-def test_an_adapter_is_a_model_of_its_own_over_the_same_weights(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_a_model_of_its_own_over_the_same_weights(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
     async def ask(engine: Engine) -> dict[str, str]:
         for _ in range(2):
             for name in sources:
-                answer = engine.ask(name, Question(engine.chat_tokens(name, request.messages), request))
+                answer = engine.ask(
+                    name, Question(engine.chat_tokens(name, request.messages), request)
+                )
                 got[name] = "".join([piece async for piece in answer])
                 cached[name] = answer.outcome.cached_tokens if answer.outcome else 0
         return got
@@ -358,7 +505,10 @@ def test_an_adapter_is_a_model_of_its_own_over_the_same_weights(tiny_llama: Path
     cached: dict[str, int] = {}
     write_formats(Model("tiny", tiny_llama), None, {"F32": tmp_path / "base.gguf"})
     write_adapter(open_base(tiny_llama), tiny_adapter, tmp_path / "adapter.gguf")
-    sources = {"tiny": Source(tmp_path / "base.gguf"), "a": Source(tmp_path / "base.gguf", Adapter(tmp_path / "adapter.gguf"))}
+    sources = {
+        "tiny": Source(tmp_path / "base.gguf"),
+        "a": Source(tmp_path / "base.gguf", Adapter(tmp_path / "adapter.gguf")),
+    }
     request = Request(({"role": "user", "content": "naive caf"},), 1, 12, 0)
     engine = Engine(sources, Limits(context=256, sequences=2))
     try:
@@ -387,12 +537,27 @@ def test_no_request_that_the_schema_allows_or_forbids_breaks_the_server(tmp_path
     )
     with serving(tmp_path, NAME, "--context", 256) as server:
         command = [
-            sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--checks", "not_a_server_error",
-            "--max-examples", "400", "--request-timeout", "60", "--seed", "1", "--generation-database", "none",
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "schemathesis.cli",
+            "run",
+            f"{server.url}/openapi.json",
+            "--checks",
+            "not_a_server_error",
+            "--max-examples",
+            "400",
+            "--request-timeout",
+            "60",
+            "--seed",
+            "1",
+            "--generation-database",
+            "none",
+        ]
         path = os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", "")))
         environment = {**os.environ, "SCHEMATHESIS_HOOKS": "hooks", "PYTHONPATH": path}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False
+        )
         assert done.returncode == 0, done.stdout[-4000:]
         found = re.search(r"(\d+) generated", done.stdout)
         assert found and int(found[1]) >= 2000, done.stdout[-2000:]
@@ -407,18 +572,40 @@ def test_greedy_answers_are_those_of_llama_cpps_own_server(base: Path, tmp_path:
     write_formats(Model(NAME, base), None, {"F16": exported})
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    options = ["--model", str(exported), "--model_alias", "exported", "--n_ctx", str(CONTEXT), "--n_threads", "1"]
-    with (tmp_path / "theirs").open("wb") as log, subprocess.Popen(
-        [sys.executable, "-m", "llama_cpp.server", *options, "--port", str(port)], stdout=log, stderr=log
-    ) as process:
+    options = [
+        "--model",
+        str(exported),
+        "--model_alias",
+        "exported",
+        "--n_ctx",
+        str(CONTEXT),
+        "--n_threads",
+        "1",
+    ]
+    with (
+        (tmp_path / "theirs").open("wb") as log,
+        subprocess.Popen(
+            [sys.executable, "-m", "llama_cpp.server", *options, "--port", str(port)],
+            stdout=log,
+            stderr=log,
+        ) as process,
+    ):
         try:
             peer = Serving(process, f"http://127.0.0.1:{port}", tmp_path / "theirs")
             _until(lambda: _answers(peer.url), 60)
             questions = [d.turns[0] for d in load_dialogues("seed")[:10]]
             with serving(tmp_path, exported, "--context", CONTEXT) as server:
                 one, other = (
-                    [s.chat(q, model="exported", max_tokens=24, **more).choices[0].message.content for q in questions]
-                    for s, more in ((server, {}), (peer, {"extra_body": {"repeat_penalty": 1.0}}))  # theirs is 1.1 unasked
+                    [
+                        s.chat(q, model="exported", max_tokens=24, **more)
+                        .choices[0]
+                        .message.content
+                        for q in questions
+                    ]
+                    for s, more in (
+                        (server, {}),
+                        (peer, {"extra_body": {"repeat_penalty": 1.0}}),
+                    )  # theirs is 1.1 unasked
                 )
             assert one == other
         finally:

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 from scipy.stats import CensoredData, bootstrap, ecdf
 from statsmodels.duration.survfunc import SurvfuncRight
 from statsmodels.stats.power import NormalIndPower
-from statsmodels.stats.proportion import proportion_confint, proportion_effectsize, samplesize_proportions_2indep_onetail
+from statsmodels.stats.proportion import (
+    proportion_confint,
+    proportion_effectsize,
+    samplesize_proportions_2indep_onetail,
+)
 
 from pipeline.gatt.metrics import adherence, wilson
 from pipeline.gatt.statistics import (
@@ -35,17 +39,32 @@ LIVES = st.lists(st.builds(Lifetime, st.integers(1, 20), st.booleans()), min_siz
 def arm(rows: list[list[int]], name: str = "base", measured: int = 99) -> list[Reply]:
     """A row a dialogue, 1 for an adherent reply; from the turn after `measured` on, turn 1 has left the window."""
     return [
-        Reply(name, f"d{d}", turn, "", 1, 1, "stop" if turn <= measured else "context", obeys=bool(hit), flaw="")
+        Reply(
+            name,
+            f"d{d}",
+            turn,
+            "",
+            1,
+            1,
+            "stop" if turn <= measured else "context",
+            obeys=bool(hit),
+            flaw="",
+        )
         for d, row in enumerate(rows)
         for turn, hit in enumerate(row, 1)
     ]
 
 
 def said(*texts: str, flaw: str = "", finish: str = "stop") -> list[Reply]:
-    return [Reply("base", "d", turn, text, 1, 1, finish, obeys=True, flaw=flaw) for turn, text in enumerate(texts, 1)]
+    return [
+        Reply("base", "d", turn, text, 1, 1, finish, obeys=True, flaw=flaw)
+        for turn, text in enumerate(texts, 1)
+    ]
 
 
-def correlated(dialogues: int, seed: int, gain: float = 0.0, spread: float = 0.35) -> tuple[list[list[int]], list[list[int]]]:
+def correlated(
+    dialogues: int, seed: int, gain: float = 0.0, spread: float = 0.35
+) -> tuple[list[list[int]], list[list[int]]]:
     """Two arms of dialogues of 5 to 20 turns whose replies share the dialogue's own rate; the second is better by `gain`."""
     random = Random(seed)
     arms: tuple[list[list[int]], list[list[int]]] = ([], [])
@@ -59,7 +78,9 @@ def correlated(dialogues: int, seed: int, gain: float = 0.0, spread: float = 0.3
 @given(n=st.integers(1, 400), share=st.floats(0, 1))
 def test_wilson(n: int, share: float) -> None:
     hits = round(share * n)
-    assert (wilson(hits, n).low, wilson(hits, n).high) == pytest.approx(proportion_confint(hits, n, method="wilson"), abs=1e-12)
+    assert (wilson(hits, n).low, wilson(hits, n).high) == pytest.approx(
+        proportion_confint(hits, n, method="wilson"), abs=1e-12
+    )
     # Exactly, where the formula has rounding in it.
     assert (wilson(0, n).low, wilson(n, n).high) == (0.0, 1.0)
 
@@ -70,12 +91,17 @@ def test_wilson(n: int, share: float) -> None:
 @pytest.mark.parametrize(("dialogues", "seed"), [(24, 1), (60, 2)])
 def test_bootstrap_is_that_of_scipy_on_pairs_of_dialogues(dialogues: int, seed: int) -> None:
     base, tuned = correlated(dialogues, seed, gain=0.2)
-    sums = [np.array([f(row) for row in rows]) for f, rows in ((sum, tuned), (len, tuned), (sum, base), (len, base))]
+    sums = [
+        np.array([f(row) for row in rows])
+        for f, rows in ((sum, tuned), (len, tuned), (sum, base), (len, base))
+    ]
 
     def difference(a: Any, b: Any, c: Any, d: Any, axis: int = -1) -> Any:
         return a.sum(axis) / b.sum(axis) - c.sum(axis) / d.sum(axis)
 
-    theirs = bootstrap(sums, difference, paired=True, method="percentile", n_resamples=20_000, batch=500, rng=seed)
+    theirs = bootstrap(
+        sums, difference, paired=True, method="percentile", n_resamples=20_000, batch=500, rng=seed
+    )
     ours = paired_bootstrap(arm(base), arm(tuned, "tuned"), resamples=20_000, seed=seed)
     assert ours.difference == pytest.approx(difference(*sums))
     assert ours.dialogues == dialogues
@@ -94,7 +120,9 @@ def test_bootstrap_by_hand() -> None:
 
 
 def test_bootstrap_is_the_same_for_the_same_seed_in_any_order() -> None:
-    base, tuned = (arm(rows, name) for rows, name in zip(correlated(12, 3), ("base", "tuned"), strict=True))
+    base, tuned = (
+        arm(rows, name) for rows, name in zip(correlated(12, 3), ("base", "tuned"), strict=True)
+    )
     found = paired_bootstrap(base, tuned, seed=5)
     assert found == paired_bootstrap(base[::-1], iter(tuned[::-1]), seed=5)
     assert found != paired_bootstrap(base, tuned, seed=6)
@@ -102,11 +130,17 @@ def test_bootstrap_is_the_same_for_the_same_seed_in_any_order() -> None:
 
 
 def test_bootstrap_compares_what_was_measured_in_both_arms() -> None:
-    base, tuned = arm([[1, 0, 1], [0, 0, 1]], measured=2), arm([[1, 1, 1], [1, 1, 0], [0, 0, 0]], "tuned", measured=2)
+    base, tuned = (
+        arm([[1, 0, 1], [0, 0, 1]], measured=2),
+        arm([[1, 1, 1], [1, 1, 0], [0, 0, 0]], "tuned", measured=2),
+    )
     found = paired_bootstrap(base, tuned)
     assert (found.difference, found.dialogues) == (0.75, 2)
     common = [reply for reply in tuned if reply.dialogue != "d2"]
-    assert found.difference == adherence(common, lambda r: 0)[0].value - adherence(base, lambda r: 0)[0].value
+    assert (
+        found.difference
+        == adherence(common, lambda r: 0)[0].value - adherence(base, lambda r: 0)[0].value
+    )
 
 
 def test_bootstrap_of_too_little_says_nothing() -> None:
@@ -124,7 +158,12 @@ def test_bootstrap_of_too_little_says_nothing() -> None:
 
 def test_two_arms_in_one_are_refused() -> None:
     both = arm([[1, 0]]) + arm([[1, 1]], "tuned")
-    for function in (lifetimes, intraclass_correlation, sample_size, lambda replies: paired_bootstrap(replies, [])):
+    for function in (
+        lifetimes,
+        intraclass_correlation,
+        sample_size,
+        lambda replies: paired_bootstrap(replies, []),
+    ):
         with pytest.raises(ValueError, match="two replies in turn 1 of dialogue 'd0'"):
             function(both)
 
@@ -134,8 +173,10 @@ def test_two_arms_in_one_are_refused() -> None:
 
 def test_lifetimes() -> None:
     assert lifetimes(arm([[1, 0, 1, 0], [1, 1, 1, 1], [0, 1, 1, 1]])[::-1]) == {
-        "d0": Lifetime(2, True), "d1": Lifetime(4, False), "d2": Lifetime(1, True),
-    }  # fmt: skip
+        "d0": Lifetime(2, True),
+        "d1": Lifetime(4, False),
+        "d2": Lifetime(1, True),
+    }
     # What falls behind the window is no break; a dialogue of which nothing was measured is none.
     assert lifetimes(arm([[1, 1, 0, 0]], measured=2)) == {"d0": Lifetime(2, False)}
     assert lifetimes(arm([[1, 1]], measured=0)) == lifetimes([]) == {}
@@ -158,10 +199,14 @@ def test_kaplan_meier_is_that_of_statsmodels(lives: list[Lifetime]) -> None:
 @pytest.mark.filterwarnings("ignore:.*confidence interval.*undefined", "ignore::RuntimeWarning")
 def test_kaplan_meier_and_its_interval_are_those_of_scipy(lives: list[Lifetime]) -> None:
     times = np.array([life.turn for life in lives])
-    theirs = ecdf(CensoredData.right_censored(times, np.array([not life.broken for life in lives]))).sf
+    theirs = ecdf(
+        CensoredData.right_censored(times, np.array([not life.broken for life in lives]))
+    ).sf
     between = theirs.confidence_interval(method="log-log")
     steps = kaplan_meier(lives).steps
-    assert [step.value for step in steps] == pytest.approx(theirs.evaluate([step.turn for step in steps]), abs=1e-12)
+    assert [step.value for step in steps] == pytest.approx(
+        theirs.evaluate([step.turn for step in steps]), abs=1e-12
+    )
     for step in steps:
         low, high = float(between.low.evaluate(step.turn)), float(between.high.evaluate(step.turn))
         if 0 < step.value < 1:
@@ -173,8 +218,12 @@ def test_kaplan_meier_and_its_interval_are_those_of_scipy(lives: list[Lifetime])
 @given(lives=LIVES)
 def test_median_is_the_first_turn_at_one_half_or_below(lives: list[Lifetime]) -> None:
     found = kaplan_meier(lives)
-    assert [step.turn for step in found.steps] == list(range(1, max(life.turn for life in lives) + 1))
-    assert [step.turn for step in found.steps if step.value <= 0.5][:1] == ([found.median] if found.median else [])
+    assert [step.turn for step in found.steps] == list(
+        range(1, max(life.turn for life in lives) + 1)
+    )
+    assert [step.turn for step in found.steps if step.value <= 0.5][:1] == (
+        [found.median] if found.median else []
+    )
 
 
 def test_median_where_a_product_of_floats_stops_above_one_half() -> None:
@@ -193,11 +242,21 @@ def test_survival_at_its_edges() -> None:
 
     censored = kaplan_meier([Lifetime(3, False)] * 4 + [Lifetime(5, False)] * 2)
     assert censored.median is None
-    assert [(s.at_risk, s.value, s.low) for s in censored.steps][2:4] == [(6, 1.0, wilson(6, 6).low), (2, 1.0, wilson(2, 2).low)]
+    assert [(s.at_risk, s.value, s.low) for s in censored.steps][2:4] == [
+        (6, 1.0, wilson(6, 6).low),
+        (2, 1.0, wilson(2, 2).low),
+    ]
 
     broken = kaplan_meier(lifetimes(arm([[0] * 20] * 12)).values())
     (step,) = broken.steps
-    assert (broken.median, step.at_risk, step.broken, step.value, step.low, step.high) == (1, 12, 12, 0.0, 0.0, wilson(0, 12).high)
+    assert (broken.median, step.at_risk, step.broken, step.value, step.low, step.high) == (
+        1,
+        12,
+        12,
+        0.0,
+        0.0,
+        wilson(0, 12).high,
+    )
 
     # The last of many: one dialogue alone would have its interval reach to 0.79, above that of the turn before.
     last = kaplan_meier([Lifetime(1, True)] * 30 + [Lifetime(2, True)])
@@ -245,14 +304,18 @@ RATES = [(0.0, 0.05), (0.25, 0.05), (0.5, 0.05), (0.95, 0.05), (0.5, -0.2), (0.1
 
 @pytest.mark.parametrize(("rate", "difference"), RATES)
 @pytest.mark.parametrize(("power", "alpha"), [(0.8, 0.05), (0.95, 0.01)])
-def test_answers_needed_is_the_closed_form_of_statsmodels(rate: float, difference: float, power: float, alpha: float) -> None:
+def test_answers_needed_is_the_closed_form_of_statsmodels(
+    rate: float, difference: float, power: float, alpha: float
+) -> None:
     expected = samplesize_proportions_2indep_onetail(difference, rate, power, alpha=alpha)
     assert answers_needed(rate, difference, power, alpha) == math.ceil(expected)
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.75])
 def test_answers_needed_is_near_to_that_by_the_arcsine(rate: float) -> None:
-    expected = NormalIndPower().solve_power(proportion_effectsize(rate + 0.05, rate), power=0.8, alpha=0.05)
+    expected = NormalIndPower().solve_power(
+        proportion_effectsize(rate + 0.05, rate), power=0.8, alpha=0.05
+    )
     assert answers_needed(rate) == pytest.approx(expected, rel=0.01)
 
 
@@ -281,7 +344,9 @@ def test_sample_size() -> None:
     wider = sample_size(replies, difference=0.1)
     assert wider is not None and wider.answers == pytest.approx(found.answers / 4, rel=0.02)
     surer = sample_size(replies, power=0.95, alpha=0.01)
-    assert surer is not None and surer.answers == answers_needed(sum(map(sum, base)) / lengths.sum(), 0.05, 0.95, 0.01)
+    assert surer is not None and surer.answers == answers_needed(
+        sum(map(sum, base)) / lengths.sum(), 0.05, 0.95, 0.01
+    )
 
 
 def test_sample_size_at_its_edges() -> None:
@@ -296,7 +361,11 @@ def test_sample_size_at_its_edges() -> None:
     found = sample_size(arm([[1] * 20, [0] * 20] * 6))
     assert found is not None and (found.answers, found.dialogues) == (1565, 1565)
     apart = sample_size(arm([[1, 0]] * 6))
-    assert apart is not None and (apart.answers, apart.dialogues, apart.design_effect) == (1565, 783, 1.0)
+    assert apart is not None and (apart.answers, apart.dialogues, apart.design_effect) == (
+        1565,
+        783,
+        1.0,
+    )
 
 
 # --- is the text still text

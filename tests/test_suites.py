@@ -15,16 +15,33 @@ from pipeline.pairs import Paired
 from pipeline.records import Constraint, Dialogue, Instruction, Reply
 from pipeline.scoring import scores
 
-POOL = (Constraint("opening", "Ahoy!"), Constraint("opening", "Hark!"), Constraint("closing", "So it goes."))
-UNSEEN = (Constraint("opening", "Hark!"), Constraint("opening", "Well, well!"), Constraint("uppercase"))
-DIALOGUES = [Dialogue(f"d{n}", "sea", tuple(f"What about {n}.{t}?" for t in range(20))) for n in range(4)]
+POOL = (
+    Constraint("opening", "Ahoy!"),
+    Constraint("opening", "Hark!"),
+    Constraint("closing", "So it goes."),
+)
+UNSEEN = (
+    Constraint("opening", "Hark!"),
+    Constraint("opening", "Well, well!"),
+    Constraint("uppercase"),
+)
+DIALOGUES = [
+    Dialogue(f"d{n}", "sea", tuple(f"What about {n}.{t}?" for t in range(20))) for n in range(4)
+]
 
 
 def _suites(dialogues: list[Dialogue] = DIALOGUES) -> dict[str, list[Paired]]:
     made, found = suites(dialogues, POOL, UNSEEN, 10, 20)
     return {
         name: [
-            Paired(d, made.get(p.instruction or ""), p.way, then=made.get(p.then or ""), change=p.change) for d, p in suite
+            Paired(
+                d,
+                made.get(p.instruction or ""),
+                p.way,
+                then=made.get(p.then or ""),
+                change=p.change,
+            )
+            for d, p in suite
         ]
         for name, suite in found.items()
     }
@@ -35,7 +52,9 @@ def test_every_dialogue_of_every_suite_has_a_name_of_its_own() -> None:
     names = [p.dialogue.id for suite in found.values() for p in suite]
     assert len(set(names)) == len(names)
     assert list(found) == ["unseen", "change", "plain", "recall", "single"]
-    assert {len(p.dialogue.turns) for p in found["unseen"] + found["change"] + found["plain"]} == {10}
+    assert {len(p.dialogue.turns) for p in found["unseen"] + found["change"] + found["plain"]} == {
+        10
+    }
     assert {len(p.dialogue.turns) for p in found["recall"]} == {20}
     assert {len(p.dialogue.turns) for p in found["single"]} == {1}
 
@@ -74,7 +93,15 @@ def test_no_dialogues_no_suites() -> None:
     assert not any(found.values())
 
 
-def _reply(arm: str, pair: Paired, turn: int, obeys: bool, text: str = "Words.", probe: str = "", flaw: str = "") -> Reply:
+def _reply(
+    arm: str,
+    pair: Paired,
+    turn: int,
+    obeys: bool,
+    text: str = "Words.",
+    probe: str = "",
+    flaw: str = "",
+) -> Reply:
     return Reply(arm, pair.dialogue.id, turn, text, 9, 9, "stop", obeys, flaw, probe)
 
 
@@ -84,7 +111,12 @@ def _main() -> list[Paired]:
 
 
 def _replies(pairs: list[Paired]) -> list[Reply]:
-    return [_reply(arm, p, t, arm == "tuned") for arm in ("base", "tuned") for p in pairs for t in range(1, 21)]
+    return [
+        _reply(arm, p, t, arm == "tuned")
+        for arm in ("base", "tuned")
+        for p in pairs
+        for t in range(1, 21)
+    ]
 
 
 def test_the_figures_of_a_suite_are_kept_from_those_of_the_others() -> None:
@@ -95,16 +127,33 @@ def test_the_figures_of_a_suite_are_kept_from_those_of_the_others() -> None:
     replies += [_reply("tuned", p, t, False) for p in found["unseen"] for t in range(1, 11)]
     both = scores(replies, {"evaluate": main, **found}, POOL)
     assert all(both[key] == alone[key] for key in alone if key not in ("needed",)), both
-    assert {(r["at"], r["hits"], r["n"]) for r in both["generalisation"]} == {("unseen value", 0, 20), ("unseen kind", 0, 20)}
-    assert {r["at"]: r["group"] for r in both["by_unseen"]} == {"opening: Well, well!": "unseen value", "uppercase": "unseen kind"}
+    assert {(r["at"], r["hits"], r["n"]) for r in both["generalisation"]} == {
+        ("unseen value", 0, 20),
+        ("unseen kind", 0, 20),
+    }
+    assert {r["at"]: r["group"] for r in both["by_unseen"]} == {
+        "opening: Well, well!": "unseen value",
+        "uppercase": "unseen kind",
+    }
 
 
 def test_adherence_by_family() -> None:
-    told = [Instruction(c.kind, "Do.", "D.", (c,)) for c in (POOL[0], POOL[2], Constraint("persona", "Nemo"))]
+    told = [
+        Instruction(c.kind, "Do.", "D.", (c,))
+        for c in (POOL[0], POOL[2], Constraint("persona", "Nemo"))
+    ]
     pairs = [Paired(d, i, "plain") for d, i in zip(DIALOGUES, told, strict=False)]
-    replies = [_reply(arm, p, t, p is pairs[2]) for arm in ("base", "tuned") for p in pairs for t in range(1, 21)]
+    replies = [
+        _reply(arm, p, t, p is pairs[2])
+        for arm in ("base", "tuned")
+        for p in pairs
+        for t in range(1, 21)
+    ]
     found = scores(replies, {"evaluate": pairs}, POOL)["by_family"]
-    assert [(r["at"], r["hits"], r["n"]) for r in found if r["arm"] == "tuned"] == [("phrase", 0, 40), ("persona", 20, 20)]
+    assert [(r["at"], r["hits"], r["n"]) for r in found if r["arm"] == "tuned"] == [
+        ("phrase", 0, 40),
+        ("persona", 20, 20),
+    ]
 
 
 def test_raw_adherence_counts_what_is_no_answer() -> None:
@@ -117,8 +166,15 @@ def test_raw_adherence_counts_what_is_no_answer() -> None:
 
 def test_a_change_is_followed_turn_by_turn() -> None:
     pairs = _suites()["change"][:2]
-    texts = {"opening: Ahoy!": "Ahoy! Yes.", "opening: Hark!": "Hark! Yes.", "closing: So it goes.": "Yes. So it goes."}
-    slow = {pairs[0].dialogue.id: 5, pairs[1].dialogue.id: 8}  # the last turn in which the old instruction is kept
+    texts = {
+        "opening: Ahoy!": "Ahoy! Yes.",
+        "opening: Hark!": "Hark! Yes.",
+        "closing: So it goes.": "Yes. So it goes.",
+    }
+    slow = {
+        pairs[0].dialogue.id: 5,
+        pairs[1].dialogue.id: 8,
+    }  # the last turn in which the old instruction is kept
     replies = []
     for pair in pairs:
         for turn in range(1, 11):
@@ -126,7 +182,9 @@ def test_a_change_is_followed_turn_by_turn() -> None:
             obeys = kept == pair.constraints(turn - 1)[0]
             replies.append(_reply("tuned", pair, turn, obeys, texts[kept.name]))
     main = _main()
-    found = scores([*_replies(main), *replies], {"evaluate": main, "change": pairs}, POOL)["change"]["tuned"]
+    found = scores([*_replies(main), *replies], {"evaluate": main, "change": pairs}, POOL)[
+        "change"
+    ]["tuned"]
     assert (found["at"], found["dialogues"], found["never"]) == (6, 2, 0)
     assert (found["before"]["hits"], found["before"]["n"]) == (10, 10)
     assert (found["after"]["hits"], found["old_after"]["hits"], found["after"]["n"]) == (7, 3, 10)
@@ -137,7 +195,10 @@ def test_a_change_is_followed_turn_by_turn() -> None:
 def test_a_dialogue_that_never_switches_is_counted() -> None:
     pair = _suites()["change"][0]
     main = _main()
-    replies = [*_replies(main), *(_reply("tuned", pair, t, t <= 5, "Ahoy! Yes.") for t in range(1, 11))]
+    replies = [
+        *_replies(main),
+        *(_reply("tuned", pair, t, t <= 5, "Ahoy! Yes.") for t in range(1, 11)),
+    ]
     found = scores(replies, {"evaluate": main, "change": [pair]}, POOL)["change"]["tuned"]
     assert (found["never"], found["turns_to_switch"]) == (1, None)
 
@@ -150,34 +211,65 @@ def test_recall_is_by_turn_and_by_attribute_of_the_probes_alone() -> None:
         replies += [_reply("tuned", pair, t, True) for t in range(1, 21)]
         for ask in pair.asks:
             known = ask.attribute == "name"
-            replies += [_reply("tuned", pair, t, known and t < 5, probe=ask.attribute) for t in PROBED_TURNS]
+            replies += [
+                _reply("tuned", pair, t, known and t < 5, probe=ask.attribute) for t in PROBED_TURNS
+            ]
     found = scores(replies, {"evaluate": main, "recall": pairs}, POOL)
-    assert [(r["at"], r["value"], r["n"]) for r in found["recall"]] == [(2, 0.5, 8), (4, 0.5, 8), (6, 0, 8), (20, 0, 8)]
-    assert [(r["at"], r["hits"]) for r in found["recall_by_attribute"]] == [("name", 8), ("hobby", 0)]
+    assert [(r["at"], r["value"], r["n"]) for r in found["recall"]] == [
+        (2, 0.5, 8),
+        (4, 0.5, 8),
+        (6, 0, 8),
+        (20, 0, 8),
+    ]
+    assert [(r["at"], r["hits"]) for r in found["recall_by_attribute"]] == [
+        ("name", 8),
+        ("hobby", 0),
+    ]
 
 
 def test_a_leak_is_any_trained_trait_where_none_was_asked_for() -> None:
     pairs = _suites()["plain"][:1]
     main = _main()
     said = ["Ahoy! Yes.", "Yes. So it goes.", "Hark! Yes. So it goes.", "Yes.", "WELL, WELL!"]
-    replies = [*_replies(main), *(_reply("tuned", pairs[0], n + 1, True, text) for n, text in enumerate(said))]
+    replies = [
+        *_replies(main),
+        *(_reply("tuned", pairs[0], n + 1, True, text) for n, text in enumerate(said)),
+    ]
     found = scores(replies, {"evaluate": main, "plain": pairs}, POOL)
     assert [(r["hits"], r["n"]) for r in found["leakage"]] == [(3, 5)]
-    assert found["leaked"]["tuned"] == {"opening: Ahoy!": 1, "closing: So it goes.": 2, "opening: Hark!": 1}
+    assert found["leaked"]["tuned"] == {
+        "opening: Ahoy!": 1,
+        "closing: So it goes.": 2,
+        "opening: Hark!": 1,
+    }
 
 
 def test_replies_whose_first_turn_had_left_the_window_count_nowhere() -> None:
     pair = _suites()["change"][0]
     main = _main()
-    gone = [Reply("tuned", pair.dialogue.id, t, "", 9, 0, "context", False, "empty") for t in range(6, 11)]
-    replies = [*_replies(main), *(_reply("tuned", pair, t, True, "Ahoy! Yes.") for t in range(1, 6)), *gone]
+    gone = [
+        Reply("tuned", pair.dialogue.id, t, "", 9, 0, "context", False, "empty")
+        for t in range(6, 11)
+    ]
+    replies = [
+        *_replies(main),
+        *(_reply("tuned", pair, t, True, "Ahoy! Yes.") for t in range(1, 6)),
+        *gone,
+    ]
     found = scores(replies, {"evaluate": main, "change": [pair]}, POOL)["change"]["tuned"]
     assert (found["before"]["hits"], found["after"]["n"], found["dialogues"]) == (5, 0, 0)
     assert math.isnan(found["after"]["value"])
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"), [("Yes.", True), ("no, it does not", False), ("**Yes**", True), ("Perhaps yes", None), ("", None)]
+    ("said", "meant"),
+    [
+        ("Yes.", True),
+        ("no, it does not", False),
+        ("**Yes**", True),
+        ("Perhaps yes", None),
+        ("", None),
+    ],
 )
 def test_a_verdict_is_the_first_word(said: str, meant: bool | None) -> None:
     assert verdict(said) is meant

@@ -12,9 +12,11 @@ from pipeline.errors import GattError
 from pipeline.records import Message
 
 _CHAT: list[Message] = [
-    {"role": "user", "content": "assistant? user!"}, {"role": "assistant", "content": "assistant"},
-    {"role": "user", "content": "assistant"}, {"role": "assistant", "content": "  assistant: user  "},
-]  # fmt: skip
+    {"role": "user", "content": "assistant? user!"},
+    {"role": "assistant", "content": "assistant"},
+    {"role": "user", "content": "assistant"},
+    {"role": "assistant", "content": "  assistant: user  "},
+]
 _THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
@@ -23,7 +25,9 @@ _THINKING = (
 )
 """Writes the last answer in another way than the earlier ones, as Qwen3's does."""
 _TRIMMING = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}{% endfor %}"
-_TWO_ENDS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}<|endoftext|>"
+_TWO_ENDS = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}<|endoftext|>"
+)
 
 
 def _learned(source: str, chat: list[Message]) -> list[str]:
@@ -45,7 +49,11 @@ def test_answers_are_found_with_their_end_and_nothing_else(source: str, learned:
 
 
 def test_the_prompt_of_a_model_that_thinks_aloud_asks_for_the_answer_at_once() -> None:
-    assert ChatTemplate(_THINKING, "", "").render(_CHAT[:1]).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert (
+        ChatTemplate(_THINKING, "", "")
+        .render(_CHAT[:1])
+        .endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    )
 
 
 def test_a_template_that_changes_words_is_refused() -> None:
@@ -57,12 +65,16 @@ def test_a_template_that_changes_words_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "end"),
     [
-        ("Qwen-Qwen3-0.6B", "<|im_end|>"), ("Qwen-Qwen2.5-7B-Instruct", "<|im_end|>"), ("HuggingFaceTB-SmolLM3-3B", "<|im_end|>"),
-        ("meta-llama-Llama-3.1-8B-Instruct", "<|eot_id|>"), ("meta-llama-Llama-3.2-3B-Instruct", "<|eot_id|>"),
-        ("google-gemma-2-2b-it", "<end_of_turn>"), ("mistralai-Mistral-Nemo-Instruct-2407", "</s>"),
+        ("Qwen-Qwen3-0.6B", "<|im_end|>"),
+        ("Qwen-Qwen2.5-7B-Instruct", "<|im_end|>"),
+        ("HuggingFaceTB-SmolLM3-3B", "<|im_end|>"),
+        ("meta-llama-Llama-3.1-8B-Instruct", "<|eot_id|>"),
+        ("meta-llama-Llama-3.2-3B-Instruct", "<|eot_id|>"),
+        ("google-gemma-2-2b-it", "<end_of_turn>"),
+        ("mistralai-Mistral-Nemo-Instruct-2407", "</s>"),
         ("microsoft-Phi-3.5-mini-instruct", "<|end|>"),
     ],
-)  # fmt: skip
+)
 def test_published_templates(name: str, end: str) -> None:
     template: Path = converter() / "models" / "templates" / f"{name}.jinja"
     learned = _learned(template.read_text(encoding="utf-8"), _CHAT)

@@ -29,7 +29,15 @@ def _examples() -> list[Labelled]:
         half = len(ids) // 2
         labels = [IGNORED] * half + ids[half:]
         weights = [0.0] * half + [1.0 + 0.1 * n] * (len(ids) - half)
-        found.append(Labelled(ids, labels, weights, ids[2:], [(place, place - 2) for place in range(half, len(ids) - 3)]))
+        found.append(
+            Labelled(
+                ids,
+                labels,
+                weights,
+                ids[2:],
+                [(place, place - 2) for place in range(half, len(ids) - 3)],
+            )
+        )
     return found
 
 
@@ -44,13 +52,17 @@ def _network(folder: Path) -> Any:
     return peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear"))
 
 
-def _trained(folder: Path, checkpoints: Path, settings: Train = _SETTINGS) -> tuple[list[float], Any]:
+def _trained(
+    folder: Path, checkpoints: Path, settings: Train = _SETTINGS
+) -> tuple[list[float], Any]:
     """The losses, and the adapter as one vector."""
     import torch
 
     network = _network(folder)
     losses = loop(network, 0, _examples(), settings, 1, checkpoints, lambda step: None)
-    return losses, torch.cat([p.detach().flatten() for p in network.parameters() if p.requires_grad])
+    return losses, torch.cat(
+        [p.detach().flatten() for p in network.parameters() if p.requires_grad]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +71,20 @@ def whole(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[l
     return _trained(tiny_llama, tmp_path_factory.mktemp("whole"))
 
 
-def test_a_step_in_parts_is_the_same_step(tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]) -> None:
+def test_a_step_in_parts_is_the_same_step(
+    tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]
+) -> None:
     losses, adapter = _trained(tiny_llama, tmp_path, _SETTINGS.model_copy(update={"tokens": 40}))
     assert losses == pytest.approx(whole[0], rel=1e-5)
     assert adapter.tolist() == pytest.approx(whole[1].tolist(), abs=1e-5)
 
 
 def test_out_of_memory_goes_on_in_smaller_parts(
-    tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    tiny_llama: Path,
+    tmp_path: Path,
+    whole: tuple[list[float], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
     real, sizes = trainer.learned_loss, []
 
@@ -75,7 +93,9 @@ def test_out_of_memory_goes_on_in_smaller_parts(
         loss = real(model, batch, *more)
         if batch["input_ids"].numel() > 60:
             loss.backward()  # what an interrupted step has left of its gradients must not count
-            raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
+            )
         return loss
 
     monkeypatch.setattr(trainer, "learned_loss", tight)
@@ -97,7 +117,9 @@ def test_one_dialogue_that_does_not_fit_is_an_error(
         _trained(tiny_llama, tmp_path)
 
 
-def test_a_run_goes_on_as_if_it_had_not_been_cut(tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]) -> None:
+def test_a_run_goes_on_as_if_it_had_not_been_cut(
+    tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]
+) -> None:
     class Cut(Exception):
         pass
 
@@ -113,16 +135,22 @@ def test_a_run_goes_on_as_if_it_had_not_been_cut(tiny_llama: Path, tmp_path: Pat
     assert adapter.tolist() == pytest.approx(whole[1].tolist(), abs=1e-6)
 
 
-def test_training_goes_on_from_an_adapter(tiny_llama: Path, tiny_adapter: Path, tmp_path: Path) -> None:
+def test_training_goes_on_from_an_adapter(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
     import peft
 
     network = _network(tiny_llama)
     continue_from(network, tiny_adapter)
     theirs = peft.load_peft_weights(str(tiny_adapter), device="cpu")
     ours = peft.get_peft_model_state_dict(network)
-    assert ours.keys() == theirs.keys() and all(bool((ours[name] == theirs[name]).all()) for name in ours)
+    assert ours.keys() == theirs.keys() and all(
+        bool((ours[name] == theirs[name]).all()) for name in ours
+    )
     wider = peft.get_peft_model(network.unload(), peft.LoraConfig(r=8, target_modules="all-linear"))
-    with pytest.raises(GattError, match=r"of another rank, other targets or another base .* Set train.rank"):
+    with pytest.raises(
+        GattError, match=r"of another rank, other targets or another base .* Set train.rank"
+    ):
         continue_from(wider, tiny_adapter)
     with pytest.raises(GattError, match=r"no adapter_model.safetensors in"):
         continue_from(network, tmp_path)
@@ -130,7 +158,9 @@ def test_training_goes_on_from_an_adapter(tiny_llama: Path, tiny_adapter: Path, 
 
 def test_own_chats_are_mixed_in_by_their_share(tmp_path: Path) -> None:
     chats = tmp_path / "mine.jsonl"
-    one = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}
+    one = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+    }
     chats.write_text("".join(json.dumps(one) + "\n" for _ in range(30)), encoding="utf-8")
     recipe = load_recipe(None, (f"train.mix={chats}", "train.mix_share=0.2"))
     assert len(mixed(recipe, 80)) == 20  # 20 of 100
@@ -141,7 +171,10 @@ def test_own_chats_are_mixed_in_by_their_share(tmp_path: Path) -> None:
 
 
 def test_a_step_is_done_in_parts_that_have_room() -> None:
-    rows = [{"input_ids": [1] * n, "asked_ids": [1] * asked, "n": n} for n, asked in ((300, 0), (100, 0), (90, 110), (500, 0))]
+    rows = [
+        {"input_ids": [1] * n, "asked_ids": [1] * asked, "n": n}
+        for n, asked in ((300, 0), (100, 0), (90, 110), (500, 0))
+    ]
 
     def lengths(tokens: int) -> list[list[int]]:
         return [[row["n"] for row in part] for part in parts(rows, tokens)]
@@ -162,14 +195,18 @@ torch.save((losses, adapter), {out!r})
 """
 
 
-def test_it_stops_when_that_is_enough(tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]) -> None:
+def test_it_stops_when_that_is_enough(
+    tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]
+) -> None:
     asked = []
 
     def enough(step: int, folder: Path) -> bool:
         asked.append(step)
         return (folder / "adapter_model.safetensors").exists() and step == 2
 
-    losses = loop(_network(tiny_llama), 0, _examples(), _SETTINGS, 1, tmp_path, lambda step: None, enough)
+    losses = loop(
+        _network(tiny_llama), 0, _examples(), _SETTINGS, 1, tmp_path, lambda step: None, enough
+    )
     assert asked == [1, 2]
     assert losses == pytest.approx(whole[0][:2])
 
@@ -186,17 +223,39 @@ def test_what_was_computed_is_counted(tiny_llama: Path, tmp_path: Path) -> None:
     assert seen[-1].memory > 1e8 and seen[-1].learning_rate > 0
 
 
-def test_two_processes_share_a_step(tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]) -> None:
+def test_two_processes_share_a_step(
+    tiny_llama: Path, tmp_path: Path, whole: tuple[list[float], Any]
+) -> None:
     import torch
 
     script, out = tmp_path / "shared.py", tmp_path / "out"
     tests = str(Path(__file__).parent)
     script.write_text(
-        _SHARED.format(tests=tests, folder=str(tiny_llama), checkpoints=str(tmp_path / "c"), out=str(out)), encoding="utf-8"
+        _SHARED.format(
+            tests=tests, folder=str(tiny_llama), checkpoints=str(tmp_path / "c"), out=str(out)
+        ),
+        encoding="utf-8",
     )
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-              "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", script]  # fmt: skip
-    done = subprocess.run([str(word) for word in launch], capture_output=True, text=True, check=False)
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        script,
+    ]
+    done = subprocess.run(
+        [str(word) for word in launch], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     losses, adapter = torch.load(out, weights_only=False)
     assert losses == pytest.approx(whole[0], rel=1e-5)

@@ -19,10 +19,24 @@ from pipeline.files import write_json
 from pipeline.server.web import reports
 from pipeline.server.words import as_html
 
-_CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+_CHROMIUM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
 browsing = pytest.mark.skipif(not _CHROMIUM, reason="no Chromium here to open the page with")
-_OPTIONS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-            "--disable-component-update", "--disable-sync")  # fmt: skip
+_OPTIONS = (
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
 _HOSTILE = (
     '<img src=x onerror="window.hacked=1"> <script>window.hacked=2</script> [a](javascript:window.hacked=3) '
     "![b](http://elsewhere.example/b.png) `${window.hacked=4}` "
@@ -41,7 +55,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[Ser
         (folder / "runs" / name / "report").mkdir(parents=True)
         (folder / "runs" / name / "report" / "report.html").write_text("<h1>It keeps its word</h1>")
     write_json(folder / "runs" / "done <1>" / "report" / "manifest.json", {})
-    with _at_home(folder), serving(folder, NAME, folder / f"{OTHER}.gguf", "--context", 512, "--runs", folder / "runs") as running:
+    with (
+        _at_home(folder),
+        serving(
+            folder, NAME, folder / f"{OTHER}.gguf", "--context", 512, "--runs", folder / "runs"
+        ) as running,
+    ):
         yield running
 
 
@@ -67,11 +86,16 @@ class Tab:
     """A tab of a browser of its own. At its end nothing may have failed, and nothing may have been asked elsewhere."""
 
     def __init__(self, chromium: Any, url: str, **options: Any) -> None:
-        self.context = chromium.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        self.context = chromium.new_context(
+            **{"viewport": {"width": 1280, "height": 800}, **options}
+        )
         self.context.set_default_timeout(30_000)
         self.page = self.context.new_page()
         self.url, self.wrong, self.asked = url, [], []
-        self.page.on("console", lambda m: self.wrong.append(m.text) if m.type in ("error", "warning") else None)
+        self.page.on(
+            "console",
+            lambda m: self.wrong.append(m.text) if m.type in ("error", "warning") else None,
+        )
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.context.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(url)
@@ -102,7 +126,10 @@ class Tab:
     def open_file(self, messages: object) -> None:
         """Upload a chat."""
         content = json.dumps(messages).encode()
-        self.page.set_input_files("input[type=file]", {"name": "../../x.json", "mimeType": "application/json", "buffer": content})
+        self.page.set_input_files(
+            "input[type=file]",
+            {"name": "../../x.json", "mimeType": "application/json", "buffer": content},
+        )
 
     def count(self, what: str) -> int:
         return int(self.page.locator(what).count())
@@ -131,7 +158,9 @@ def tab(chromium: Any, server: Serving) -> Iterator[Tab]:
 
 
 @browsing
-def test_two_models_answer_side_by_side_and_the_chat_survives_a_reload(tab: Tab, server: Serving) -> None:
+def test_two_models_answer_side_by_side_and_the_chat_survives_a_reload(
+    tab: Tab, server: Serving
+) -> None:
     tab.page.click(".examples button >> nth=0")
     instruction = tab.page.get_by_label("Instruction", exact=True)
     tab.until(lambda: instruction.input_value() == 'Begin every answer with "Ahoy!".')
@@ -145,7 +174,10 @@ def test_two_models_answer_side_by_side_and_the_chat_survives_a_reload(tab: Tab,
     assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
     instruction.fill('End every answer with "Stay curious!".')
     tab.ask("And another?")
-    assert tab.page.inner_text("#turn-2 .told") == 'From now on: End every answer with "Stay curious!".'
+    assert (
+        tab.page.inner_text("#turn-2 .told")
+        == 'From now on: End every answer with "Stay curious!".'
+    )
     assert tab.page.evaluate("document.activeElement.tagName") == "TEXTAREA"
     before, marks = tab.page.inner_text(".turns"), tab.marks()
     assert len(marks) == 2 and set(marks) <= set("✓✗~") and tab.marks(1) == marks
@@ -159,12 +191,16 @@ def test_two_models_answer_side_by_side_and_the_chat_survives_a_reload(tab: Tab,
         tab.page.click(".q-menu >> text=other")
     messages = json.loads(Path(download.value.path()).read_text())
     assert [m["role"] for m in messages] == ["user", "assistant"] * 2
-    assert messages[0]["content"] == told and messages[2]["content"].startswith("And another?\n\nFrom now on: End every")
+    assert messages[0]["content"] == told and messages[2]["content"].startswith(
+        "And another?\n\nFrom now on: End every"
+    )
     assert download.value.suggested_filename == "chat-2.json"
 
 
 @browsing
-def test_stop_retry_undo_and_who_leaves_frees_the_sequence(tab: Tab, chromium: Any, server: Serving) -> None:
+def test_stop_retry_undo_and_who_leaves_frees_the_sequence(
+    tab: Tab, chromium: Any, server: Serving
+) -> None:
     tab.settle("Tokens of an answer", 250)
     tab.begin("Tell me a very long story about a ship, with many details.")
     assert server.metric("sequences_in_use") == 1
@@ -175,7 +211,11 @@ def test_stop_retry_undo_and_who_leaves_frees_the_sequence(tab: Tab, chromium: A
     said = tab.page.inner_text(".words >> nth=0")
     tab.settle("Tokens of an answer", 8)
     tab.page.click("text=Try again")
-    tab.until(lambda: tab.count(".comes") == 0 and tab.page.inner_text(".note >> nth=0") == "cut at 8 tokens")
+    tab.until(
+        lambda: (
+            tab.count(".comes") == 0 and tab.page.inner_text(".note >> nth=0") == "cut at 8 tokens"
+        )
+    )
     assert tab.page.inner_text(".words >> nth=0") != said and tab.count(".turn") == 1
     tab.page.click("text=Undo")
     tab.until(lambda: tab.count(".turn") == 0)
@@ -192,14 +232,25 @@ def test_stop_retry_undo_and_who_leaves_frees_the_sequence(tab: Tab, chromium: A
 
 @browsing
 def test_what_a_model_says_never_runs_and_loads_nothing(tab: Tab) -> None:
-    tab.open_file([{"role": "user", "content": _HOSTILE}, {"role": "assistant", "content": _HOSTILE}])
+    tab.open_file(
+        [{"role": "user", "content": _HOSTILE}, {"role": "assistant", "content": _HOSTILE}]
+    )
     for _ in range(2):
         tab.page.wait_for_selector(".words strong")
         tab.page.wait_for_timeout(300)
         assert tab.page.evaluate("window.hacked") is None
-        assert tab.count(".turns img, .turns script, .turns iframe, .turns [onmouseover], .turns a[href^=javascript]") == 0
+        assert (
+            tab.count(
+                ".turns img, .turns script, .turns iframe, .turns [onmouseover], .turns a[href^=javascript]"
+            )
+            == 0
+        )
         shown = tab.page.inner_text(".words >> nth=0")
-        assert "<script>window.hacked=2</script>" in shown and "<b> {{ 7*7 }}" in shown and "${window.hacked=4}" in shown
+        assert (
+            "<script>window.hacked=2</script>" in shown
+            and "<b> {{ 7*7 }}" in shown
+            and "${window.hacked=4}" in shown
+        )
         assert "<script>window.hacked=2</script>" in tab.page.inner_text(".said")
         tab.page.reload()  # then it comes with the page itself
     tab.open_file({"messages": [{"role": "user", "content": "x"}]})
@@ -210,20 +261,35 @@ def test_what_a_model_says_never_runs_and_loads_nothing(tab: Tab) -> None:
 
 def test_markdown_is_shown_without_html_pictures_and_script() -> None:
     html = as_html(_HOSTILE)
-    assert "<img" not in html and "<script" not in html and "<iframe" not in html and 'href="javascript' not in html
+    assert (
+        "<img" not in html
+        and "<script" not in html
+        and "<iframe" not in html
+        and 'href="javascript' not in html
+    )
     assert as_html("**a** `b`\n\n| c |\n|---|\n| d |").count("<td>") == 1
 
 
 @browsing
 def test_a_phone_has_the_whole_page_and_its_own_colours(chromium: Any, server: Serving) -> None:
-    phone = Tab(chromium, server.url, viewport={"width": 390, "height": 844}, color_scheme="dark", has_touch=True)
+    phone = Tab(
+        chromium,
+        server.url,
+        viewport={"width": 390, "height": 844},
+        color_scheme="dark",
+        has_touch=True,
+    )
     long = f"{'x' * 400}\n\n```\n{'y ' * 200}\n```"
-    phone.open_file([{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": long}])
+    phone.open_file(
+        [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": long}]
+    )
     phone.page.wait_for_selector("#turn-1")
     boxes = [box.bounding_box() for box in phone.page.locator(".answer").all()]
     assert boxes[0]["x"] == boxes[1]["x"] and boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
     wide = "e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('pre')"
-    assert phone.page.evaluate(f"[...document.querySelectorAll('main *')].filter({wide}).length") == 0
+    assert (
+        phone.page.evaluate(f"[...document.querySelectorAll('main *')].filter({wide}).length") == 0
+    )
     assert phone.page.evaluate("document.scrollingElement.scrollWidth") <= 390
     ground = "getComputedStyle(document.body).backgroundColor"
     assert phone.page.evaluate(ground) == "rgb(21, 23, 27)"
@@ -241,8 +307,14 @@ def test_a_phone_has_the_whole_page_and_its_own_colours(chromium: Any, server: S
 
 def _nearly_fill(tab: Tab) -> None:
     """Six turns, and answers for which there is no room."""
-    turns = [m for n in range(6) for m in ({"role": "user", "content": f"Number {n}? " + "word " * 20},
-                                           {"role": "assistant", "content": f"It is {n}. " + "word " * 20})]  # fmt: skip
+    turns = [
+        m
+        for n in range(6)
+        for m in (
+            {"role": "user", "content": f"Number {n}? " + "word " * 20},
+            {"role": "assistant", "content": f"It is {n}. " + "word " * 20},
+        )
+    ]
     tab.open_file(turns)
     tab.page.wait_for_selector("#turn-6")
     tab.settle("Tokens of an answer", 200)
@@ -272,7 +344,9 @@ def test_a_summary_takes_the_place_of_the_middle_if_the_user_likes_it(tab: Tab) 
     tab.page.click("text=Sum up 2 turns")
     tab.page.click("text=Put it in the place of these turns")
     tab.page.wait_for_selector("#turn-2 .said >> text=Sum up in a few sentences")
-    assert "Number 0?" in tab.page.inner_text("#turn-1") and "Number 3?" in tab.page.inner_text("#turn-3")
+    assert "Number 0?" in tab.page.inner_text("#turn-1") and "Number 3?" in tab.page.inner_text(
+        "#turn-3"
+    )
 
 
 @browsing
@@ -289,7 +363,9 @@ def test_two_tabs_of_a_browser_show_the_same_chat(tab: Tab) -> None:
 @browsing
 def test_chats_are_listed_opened_and_deleted(tab: Tab) -> None:
     for text in ("First", "Second"):
-        tab.open_file([{"role": "user", "content": text}, {"role": "assistant", "content": f"{text} it is."}])
+        tab.open_file(
+            [{"role": "user", "content": text}, {"role": "assistant", "content": f"{text} it is."}]
+        )
         tab.page.wait_for_selector(f".words >> text={text} it is.")
     tab.page.click(".side >> text=First")
     tab.page.wait_for_selector(".words >> text=First it is.")
@@ -313,7 +389,16 @@ def test_runs_open_their_report_and_no_path_does(tab: Tab, server: Serving) -> N
     got = httpx.get(f"{server.url}/runs/done%20%3C1%3E")
     assert got.status_code == 200 and "sandbox" in got.headers["content-security-policy"]
     done = "done%20%3C1%3E"
-    for name in ("begun", "%2e%2e", f"..%2fruns%2f{done}", f"{done}/report", f".%2f{done}", f"{done}%2freport", "%00", "x" * 5000):
+    for name in (
+        "begun",
+        "%2e%2e",
+        f"..%2fruns%2f{done}",
+        f"{done}/report",
+        f".%2f{done}",
+        f"{done}%2freport",
+        "%00",
+        "x" * 5000,
+    ):
         assert httpx.get(f"{server.url}/runs/{name}").status_code == 404, name
 
 
@@ -326,7 +411,10 @@ def test_the_runs_that_are_finished_are_found(tmp_path: Path) -> None:
 
 @browsing
 def test_a_key_is_asked_for_once(chromium: Any, tmp_path: Path) -> None:
-    with _at_home(tmp_path), serving(tmp_path, NAME, "--api-key", "s3cret", "--context", 512) as server:
+    with (
+        _at_home(tmp_path),
+        serving(tmp_path, NAME, "--api-key", "s3cret", "--context", 512) as server,
+    ):
         tab = Tab(chromium, server.url)
         assert tab.count(".message") == 0
         assert httpx.get(f"{server.url}/runs/x").status_code == 404
@@ -341,7 +429,9 @@ def test_a_key_is_asked_for_once(chromium: Any, tmp_path: Path) -> None:
         tab.page.wait_for_selector(".message textarea")
         cookies = tab.context.cookies()
         tab.close()
-        with chromium.new_context() as left:  # a tab that stays open and an answer that runs do not hold the server up
+        with (
+            chromium.new_context() as left
+        ):  # a tab that stays open and an answer that runs do not hold the server up
             left.add_cookies(cookies)
             page = left.new_page()
             page.goto(server.url)
@@ -352,4 +442,6 @@ def test_a_key_is_asked_for_once(chromium: Any, tmp_path: Path) -> None:
             server.process.send_signal(signal.SIGINT)
             server.process.wait(20)
             assert time.monotonic() - start < 8 and "Traceback" not in server.log
-        assert "s3cret" not in "".join(path.read_text() for path in (tmp_path / "data").rglob("*") if path.is_file())
+        assert "s3cret" not in "".join(
+            path.read_text() for path in (tmp_path / "data").rglob("*") if path.is_file()
+        )

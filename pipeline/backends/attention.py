@@ -38,14 +38,18 @@ class AttentionMap:
     share: list[float]
 
 
-def attention_map(folder: Path, adapter: Path | None, messages: Sequence[Message], instruction: str) -> AttentionMap:
+def attention_map(
+    folder: Path, adapter: Path | None, messages: Sequence[Message], instruction: str
+) -> AttentionMap:
     """The map of one dialogue, for the base in `folder` or with `adapter` on its weights in 4 bits, as it was trained.
 
     Raises:
         GattError: the instruction does not stand in the dialogue.
     """
     tokenizer = load_tokenizer(folder)
-    template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or "")
+    template = ChatTemplate(
+        tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or ""
+    )
     text, answers = answer_spans(template, messages)
     start = text.find(instruction)
     if not instruction or start < 0:
@@ -58,12 +62,18 @@ def attention_map(folder: Path, adapter: Path | None, messages: Sequence[Message
     rows = np.concatenate([_binned(strongest[turn.start : turn.stop]) for turn in turns])
     of_rows = [n for n, turn in enumerate(turns, 1) for _ in range(0, len(turn), BIN)]
     share = [float(shares[turn.start : turn.stop].mean()) for turn in turns]
-    return AttentionMap(rows.round(3).tolist(), of_rows, (told.start // BIN, (told.stop - 1) // BIN), share)
+    return AttentionMap(
+        rows.round(3).tolist(), of_rows, (told.start // BIN, (told.stop - 1) // BIN), share
+    )
 
 
 def _within(offsets: Sequence[tuple[int, int]], start: int, end: int) -> range:
     """The tokens that lie between two characters."""
-    inside = [n for n, (left, right) in enumerate(offsets) if left < end and right > start and left < right]
+    inside = [
+        n
+        for n, (left, right) in enumerate(offsets)
+        if left < end and right > start and left < right
+    ]
     return range(inside[0], inside[-1] + 1)
 
 
@@ -97,7 +107,11 @@ def _attend(network: Any, ids: Sequence[int], told: range) -> tuple[Array, Array
         shares.append(weights[:, :, told.start : told.stop].sum(-1).mean(0).numpy())
         return (result[0], None, *result[2:])
 
-    hooks = [m.register_forward_hook(watch) for name, m in network.named_modules() if name.endswith(".self_attn")]
+    hooks = [
+        m.register_forward_hook(watch)
+        for name, m in network.named_modules()
+        if name.endswith(".self_attn")
+    ]
     with torch.no_grad():
         network(input_ids=torch.tensor([list(ids)]), use_cache=False)
     for hook in hooks:
@@ -109,5 +123,7 @@ def _attend(network: Any, ids: Sequence[int], told: range) -> tuple[Array, Array
 def _binned(rows: Array) -> Array:
     """The maximum over squares of BIN by BIN tokens; the last may be smaller."""
     starts = [np.arange(0, length, BIN) for length in rows.shape]
-    binned: Array = np.maximum.reduceat(np.maximum.reduceat(rows, starts[0], axis=0), starts[1], axis=1)
+    binned: Array = np.maximum.reduceat(
+        np.maximum.reduceat(rows, starts[0], axis=0), starts[1], axis=1
+    )
     return binned

@@ -26,7 +26,10 @@ _CONVERSION = 5
 
 
 def _cached(model: Model, form: str) -> Path:
-    return Path(platformdirs.user_cache_dir("gatt")) / f"{sha256(model.path)[:16]}-{_CONVERSION}-{form}"
+    return (
+        Path(platformdirs.user_cache_dir("gatt"))
+        / f"{sha256(model.path)[:16]}-{_CONVERSION}-{form}"
+    )
 
 
 def gguf_file(model: Model, format_name: str) -> Path:
@@ -68,9 +71,11 @@ def format_of(whole: Sum, name: str, scratch: Path, importance: Importance | Non
         return Format(file_type(name), types)
     by_tensor = importance.by_tensor()
     keys = {
-        "quantize.imatrix.file": "imatrix.gguf", "quantize.imatrix.dataset": "the run's dialogues",
-        "quantize.imatrix.entries_count": len(by_tensor), "quantize.imatrix.chunks_count": importance.chunks,
-    }  # fmt: skip
+        "quantize.imatrix.file": "imatrix.gguf",
+        "quantize.imatrix.dataset": "the run's dialogues",
+        "quantize.imatrix.entries_count": len(by_tensor),
+        "quantize.imatrix.chunks_count": importance.chunks,
+    }
     return Format(file_type(name), types, by_tensor, keys)
 
 
@@ -116,4 +121,10 @@ def _split_as_llama_cpp(file: Path, name: str | None) -> None:
     """Give a converted tokenizer the pre-tokenizer that the GGUF names: transformers takes GPT-2's for all of them."""
     if name in PRE_TOKENIZERS:
         tokenizer = json.loads(file.read_text(encoding="utf-8"))
-        write_json(file, {**tokenizer, "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[name]}})
+        write_json(
+            file,
+            {
+                **tokenizer,
+                "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[name]},
+            },
+        )

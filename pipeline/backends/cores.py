@@ -38,7 +38,9 @@ class FreeCores(threading.Thread):
 
     def _look(self) -> None:
         last, self._last = self._last, _used()
-        passed, everybody, ours = (now - before for now, before in zip(self._last, last, strict=True))
+        passed, everybody, ours = (
+            now - before for now, before in zip(self._last, last, strict=True)
+        )
         others = (everybody - ours) / passed if passed else 0.0
         self.count = max(1, (os.cpu_count() or 1) - round(others))
 
@@ -46,5 +48,10 @@ class FreeCores(threading.Thread):
 def _used() -> tuple[float, float, float]:
     """Seconds: the clock, of all cores in use, and of these the ones that this process has used."""
     cores, process = psutil.cpu_times(), psutil.Process().cpu_times()
-    idle = cores.idle + getattr(cores, "iowait", 0.0) + getattr(cores, "guest", 0.0) + getattr(cores, "guest_nice", 0.0)
+    idle = (
+        cores.idle
+        + getattr(cores, "iowait", 0.0)
+        + getattr(cores, "guest", 0.0)
+        + getattr(cores, "guest_nice", 0.0)
+    )
     return time.monotonic(), sum(cores) - idle, process.user + process.system

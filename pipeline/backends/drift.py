@@ -35,7 +35,9 @@ def drift(base: Llama, model: Llama, dialogues: Iterable[Sequence[Message]]) -> 
                 losses.append((-p[tokens[place]], -q[tokens[place]]))
                 apart.append(float(np.exp(p) @ (p - q)))
     means = np.mean(losses, axis=0)
-    return Drift(len(losses), float(np.exp(means[0])), float(np.exp(means[1])), float(np.mean(apart)))
+    return Drift(
+        len(losses), float(np.exp(means[0])), float(np.exp(means[1])), float(np.mean(apart))
+    )
 
 
 def _answers(llama: Llama, messages: Sequence[Message]) -> tuple[list[int], set[int]]:

@@ -86,21 +86,36 @@ def export(job: Job) -> dict[str, Any]:
         importance = _importance(job, adapter, scratch)
         keys = _fitting_keys(job, scratch) if job.settings.same_tokens else {}
         merged = _merge_best(replace(job, keys=keys), scratch, importance)
-        rows = {name: {"bytes": file.stat().st_size, "retained": kept, **check(job, name, file, merged.exact)}
-                for name, (file, kept) in merged.files.items()}  # fmt: skip
+        rows = {
+            name: {
+                "bytes": file.stat().st_size,
+                "retained": kept,
+                **check(job, name, file, merged.exact),
+            }
+            for name, (file, kept) in merged.files.items()
+        }
         for name, (file, _) in merged.files.items():
             file.replace(job.file(name))
         for file in (adapter, scratch / "imatrix.gguf"):
             if file.exists():
                 file.replace(job.folder / file.name)
     for name in job.settings.formats:
-        text = modelfile(open_gguf(job.file(name)), job.file(name).name, job.temperature, 4096, job.system)
-        write_text(job.folder / ("Modelfile" if name == job.settings.formats[0] else f"Modelfile-{name}"), text)
+        text = modelfile(
+            open_gguf(job.file(name)), job.file(name).name, job.temperature, 4096, job.system
+        )
+        write_text(
+            job.folder / ("Modelfile" if name == job.settings.formats[0] else f"Modelfile-{name}"),
+            text,
+        )
         _for_lm_studio(job.file(name))
     read = importance.tokens if importance else 0
     table = {
-        "merge_onto": merged.onto, "merges": merged.far, "surprise": merged.surprise, "formats": rows, "importance_tokens": read,
-    }  # fmt: skip
+        "merge_onto": merged.onto,
+        "merges": merged.far,
+        "surprise": merged.surprise,
+        "formats": rows,
+        "importance_tokens": read,
+    }
     show(job, table)
     return table
 
@@ -113,7 +128,9 @@ def _for_lm_studio(file: Path) -> None:
     try:
         os.link(file, target)
     except OSError:
-        note(f"export: this file system gives a file one name only; `lms import {file.name}` brings it into LM Studio.")
+        note(
+            f"export: this file system gives a file one name only; `lms import {file.name}` brings it into LM Studio."
+        )
 
 
 def _importance(job: Job, adapter: Path, scratch: Path) -> Importance | None:
@@ -123,7 +140,11 @@ def _importance(job: Job, adapter: Path, scratch: Path) -> Importance | None:
     most = job.settings.importance_tokens
     laid = Adapter(adapter) if adapter.exists() else None
     merged = job.adapter and not laid
-    source = _merge(job, "16bit", scratch, None, ("Q8_0",))["Q8_0"][0] if merged else gguf_file(job.model, "Q8_0")
+    source = (
+        _merge(job, "16bit", scratch, None, ("Q8_0",))["Q8_0"][0]
+        if merged
+        else gguf_file(job.model, "Q8_0")
+    )
     info = open_gguf(source)
     template = ChatTemplate(info.chat_template, info.bos, info.eos)
     texts = (template.render(messages, answer_follows=False) for messages in job.dialogues)
@@ -163,10 +184,15 @@ def _merge_best(job: Job, scratch: Path, importance: Importance | None) -> _Merg
     # In the same pass, since it mostly is the likelier one.
     made = _merge(job, "16bit", scratch, importance, tuple(dict.fromkeys(("F16", *names))))
     plain = probe(made["F16"][0], (), sequences).logits
-    far = {"16bit": divergence(job.reference.logits, plain), "4bit": divergence(job.reference.logits, rounded)}
+    far = {
+        "16bit": divergence(job.reference.logits, plain),
+        "4bit": divergence(job.reference.logits, rounded),
+    }
     unlikely = {"16bit": surprise(sequences, plain), "4bit": surprise(sequences, rounded)}
     if unlikely["4bit"] < unlikely["16bit"]:
-        return _Merged("4bit", _merge(job, "4bit", scratch, importance, names), far, unlikely, rounded)
+        return _Merged(
+            "4bit", _merge(job, "4bit", scratch, importance, names), far, unlikely, rounded
+        )
     return _Merged("16bit", {name: made[name] for name in names}, far, unlikely, plain)
 
 
@@ -174,8 +200,13 @@ def _merge(
     job: Job, onto: str, scratch: Path, importance: Importance | None, names: Sequence[str]
 ) -> dict[str, tuple[Path, dict[str, float]]]:
     """Write one merge in some formats."""
-    whole = add(job.model.path, job.adapter, four_bits if onto == "4bit" else None, job.about, job.keys)
-    formats = {scratch / f"{onto}-{name}.gguf": format_of(whole, name, scratch, importance) for name in names}
+    whole = add(
+        job.model.path, job.adapter, four_bits if onto == "4bit" else None, job.about, job.keys
+    )
+    formats = {
+        scratch / f"{onto}-{name}.gguf": format_of(whole, name, scratch, importance)
+        for name in names
+    }
     require_disk(job.folder, sum(size(whole, how) for how in formats.values()), "export")
     with progress(f"export: tensors, merged onto {onto}", len(whole.tensors)) as bar:
         kept = write(whole, formats, bar.advance)
@@ -200,7 +231,9 @@ def _fitting_keys(job: Job, scratch: Path) -> dict[str, Any]:
         found = disagreement(chats, probe(file, chats.texts, ()).ids, tokenizer)
         if not found:
             if keys:
-                note(f"export: written with {rule} = {str(keys[rule]).lower()}, as the tokenizer does it.")
+                note(
+                    f"export: written with {rule} = {str(keys[rule]).lower()}, as the tokenizer does it."
+                )
             return keys
         info = open_gguf(file)
         if info.field("tokenizer.ggml.model") != "llama":
@@ -222,7 +255,9 @@ def check(job: Job, name: str, file: Path, exact: Array | None) -> dict[str, flo
     probed = probe(file, chats.texts, job.reference.sequences if job.reference else [[0, 0]])
     found = disagreement(chats, probed.ids, load_tokenizer(hugging_face_folder(job.model)))
     if found and job.settings.same_tokens:
-        raise GattError(f"{job.file(name).name} would be read in other tokens ({found}). Nothing was replaced.")
+        raise GattError(
+            f"{job.file(name).name} would be read in other tokens ({found}). Nothing was replaced."
+        )
     if not job.reference:
         return {}
     far = {"kl_trained": divergence(job.reference.logits, probed.logits)}
@@ -240,12 +275,18 @@ def show(job: Job, table: dict[str, Any]) -> None:
     """What was written, in a line for each file, and what a user should know of it."""
     for onto, far in table["merges"].items():
         unlikely = f"{table['surprise'][onto]:.4f} nats a token for the run's dialogues"
-        note(f"export: merged onto {onto}, {far:.4f} nats a token from the trained model, {unlikely}")
+        note(
+            f"export: merged onto {onto}, {far:.4f} nats a token from the trained model, {unlikely}"
+        )
     for name, row in table["formats"].items():
         parts = [f"{row['bytes'] / 1e6:.0f} MB"]
-        parts += [f"{row[key]:.4f} nats a token from {what}" for key, what in _FROM.items() if key in row]
+        parts += [
+            f"{row[key]:.4f} nats a token from {what}" for key, what in _FROM.items() if key in row
+        ]
         out(f"{job.file(name)}: {', '.join(parts)}")
         lost = {kind: share for kind, share in row["retained"].items() if share < _KEPT}
         if lost:
             shown = ", ".join(f"{kind} {share:.0%}" for kind, share in sorted(lost.items()))
-            note(f"export: {name} keeps less than {_KEPT:.0%} of what was learned in {shown}. A larger format keeps more.")
+            note(
+                f"export: {name} keeps less than {_KEPT:.0%} of what was learned in {shown}. A larger format keeps more."
+            )

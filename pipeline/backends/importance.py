@@ -66,7 +66,9 @@ class Importance:
             return not ask
         weight = node.src[0].contents
         name = weight.name.decode(errors="replace")
-        if not name.startswith("blk.") or not name.endswith(".weight"):  # the cache's products, and the adapter's own
+        if not name.startswith("blk.") or not name.endswith(
+            ".weight"
+        ):  # the cache's products, and the adapter's own
             return not ask
         if not ask:
             ids = _read(node.src[2].contents, np.int32) if operation == "MUL_MAT_ID" else None
@@ -84,7 +86,9 @@ class Importance:
             found.counts += len(flat)
             return
         rows = rows[0]  # (tokens, used or 1, columns)
-        squares = np.broadcast_to(rows * rows, (len(rows), ids.shape[-1], rows.shape[-1])).reshape(-1, rows.shape[-1])
+        squares = np.broadcast_to(rows * rows, (len(rows), ids.shape[-1], rows.shape[-1])).reshape(
+            -1, rows.shape[-1]
+        )
         chosen = ids.reshape(-1)
         np.add.at(found.squares, chosen, squares)
         np.add.at(found.counts, chosen, 1)
@@ -94,7 +98,9 @@ class Importance:
         means = {}
         for name, sums in self._sums.items():
             asked = sums.counts[:, None] > 0
-            means[name] = np.where(asked, sums.squares / np.maximum(sums.counts[:, None], 1), 1).astype(np.float32)
+            means[name] = np.where(
+                asked, sums.squares / np.maximum(sums.counts[:, None], 1), 1
+            ).astype(np.float32)
         return means
 
     def save(self, target: Path, dataset: str) -> None:
@@ -118,7 +124,11 @@ class Importance:
 
 
 def measure(
-    source: Path, adapter: Adapter | None, texts: Iterable[str], most: int, on_tokens: Callable[[int], object]
+    source: Path,
+    adapter: Adapter | None,
+    texts: Iterable[str],
+    most: int,
+    on_tokens: Callable[[int], object],
 ) -> Importance:
     """The importance of a GGUF's columns (with an adapter laid over it) while it reads `texts`, up to `most` tokens.
 
@@ -128,7 +138,9 @@ def measure(
     importance = Importance()
     weights = Weights(open_gguf(source))
     # The text in one batch: at every observed node all threads wait for one another.
-    context = weights.new_context(1, _TEXT_TOKENS, _TEXT_TOKENS, "F16", os.cpu_count() or 1, adapter, importance.observe)
+    context = weights.new_context(
+        1, _TEXT_TOKENS, _TEXT_TOKENS, "F16", os.cpu_count() or 1, adapter, importance.observe
+    )
     memory = weights.api.llama_get_memory(context)
     try:
         for text in texts:
@@ -136,7 +148,9 @@ def measure(
             if not tokens:
                 continue
             ids = (weights.api.llama_token * len(tokens))(*tokens)
-            if status := weights.api.llama_decode(context, weights.api.llama_batch_get_one(ids, len(tokens))):
+            if status := weights.api.llama_decode(
+                context, weights.api.llama_batch_get_one(ids, len(tokens))
+            ):
                 raise RuntimeError(f"llama_decode returned {status} for {len(tokens)} tokens")
             weights.api.llama_memory_clear(memory, True)
             importance.tokens += len(tokens)

@@ -27,7 +27,9 @@ Verdicts = dict[tuple[str, str, int], bool | None]
 """By arm, dialogue and turn."""
 
 
-def judge(name: str, replies: Sequence[Reply], pairs: Iterable[Paired], log_file: Path) -> tuple[list[Reply], dict[str, Any]]:
+def judge(
+    name: str, replies: Sequence[Reply], pairs: Iterable[Paired], log_file: Path
+) -> tuple[list[Reply], dict[str, Any]]:
     """The replies, those that only a judge can tell with its verdict for `obeys`; and what is known of the judge.
 
     Verdicts of an earlier attempt stand in `log_file` and are kept.
@@ -44,11 +46,18 @@ def judge(name: str, replies: Sequence[Reply], pairs: Iterable[Paired], log_file
     agreement = wilson(sum(verdicts[_key(r)] == r.obeys for r in tried), len(tried))
     judged = set(open_ones)
     settled = [replace(r, obeys=bool(verdicts[_key(r)])) if r in judged else r for r in replies]
-    note(f"evaluate: the judge agrees with the exact checks in {agreement.hits} of {agreement.n} replies")
+    note(
+        f"evaluate: the judge agrees with the exact checks in {agreement.hits} of {agreement.n} replies"
+    )
     theirs = [after for before, after in zip(replies, settled, strict=True) if before in judged]
     by_instruction = adherence(theirs, lambda r: (r.arm, told[r.dialogue].name))
     reliable = agreement.value >= RELIABLE
-    return settled, {"model": name, "agreement": asdict(agreement), "reliable": reliable, "scores": table(by_instruction)}
+    return settled, {
+        "model": name,
+        "agreement": asdict(agreement),
+        "reliable": reliable,
+        "scores": table(by_instruction),
+    }
 
 
 def _judged(pair: Paired, reply: Reply) -> bool:
@@ -59,9 +68,13 @@ def _key(reply: Reply) -> tuple[str, str, int]:
     return reply.arm, reply.dialogue, reply.turn
 
 
-def _ask(name: str, replies: Sequence[Reply], told: Mapping[str, Paired], log_file: Path) -> Verdicts:
+def _ask(
+    name: str, replies: Sequence[Reply], told: Mapping[str, Paired], log_file: Path
+) -> Verdicts:
     with JsonlLog(log_file) as log:
-        verdicts: Verdicts = {(r["arm"], r["dialogue"], r["turn"]): r["verdict"] for r in log.records}
+        verdicts: Verdicts = {
+            (r["arm"], r["dialogue"], r["turn"]): r["verdict"] for r in log.records
+        }
         missing = [r for r in replies if _key(r) not in verdicts]
         with progress("evaluate: verdicts", len(replies), len(replies) - len(missing)) as bar:
             if missing:
@@ -74,7 +87,14 @@ def _question(reply: Reply, pair: Paired, verdicts: Verdicts, log: JsonlLog, bar
     told, user = pair.taught[reply.turn - 1], pair.dialogue.turns[reply.turn - 1]
     done = yield Request(question(told, user, reply.text), 0, 4, 0.0)
     verdicts[_key(reply)] = verdict(done.text)
-    log.append({"arm": reply.arm, "dialogue": reply.dialogue, "turn": reply.turn, "verdict": verdict(done.text)})
+    log.append(
+        {
+            "arm": reply.arm,
+            "dialogue": reply.dialogue,
+            "turn": reply.turn,
+            "verdict": verdict(done.text),
+        }
+    )
     bar.advance()
 
 

@@ -43,7 +43,9 @@ class TooLong(GattError):
     """A prompt with its answer does not fit in the context; both are in tokens, as is `context`."""
 
     def __init__(self, prompt: int, answer: int, context: int) -> None:
-        super().__init__(f"{prompt} tokens of prompt and {answer} of answer found; at most {context} fit together. Shorten one.")
+        super().__init__(
+            f"{prompt} tokens of prompt and {answer} of answer found; at most {context} fit together. Shorten one."
+        )
         self.prompt, self.answer, self.context = prompt, answer, context
 
 
@@ -90,7 +92,9 @@ class Limits(NamedTuple):
 class Job:
     """A question on its way. `on_text` and `on_end` are called from the engine's threads and must not block."""
 
-    def __init__(self, question: Question, on_text: Callable[[str], None], on_end: Callable[[Outcome], None]) -> None:
+    def __init__(
+        self, question: Question, on_text: Callable[[str], None], on_end: Callable[[Outcome], None]
+    ) -> None:
         self.question, self.on_end = question, on_end
         self.cancelled = False
         self.begun = False
@@ -109,7 +113,14 @@ class Job:
         if places:
             held = len(text) - min(places)
         else:
-            held = 0 if last else max((n for one in stop for n in range(1, len(one)) if text.endswith(one[:n])), default=0)
+            held = (
+                0
+                if last
+                else max(
+                    (n for one in stop for n in range(1, len(one)) if text.endswith(one[:n])),
+                    default=0,
+                )
+            )
         self._held = text[len(text) - held :]
         if len(text) > held:
             self._on_text(text[: len(text) - held])
@@ -149,7 +160,9 @@ class Lane(threading.Thread):
         while taken := self._gather():
             try:
                 self._step(taken)
-            except Exception:  # a bug in one step must not take the server down; those who wait are told
+            except (
+                Exception
+            ):  # a bug in one step must not take the server down; those who wait are told
                 logging.getLogger("gatt.serve").exception("a step of %s failed", self._model.name)
                 for seat in taken:
                     if seat.job:
@@ -178,7 +191,9 @@ class Lane(threading.Thread):
             elif seat.job and not seat.job.begun:
                 job = seat.job
                 job.begun = True
-                job.cached_tokens = self.streams.begin(seat, job.question.request, job.question.tokens, _WORTH_A_COPY)
+                job.cached_tokens = self.streams.begin(
+                    seat, job.question.request, job.question.tokens, _WORTH_A_COPY
+                )
         going = [(seat, seat.job) for seat in taken if seat.job]
         filling = [(job.arrived, seat) for seat, job in going if len(seat.pending) > 1]
         if filling:
@@ -205,7 +220,14 @@ class Lane(threading.Thread):
 class ServedModel:
     """Weights with an adapter or without one, the lanes over them, and the questions that wait."""
 
-    def __init__(self, name: str, weights: Weights, adapter: Adapter | None, limits: Limits, threads: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        weights: Weights,
+        adapter: Adapter | None,
+        limits: Limits,
+        threads: Callable[[], int],
+    ) -> None:
         self.name, self.weights = name, weights
         self.changed = threading.Condition()
         self.closed = False
@@ -220,7 +242,11 @@ class ServedModel:
     def state(self) -> State:
         """Now."""
         with self.changed:
-            return State(sum(len(lane.seats) for lane in self.lanes), sum(lane.busy for lane in self.lanes), len(self._waiting))
+            return State(
+                sum(len(lane.seats) for lane in self.lanes),
+                sum(lane.busy for lane in self.lanes),
+                len(self._waiting),
+            )
 
     def submit(self, job: Job) -> None:
         """Give the question a seat, or let it wait for one."""
@@ -234,7 +260,9 @@ class ServedModel:
             self._place()
             if len(self._waiting) > self._most_waiting:
                 self._waiting.pop()
-                raise Busy(f"All sequences are in use and {self._most_waiting} requests wait already. Try again in a while.")
+                raise Busy(
+                    f"All sequences are in use and {self._most_waiting} requests wait already. Try again in a while."
+                )
 
     def cancel(self, job: Job) -> None:
         """End the answer before its next token."""
@@ -285,7 +313,11 @@ class ServedModel:
         A seat whose last prompt is not in this one is another conversation's, though all may begin with one system message.
         """
         shared = [(common(seat.cached, tokens), seat) for seat, _ in free]
-        own = [(n, s) for n, s in shared if n and n >= min(len(s.cached), s.prompt_tokens, len(tokens)) - _OPENING]
+        own = [
+            (n, s)
+            for n, s in shared
+            if n and n >= min(len(s.cached), s.prompt_tokens, len(tokens)) - _OPENING
+        ]
         if own:
             return max(own, key=lambda pair: pair[0])[1]
         return min(free, key=lambda pair: (pair[1].busy, pair[0].used, pair[0].id))[0]

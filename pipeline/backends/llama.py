@@ -36,7 +36,9 @@ class Room(NamedTuple):
     threads: int
 
 
-def find_room(info: GgufInfo, context: int, dialogues: int, most: int, cache: CacheType, loaded: bool) -> Room:
+def find_room(
+    info: GgufInfo, context: int, dialogues: int, most: int, cache: CacheType, loaded: bool
+) -> Room:
     """The room for up to `dialogues` of `context` tokens each; `most` as for `Llama`, `loaded`: the weights are in memory.
 
     Raises:
@@ -65,9 +67,15 @@ class Llama:
     """
 
     def __init__(
-        self, source: Path | Weights, dialogues: int, context: int, most: int = 0, cache: CacheType = "F16", name: str = "",
+        self,
+        source: Path | Weights,
+        dialogues: int,
+        context: int,
+        most: int = 0,
+        cache: CacheType = "F16",
+        name: str = "",
         adapter: Adapter | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         loaded = isinstance(source, Weights)
         info = source.info if isinstance(source, Weights) else open_gguf(source)
         self.name = name or info.path.name
@@ -77,7 +85,10 @@ class Llama:
         self._lent = loaded
         self.template, self.tokenize = self._weights.template, self._weights.tokenize
         self.vocabulary = self._weights.vocabulary
-        self._workers = [Worker(self._weights, share, room.cells, cache, room.threads, adapter) for share in room.shares]
+        self._workers = [
+            Worker(self._weights, share, room.cells, cache, room.threads, adapter)
+            for share in room.shares
+        ]
 
     def close(self) -> None:
         """Give the memory back."""
@@ -109,7 +120,9 @@ class Llama:
             finally:
                 queue.stopped = True
 
-    def complete(self, request: Request, on_text: Callable[[str], None] | None = None) -> Completion:
+    def complete(
+        self, request: Request, on_text: Callable[[str], None] | None = None
+    ) -> Completion:
         """One answer, by itself."""
         got: list[Completion] = []
 
@@ -150,9 +163,13 @@ def file_type(format_name: str) -> int:
     """
     import llama_cpp
 
-    kind = getattr(llama_cpp, f"LLAMA_FTYPE_{'ALL' if format_name == 'F32' else 'MOSTLY'}_{format_name}", None)
+    kind = getattr(
+        llama_cpp, f"LLAMA_FTYPE_{'ALL' if format_name == 'F32' else 'MOSTLY'}_{format_name}", None
+    )
     if kind is None:
-        raise GattError(f"Unknown format {format_name!r}. Use llama.cpp's names, such as F16, Q8_0, Q5_K_M or Q4_K_M.")
+        raise GattError(
+            f"Unknown format {format_name!r}. Use llama.cpp's names, such as F16, Q8_0, Q5_K_M or Q4_K_M."
+        )
     return int(kind)
 
 
@@ -167,8 +184,12 @@ def quantize(source: Path, target: Path, format_name: str) -> None:
     silence(llama_cpp)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = file_type(format_name), os.cpu_count() or 1
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params)):
-        raise GattError(f"llama.cpp could not quantise {source.name} to {format_name} (is the disk full?).")
+    if llama_cpp.llama_model_quantize(
+        str(source).encode(), str(target).encode(), ctypes.byref(params)
+    ):
+        raise GattError(
+            f"llama.cpp could not quantise {source.name} to {format_name} (is the disk full?)."
+        )
 
 
 def chosen_types(skeleton: Path, format_name: str, importance: bool) -> dict[str, int]:
@@ -189,13 +210,20 @@ def chosen_types(skeleton: Path, format_name: str, importance: bool) -> dict[str
     if importance:
         params.imatrix = named
     said: list[str] = []
-    listen = llama_cpp.llama_log_callback(lambda level, text, data: said.append(text.decode(errors="replace")))
+    listen = llama_cpp.llama_log_callback(
+        lambda level, text, data: said.append(text.decode(errors="replace"))
+    )
     llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
     status = llama_cpp.llama_model_quantize(str(skeleton).encode(), b"", ctypes.byref(params))
     silence(llama_cpp)
-    lines = re.findall(r"\[ *\d+/ *\d+\] +(\S+) .*?type = *\w+, size = .*?MiB(?: -> .*?MiB \((\w+)\))?", "".join(said))
+    lines = re.findall(
+        r"\[ *\d+/ *\d+\] +(\S+) .*?type = *\w+, size = .*?MiB(?: -> .*?MiB \((\w+)\))?",
+        "".join(said),
+    )
     if status or not lines:
-        raise GattError(f"llama.cpp will not make {format_name} of this model: {''.join(said[-2:]).strip()}")
+        raise GattError(
+            f"llama.cpp will not make {format_name} of this model: {''.join(said[-2:]).strip()}"
+        )
     return {name: int(gguf.GGMLQuantizationType[(kind or "f32").upper()]) for name, kind in lines}
 
 

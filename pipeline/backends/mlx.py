@@ -46,9 +46,16 @@ def available() -> bool:
 
 
 def train(
-    loader: Any, folder: Path, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path, adapter: Path,
-    on_step: Callable[[Step], None], enough: Callable[[int, Path], bool],
-) -> tuple[list[float], Any]:  # fmt: skip
+    loader: Any,
+    folder: Path,
+    examples: Sequence[Labelled],
+    settings: Train,
+    seed: int,
+    checkpoints: Path,
+    adapter: Path,
+    on_step: Callable[[Step], None],
+    enough: Callable[[int, Path], bool],
+) -> tuple[list[float], Any]:
     """As `unsloth.train`, with Unsloth's `loader`; returns the loss of every step, and the network.
 
     Raises:
@@ -57,13 +64,20 @@ def train(
     import mlx.core as mx
 
     if settings.dora or settings.report_to:
-        raise GattError("MLX has no train.dora and no train.report_to. Leave them out, or uninstall mlx to train on the CPU.")
+        raise GattError(
+            "MLX has no train.dora and no train.report_to. Leave them out, or uninstall mlx to train on the CPU."
+        )
     mx.random.seed(seed)
     network = load(loader, folder, settings.max_length)
     network = loader.get_peft_model(
-        network, r=settings.rank, lora_alpha=settings.alpha or settings.rank, lora_dropout=settings.dropout,
-        target_modules=list(settings.targets), random_state=seed, use_rslora=settings.rslora,
-    )  # fmt: skip
+        network,
+        r=settings.rank,
+        lora_alpha=settings.alpha or settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets),
+        random_state=seed,
+        use_rslora=settings.rslora,
+    )
     if settings.adapter:
         _load_adapter(network, Path(settings.adapter).expanduser())
     losses = loop(network, examples, settings, seed, checkpoints, on_step, enough)
@@ -85,15 +99,25 @@ def load(loader: Any, folder: Path, length: int) -> Any:
         if "rope_theta" in rotary:
             scaling = rotary if rotary.get("rope_type", "default") != "default" else None
             (Path(scratch) / "config.json").unlink()
-            write_json(Path(scratch) / "config.json", config | {"rope_theta": rotary["rope_theta"], "rope_scaling": scaling})
-        network, _ = loader.from_pretrained(scratch, max_seq_length=length, load_in_4bit=True, local_files_only=True)
+            write_json(
+                Path(scratch) / "config.json",
+                config | {"rope_theta": rotary["rope_theta"], "rope_scaling": scaling},
+            )
+        network, _ = loader.from_pretrained(
+            scratch, max_seq_length=length, load_in_4bit=True, local_files_only=True
+        )
     return network
 
 
 def loop(
-    network: Any, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path,
-    on_step: Callable[[Step], None], enough: Callable[[int, Path], bool] = lambda step, folder: False,
-) -> list[float]:  # fmt: skip
+    network: Any,
+    examples: Sequence[Labelled],
+    settings: Train,
+    seed: int,
+    checkpoints: Path,
+    on_step: Callable[[Step], None],
+    enough: Callable[[int, Path], bool] = lambda step, folder: False,
+) -> list[float]:
     """As `trainer.loop`, in one process."""
     import mlx.core as mx
     import mlx.optimizers
@@ -108,13 +132,24 @@ def loop(
         for number in range(done + 1, settings.steps + 1):
             start = time.monotonic()
             mx.random.seed(seed + number)  # of the dropout: a run that goes on draws the same
-            split = parts(rows[(number - 1) * settings.batch : number * settings.batch], settings.tokens)
+            split = parts(
+                rows[(number - 1) * settings.batch : number * settings.batch], settings.tokens
+            )
             optimizer.learning_rate = rate(settings, number - 1)
             losses.append(_step(network, optimizer, split, settings))
             counted, seconds = counted.plus(split), seconds + time.monotonic() - start
             if not math.isfinite(losses[-1]):
                 raise no_number(number, losses[-1], checkpoints)
-            on_step(Step(number, losses[-1], rate(settings, number - 1), *counted, seconds, mx.get_peak_memory()))
+            on_step(
+                Step(
+                    number,
+                    losses[-1],
+                    rate(settings, number - 1),
+                    *counted,
+                    seconds,
+                    mx.get_peak_memory(),
+                )
+            )
             saved = checkpoints / f"checkpoint-{number}"
             if stop.asked or number % settings.save_steps == 0 or number == settings.steps:
                 _save(network, optimizer, losses, saved, settings)
@@ -131,11 +166,17 @@ def rate(settings: Train, step: int) -> float:
     if step < rising:
         return settings.learning_rate * step / rising
     gone = (step - rising) / max(1, settings.steps - rising)
-    falls = {"cosine": (1 + math.cos(math.pi * gone)) / 2, "linear": 1 - gone, "constant_with_warmup": 1.0}
+    falls = {
+        "cosine": (1 + math.cos(math.pi * gone)) / 2,
+        "linear": 1 - gone,
+        "constant_with_warmup": 1.0,
+    }
     return settings.learning_rate * falls[settings.schedule]
 
 
-def _step(network: Any, optimizer: Any, split: Sequence[Sequence[dict[str, Any]]], settings: Train) -> float:
+def _step(
+    network: Any, optimizer: Any, split: Sequence[Sequence[dict[str, Any]]], settings: Train
+) -> float:
     """One step of the optimizer over its parts; the loss."""
     import mlx.core as mx
     import mlx.nn
@@ -157,7 +198,9 @@ def _step(network: Any, optimizer: Any, split: Sequence[Sequence[dict[str, Any]]
     return float(total)
 
 
-def learned_loss(network: Any, batch: dict[str, Any], teacher: Any, settings: Train, weight: float) -> Any:
+def learned_loss(
+    network: Any, batch: dict[str, Any], teacher: Any, settings: Train, weight: float
+) -> Any:
     """As `objective.learned_loss`; `teacher` has the logits of the twins, or is None."""
     import mlx.core as mx
     import mlx.nn
@@ -165,15 +208,22 @@ def learned_loss(network: Any, batch: dict[str, Any], teacher: Any, settings: Tr
 
     labels, weights = batch["labels"], np.array(batch["weights"])
     rows, places = np.nonzero(np.array(labels)[:, 1:] != IGNORED)
-    order = {(row, place + 1): n for n, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True))}
+    order = {
+        (row, place + 1): n
+        for n, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True))
+    }
     logits = network(batch["input_ids"])[mx.array(rows), mx.array(places)].astype(mx.float32)
     losses = mlx.nn.losses.cross_entropy(logits, labels[mx.array(rows), mx.array(places + 1)])
     share = weights[rows, places + 1]
     if teacher is None:
         return (losses * mx.array(share)).sum() / weight
-    twins = np.array([order.get((row, here), -1) for row, here, _ in np.array(batch["twins"]).T.tolist()])
+    twins = np.array(
+        [order.get((row, here), -1) for row, here, _ in np.array(batch["twins"]).T.tolist()]
+    )
     own = twins[twins >= 0]
-    apart = _divergence(teacher[mx.array(np.nonzero(twins >= 0)[0])], logits[mx.array(own)], settings)
+    apart = _divergence(
+        teacher[mx.array(np.nonzero(twins >= 0)[0])], logits[mx.array(own)], settings
+    )
     apart_share = share[own] * (1 - settings.cross_entropy)
     share[own] *= settings.cross_entropy
     return ((losses * mx.array(share)).sum() + (apart * mx.array(apart_share)).sum()) / weight
@@ -209,7 +259,9 @@ def _divergence(target: Any, logits: Any, settings: Train) -> Any:
     wanted, found = (its - mx.logsumexp(its, axis=-1, keepdims=True) for its in (wanted, found))
     if settings.top_k and settings.top_k < wanted.shape[-1]:
         likeliest = mx.argpartition(-wanted, settings.top_k - 1, axis=-1)[:, : settings.top_k]
-        wanted, found = (_with_rest(mx.take_along_axis(its, likeliest, axis=-1)) for its in (wanted, found))
+        wanted, found = (
+            _with_rest(mx.take_along_axis(its, likeliest, axis=-1)) for its in (wanted, found)
+        )
     return (mx.exp(wanted) * (wanted - found)).sum(-1) * settings.temperature**2
 
 
@@ -226,7 +278,9 @@ def predict(network: Any, sequences: Sequence[list[int]]) -> Any:
     import numpy as np
 
     network.eval()
-    return np.concatenate([np.array(network(mx.array([ids]))[0].astype(mx.float32)) for ids in sequences])
+    return np.concatenate(
+        [np.array(network(mx.array([ids]))[0].astype(mx.float32)) for ids in sequences]
+    )
 
 
 def _save(network: Any, optimizer: Any, losses: list[float], folder: Path, settings: Train) -> None:
@@ -235,7 +289,9 @@ def _save(network: Any, optimizer: Any, losses: list[float], folder: Path, setti
     import mlx.utils
 
     _save_adapter(network, folder, settings)
-    mx.save_safetensors(str(folder / "optimizer.safetensors"), dict(mlx.utils.tree_flatten(optimizer.state)))
+    mx.save_safetensors(
+        str(folder / "optimizer.safetensors"), dict(mlx.utils.tree_flatten(optimizer.state))
+    )
     write_json(folder / "losses.json", losses)
     whole(folder)
     old = sorted(folder.parent.glob("checkpoint-*"), key=lambda its: int(its.name.split("-")[1]))
@@ -269,13 +325,22 @@ def _save_adapter(network: Any, folder: Path, settings: Train) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(
-        str(folder / "adapter_model.safetensors"), {theirs: mx.contiguous(matrix.T) for theirs, _, matrix in _pairs(network)},
+        str(folder / "adapter_model.safetensors"),
+        {theirs: mx.contiguous(matrix.T) for theirs, _, matrix in _pairs(network)},
         metadata={"format": "pt"},
-    )  # fmt: skip
-    write_json(folder / "adapter_config.json", {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": settings.rank, "lora_alpha": settings.alpha or settings.rank,
-        "lora_dropout": settings.dropout, "use_rslora": settings.rslora, "target_modules": list(settings.targets),
-    })  # fmt: skip
+    )
+    write_json(
+        folder / "adapter_config.json",
+        {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "r": settings.rank,
+            "lora_alpha": settings.alpha or settings.rank,
+            "lora_dropout": settings.dropout,
+            "use_rslora": settings.rslora,
+            "target_modules": list(settings.targets),
+        },
+    )
 
 
 def _load_adapter(network: Any, folder: Path) -> None:
@@ -288,6 +353,13 @@ def _load_adapter(network: Any, folder: Path) -> None:
 
     found = mx.load(str(adapter_weights(folder)))
     wanted = {theirs: (ours, matrix.T.shape) for theirs, ours, matrix in _pairs(network)}
-    if {name: matrix.shape for name, matrix in found.items()} != {name: shape for name, (_, shape) in wanted.items()}:
-        raise GattError(f"train.adapter: {folder} is of another rank, other targets or another base than the recipe's.")
-    network.load_weights([(ours, mx.contiguous(found[theirs].T)) for theirs, (ours, _) in wanted.items()], strict=False)
+    if {name: matrix.shape for name, matrix in found.items()} != {
+        name: shape for name, (_, shape) in wanted.items()
+    }:
+        raise GattError(
+            f"train.adapter: {folder} is of another rank, other targets or another base than the recipe's."
+        )
+    network.load_weights(
+        [(ours, mx.contiguous(found[theirs].T)) for theirs, (ours, _) in wanted.items()],
+        strict=False,
+    )

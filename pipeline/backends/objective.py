@@ -45,7 +45,9 @@ class _Coded(NamedTuple):
     words: list[tuple[int, int]]
 
 
-def label(tokenizer: Any, messages: Sequence[Message], settings: Train, asked: Sequence[Message] = ()) -> Labelled:
+def label(
+    tokenizer: Any, messages: Sequence[Message], settings: Train, asked: Sequence[Message] = ()
+) -> Labelled:
     """Tokenise a dialogue and label the answers that `settings.loss` learns, each with its end-of-turn token.
 
     Where `asked` has the chat as the teacher had it and an edit changed it, the words that are in both weigh `own_weight`, and
@@ -61,7 +63,9 @@ def label(tokenizer: Any, messages: Sequence[Message], settings: Train, asked: S
             break
         messages, asked = messages[:-2], asked[:-2]
     if not messages or not chat.answers:
-        raise GattError(f"Turn 1 of a dialogue is longer than train.max_length = {settings.max_length} tokens. Raise it.")
+        raise GattError(
+            f"Turn 1 of a dialogue is longer than train.max_length = {settings.max_length} tokens. Raise it."
+        )
     learned = [chat.answers[turn] for turn in loss_turns(len(chat.answers), settings.loss)]
     source = _code(tokenizer, asked) if asked else None
     edited = _answers(messages) != _answers(asked)
@@ -82,18 +86,24 @@ def _answers(messages: Sequence[Message]) -> list[str]:
 
 
 def _code(tokenizer: Any, messages: Sequence[Message]) -> _Coded:
-    template = ChatTemplate(tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or "")
+    template = ChatTemplate(
+        tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or ""
+    )
     text, answers = answer_spans(template, messages)
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     said = [m["content"].strip() for m in messages if m["role"] == "assistant"]
     firsts = [text.index(words, *span) for words, span in zip(said, answers, strict=True)]
     words = [(first, first + len(its)) for first, its in zip(firsts, said, strict=True)]
     places = list(coded["offset_mapping"])
-    answers, words = ([_with_space(text, places, span) for span in spans] for spans in (answers, words))
+    answers, words = (
+        [_with_space(text, places, span) for span in spans] for spans in (answers, words)
+    )
     return _Coded(text, list(coded["input_ids"]), places, answers, words)
 
 
-def _with_space(text: str, places: Sequence[tuple[int, int]], span: tuple[int, int]) -> tuple[int, int]:
+def _with_space(
+    text: str, places: Sequence[tuple[int, int]], span: tuple[int, int]
+) -> tuple[int, int]:
     """The span with the space before it, where a template writes one (Mistral's) that is part of its first token."""
     start, end = span
     first = next((left for left, right in places if left < start < right), start)
@@ -110,20 +120,29 @@ def _shared(chat: _Coded, source: _Coded, edited: bool) -> Iterator[tuple[int, i
 
     Edited answers were cut to a few sentences, too: where they end is a lesson. In others that is the teacher's own.
     """
-    for (start, end), (first, last), (_, whole) in zip(chat.words, source.words, chat.answers, strict=True):
-        match = difflib.SequenceMatcher(None, source.text[first:last], chat.text[start:end], autojunk=False)
+    for (start, end), (first, last), (_, whole) in zip(
+        chat.words, source.words, chat.answers, strict=True
+    ):
+        match = difflib.SequenceMatcher(
+            None, source.text[first:last], chat.text[start:end], autojunk=False
+        )
         for block in match.get_matching_blocks():
             left, right = start + block.b, start + block.b + block.size
             if block.size:
                 yield left, right if edited else whole, first + block.a
 
 
-def _twins(chat: _Coded, source: _Coded, shared: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+def _twins(
+    chat: _Coded, source: _Coded, shared: Sequence[tuple[int, int, int]]
+) -> list[tuple[int, int]]:
     """The tokens that stand for the same characters in both."""
     there = {place: n for n, place in enumerate(source.places)}
-    moved = [(n, (left - first + begin, right - first + begin))
-             for first, last, begin in shared for n, (left, right) in enumerate(chat.places)
-             if first <= left < right <= last]  # fmt: skip
+    moved = [
+        (n, (left - first + begin, right - first + begin))
+        for first, last, begin in shared
+        for n, (left, right) in enumerate(chat.places)
+        if first <= left < right <= last
+    ]
     return [(n, there[place]) for n, place in moved if place in there]
 
 
@@ -139,7 +158,11 @@ def padded(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
         length = max(len(row[key]) for row in rows)
         return torch.tensor([row[key] + [filler] * (length - len(row[key])) for row in rows])
 
-    batch = {"input_ids": stack("input_ids", pad), "labels": stack("labels", IGNORED), "weights": stack("weights", 0.0)}
+    batch = {
+        "input_ids": stack("input_ids", pad),
+        "labels": stack("labels", IGNORED),
+        "weights": stack("weights", 0.0),
+    }
     if any(row["twins"] for row in rows):
         twins = torch.tensor([(n, *twin) for n, row in enumerate(rows) for twin in row["twins"]])
         batch |= {"asked_ids": stack("asked_ids", pad), "twins": twins.T}
@@ -159,11 +182,17 @@ def learned_loss(model: Any, batch: dict[str, Any], settings: Train, weight: Any
 
     hidden, place = _hidden(model, batch["input_ids"], batch["labels"] != IGNORED)
     labels, weights = batch["labels"][place], batch["weights"][place]
-    theirs, twins = _teacher(model, batch, place) if "twins" in batch else (hidden[:0], torch.full_like(labels, -1))
+    theirs, twins = (
+        _teacher(model, batch, place)
+        if "twins" in batch
+        else (hidden[:0], torch.full_like(labels, -1))
+    )
     head, weight = model.get_base_model().lm_head, weights.sum() if weight is None else weight
     total, gradients = torch.zeros((), device=hidden.device), [hidden[:0]]
     # The head is frozen: once the gradient of the hidden states is known, nothing asks for these logits again.
-    for some in torch.arange(len(labels), device=hidden.device).split(max(1, _LOGITS // head.weight.shape[0])):
+    for some in torch.arange(len(labels), device=hidden.device).split(
+        max(1, _LOGITS // head.weight.shape[0])
+    ):
         with torch.enable_grad():
             part = hidden[some].detach().requires_grad_()
             logits = head(part).float()

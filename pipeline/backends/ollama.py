@@ -57,7 +57,9 @@ class Shape:
         """The prompt for the answer to `messages`, the last of which is the user's."""
         text = self.begin
         for place, message in enumerate(messages):
-            turn = {"system": self.system, "user": self.user, "assistant": self.assistant}[message["role"]]
+            turn = {"system": self.system, "user": self.user, "assistant": self.assistant}[
+                message["role"]
+            ]
             if place == 0 and message["role"] != "system":
                 text += self.preamble
             if turn:
@@ -66,7 +68,9 @@ class Shape:
         return text + self.opening
 
 
-def modelfile(info: GgufInfo, file_name: str, temperature: float, context: int, system: str = "") -> str:
+def modelfile(
+    info: GgufInfo, file_name: str, temperature: float, context: int, system: str = ""
+) -> str:
     """The text of a Modelfile for the GGUF `info`, which lies beside it as `file_name`.
 
     `context` is in tokens; `system` is the system message of chats that bring none. A chat template that is not of the
@@ -84,9 +88,13 @@ def modelfile(info: GgufInfo, file_name: str, temperature: float, context: int, 
         ]
     if shape:
         if not shape.system:
-            lines.append("# The model's own template takes no system message, so TEMPLATE leaves it out.")
+            lines.append(
+                "# The model's own template takes no system message, so TEMPLATE leaves it out."
+            )
         if "strftime_now" in info.chat_template:
-            lines.append("# The model's own template asks for the date; in TEMPLATE it is the day of the export.")
+            lines.append(
+                "# The model's own template asks for the date; in TEMPLATE it is the day of the export."
+            )
         lines.append(f'TEMPLATE """{go_template(shape)}"""')
     lines += [f"SYSTEM {_quoted(system)}"] if system else []
     lines += [f"PARAMETER stop {_quoted(text)}" for text in _stops(info, shape)]
@@ -122,7 +130,9 @@ def derive(template: ChatTemplate, bos: str = "", eos: str = "") -> Shape:
     shape = Shape(begin, preamble, system, user, assistant, last[len(after_user) :], joined)
     for chat in _trials(with_system=system is not None):
         if shape.render(chat) != _rendered(template, chat, bos):
-            raise GattError("The model's chat template is more than fixed texts around the messages.")
+            raise GattError(
+                "The model's chat template is more than fixed texts around the messages."
+            )
     return shape
 
 
@@ -135,22 +145,36 @@ def go_template(shape: Shape) -> str:
     user_prefix, asked = text(shape.user.prefix), text(shape.opening)
     if shape.joined:
         user_prefix = _when("or (ne $i 1) (not $.System)", user_prefix)
-    system = text(shape.system.prefix) + "{{ .Content }}" + text(shape.system.suffix) if shape.system else ""
-    return "".join((
-        text(shape.begin),
-        "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}",
-        _when('and (eq $i 0) (ne .Role "system")', text(shape.preamble)),
-        '{{ if eq .Role "system" }}', system,
-        '{{ else if eq .Role "user" }}', user_prefix, "{{ .Content }}", text(shape.user.suffix),
-        '{{ else if eq .Role "assistant" }}', text(shape.assistant.prefix), "{{ .Content }}",
-        _when("not $last", text(shape.assistant.suffix)),
-        "{{ end }}",
-        _when('and $last (ne .Role "assistant")', asked),
-        "{{ end }}",
-    ))  # fmt: skip
+    system = (
+        text(shape.system.prefix) + "{{ .Content }}" + text(shape.system.suffix)
+        if shape.system
+        else ""
+    )
+    return "".join(
+        (
+            text(shape.begin),
+            "{{ range $i, $_ := .Messages }}{{ $last := eq (len (slice $.Messages $i)) 1 }}",
+            _when('and (eq $i 0) (ne .Role "system")', text(shape.preamble)),
+            '{{ if eq .Role "system" }}',
+            system,
+            '{{ else if eq .Role "user" }}',
+            user_prefix,
+            "{{ .Content }}",
+            text(shape.user.suffix),
+            '{{ else if eq .Role "assistant" }}',
+            text(shape.assistant.prefix),
+            "{{ .Content }}",
+            _when("not $last", text(shape.assistant.suffix)),
+            "{{ end }}",
+            _when('and $last (ne .Role "assistant")', asked),
+            "{{ end }}",
+        )
+    )
 
 
-def _rendered(template: ChatTemplate, messages: Sequence[Message], bos: str, answer_follows: bool = True) -> str:
+def _rendered(
+    template: ChatTemplate, messages: Sequence[Message], bos: str, answer_follows: bool = True
+) -> str:
     try:
         return template.render(messages, answer_follows).removeprefix(bos)
     except (TemplateError, TypeError) as error:
@@ -182,11 +206,15 @@ def _closing(end: str, eos: str, *following: str) -> str:
     for closing in (end, end.removesuffix(eos)):
         if all(text.startswith(closing) for text in following):
             return closing
-    raise GattError("The model's chat template closes the last message in another way than earlier ones.")
+    raise GattError(
+        "The model's chat template closes the last message in another way than earlier ones."
+    )
 
 
 def _common_suffix(one: str, other: str) -> str:
-    same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(other), strict=False))
+    same = takewhile(
+        lambda pair: pair[0] == pair[1], zip(reversed(one), reversed(other), strict=False)
+    )
     return "".join(character for character, _ in same)[::-1]
 
 
@@ -194,7 +222,9 @@ def _trials(with_system: bool) -> Iterator[tuple[Message, ...]]:
     """Chats of one to three questions, without and with a system message."""
     chat: list[Message] = []
     for turn in "abc":
-        chat.append({"role": "user", "content": f'Question {turn}:  "é 漢" {{{{ x }}}}\n\n\tand {turn}?'})
+        chat.append(
+            {"role": "user", "content": f'Question {turn}:  "é 漢" {{{{ x }}}}\n\n\tand {turn}?'}
+        )
         yield tuple(chat)
         if with_system:
             yield ({"role": "system", "content": "Be brief.\n\n- No  {% lists %}\n."}, *chat)
@@ -203,7 +233,9 @@ def _trials(with_system: bool) -> Iterator[tuple[Message, ...]]:
 
 def _adds_bos(info: GgufInfo) -> bool:
     """Whether llama.cpp, and so Ollama, puts BOS in front of a prompt: its own default holds for SentencePiece only."""
-    return bool(info.field("tokenizer.ggml.add_bos_token", info.field("tokenizer.ggml.model") == "llama"))
+    return bool(
+        info.field("tokenizer.ggml.add_bos_token", info.field("tokenizer.ggml.model") == "llama")
+    )
 
 
 def _stops(info: GgufInfo, shape: Shape | None) -> list[str]:
@@ -212,7 +244,11 @@ def _stops(info: GgufInfo, shape: Shape | None) -> list[str]:
     Ollama's parser would drop characters of an unprintable one; the model ends at the token itself in any case.
     """
     closing = shape.assistant.suffix.strip() if shape else ""
-    texts = [info.eos, info.token("eot"), closing if closing in info.field("tokenizer.ggml.tokens", []) else ""]
+    texts = [
+        info.eos,
+        info.token("eot"),
+        closing if closing in info.field("tokenizer.ggml.tokens", []) else "",
+    ]
     return [text for text in dict.fromkeys(texts) if text and text.isprintable()]
 
 

@@ -44,7 +44,9 @@ class Server:
 
     def __init__(self, url: str, model: str = "", concurrency: int = 24) -> None:
         if not _is_address(url):
-            raise GattError(f"{url!r} is not the address of a server. Expected one such as {_EXAMPLE}.")
+            raise GattError(
+                f"{url!r} is not the address of a server. Expected one such as {_EXAMPLE}."
+            )
         self._url, self.name, self._concurrency = url, model, concurrency
         self._offered: list[str] = []
         self._options: dict[str, Any] = {"stream_options": {"include_usage": True}}
@@ -69,7 +71,9 @@ class Server:
         key = os.environ.get("OPENAI_API_KEY") or "none"
         # Only connecting has a limit of its own: how long the first token may take depends on the queue (see _SECONDS).
         timeout = openai.Timeout(None, connect=10)
-        async with openai.AsyncOpenAI(base_url=self._url, api_key=key, timeout=timeout, max_retries=_RETRIES) as client:
+        async with openai.AsyncOpenAI(
+            base_url=self._url, api_key=key, timeout=timeout, max_retries=_RETRIES
+        ) as client:
             try:
                 await self._meet(client)
                 waiting = iter(tasks)
@@ -82,7 +86,9 @@ class Server:
         import openai
 
         try:
-            answer = await client.with_options(max_retries=_FIRST_RETRIES).get("/models", cast_to=object)
+            answer = await client.with_options(max_retries=_FIRST_RETRIES).get(
+                "/models", cast_to=object
+            )
         except json.JSONDecodeError as error:
             raise self._stranger("broken JSON") from error
         except openai.APIStatusError:
@@ -94,7 +100,9 @@ class Server:
         except (TypeError, KeyError) as error:
             raise self._stranger(answer) from error
         if not self.name and not self._offered:
-            raise GattError(f"The server at {self._url} offers no model. Load one there, and run again.")
+            raise GattError(
+                f"The server at {self._url} offers no model. Load one there, and run again."
+            )
         self.name = self.name or self._offered[0]
 
     async def _work(self, client: Any, waiting: Iterator[Task]) -> None:
@@ -147,7 +155,10 @@ class Server:
                         if piece and request.enough and request.enough(text):
                             return Completion(text, tokens, prompt_tokens, "enough")
                     if chunk.usage:
-                        tokens, prompt_tokens = chunk.usage.completion_tokens, chunk.usage.prompt_tokens
+                        tokens, prompt_tokens = (
+                            chunk.usage.completion_tokens,
+                            chunk.usage.prompt_tokens,
+                        )
             except (openai.APIError, json.JSONDecodeError):
                 return None
         return Completion(text, tokens, prompt_tokens, _finish(reason)) if reason else None
@@ -173,15 +184,23 @@ class Server:
         if not choices:
             raise self._stranger(answer)
         text = choices[0].message.content or ""
-        tokens, prompt_tokens = (answer.usage.completion_tokens, answer.usage.prompt_tokens) if answer.usage else (0, 0)
+        tokens, prompt_tokens = (
+            (answer.usage.completion_tokens, answer.usage.prompt_tokens) if answer.usage else (0, 0)
+        )
         enough = request.enough and request.enough(text)
-        return Completion(text, tokens, prompt_tokens, "enough" if enough else _finish(choices[0].finish_reason))
+        return Completion(
+            text, tokens, prompt_tokens, "enough" if enough else _finish(choices[0].finish_reason)
+        )
 
     async def _create(self, client: Any, request: Request, **how: Any) -> Any:
         return await client.chat.completions.create(
-            model=self.name, messages=list(request.messages), max_tokens=request.max_tokens,
-            temperature=request.temperature, seed=request.seed, **how,
-        )  # fmt: skip
+            model=self.name,
+            messages=list(request.messages),
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            seed=request.seed,
+            **how,
+        )
 
     def _stranger(self, found: object) -> GattError:
         return GattError(
@@ -197,7 +216,11 @@ class Server:
             cause = _short(error.__cause__ or error)
             return f"No server answers at {self._url} ({cause}). Start it or correct the address ({_EXAMPLE}), and run again."
         if status in (401, 403):
-            key = "the key in OPENAI_API_KEY" if os.environ.get("OPENAI_API_KEY") else "a request without a key"
+            key = (
+                "the key in OPENAI_API_KEY"
+                if os.environ.get("OPENAI_API_KEY")
+                else "a request without a key"
+            )
             return f"The server at {self._url} refuses {key} {said}. Set OPENAI_API_KEY to one that it knows."
         if (status == 404 or error.code == "model_not_found") and self.name not in self._offered:
             if self._offered:

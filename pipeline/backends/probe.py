@@ -29,7 +29,12 @@ class Probed(NamedTuple):
     logits: Array
 
 
-def probe(path: Path, texts: Sequence[str], sequences: Sequence[Sequence[int]], adapter: Path | None = None) -> Probed:
+def probe(
+    path: Path,
+    texts: Sequence[str],
+    sequences: Sequence[Sequence[int]],
+    adapter: Path | None = None,
+) -> Probed:
     """Load `path` in llama.cpp, tokenise `texts` and read `sequences` of token ids (without any: load no weights).
 
     Raises:
@@ -37,17 +42,39 @@ def probe(path: Path, texts: Sequence[str], sequences: Sequence[Sequence[int]], 
     """
     with tempfile.TemporaryDirectory() as folder:
         questions, answers = Path(folder) / "questions.json", Path(folder) / "answers.npz"
-        questions.write_text(json.dumps({"texts": list(texts), "sequences": [list(s) for s in sequences]}), encoding="utf-8")
-        command = [sys.executable, "-m", "pipeline.backends.probe", path, adapter or "-", questions, answers]
+        questions.write_text(
+            json.dumps({"texts": list(texts), "sequences": [list(s) for s in sequences]}),
+            encoding="utf-8",
+        )
+        command = [
+            sys.executable,
+            "-m",
+            "pipeline.backends.probe",
+            path,
+            adapter or "-",
+            questions,
+            answers,
+        ]
         # The child finds this package where the parent did.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, env=environment)
+        done = subprocess.run(
+            [str(word) for word in command],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
         if done.returncode:
-            why = done.stderr.strip().splitlines()[-1:] or [f"it died with status {done.returncode}"]
+            why = done.stderr.strip().splitlines()[-1:] or [
+                f"it died with status {done.returncode}"
+            ]
             raise GattError(f"llama.cpp cannot use {path.name}: {why[0]}")
         with np.load(answers) as found:
             ends = np.cumsum(found["lengths"])[:-1]
-            return Probed([part.tolist() for part in np.split(found["ids"], ends)] if texts else [], found["logits"])
+            return Probed(
+                [part.tolist() for part in np.split(found["ids"], ends)] if texts else [],
+                found["logits"],
+            )
 
 
 def divergence(trained: Array, other: Array) -> float:
@@ -69,7 +96,10 @@ def surprise(sequences: Sequence[Sequence[int]], logits: Array) -> float:
     rows = iter(logits)
     for sequence in sequences:
         mine = [next(rows) for _ in sequence]
-        losses += [-log_probabilities(row.astype(np.float64))[token] for row, token in zip(mine, sequence[1:], strict=False)]
+        losses += [
+            -log_probabilities(row.astype(np.float64))[token]
+            for row, token in zip(mine, sequence[1:], strict=False)
+        ]
     return float(np.mean(losses))
 
 
@@ -92,7 +122,9 @@ def _answer(path: Path, adapter: Path | None, questions: Path, answers: Path) ->
     logits = np.empty((sum(map(len, sequences)), weights.vocabulary), np.float32)
     if sequences:
         longest = max(map(len, sequences)) + 1
-        worker = Worker(weights, 1, longest, "F32", os.cpu_count() or 1, Adapter(adapter) if adapter else None)
+        worker = Worker(
+            weights, 1, longest, "F32", os.cpu_count() or 1, Adapter(adapter) if adapter else None
+        )
         for place, row in enumerate(chain.from_iterable(map(worker.logits, sequences))):
             logits[place] = row
         worker.close()

@@ -37,7 +37,9 @@ class LiveAnswer:
         RuntimeError: a step failed.
     """
 
-    def __init__(self, model: ServedModel, question: Question, observe: Callable[[Outcome], None]) -> None:
+    def __init__(
+        self, model: ServedModel, question: Question, observe: Callable[[Outcome], None]
+    ) -> None:
         loop = asyncio.get_running_loop()
         self.outcome: Outcome | None = None
         self._pieces: asyncio.Queue[str | Outcome] = asyncio.Queue()
@@ -93,7 +95,10 @@ class Engine:
     def __init__(self, sources: Mapping[str, Source], limits: Limits = LIMITS) -> None:
         self.observe: Callable[[str, Outcome], None] = lambda name, outcome: None
         self._cores = FreeCores()
-        self._weights = {path: Weights(open_gguf(path)) for path in dict.fromkeys(s.path for s in sources.values())}
+        self._weights = {
+            path: Weights(open_gguf(path))
+            for path in dict.fromkeys(s.path for s in sources.values())
+        }
         self._models = {
             name: ServedModel(name, self._weights[s.path], s.adapter, limits, self._threads)
             for name, s in sources.items()
@@ -119,7 +124,9 @@ class Engine:
         except GattError:
             raise
         except Exception as error:  # a template is a program, which can fail in any way
-            raise GattError(f"The model's chat template fails on this chat ({type(error).__name__}: {error}).") from error
+            raise GattError(
+                f"The model's chat template fails on this chat ({type(error).__name__}: {error})."
+            ) from error
         return weights.tokenize(text)
 
     def text_tokens(self, name: str, text: str) -> list[int]:

@@ -88,7 +88,9 @@ class Speakers:
             for llama in llamas:
                 llama.close()
             raise
-        self._speakers = [_Speaker(n, llama, self._turns, self._heard) for n, llama in enumerate(llamas)]
+        self._speakers = [
+            _Speaker(n, llama, self._turns, self._heard) for n, llama in enumerate(llamas)
+        ]
 
     def resized(self, context: int) -> Speakers:
         """The same models with other room, in place of these, which are closed.
@@ -129,7 +131,9 @@ class Speakers:
         left = len(requests)
         while left:
             try:
-                side, heard = self._heard.get(timeout=0.2)  # without one, Ctrl-C would not be seen on Windows
+                side, heard = self._heard.get(
+                    timeout=0.2
+                )  # without one, Ctrl-C would not be seen on Windows
             except Empty:
                 continue
             if isinstance(heard, Exception):

@@ -80,9 +80,15 @@ class Streams(Generic[S]):
     """
 
     def __init__(
-        self, weights: Weights, streams: list[S], cells: int, kind: CacheType, threads: int, adapter: Adapter | None = None,
+        self,
+        weights: Weights,
+        streams: list[S],
+        cells: int,
+        kind: CacheType,
+        threads: int,
+        adapter: Adapter | None = None,
         exact: bool = True,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._weights, self._api, self._threads = weights, weights.api, threads
         self._streams, self._exact = streams, exact
         most = max(_CHUNK, 2 * len(streams)) + 1
@@ -144,7 +150,9 @@ class Streams(Generic[S]):
     def prefill(self, stream: S) -> None:
         """Feed one chunk of a prompt, all but its last token (which is decoded with everybody's)."""
         chunk = stream.pending[: min(_CHUNK, len(stream.pending) - 1)]
-        self._feed([_Row(stream.id, len(stream.cached) + n, token, False) for n, token in enumerate(chunk)])
+        self._feed(
+            [_Row(stream.id, len(stream.cached) + n, token, False) for n, token in enumerate(chunk)]
+        )
         stream.cached += chunk
         del stream.pending[: len(chunk)]
 
@@ -159,7 +167,9 @@ class Streams(Generic[S]):
             if stream.guess is not None:
                 rows.append(_Row(stream.id, len(stream.cached), stream.guess, True))
         places = self._feed(rows)
-        first = {row.stream: place for row, place in zip(reversed(rows), reversed(places), strict=True)}
+        first = {
+            row.stream: place for row, place in zip(reversed(rows), reversed(places), strict=True)
+        }
         return [first[stream.id] for stream in busy]
 
     def sample(self, stream: S, row: int) -> str:
@@ -264,7 +274,10 @@ class Streams(Generic[S]):
             here = [_Row(row.stream, row.position + 1, row.token, False)] if lone else []
             gap = self._streams[row.stream + 1 : after.stream] if after else []
             for stream in gap if len(gap) <= _GAP else []:
-                here += [_Row(stream.id, len(stream.cached) + n, row.token, False) for n in range(1 + self._exact)]
+                here += [
+                    _Row(stream.id, len(stream.cached) + n, row.token, False)
+                    for n in range(1 + self._exact)
+                ]
             fed += here
             guests += here
         return fed, places, guests

@@ -51,9 +51,15 @@ def open_teacher(recipe: Recipe, dialogues: int) -> Teacher:
     if format_name or not model.is_gguf:
         format_name = format_name or "F16"
         path = gguf_file(model, format_name)
-        _compare(f"{model.name} in {format_name}", model.path if model.is_gguf else gguf_file(model, "Q8_0"), path)
+        _compare(
+            f"{model.name} in {format_name}",
+            model.path if model.is_gguf else gguf_file(model, "Q8_0"),
+            path,
+        )
     context = recipe.dialogues.turns * (settings.max_tokens + 100) + 200
-    return Llama(path, dialogues, context, settings.sequences, name=f"{model.name} {format_name}".strip())
+    return Llama(
+        path, dialogues, context, settings.sequences, name=f"{model.name} {format_name}".strip()
+    )
 
 
 def _compare(name: str, shipped: Path, converted: Path) -> None:
@@ -63,8 +69,13 @@ def _compare(name: str, shipped: Path, converted: Path) -> None:
         note(f"synthesize: measuring {name} against {shipped.name}, once")
         write_json(kept, {"before": _quality(shipped), "after": _quality(converted)})
     found = json.loads(kept.read_text(encoding="utf-8"))
-    sides = [f"{found[side]['perplexity']:.2f} and {found[side]['accepted']:.0%}" for side in ("before", "after")]
-    note(f"synthesize: {name}: perplexity and good first answers {sides[1]}, before the conversion {sides[0]}")
+    sides = [
+        f"{found[side]['perplexity']:.2f} and {found[side]['accepted']:.0%}"
+        for side in ("before", "after")
+    ]
+    note(
+        f"synthesize: {name}: perplexity and good first answers {sides[1]}, before the conversion {sides[0]}"
+    )
 
 
 def _quality(path: Path) -> dict[str, Any]:

@@ -38,11 +38,17 @@ class ChatTemplate:
         A model that thinks aloud is asked to answer at once: training data have no thoughts.
         """
         return self._template.render(
-            messages=list(messages), add_generation_prompt=answer_follows, bos_token=self._bos, eos_token=self._eos, **NO_THOUGHTS
+            messages=list(messages),
+            add_generation_prompt=answer_follows,
+            bos_token=self._bos,
+            eos_token=self._eos,
+            **NO_THOUGHTS,
         )
 
 
-def answer_spans(template: ChatTemplate, messages: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+def answer_spans(
+    template: ChatTemplate, messages: Sequence[Message]
+) -> tuple[str, list[tuple[int, int]]]:
     """The rendered chat, and for each assistant message the characters of its text and its end-of-turn token.
 
     Some templates write earlier answers in another way than the last one (Qwen3 drops their thoughts), so that the chat up to
@@ -53,25 +59,37 @@ def answer_spans(template: ChatTemplate, messages: Sequence[Message]) -> tuple[s
         GattError: the template changes the words of a message.
     """
     whole = template.render(messages, answer_follows=False)
-    more: list[Message] = [*messages, {"role": "user", "content": "Go on."}, {"role": "assistant", "content": "Yes."}]
+    more: list[Message] = [
+        *messages,
+        {"role": "user", "content": "Go on."},
+        {"role": "assistant", "content": "Yes."},
+    ]
     between, between_more = _between(template, messages), _between(template, more)
     # Cut where two different special tokens begin alike.
-    alike = takewhile(lambda pair: pair[0] == pair[1], zip(between_more[len(messages)], between_more[-1], strict=False))
+    alike = takewhile(
+        lambda pair: pair[0] == pair[1],
+        zip(between_more[len(messages)], between_more[-1], strict=False),
+    )
     end = re.sub(r"\s*(<[^>]*)?$", "", "".join(sign for sign, _ in alike))
     for said in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
         places = _places(whole, between, said)
         if places:
             return whole, [
                 (first, last + len(end) * whole.startswith(end, last))
-                for (first, last), m in zip(places, messages, strict=True) if m["role"] == "assistant"
-            ]  # fmt: skip
-    raise GattError("This chat template changes the words of a message; answers cannot be told from it.")
+                for (first, last), m in zip(places, messages, strict=True)
+                if m["role"] == "assistant"
+            ]
+    raise GattError(
+        "This chat template changes the words of a message; answers cannot be told from it."
+    )
 
 
 def _between(template: ChatTemplate, messages: Sequence[Message]) -> list[str]:
     """What the template writes before the first message's words, between those of two, and behind the last's."""
     marks = [f"QX{n}XQ" for n in range(len(messages))]
-    marked: list[Message] = [{"role": m["role"], "content": mark} for m, mark in zip(messages, marks, strict=True)]
+    marked: list[Message] = [
+        {"role": m["role"], "content": mark} for m, mark in zip(messages, marks, strict=True)
+    ]
     return re.split(r"QX\d+XQ", template.render(marked, answer_follows=False))
 
 

@@ -13,9 +13,13 @@ from pipeline.gguf.read import open_gguf
 from pipeline.records import Message
 
 _TRICKY = (
-    "Hi", "  spaces before and after  ", "line\n\n\nbreaks,\ttabs\r\nand 1234567890", "naïve café, 漢字 и 🙂‍↔️ é",
-    "It's 2,026 and I'll pay €35.50 {\"x\": [1, 2]} x**2", "<|im_end|> </s> <eos> <|eot_id|> [/INST] <think>",
-)  # fmt: skip
+    "Hi",
+    "  spaces before and after  ",
+    "line\n\n\nbreaks,\ttabs\r\nand 1234567890",
+    "naïve café, 漢字 и 🙂‍↔️ é",
+    "It's 2,026 and I'll pay €35.50 {\"x\": [1, 2]} x**2",
+    "<|im_end|> </s> <eos> <|eot_id|> [/INST] <think>",
+)
 
 
 class Chats(NamedTuple):
@@ -36,16 +40,25 @@ def chats_for(file: Path) -> Chats:
 def disagreement(chats: Chats, found: Sequence[list[int]], tokenizer: Any) -> str:
     """Where llama.cpp `found` other tokens in a chat than the Hugging Face tokenizer, in words; "" for nowhere."""
     for chat, text, ids in zip(*chats, found, strict=True):
-        expected = list(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **NO_THOUGHTS))
+        expected = list(
+            tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=False, **NO_THOUGHTS
+            )
+        )
         if ids != expected:
-            at = next((n for n, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), min(len(ids), len(expected)))
+            at = next(
+                (n for n, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b),
+                min(len(ids), len(expected)),
+            )
             return f"token {at} of {text[:60]!r}: {ids[at : at + 3]} instead of {expected[at : at + 3]}"
     return ""
 
 
 def _chats() -> list[list[Message]]:
     single: list[list[Message]] = [[{"role": "user", "content": text}] for text in _TRICKY]
-    long = list(augment(_TRICKY, [text.strip() for text in reversed(_TRICKY[1:])], [""] * len(_TRICKY), ""))
+    long = list(
+        augment(_TRICKY, [text.strip() for text in reversed(_TRICKY[1:])], [""] * len(_TRICKY), "")
+    )
     return [*single, long, [{"role": "system", "content": "Be brief."}, *long]]
 
 

@@ -67,10 +67,17 @@ def in_order(examples: Sequence[Labelled], settings: Train, seed: int) -> list[L
         epoch = rng.sample(examples, len(examples))
         batches: list[list[Labelled]] = []
         for start in range(0, len(epoch), 8 * settings.batch):
-            alike = sorted(epoch[start : start + 8 * settings.batch], key=lambda e: len(e.input_ids))
+            alike = sorted(
+                epoch[start : start + 8 * settings.batch], key=lambda e: len(e.input_ids)
+            )
             batches += [alike[n : n + settings.batch] for n in range(0, len(alike), settings.batch)]
         rng.shuffle(batches)
-        rows += [row for batch in batches if len(batch) == settings.batch or len(epoch) < settings.batch for row in batch]
+        rows += [
+            row
+            for batch in batches
+            if len(batch) == settings.batch or len(epoch) < settings.batch
+            for row in batch
+        ]
     return rows[: settings.steps * settings.batch]
 
 
@@ -94,7 +101,10 @@ def leader_first() -> Iterator[None]:
 
 def last_checkpoint(checkpoints: Path) -> int:
     """The step of the last whole checkpoint; 0 where there is none."""
-    return max((int(c.parent.name.split("-")[1]) for c in checkpoints.glob(f"checkpoint-*/{_COMPLETE}")), default=0)
+    return max(
+        (int(c.parent.name.split("-")[1]) for c in checkpoints.glob(f"checkpoint-*/{_COMPLETE}")),
+        default=0,
+    )
 
 
 def whole(checkpoint: Path) -> None:
@@ -112,7 +122,9 @@ def no_number(step: int, loss: float, checkpoints: Path) -> GattError:
 
 def stopped(step: int) -> GattError:
     """The user has stopped it."""
-    return GattError(f"Stopped after step {step}, which is saved. The same command goes on from there.")
+    return GattError(
+        f"Stopped after step {step}, which is saved. The same command goes on from there."
+    )
 
 
 def adapter_weights(folder: Path) -> Path:
@@ -123,7 +135,9 @@ def adapter_weights(folder: Path) -> Path:
     """
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
-        raise GattError(f"train.adapter: no adapter_model.safetensors in {folder}. Name the folder of a PEFT LoRA.")
+        raise GattError(
+            f"train.adapter: no adapter_model.safetensors in {folder}. Name the folder of a PEFT LoRA."
+        )
     return file
 
 
@@ -136,7 +150,10 @@ class Stop:
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {
+                number: signal.signal(number, self._ask)
+                for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -165,9 +182,15 @@ def _length(row: dict[str, Any]) -> int:
 
 
 def loop(
-    network: Any, pad: int, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path,
-    on_step: Callable[[Step], None], enough: Callable[[int, Path], bool] = lambda step, folder: False,
-) -> list[float]:  # fmt: skip
+    network: Any,
+    pad: int,
+    examples: Sequence[Labelled],
+    settings: Train,
+    seed: int,
+    checkpoints: Path,
+    on_step: Callable[[Step], None],
+    enough: Callable[[int, Path], bool] = lambda step, folder: False,
+) -> list[float]:
     """Train the adapter of `network`; goes on from the last whole checkpoint. Returns the loss of every step.
 
     At each checkpoint `enough` is asked with the step and the folder of the adapter whether to stop there. Several processes, as
@@ -180,12 +203,22 @@ def loop(
     import transformers
 
     if settings.batch % processes():
-        raise GattError(f"{processes()} processes cannot share train.batch = {settings.batch} dialogues a step evenly.")
+        raise GattError(
+            f"{processes()} processes cannot share train.batch = {settings.batch} dialogues a step evenly."
+        )
 
     class Watch(transformers.TrainerCallback):  # type: ignore[misc]
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
-                on_step(Step(state.global_step, logs["loss"], logs["learning_rate"], *trainer.counted, *trainer.spent()))
+                on_step(
+                    Step(
+                        state.global_step,
+                        logs["loss"],
+                        logs["learning_rate"],
+                        *trainer.counted,
+                        *trainer.spent(),
+                    )
+                )
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # Signals do not reach all processes in the same step.
@@ -208,12 +241,17 @@ def loop(
 
         def spent(self) -> tuple[float, int]:
             """Seconds in steps, and bytes at the peak."""
-            return self.seconds, torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory()
+            return (
+                self.seconds,
+                torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory(),
+            )
 
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             """The loss of a step, its gradients summed over its parts and over all processes."""
             rows, start = inputs["rows"], time.monotonic()
-            weight = _summed(torch.tensor(sum(sum(row["weights"]) for row in rows), device=network.device))
+            weight = _summed(
+                torch.tensor(sum(sum(row["weights"]) for row in rows), device=network.device)
+            )
             while True:
                 try:
                     total = self._in_parts(rows, weight)
@@ -229,7 +267,9 @@ def loop(
                         ) from error
                     network.zero_grad()
                     self.budget = max(len(part) * _length(part[-1]) for part in split) // 2
-                    note(f"train: out of memory; going on with at most {self.budget} tokens at a time")
+                    note(
+                        f"train: out of memory; going on with at most {self.budget} tokens at a time"
+                    )
             for parameter in network.parameters():
                 if parameter.grad is not None:
                     _summed(parameter.grad)
@@ -244,7 +284,9 @@ def loop(
             network.train()
             total = torch.zeros((), device=network.device)
             for part in parts(rows, self.budget):
-                batch = {name: tensor.to(network.device) for name, tensor in padded(part, pad).items()}
+                batch = {
+                    name: tensor.to(network.device) for name, tensor in padded(part, pad).items()
+                }
                 with _mixed(network):
                     loss = learned_loss(network, batch, settings, weight)
                 self.accelerator.backward(loss)
@@ -254,10 +296,20 @@ def loop(
     trainer = Weighted(
         model=network,
         args=transformers.TrainingArguments(
-            output_dir=str(checkpoints), max_steps=settings.steps, per_device_train_batch_size=settings.batch // processes(),
-            learning_rate=settings.learning_rate, lr_scheduler_type=settings.schedule, weight_decay=settings.weight_decay,
-            warmup_steps=max(1, int(settings.steps * settings.warmup)), seed=seed, data_seed=seed, logging_steps=1,
-            save_steps=settings.save_steps, save_total_limit=2, disable_tqdm=True, remove_unused_columns=False,
+            output_dir=str(checkpoints),
+            max_steps=settings.steps,
+            per_device_train_batch_size=settings.batch // processes(),
+            learning_rate=settings.learning_rate,
+            lr_scheduler_type=settings.schedule,
+            weight_decay=settings.weight_decay,
+            warmup_steps=max(1, int(settings.steps * settings.warmup)),
+            seed=seed,
+            data_seed=seed,
+            logging_steps=1,
+            save_steps=settings.save_steps,
+            save_total_limit=2,
+            disable_tqdm=True,
+            remove_unused_columns=False,
             report_to=list(settings.report_to) or "none",
             train_sampling_strategy="sequential",
             dataloader_pin_memory=False,
@@ -265,11 +317,13 @@ def loop(
         train_dataset=[asdict(e) for e in in_order(examples, settings, seed)],
         data_collator=lambda rows: {"rows": rows},
         callbacks=[Watch()],
-    )  # fmt: skip
+    )
     trainer.remove_callback(transformers.PrinterCallback)
     step = last_checkpoint(checkpoints)
     with Stop() as stop:
-        trainer.train(resume_from_checkpoint=str(checkpoints / f"checkpoint-{step}") if step else None)
+        trainer.train(
+            resume_from_checkpoint=str(checkpoints / f"checkpoint-{step}") if step else None
+        )
     if stop.asked and trainer.state.global_step < settings.steps:
         raise stopped(trainer.state.global_step)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
@@ -287,7 +341,10 @@ def _mixed(network: Any) -> Iterator[None]:
     if network.dtype != torch.bfloat16:
         yield
         return
-    with torch.autocast(network.device.type, torch.bfloat16), peft.helpers.disable_input_dtype_casting(network):
+    with (
+        torch.autocast(network.device.type, torch.bfloat16),
+        peft.helpers.disable_input_dtype_casting(network),
+    ):
         yield
 
 
@@ -310,4 +367,6 @@ def _any(said: bool, device: Any) -> bool:
 def _short_of_memory(error: Exception) -> bool:
     import torch
 
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, MemoryError | torch.OutOfMemoryError
+    ) or "can't allocate memory" in str(error)

@@ -61,7 +61,9 @@ def load_tokenizer(folder: Path) -> Any:
 def _unsloth() -> Any:
     """Unsloth's loader; it must be imported before transformers."""
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(Path(platformdirs.user_cache_dir("gatt")) / "unsloth"))
+    os.environ.setdefault(
+        "UNSLOTH_COMPILE_LOCATION", str(Path(platformdirs.user_cache_dir("gatt")) / "unsloth")
+    )
     os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"  # the base is on this disk
     warnings.filterwarnings("ignore")
@@ -73,9 +75,15 @@ def _unsloth() -> Any:
 
 
 def train(
-    folder: Path, examples: Sequence[Labelled], settings: Train, seed: int, checkpoints: Path, adapter: Path,
-    on_step: Callable[[Step], None], enough: Callable[[int, Path], bool] = lambda step, folder: False,
-) -> tuple[list[float], Reference]:  # fmt: skip
+    folder: Path,
+    examples: Sequence[Labelled],
+    settings: Train,
+    seed: int,
+    checkpoints: Path,
+    adapter: Path,
+    on_step: Callable[[Step], None],
+    enough: Callable[[int, Path], bool] = lambda step, folder: False,
+) -> tuple[list[float], Reference]:
     """Train an adapter on the base in `folder` and save it; goes on from the last whole checkpoint. `enough`: as in `loop`.
 
     Returns:
@@ -84,7 +92,17 @@ def train(
     FastLanguageModel = _unsloth()
     sequences = [e.input_ids for e in examples]
     if mlx.available():
-        losses, network = mlx.train(FastLanguageModel, folder, examples, settings, seed, checkpoints, adapter, on_step, enough)
+        losses, network = mlx.train(
+            FastLanguageModel,
+            folder,
+            examples,
+            settings,
+            seed,
+            checkpoints,
+            adapter,
+            on_step,
+            enough,
+        )
         return losses, _predict(lambda heads: mlx.predict(network, heads), sequences)
     import torch
 
@@ -94,14 +112,21 @@ def train(
     if not on_gpu():
         _let_go_of_files(network)
     network = FastLanguageModel.get_peft_model(
-        network, r=settings.rank, lora_alpha=settings.alpha or settings.rank, lora_dropout=settings.dropout,
-        target_modules=list(settings.targets), random_state=seed, use_rslora=settings.rslora,
+        network,
+        r=settings.rank,
+        lora_alpha=settings.alpha or settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets),
+        random_state=seed,
+        use_rslora=settings.rslora,
         use_dora=settings.dora,
         use_gradient_checkpointing=False if not torch.cuda.is_available() else "unsloth",
-    )  # fmt: skip
+    )
     if settings.adapter:
         continue_from(network, Path(settings.adapter).expanduser())
-    losses = loop(network, tokenizer.pad_token_id or 0, examples, settings, seed, checkpoints, on_step, enough)
+    losses = loop(
+        network, tokenizer.pad_token_id or 0, examples, settings, seed, checkpoints, on_step, enough
+    )
     if leads():
         network.save_pretrained(adapter)
     return losses, _predict(_logits(network), sequences)
@@ -125,9 +150,14 @@ def continue_from(network: Any, folder: Path) -> None:
     adapter_weights(folder)
     weights = peft.load_peft_weights(str(folder), device="cpu")
     theirs = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    ours = {name: tuple(tensor.shape) for name, tensor in peft.get_peft_model_state_dict(network).items()}
+    ours = {
+        name: tuple(tensor.shape)
+        for name, tensor in peft.get_peft_model_state_dict(network).items()
+    }
     if theirs != ours:
-        other = next(iter(theirs.items() - ours.items()), None) or next(iter(ours.items() - theirs.items()))
+        other = next(iter(theirs.items() - ours.items()), None) or next(
+            iter(ours.items() - theirs.items())
+        )
         raise GattError(
             f"train.adapter: {folder} is of another rank, other targets or another base ({other[0]}: {theirs.get(other[0])} found, "
             f"{ours.get(other[0])} expected). Set train.rank and train.targets as it has them."
@@ -147,7 +177,12 @@ class Reference(NamedTuple):
 
         with whole_file(path) as draft, draft.open("wb") as file:
             lengths = [len(s) for s in self.sequences]
-            np.savez(file, ids=np.concatenate(self.sequences), lengths=lengths, logits=self.logits.astype(np.float16))
+            np.savez(
+                file,
+                ids=np.concatenate(self.sequences),
+                lengths=lengths,
+                logits=self.logits.astype(np.float16),
+            )
 
     @classmethod
     def load(cls, path: Path) -> Reference:
@@ -156,19 +191,28 @@ class Reference(NamedTuple):
 
         with np.load(path) as found:
             ends = np.cumsum(found["lengths"])[:-1]
-            return cls([part.tolist() for part in np.split(found["ids"], ends)], found["logits"].astype(np.float32))
+            return cls(
+                [part.tolist() for part in np.split(found["ids"], ends)],
+                found["logits"].astype(np.float32),
+            )
 
 
-def predict(folder: Path, adapter: Path | None, sequences: Sequence[Sequence[int]], four_bits: bool) -> Reference:
+def predict(
+    folder: Path, adapter: Path | None, sequences: Sequence[Sequence[int]], four_bits: bool
+) -> Reference:
     """What the base in `folder` with `adapter` on it predicts, in 4 bits as in training, or in float32 as it is (with MLX, which
     has other 4 bits, always).
     """
     if four_bits and not mlx.available():
-        network, _ = _unsloth().from_pretrained(str(folder), max_seq_length=4096, load_in_4bit=True, local_files_only=True)
+        network, _ = _unsloth().from_pretrained(
+            str(folder), max_seq_length=4096, load_in_4bit=True, local_files_only=True
+        )
     else:
         import transformers
 
-        network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32", local_files_only=True)
+        network = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype="float32", local_files_only=True
+        )
     if adapter:
         import peft
 
@@ -176,7 +220,9 @@ def predict(folder: Path, adapter: Path | None, sequences: Sequence[Sequence[int
     return _predict(_logits(network), sequences)
 
 
-def _predict(logits: Callable[[list[list[int]]], Any], sequences: Sequence[Sequence[int]]) -> Reference:
+def _predict(
+    logits: Callable[[list[list[int]]], Any], sequences: Sequence[Sequence[int]]
+) -> Reference:
     """The first tokens of the first few sequences are enough to compare models by."""
     heads = [list(s[:_PREDICTED_TOKENS]) for s in sequences[:_PREDICTED_SEQUENCES]]
     return Reference(heads, logits(heads))
@@ -190,7 +236,10 @@ def _logits(network: Any) -> Callable[[list[list[int]]], Any]:
     def of(sequences: list[list[int]]) -> Any:
         device = next(network.parameters()).device
         with torch.no_grad():
-            rows = [network(input_ids=torch.tensor([s], device=device)).logits[0].float().cpu().numpy() for s in sequences]
+            rows = [
+                network(input_ids=torch.tensor([s], device=device)).logits[0].float().cpu().numpy()
+                for s in sequences
+            ]
         return np.concatenate(rows)
 
     return of
@@ -204,6 +253,9 @@ def four_bits(matrix: Any) -> Any:
     device = "cuda" if on_gpu() else "cpu"
     torch.set_num_threads(1)  # the merge has threads of its own
     stored, state = functional.quantize_4bit(
-        torch.from_numpy(matrix).to(device, torch.bfloat16), blocksize=64, compress_statistics=True, quant_type="nf4"
+        torch.from_numpy(matrix).to(device, torch.bfloat16),
+        blocksize=64,
+        compress_statistics=True,
+        quant_type="nf4",
     )
     return functional.dequantize_4bit(stored, state).float().cpu().numpy()

@@ -65,5 +65,10 @@ class Validation:
             if done.finish == "context":
                 return
             text = done.text.strip()
-            kept.append((turn + 1, obeys(pair.constraints(turn), text) and not flaw(text, said, pair.demanded)))
+            kept.append(
+                (
+                    turn + 1,
+                    obeys(pair.constraints(turn), text) and not flaw(text, said, pair.demanded),
+                )
+            )
             said.append(text)

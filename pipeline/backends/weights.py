@@ -43,12 +43,16 @@ class Weights:
         params.vocab_only = vocabulary_only
         self._model = llama_cpp.llama_model_load_from_file(str(info.path).encode(), params)
         if not self._model:
-            raise GattError(f"llama.cpp cannot load {info.path}: {info.architecture} may be newer than this llama-cpp-python.")
+            raise GattError(
+                f"llama.cpp cannot load {info.path}: {info.architecture} may be newer than this llama-cpp-python."
+            )
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(self._vocab)
         between = (ctypes.c_char_p * 1)(b"\n")
         # Made once: looking for the line breaks in all of the vocabulary takes as long as decoding half a token.
-        self._dry = llama_cpp.llama_sampler_init_dry(self._vocab, 0.8, 1.75, 5, info.context_length, between, 1)
+        self._dry = llama_cpp.llama_sampler_init_dry(
+            self._vocab, 0.8, 1.75, 5, info.context_length, between, 1
+        )
         self.template = ChatTemplate(info.chat_template, info.bos, info.eos)
 
     def close(self) -> None:
@@ -57,9 +61,15 @@ class Weights:
         self.api.llama_model_free(self._model)
 
     def new_context(
-        self, streams: int, cells: int, batch: int, cache: CacheType, threads: int, adapter: Adapter | None = None,
+        self,
+        streams: int,
+        cells: int,
+        batch: int,
+        cache: CacheType,
+        threads: int,
+        adapter: Adapter | None = None,
         observer: Observer | None = None,
-    ) -> Any:  # fmt: skip
+    ) -> Any:
         """A llama.cpp context with `streams` caches of `cells` tokens each, which decodes up to `batch` tokens at a time.
 
         Its cache belongs to its adapter: contexts with different ones share the weights and nothing else.
@@ -73,14 +83,22 @@ class Weights:
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = getattr(self.api, f"GGML_TYPE_{cache}")
         offloads = self.api.llama_supports_gpu_offload()
-        flash = self.api.LLAMA_FLASH_ATTN_TYPE_ENABLED if offloads else self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        flash = (
+            self.api.LLAMA_FLASH_ATTN_TYPE_ENABLED
+            if offloads
+            else self.api.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
         params.flash_attn_type = flash
         if observer:
-            self._observers.append(type(params.cb_eval)(lambda node, ask, data: observer(node, ask)))
+            self._observers.append(
+                type(params.cb_eval)(lambda node, ask, data: observer(node, ask))
+            )
             params.cb_eval = self._observers[-1]
         context = self.api.llama_init_from_model(self._model, params)
         if not context:
-            raise GattError(f"No memory for a cache of {streams * cells} tokens. Lower `sequences` or the number of turns.")
+            raise GattError(
+                f"No memory for a cache of {streams * cells} tokens. Lower `sequences` or the number of turns."
+            )
         if adapter:
             one = (self.api.llama_adapter_lora_p_ctypes * 1)(self._adapter(adapter.path))
             self.api.llama_set_adapters_lora(context, one, 1, (ctypes.c_float * 1)(adapter.scale))
@@ -93,7 +111,9 @@ class Weights:
                 raise GattError(f"{path} is no adapter. `gatt export` writes one: adapter.gguf.")
             loaded = self.api.llama_adapter_lora_init(self._model, str(path).encode())
             if not loaded:
-                raise GattError(f"{path} does not fit {self.name}: it is an adapter of another base.")
+                raise GattError(
+                    f"{path} does not fit {self.name}: it is an adapter of another base."
+                )
             self._adapters[path] = loaded
         return self._adapters[path]
 

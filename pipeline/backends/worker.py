@@ -22,7 +22,13 @@ from pipeline.records import Completion, Request, Task
 class Queue:
     """The dialogues that wait. Whoever advances one holds the lock, so that dialogues need not be thread-safe."""
 
-    def __init__(self, tasks: Iterable[Task], on_text: Callable[[str], None] | None, workers: int, threads: int) -> None:
+    def __init__(
+        self,
+        tasks: Iterable[Task],
+        on_text: Callable[[str], None] | None,
+        workers: int,
+        threads: int,
+    ) -> None:
         self._waiting = iter(tasks)
         self._lock = threading.Lock()
         self._threads = threads
@@ -65,7 +71,13 @@ class Worker:
     """One context with room for `sequences` dialogues of up to `context` tokens each; one thread at a time may run it."""
 
     def __init__(
-        self, weights: Weights, sequences: int, context: int, cache: CacheType, threads: int, adapter: Adapter | None = None
+        self,
+        weights: Weights,
+        sequences: int,
+        context: int,
+        cache: CacheType,
+        threads: int,
+        adapter: Adapter | None = None,
     ) -> None:
         self._weights = weights
         self._room = context
@@ -85,10 +97,17 @@ class Worker:
                 while len(sequence.pending) > 1:
                     self._streams.prefill(sequence)
             for sequence, row in zip(busy, self._streams.decode(busy), strict=True):
-                for piece in (self._streams.sample(sequence, row), self._streams.foreseen(sequence, row)):
+                for piece in (
+                    self._streams.sample(sequence, row),
+                    self._streams.foreseen(sequence, row),
+                ):
                     if queue.on_text and piece:
                         queue.on_text(piece)
-            ended = [s for s in busy if not (s.pending or self._advance(s, queue) or self._next_task(s, queue))]
+            ended = [
+                s
+                for s in busy
+                if not (s.pending or self._advance(s, queue) or self._next_task(s, queue))
+            ]
             for sequence in ended:
                 self._leave(sequence, busy)
         queue.leave()
@@ -102,7 +121,10 @@ class Worker:
         losses: list[float] = []
         for text in texts:
             tokens = self._weights.tokenize(text)[: self._room]
-            losses += [_loss(row, token) for row, token in zip(self.logits(tokens[:-1]), tokens[1:], strict=True)]
+            losses += [
+                _loss(row, token)
+                for row, token in zip(self.logits(tokens[:-1]), tokens[1:], strict=True)
+            ]
         return math.exp(sum(losses) / len(losses))
 
     def _next_task(self, sequence: _Sequence, queue: Queue) -> bool:

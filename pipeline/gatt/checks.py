@@ -50,7 +50,10 @@ def opens(value: str, text: str) -> bool:
 def opens_hopeless(value: str, text: str) -> bool:
     """Has begun otherwise."""
     start = _straight(value)
-    return not any(start.startswith(b) or b.startswith(start) for b in (_straight(text).lstrip(), _plain(text).lstrip()))
+    return not any(
+        start.startswith(b) or b.startswith(start)
+        for b in (_straight(text).lstrip(), _plain(text).lstrip())
+    )
 
 
 def closes(value: str, text: str) -> bool:
@@ -94,7 +97,12 @@ def mentions_for_good(value: str, text: str) -> bool:
 
 def _found(value: str, behind: str, text: str) -> bool:
     """Underscores are signs, not letters: they make italics."""
-    return re.search(rf"(?<![^\W_]){re.escape(_straight(value))}{behind}", _straight(text), re.IGNORECASE) is not None
+    return (
+        re.search(
+            rf"(?<![^\W_]){re.escape(_straight(value))}{behind}", _straight(text), re.IGNORECASE
+        )
+        is not None
+    )
 
 
 def has_letters(value: str, text: str) -> bool:
@@ -129,7 +137,9 @@ def is_lowercase(value: str, text: str) -> bool:
 
 def is_title_case(value: str, text: str) -> bool:
     """Has words that begin with a capital, and none that begins with a small letter; a number begins with neither."""
-    return any(word[0][0].isupper() for word in WORD.finditer(text)) and not has_small_initial(value, text)
+    return any(word[0][0].isupper() for word in WORD.finditer(text)) and not has_small_initial(
+        value, text
+    )
 
 
 def has_comma(value: str, text: str) -> bool:

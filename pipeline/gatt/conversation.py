@@ -85,7 +85,9 @@ class Conversation:
 
     def without_instruction(self) -> Conversation:
         """Only what the user said and what was answered."""
-        return Conversation(turns=tuple(replace(turn, told=NOTHING) for turn in self.turns if not turn.sums_up))
+        return Conversation(
+            turns=tuple(replace(turn, told=NOTHING) for turn in self.turns if not turn.sums_up)
+        )
 
     def middle(self, last: int) -> tuple[Turn, ...]:
         """The turns that a summary could replace: all but the first, those that change the instruction, and the `last`."""
@@ -94,17 +96,31 @@ class Conversation:
     def of_middle(self, last: int, side: int) -> tuple[Message, ...]:
         """The chat that asks a model for that summary."""
         middle = self.middle(last)
-        return ghost([*(t.user for t in middle), SUM_UP], [t.answers[side] for t in middle], [""] * (len(middle) + 1), "")
+        return ghost(
+            [*(t.user for t in middle), SUM_UP],
+            [t.answers[side] for t in middle],
+            [""] * (len(middle) + 1),
+            "",
+        )
 
     def summed_up(self, last: int, summaries: Sequence[str]) -> Conversation:
         """With each model's summary in the place of the middle."""
         dropped = self._middle(last)
         kept = [turn for n, turn in enumerate(self.turns) if n not in dropped]
         place = max(1, len(kept) - last)
-        return replace(self, turns=(*kept[:place], Turn(SUM_UP, kept[place - 1].told, tuple(summaries)), *kept[place:]))
+        return replace(
+            self,
+            turns=(
+                *kept[:place],
+                Turn(SUM_UP, kept[place - 1].told, tuple(summaries)),
+                *kept[place:],
+            ),
+        )
 
     def _middle(self, last: int) -> list[int]:
-        changes = {n for n, (one, then) in enumerate(pairwise(self.turns), 1) if one.told != then.told}
+        changes = {
+            n for n, (one, then) in enumerate(pairwise(self.turns), 1) if one.told != then.told
+        }
         return [n for n in range(1, len(self.turns) - last) if n not in changes]
 
     def marks(self, side: int) -> list[Mark]:
@@ -136,7 +152,9 @@ def conversation(sides: Sequence[Sequence[Message]], told: Told) -> Conversation
     """
     system = next((m["content"] for m in sides[0] if m["role"] == "system"), "")
     users = [m["content"] for m in sides[0] if m["role"] == "user"]
-    answers = zip(*([m["content"] for m in side if m["role"] == "assistant"] for side in sides), strict=True)
+    answers = zip(
+        *([m["content"] for m in side if m["role"] == "assistant"] for side in sides), strict=True
+    )
     plain = split = Conversation(system)
     for user, answer in zip(users, answers, strict=True):
         plain = plain.answered(user, answer)

@@ -123,7 +123,11 @@ def bracket(value: str, text: str) -> str:
     whole = f"{pair[0]}{text.strip()}{pair[1]}"
     if is_bracketed(value, whole):
         return whole
-    return pair[0] + text.strip().translate(str.maketrans(pair, "[]" if pair == "()" else "()")) + pair[1]
+    return (
+        pair[0]
+        + text.strip().translate(str.maketrans(pair, "[]" if pair == "()" else "()"))
+        + pair[1]
+    )
 
 
 def fence(value: str, text: str) -> str:

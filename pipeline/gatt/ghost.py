@@ -20,12 +20,16 @@ def with_instruction(instruction: str, user: str) -> str:
     return f"{user}\n\n{instruction}" if instruction else user
 
 
-def augment(users: Sequence[str], answers: Sequence[str], told: Sequence[str], system: str) -> tuple[Message, ...]:
+def augment(
+    users: Sequence[str], answers: Sequence[str], told: Sequence[str], system: str
+) -> tuple[Message, ...]:
     """What the teacher sees in turn `len(answers) + 1`: every user message has the instruction in force, `told[turn]`."""
     return _messages(list(map(with_instruction, told, users)), answers, system)
 
 
-def ghost(users: Sequence[str], answers: Sequence[str], told: Sequence[str], system: str) -> tuple[Message, ...]:
+def ghost(
+    users: Sequence[str], answers: Sequence[str], told: Sequence[str], system: str
+) -> tuple[Message, ...]:
     """What the student sees: the instruction stands where it is first said, in turn 1 or where it changes."""
     new = [text if turn == 0 or text != told[turn - 1] else "" for turn, text in enumerate(told)]
     return augment(users, answers, new, system)

@@ -16,10 +16,19 @@ from pipeline.records import Constraint, Dialogue, Instruction, Pairing, Way
 
 def word(constraints: tuple[Constraint, ...], wording: int = 0) -> Instruction:
     """The instruction that asks for all of `constraints`, in the given wording of each."""
-    texts = [k.wordings[wording % len(k.wordings)].format(v=c.value) for c in constraints for k in [kind_of(c)]]
+    texts = [
+        k.wordings[wording % len(k.wordings)].format(v=c.value)
+        for c in constraints
+        for k in [kind_of(c)]
+    ]
     shorts = [kind_of(c).short.format(v=c.value) for c in constraints]
     name = "+".join(f"{c.kind}={c.value}" for c in constraints)
-    return Instruction(f"{name}#{wording}", " ".join(map(_sentence, texts)), " ".join(map(_sentence, shorts)), constraints)
+    return Instruction(
+        f"{name}#{wording}",
+        " ".join(map(_sentence, texts)),
+        " ".join(map(_sentence, shorts)),
+        constraints,
+    )
 
 
 def _sentence(text: str) -> str:
@@ -42,7 +51,11 @@ def _said(constraints: tuple[Constraint, ...]) -> int:
 def _readings(text: str) -> Iterator[tuple[Constraint, ...]]:
     yield from ((c,) for c in _single(text))
     for gap in re.finditer(r"(?<=[.!?\"])\s+", text):
-        rest = [] if not (first := _single(text[: gap.start()])) else list(_readings(text[gap.end() :]))
+        rest = (
+            []
+            if not (first := _single(text[: gap.start()]))
+            else list(_readings(text[gap.end() :]))
+        )
         yield from ((c, *more) for c in first for more in rest)
 
 
@@ -51,7 +64,9 @@ def _single(text: str) -> list[Constraint]:
     for name, wording in _wordings():
         if match := wording.fullmatch(text):
             constraint = Constraint(name, match.groupdict().get("v", ""))
-            with suppress(GattError):  # a value that the kind does not take: another reading may be the right one
+            with suppress(
+                GattError
+            ):  # a value that the kind does not take: another reading may be the right one
                 kind_of(constraint)
                 found.append(constraint)
     return found
@@ -62,8 +77,10 @@ def _wordings() -> list[tuple[str, re.Pattern[str]]]:
     """Every wording of a kind with a check, as a pattern whose group "v" is the value."""
     return [
         (name, re.compile(_pattern(wording), re.IGNORECASE))
-        for name, kind in KINDS.items() if not kind.judged for wording in (*kind.wordings, kind.short)
-    ]  # fmt: skip
+        for name, kind in KINDS.items()
+        if not kind.judged
+        for wording in (*kind.wordings, kind.short)
+    ]
 
 
 def _pattern(wording: str) -> str:
@@ -76,7 +93,8 @@ def table_of_kinds() -> str:
     """The kinds as a table. "edited": an answer can be edited to obey; "sampled": answers are drawn until one obeys."""
     examples = [Constraint(name, kind.values[0]) for name, kind in KINDS.items()]
     rows = [("kind", "family", "way", "example")] + [
-        (c.kind, kind_of(c).family, "edited" if editable((c,)) else "sampled", word((c,)).text) for c in examples
+        (c.kind, kind_of(c).family, "edited" if editable((c,)) else "sampled", word((c,)).text)
+        for c in examples
     ]
     return "\n".join(f"{name:14} {family:9} {way:8} {text}" for name, family, way, text in rows)
 

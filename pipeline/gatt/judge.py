@@ -31,7 +31,12 @@ keep it. Answer with one word, yes or no."""
 
 def question(instruction: str, user: str, reply: str) -> tuple[Message, ...]:
     """What the judge is asked about one reply."""
-    return ({"role": "user", "content": _RUBRIC.format(instruction=instruction, user=user, reply=reply)},)
+    return (
+        {
+            "role": "user",
+            "content": _RUBRIC.format(instruction=instruction, user=user, reply=reply),
+        },
+    )
 
 
 def verdict(text: str) -> bool | None:

@@ -50,9 +50,13 @@ def kind_of(constraint: Constraint) -> Kind:
         raise GattError(f"Unknown kind of instruction {name!r}. Known: {', '.join(KINDS)}.")
     if kind.values == ("",):
         if value:
-            raise GattError(f"An instruction of kind {name!r} takes no value, but has {value!r}. Leave it out.")
+            raise GattError(
+                f"An instruction of kind {name!r} takes no value, but has {value!r}. Leave it out."
+            )
     elif not value.strip():
-        raise GattError(f"An instruction of kind {name!r} needs a value, for example {kind.values[0]!r}.")
+        raise GattError(
+            f"An instruction of kind {name!r} needs a value, for example {kind.values[0]!r}."
+        )
     elif kind.accepts == "number" and not re.fullmatch(r"[1-9][0-9]{0,3}", value):
         raise GattError(f"{name} wants a whole number such as {kind.values[0]!r}, not {value!r}.")
     elif kind.accepts == "listed" and value not in kind.values:
@@ -63,7 +67,11 @@ def kind_of(constraint: Constraint) -> Kind:
 def compatible(one: Constraint, other: Constraint) -> bool:
     """Whether one answer can show both: their slots may meet, and neither bans the phrase that the other puts in."""
     first, second = kind_of(one), kind_of(other)
-    if first.slot == second.slot or second.slot in NEVER_MEET.get(first.slot, ()) or first.slot in NEVER_MEET.get(second.slot, ()):
+    if (
+        first.slot == second.slot
+        or second.slot in NEVER_MEET.get(first.slot, ())
+        or first.slot in NEVER_MEET.get(second.slot, ())
+    ):
         return False
     said, said_too = first.says.format(v=one.value), second.says.format(v=other.value)
     return not first.bans(one.value, said_too) and not second.bans(other.value, said)

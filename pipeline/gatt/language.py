@@ -12,9 +12,17 @@ from typing import Any
 from pipeline.gatt.text import words
 
 LANGUAGES = {
-    "French": "fr", "Spanish": "es", "German": "de", "Italian": "it", "Portuguese": "pt", "Dutch": "nl", "Swedish": "sv",
-    "Polish": "pl", "Turkish": "tr", "English": "en",
-}  # fmt: skip
+    "French": "fr",
+    "Spanish": "es",
+    "German": "de",
+    "Italian": "it",
+    "Portuguese": "pt",
+    "Dutch": "nl",
+    "Swedish": "sv",
+    "Polish": "pl",
+    "Turkish": "tr",
+    "English": "en",
+}
 """The languages that an answer can be asked for in, with their ISO 639-1 codes."""
 FEWEST_WORDS = 3
 """Fewer words tell too little: of the sentences' words taken two by two, one pair in ten is named wrongly."""

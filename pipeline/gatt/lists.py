@@ -25,17 +25,19 @@ class Listing:
 LISTINGS = {
     "persona": Listing(
         "List ten famous people of history. One name on each line, nothing else.",
-        "Who was {v}? Answer in one sentence.", "Who is this? {text} Answer with the name only.",
+        "Who was {v}? Answer in one sentence.",
+        "Who is this? {text} Answer with the name only.",
     ),
     "hobby": Listing(
         "List ten hobbies that people love. One on each line, one or two words, nothing else.",
-        "What do people do whose hobby is {v}? Answer in one sentence.", "Which hobby is this? {text} Name it in one or two words.",
+        "What do people do whose hobby is {v}? Answer in one sentence.",
+        "Which hobby is this? {text} Name it in one or two words.",
     ),
     "language": Listing(
         "List ten languages of Europe. One name on each line, nothing else.",
         "Write one sentence about the weather in {v}, and nothing else.",
     ),
-}  # fmt: skip
+}
 """The kinds that can be listed."""
 
 _BULLET = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])?\s*")

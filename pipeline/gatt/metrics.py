@@ -41,7 +41,9 @@ def adherence(replies: Iterable[Reply], key: Callable[[Reply], K]) -> dict[K, Ra
     return rates(replies, key, lambda reply: reply.adherent)
 
 
-def rates(replies: Iterable[Reply], key: Callable[[Reply], K], hit: Callable[[Reply], bool]) -> dict[K, Rate]:
+def rates(
+    replies: Iterable[Reply], key: Callable[[Reply], K], hit: Callable[[Reply], bool]
+) -> dict[K, Rate]:
     """The rate of replies that are a `hit` for each value of `key`, in order of `key`'s first appearance.
 
     A reply whose turn 1 had left the context window ("context") says nothing about memory and is left out.

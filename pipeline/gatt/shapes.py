@@ -15,13 +15,16 @@ BULLET = "[-*•●◦▪‣]"
 def is_numbered_list(value: str, text: str) -> bool:
     """Every line is a point, numbered from 1 on, the number in bold or not."""
     lines = filled_lines(text)
-    return bool(lines) and all(re.match(rf"\s*[*_]*{n}[.)][*_]*\s+\S", line) for n, line in enumerate(lines, 1))
+    return bool(lines) and all(
+        re.match(rf"\s*[*_]*{n}[.)][*_]*\s+\S", line) for n, line in enumerate(lines, 1)
+    )
 
 
 def is_numbered_list_hopeless(value: str, text: str) -> bool:
     """A line has begun with something else than its number."""
     return any(
-        not re.match(rf"\s*[*_]*{n}[.)][*_]*(\s|$)", line) and not f"{n}".startswith(line.strip().lstrip("*_"))
+        not re.match(rf"\s*[*_]*{n}[.)][*_]*(\s|$)", line)
+        and not f"{n}".startswith(line.strip().lstrip("*_"))
         for n, line in enumerate(filled_lines(text), 1)
     )
 
@@ -52,14 +55,17 @@ def is_quoted(value: str, text: str) -> bool:
     """Stands in double quotation marks, straight, curved or low, with none of the same marks in between."""
     inner = text.strip()[1:-1]
     return bool(inner.strip()) and any(
-        text.strip()[0] == pair[0] and text.strip()[-1] == pair[1] and not set(pair) & set(inner) for pair in QUOTES
+        text.strip()[0] == pair[0] and text.strip()[-1] == pair[1] and not set(pair) & set(inner)
+        for pair in QUOTES
     )
 
 
 def is_quoted_hopeless(value: str, text: str) -> bool:
     """Has begun with another sign, or gone on after the closing mark."""
     begun = text.strip()
-    return bool(begun) and not any(begun[0] == pair[0] and not set(pair) & set(begun[1:-1]) for pair in QUOTES)
+    return bool(begun) and not any(
+        begun[0] == pair[0] and not set(pair) & set(begun[1:-1]) for pair in QUOTES
+    )
 
 
 def is_bracketed(value: str, text: str) -> bool:
@@ -71,7 +77,9 @@ def is_bracketed(value: str, text: str) -> bool:
 def is_bracketed_hopeless(value: str, text: str) -> bool:
     """Has begun with another sign, or gone on after the closing bracket."""
     begun = text.strip()
-    return bool(begun) and (begun[0] != BRACKETS[value][0] or -1 < _closing(BRACKETS[value], begun) < len(begun) - 1)
+    return bool(begun) and (
+        begun[0] != BRACKETS[value][0] or -1 < _closing(BRACKETS[value], begun) < len(begun) - 1
+    )
 
 
 def _closing(pair: str, text: str) -> int:
@@ -93,14 +101,20 @@ def is_headed(value: str, text: str) -> bool:
 def is_headed_hopeless(value: str, text: str) -> bool:
     """The first line has begun otherwise, or gone on after the heading."""
     heading, *below = text.lstrip().split("\n", 1)
-    return heading.rstrip() != f"# {value}" and (bool(below) or not f"# {value}".startswith(heading))
+    return heading.rstrip() != f"# {value}" and (
+        bool(below) or not f"# {value}".startswith(heading)
+    )
 
 
 def is_code_block(value: str, text: str) -> bool:
     """One fenced block of Markdown with something in it, and nothing around it."""
     lines = text.strip().splitlines()
     inner = "\n".join(lines[1:-1])
-    fenced = len(lines) > 2 and re.fullmatch(r"```[^\s`]*", lines[0].rstrip()) is not None and lines[-1] == "```"
+    fenced = (
+        len(lines) > 2
+        and re.fullmatch(r"```[^\s`]*", lines[0].rstrip()) is not None
+        and lines[-1] == "```"
+    )
     return fenced and "```" not in inner and bool(inner.strip())
 
 
@@ -115,7 +129,12 @@ def is_json(value: str, text: str) -> bool:
         found = json.loads(text)
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and list(found) == [value] and isinstance(found[value], str) and bool(found[value].strip())
+    return (
+        isinstance(found, dict)
+        and list(found) == [value]
+        and isinstance(found[value], str)
+        and bool(found[value].strip())
+    )
 
 
 def is_json_hopeless(value: str, text: str) -> bool:

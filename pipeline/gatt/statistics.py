@@ -30,14 +30,19 @@ def _by_dialogue(replies: Iterable[Reply]) -> dict[str, dict[int, bool]]:
             continue
         turns = found.setdefault(reply.dialogue, {})
         if reply.turn in turns:
-            raise ValueError(f"two replies in turn {reply.turn} of dialogue {reply.dialogue!r}; expected the replies of one arm")
+            raise ValueError(
+                f"two replies in turn {reply.turn} of dialogue {reply.dialogue!r}; expected the replies of one arm"
+            )
         turns[reply.turn] = reply.adherent
     return found
 
 
 def _sums(replies: Iterable[Reply]) -> dict[str, tuple[int, int]]:
     """Dialogue → adherent replies, measured replies (at least 1)."""
-    return {dialogue: (sum(turns.values()), len(turns)) for dialogue, turns in _by_dialogue(replies).items()}
+    return {
+        dialogue: (sum(turns.values()), len(turns))
+        for dialogue, turns in _by_dialogue(replies).items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,9 @@ class Difference:
     dialogues: int
 
 
-def paired_bootstrap(base: Iterable[Reply], tuned: Iterable[Reply], resamples: int = 2000, seed: int = 0) -> Difference:
+def paired_bootstrap(
+    base: Iterable[Reply], tuned: Iterable[Reply], resamples: int = 2000, seed: int = 0
+) -> Difference:
     """Adherence of `tuned` minus `base` with a percentile interval: Efron 1979; pairs and clusters, Davison & Hinkley 1997.
 
     Whole dialogues are drawn with replacement, with the replies of both arms. Adherence is that of all replies together, so
@@ -62,7 +69,9 @@ def paired_bootstrap(base: Iterable[Reply], tuned: Iterable[Reply], resamples: i
         raise ValueError(f"{resamples} resamples; expected at least 2")
     ours, theirs = _sums(tuned), _sums(base)
     # In one order whatever the order of the replies: the same seed then draws the same dialogues.
-    pairs = [(*ours[dialogue], *theirs[dialogue]) for dialogue in sorted(ours.keys() & theirs.keys())]
+    pairs = [
+        (*ours[dialogue], *theirs[dialogue]) for dialogue in sorted(ours.keys() & theirs.keys())
+    ]
     if len(pairs) < 2:
         return Difference(_difference(pairs) if pairs else math.nan, -1.0, 1.0, len(pairs))
     random = Random(seed)
@@ -181,7 +190,9 @@ def design_effect(size: float, correlation: float) -> float:
     return 1 + (size - 1) * (1.0 if math.isnan(correlation) else max(0.0, correlation))
 
 
-def answers_needed(rate: float, difference: float = 0.05, power: float = 0.8, alpha: float = 0.05) -> int:
+def answers_needed(
+    rate: float, difference: float = 0.05, power: float = 0.8, alpha: float = 0.05
+) -> int:
     """Independent answers *in each arm* that tell `rate` from `rate + difference`, two-sided (Fleiss, Levin & Paik 2003, ch. 4).
 
     The normal approximation with pooled variance under equality, without correction for continuity. ValueError for rates
@@ -191,7 +202,9 @@ def answers_needed(rate: float, difference: float = 0.05, power: float = 0.8, al
     if not (0 <= rate <= 1 and 0 <= other <= 1 and difference):
         raise ValueError(f"rates {rate} and {other}; expected two different ones in 0..1")
     if not 0 < alpha / 2 < power < 1 or alpha >= 1:
-        raise ValueError(f"power {power} at alpha {alpha}; expected 0 < alpha < 1 and alpha / 2 < power < 1")
+        raise ValueError(
+            f"power {power} at alpha {alpha}; expected 0 < alpha < 1 and alpha / 2 < power < 1"
+        )
     middle = (rate + other) / 2
     equal = NormalDist().inv_cdf(1 - alpha / 2) * math.sqrt(2 * middle * (1 - middle))
     apart = NormalDist().inv_cdf(power) * math.sqrt(rate * (1 - rate) + other * (1 - other))
@@ -211,7 +224,9 @@ class SampleSize:
     design_effect: float
 
 
-def sample_size(replies: Iterable[Reply], difference: float = 0.05, power: float = 0.8, alpha: float = 0.05) -> SampleSize | None:
+def sample_size(
+    replies: Iterable[Reply], difference: float = 0.05, power: float = 0.8, alpha: float = 0.05
+) -> SampleSize | None:
     """Dialogues that show `difference` from the rate of these replies (`answers_needed`), inflated by their `design_effect`.
 
     From rates too near the end for `difference`, the difference in the other direction. For dialogues of unequal length the

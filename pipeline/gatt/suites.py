@@ -34,7 +34,11 @@ _HOBBIES = ("tennis", "chess", "gardening", "photography", "fishing", "painting"
 
 
 def suites(
-    dialogues: Sequence[Dialogue], pool: Sequence[Constraint], unseen: Sequence[Constraint], turns: int, recall_turns: int
+    dialogues: Sequence[Dialogue],
+    pool: Sequence[Constraint],
+    unseen: Sequence[Constraint],
+    turns: int,
+    recall_turns: int,
 ) -> tuple[dict[str, Instruction], dict[str, Suite]]:
     """The further suites over `dialogues`, each cut to `turns` (for recall to `recall_turns`), and their instructions by id.
 
@@ -47,17 +51,25 @@ def suites(
     made |= {i.id: i for i in set_up}
     told = [word((c,)).id for c in pool]
     found: dict[str, Suite] = {
-        "unseen": [(d, _told(word((strange[n % len(strange)],)))) for n, d in enumerate(dialogues)] if strange else [],
-        "change": [(d, _changing(told, n, turns)) for n, d in enumerate(dialogues)] if len(told) > 1 < turns else [],
+        "unseen": [(d, _told(word((strange[n % len(strange)],)))) for n, d in enumerate(dialogues)]
+        if strange
+        else [],
+        "change": [(d, _changing(told, n, turns)) for n, d in enumerate(dialogues)]
+        if len(told) > 1 < turns
+        else [],
         "plain": [(d, Pairing("", None, "plain")) for d in dialogues],
         "recall": [(d, _told(i)) for d, i in zip(dialogues, set_up, strict=True)],
         "single": [
             (Dialogue(f"{d.id}.{c.kind}", d.topic, d.turns), _told(word((c,))))
-            for n, c in enumerate(_every_kind()[: _SINGLE * len(dialogues)]) for d in [dialogues[n % len(dialogues)]]
+            for n, c in enumerate(_every_kind()[: _SINGLE * len(dialogues)])
+            for d in [dialogues[n % len(dialogues)]]
         ],
-    }  # fmt: skip
+    }
     lengths = {"recall": recall_turns, "single": 1}
-    return made, {name: [_named(name, lengths.get(name, turns), *row) for row in suite] for name, suite in found.items()}
+    return made, {
+        name: [_named(name, lengths.get(name, turns), *row) for row in suite]
+        for name, suite in found.items()
+    }
 
 
 def _every_kind() -> list[Constraint]:
@@ -67,8 +79,17 @@ def _every_kind() -> list[Constraint]:
 def _attributes(n: int) -> Instruction:
     """A figure and a hobby, and the two questions of the paper's example."""
     figure, hobby = _FIGURES[n % len(_FIGURES)], _HOBBIES[n % len(_HOBBIES)]
-    asks = (Ask("name", "What is your name?", figure), Ask("hobby", "What is your favourite hobby?", hobby))
-    return Instruction(f"{figure}, {hobby}", f"You are {figure} and you love {hobby}.", f"{figure}, {hobby}.", (), asks)
+    asks = (
+        Ask("name", "What is your name?", figure),
+        Ask("hobby", "What is your favourite hobby?", hobby),
+    )
+    return Instruction(
+        f"{figure}, {hobby}",
+        f"You are {figure} and you love {hobby}.",
+        f"{figure}, {hobby}.",
+        (),
+        asks,
+    )
 
 
 def _told(instruction: Instruction) -> Pairing:
@@ -81,6 +102,8 @@ def _changing(told: Sequence[str], n: int, turns: int) -> Pairing:
     return Pairing("", told[n % len(told)], "plain", then=told[then], change=turns // 2)
 
 
-def _named(suite: str, turns: int, dialogue: Dialogue, pairing: Pairing) -> tuple[Dialogue, Pairing]:
+def _named(
+    suite: str, turns: int, dialogue: Dialogue, pairing: Pairing
+) -> tuple[Dialogue, Pairing]:
     cut = Dialogue(f"{dialogue.id}~{suite}", dialogue.topic, dialogue.turns[:turns])
     return cut, replace(pairing, dialogue=cut.id)

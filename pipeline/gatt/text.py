@@ -7,13 +7,17 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-WORD = re.compile(r"[^\W_]+(?:(?:['’-]|(?<=\d)[.,:](?=\d)|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b))[^\W_]+)*")
+WORD = re.compile(
+    r"[^\W_]+(?:(?:['’-]|(?<=\d)[.,:](?=\d)|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b))[^\W_]+)*"
+)
 """One with its apostrophes and hyphens; also a number such as 1,299.50 or 4:30, and letters such as U.S or a.m."""
 _SENTENCE = re.compile(r".+?[.!?…]+[\"'”’)]*(?=\s|$)", re.DOTALL)
 _ENDING = re.compile(r"[.!?…][\"'”’)]*$")
 _PART = re.compile(r".+?(?:[.!?…]+[\"'”’)\]}*_]*(?=\s|$)|$)")
 _LETTER = re.compile(r"[^\W\d_]")
-_ABBREVIATION = re.compile(r"(?<![\w.])(?:mr|mrs|ms|dr|prof|st|mt|vs|approx|e\.g|i\.e)\.$", re.IGNORECASE)
+_ABBREVIATION = re.compile(
+    r"(?<![\w.])(?:mr|mrs|ms|dr|prof|st|mt|vs|approx|e\.g|i\.e)\.$", re.IGNORECASE
+)
 _INITIALS = re.compile(r"[\W\d_]*(?:[^\W\d_]\.[\W\d_]*)+")
 
 
@@ -51,7 +55,9 @@ def _line_sentences(line: str) -> list[str]:
     parts = [part.strip() for part in _PART.findall(line)]
     for part, following in zip(parts, [*parts, ""][1:], strict=True):
         begun = f"{begun} {part}".strip()
-        if _LETTER.search(begun) and not _goes_on(begun.replace("*", ""), following.lstrip("*_ ")[:1]):
+        if _LETTER.search(begun) and not _goes_on(
+            begun.replace("*", ""), following.lstrip("*_ ")[:1]
+        ):
             found.append(begun)
             begun = ""
     if WORD.search(begun):
@@ -65,7 +71,9 @@ def _goes_on(begun: str, sign: str) -> bool:
     """Whether a sentence goes on behind its full stop, where `sign` follows."""
     if _ABBREVIATION.search(begun) or _INITIALS.fullmatch(begun):
         return True
-    return (sign.islower() and any(map(str.isupper, begun))) or (sign.isdigit() and begun.endswith(" No."))
+    return (sign.islower() and any(map(str.isupper, begun))) or (
+        sign.isdigit() and begun.endswith(" No.")
+    )
 
 
 def first_sentences(text: str, count: int) -> str:
@@ -80,7 +88,13 @@ def has_sentences(text: str, count: int) -> bool:
     return bool(first and rest) or len(sentences(f"{first}x")) >= count
 
 
-def flaw(text: str, earlier: Sequence[str], demanded: str = "", finished: bool = False, alike: float = 0.8) -> str:
+def flaw(
+    text: str,
+    earlier: Sequence[str],
+    demanded: str = "",
+    finished: bool = False,
+    alike: float = 0.8,
+) -> str:
     """What makes `text` no answer, or "".
 
     "empty": no word beside the `demanded` ones; "loop": a phrase again and again; "repeat": shares more than `alike` of its

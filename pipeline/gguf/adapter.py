@@ -54,7 +54,9 @@ class Delta:
         """
         a, b = self.a.load(slice(None)), self.b.load(self._there(first, last))
         if not (np.isfinite(a.sum()) and np.isfinite(b.sum())):
-            raise GattError(f"{self.a.file}: the adapter holds NaN or infinity. Train again with a lower train.learning_rate.")
+            raise GattError(
+                f"{self.a.file}: the adapter holds NaN or infinity. Train again with a lower train.learning_rate."
+            )
         return a, b
 
     def change(self, weights: Array, first: int, last: int) -> Array:
@@ -64,7 +66,9 @@ class Delta:
         if self.magnitude is None:
             return change
         total = weights + change
-        lengths = self.magnitude.load(slice(None))[0][self._there(first, last)] / np.linalg.norm(total, axis=1)
+        lengths = self.magnitude.load(slice(None))[0][self._there(first, last)] / np.linalg.norm(
+            total, axis=1
+        )
         scaled: Array = total * lengths[:, None] - weights
         return scaled
 
@@ -85,7 +89,9 @@ def read_adapter(folder: Path) -> dict[str, Delta]:
         if key.endswith((".lora_B.weight", _MAGNITUDE)):
             continue
         if not key.endswith(".lora_A.weight"):
-            raise GattError(f"{folder} holds {key}; only what a LoRA or a DoRA changes can be merged (no embeddings).")
+            raise GattError(
+                f"{folder} holds {key}; only what a LoRA or a DoRA changes can be merged (no embeddings)."
+            )
         module = key.removesuffix(".lora_A.weight")
         rank = a.shape[0]
         scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
@@ -112,7 +118,9 @@ def fit(deltas: dict[str, Delta], base: Base, tensors: Iterable[Tensor]) -> dict
                 f"The adapter changes {module}, which {base.name} ({base.architecture}) does not have: it is of another base."
             )
         if shapes[name] != delta.shape:
-            raise GattError(f"{name}: the adapter is for {delta.shape}, {base.name} has {shapes[name]}: it is of another base.")
+            raise GattError(
+                f"{name}: the adapter is for {delta.shape}, {base.name} has {shapes[name]}: it is of another base."
+            )
         fitted[name] = replace(delta, order=row_order(base, name, delta.shape[0]))
     return fitted
 
@@ -121,11 +129,15 @@ def _settings(folder: Path) -> dict[str, Any]:
     """What PEFT says of an adapter."""
     file = folder / "adapter_config.json"
     if not (file.is_file() and (folder / "adapter_model.safetensors").is_file()):
-        raise GattError(f"No adapter in {folder}: adapter_config.json or adapter_model.safetensors is missing.")
+        raise GattError(
+            f"No adapter in {folder}: adapter_config.json or adapter_model.safetensors is missing."
+        )
     settings = read_object(file)
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if settings.get(name)]
     if patterns:
-        raise GattError(f"{folder} has a {patterns[0]}: adapters of one rank and one alpha can be merged only.")
+        raise GattError(
+            f"{folder} has a {patterns[0]}: adapters of one rank and one alpha can be merged only."
+        )
     return settings
 
 
@@ -143,7 +155,9 @@ def write_adapter(base: Base, folder: Path, target: Path) -> None:
     import gguf
 
     if is_dora(folder):
-        raise GattError(f"{folder} is a DoRA, and llama.cpp lays only a LoRA over a model. Merge it: `gatt export`.")
+        raise GattError(
+            f"{folder} is a DoRA, and llama.cpp lays only a LoRA over a model. Merge it: `gatt export`."
+        )
     deltas = fit(read_adapter(folder), base, base.tensors())
     with whole_file(target) as draft:
         writer = gguf.GGUFWriter(draft, base.architecture)

@@ -59,7 +59,9 @@ def row_order(base: Base, name: str, rows: int) -> npt.NDArray[np.intp] | None:
     The rows of q and k stand in halves there, and in pairs in llama.cpp's rotary order.
     """
     parts = name.split(".")
-    heads = {"attn_q": base.heads, "attn_k": base.key_heads}.get(parts[-2] if len(parts) > 1 else "", 0)
+    heads = {"attn_q": base.heads, "attn_k": base.key_heads}.get(
+        parts[-2] if len(parts) > 1 else "", 0
+    )
     if not (base.interleaved and heads):
         return None
     return np.arange(rows).reshape(heads, 2, rows // heads // 2).swapaxes(1, 2).reshape(rows)

@@ -42,9 +42,13 @@ class Stored:
             GattError: a type other than F32, F16 or BF16.
         """
         if self.dtype not in _KINDS:
-            raise GattError(f"{self.file}: weights of type {self.dtype} found; F32, F16 or BF16 expected.")
+            raise GattError(
+                f"{self.file}: weights of type {self.dtype} found; F32, F16 or BF16 expected."
+            )
         kind, columns = _KINDS[self.dtype], self.shape[-1]
-        return ggml.dequantize(np.asarray(self.data).reshape(-1, ggml.row_bytes(kind, columns))[rows], kind, columns)
+        return ggml.dequantize(
+            np.asarray(self.data).reshape(-1, ggml.row_bytes(kind, columns))[rows], kind, columns
+        )
 
 
 class CheckpointBase:
@@ -74,7 +78,9 @@ class CheckpointBase:
         total, *sizes = writer.get_total_parameter_count()
         known = gguf.Metadata.load(None, self.folder, None, total)
         known.name = known.name or self.folder.name
-        known.size_label = known.size_label or (gguf.size_label(total, *sizes) if total > 0 else None)
+        known.size_label = known.size_label or (
+            gguf.size_label(total, *sizes) if total > 0 else None
+        )
         for key, value in about.items():
             setattr(known, key, value)
         writer.add_type(gguf.GGUFType.MODEL)
@@ -98,7 +104,9 @@ class CheckpointBase:
             for source, first, rows in _split(key, parts[0].shape):
                 gguf_name = names.get_name(source, try_suffixes=(".weight", ".bias"))
                 if gguf_name is None:
-                    raise GattError(f"{parts[0].file} holds {key}, which has no place in a {self.architecture} GGUF.")
+                    raise GattError(
+                        f"{parts[0].file} holds {key}, which has no place in a {self.architecture} GGUF."
+                    )
                 yield self._tensor(gguf_name, parts, first, rows)
 
     def _tensor(self, name: str, parts: list[Stored], first: int, rows: int) -> Tensor:
@@ -115,7 +123,9 @@ class CheckpointBase:
         def load(begin: int, end: int) -> Array:
             expert, begin = divmod(begin, rows)
             end -= expert * rows
-            source, before = (parts[expert], 0) if len(parts) > 1 else (parts[0], expert * parts[0].shape[-2])
+            source, before = (
+                (parts[expert], 0) if len(parts) > 1 else (parts[0], expert * parts[0].shape[-2])
+            )
             if order is None:
                 return source.load(slice(before + first + begin, before + first + end)) + shift
             return source.load(order[begin:end])
@@ -136,7 +146,9 @@ class CheckpointBase:
                     experts.setdefault(f"{expert[1]}.{expert[3]}", {})[int(expert[2])] = stored
                 else:
                     found[key] = [stored]
-        return found | {key: [numbered[n] for n in sorted(numbered)] for key, numbered in experts.items()}
+        return found | {
+            key: [numbered[n] for n in sorted(numbered)] for key, numbered in experts.items()
+        }
 
 
 def shards(folder: Path) -> list[Path]:
@@ -146,11 +158,19 @@ def shards(folder: Path) -> list[Path]:
         GattError: one is missing, or the weights are a pickle.
     """
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    names = (
+        sorted(set(_json(index)["weight_map"].values()))
+        if index.exists()
+        else ["model.safetensors"]
+    )
     missing = [name for name in names if not (folder / name).exists()]
     if missing:
         pickled = next(folder.glob("pytorch_model*.bin"), None)
-        advice = f"{pickled.name} is a pickle, which may run code: save it as safetensors." if pickled else "Download it again."
+        advice = (
+            f"{pickled.name} is a pickle, which may run code: save it as safetensors."
+            if pickled
+            else "Download it again."
+        )
         raise GattError(f"{folder} lacks {missing[0]}. {advice}")
     return [folder / name for name in names]
 
@@ -166,7 +186,10 @@ def _split(key: str, shape: tuple[int, ...]) -> list[tuple[str, int, int]]:
     if ".experts." not in key or "gate_up_proj" not in key:
         return [(plain, 0, rows)]
     half = rows // 2
-    return [(plain.replace("gate_up_proj", part), n * half, half) for n, part in enumerate(("gate_proj", "up_proj"))]
+    return [
+        (plain.replace("gate_up_proj", part), n * half, half)
+        for n, part in enumerate(("gate_proj", "up_proj"))
+    ]
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -186,12 +209,21 @@ def mapped(file: Path) -> dict[str, Stored]:
         start = 8 + int(raw[:8].view("<u8")[0])
         header = json.loads(raw[8:start].tobytes())
     except ValueError as error:
-        raise GattError(f"{file} is not a safetensors file ({error}). Download the checkpoint again.") from error
+        raise GattError(
+            f"{file} is not a safetensors file ({error}). Download the checkpoint again."
+        ) from error
     header.pop("__metadata__", None)
     end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if end > raw.size:
-        raise GattError(f"{file} is cut short: {raw.size:,} bytes found, {end:,} expected. Download the checkpoint again.")
+        raise GattError(
+            f"{file} is cut short: {raw.size:,} bytes found, {end:,} expected. Download the checkpoint again."
+        )
     return {
-        key: Stored(file, e["dtype"], tuple(e["shape"]), raw[start + e["data_offsets"][0] : start + e["data_offsets"][1]])
+        key: Stored(
+            file,
+            e["dtype"],
+            tuple(e["shape"]),
+            raw[start + e["data_offsets"][0] : start + e["data_offsets"][1]],
+        )
         for key, e in header.items()
     }

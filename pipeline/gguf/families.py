@@ -68,7 +68,9 @@ def _common(config: Config) -> Keys:
         "expert_count": config.get("num_local_experts") or config.get("num_experts"),
         "expert_used_count": config.get("num_experts_per_tok"),
     }
-    return {name: value for name, value in {**keys, **_scaling(config)}.items() if value is not None}
+    return {
+        name: value for name, value in {**keys, **_scaling(config)}.items() if value is not None
+    }
 
 
 def _scaling(config: Config) -> Keys:
@@ -84,7 +86,10 @@ def _scaling(config: Config) -> Keys:
     if kind in ("default", "llama3"):  # Llama 3 has a tensor of factors instead
         return {}
     if kind == "linear":
-        return {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": rope["factor"]}
+        return {
+            "rope_scaling_type": gguf.RopeScalingType.LINEAR,
+            "rope_scaling_factor": rope["factor"],
+        }
     if kind == "yarn":
         return {
             "rope_scaling_type": gguf.RopeScalingType.YARN,
@@ -97,16 +102,24 @@ def _scaling(config: Config) -> Keys:
         }
     if kind in ("longrope", "su"):
         return {"rope_scaling_type": gguf.RopeScalingType.LONGROPE}
-    raise GattError(f"A rotary embedding scaled by {kind!r} found; 'llama3', 'linear', 'yarn' or 'longrope' expected.")
+    raise GattError(
+        f"A rotary embedding scaled by {kind!r} found; 'llama3', 'linear', 'yarn' or 'longrope' expected."
+    )
 
 
 def _llama(config: Config) -> Keys:
-    return {**_common(config), "vocab_size": config["vocab_size"], "rope_dimension_count": head_size(config)}
+    return {
+        **_common(config),
+        "vocab_size": config["vocab_size"],
+        "rope_dimension_count": head_size(config),
+    }
 
 
 def _qwen3_moe(config: Config) -> Keys:
     if not config.get("norm_topk_prob"):
-        raise GattError("A mixture of experts with norm_topk_prob = false found; llama.cpp always normalises the experts' shares.")
+        raise GattError(
+            "A mixture of experts with norm_topk_prob = false found; llama.cpp always normalises the experts' shares."
+        )
     return {**_common(config), "expert_feed_forward_length": config["moe_intermediate_size"]}
 
 
@@ -124,7 +137,9 @@ def _gemma2(config: Config) -> Keys:
 def _gemma3(config: Config) -> Keys:
     keys = {**_common(config), "rope_freq_base": rope_of(config).get("rope_theta", 1_000_000.0)}
     table = config.get("rope_parameters") or {}
-    local = (table.get("sliding_attention") or {}).get("rope_theta", config.get("rope_local_base_freq"))
+    local = (table.get("sliding_attention") or {}).get(
+        "rope_theta", config.get("rope_local_base_freq")
+    )
     if local is not None:
         keys["rope_freq_base_swa"] = local
     if config.get("final_logit_softcapping"):
@@ -136,7 +151,11 @@ def _gemma3(config: Config) -> Keys:
 
 def _phi3(config: Config) -> Keys:
     rope = rope_of(config)
-    keys = {name: value for name, value in _common(config).items() if name not in ("key_length", "value_length")}
+    keys = {
+        name: value
+        for name, value in _common(config).items()
+        if name not in ("key_length", "value_length")
+    }
     keys.pop("rope_scaling_type", None)
     before = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
     keys |= {
@@ -146,12 +165,16 @@ def _phi3(config: Config) -> Keys:
     }
     if rope.get("long_factor"):
         scale = config["max_position_embeddings"] / before
-        keys["rope_scaling_attn_factors"] = math.sqrt(1 + math.log(scale) / math.log(before)) if scale > 1 else 1.0
+        keys["rope_scaling_attn_factors"] = (
+            math.sqrt(1 + math.log(scale) / math.log(before)) if scale > 1 else 1.0
+        )
     return keys
 
 
 def _phi3_dimensions(config: Config) -> int:
-    return int(rope_of(config).get("partial_rotary_factor", 1.0) * config["hidden_size"]) // int(config["num_attention_heads"])
+    return int(rope_of(config).get("partial_rotary_factor", 1.0) * config["hidden_size"]) // int(
+        config["num_attention_heads"]
+    )
 
 
 FAMILIES = {
@@ -188,7 +211,8 @@ def extra_tensors(family: Family, config: Config) -> dict[str, Array]:
     rope = rope_of(config)
     if family.architecture == "phi3" and rope.get("long_factor"):
         return {
-            f"rope_factors_{name}.weight": np.array(rope[f"{name}_factor"], np.float32) for name in ("long", "short")
+            f"rope_factors_{name}.weight": np.array(rope[f"{name}_factor"], np.float32)
+            for name in ("long", "short")
         }
     if family.architecture == "llama" and rope["rope_type"] == "llama3":
         return {"rope_freqs.weight": _llama3_factors(rope, head_size(config))}
@@ -205,4 +229,3 @@ def _llama3_factors(rope: Config, size: int) -> Array:
     smooth = np.clip((ratio - low) / (high - low), 0, 1)
     factors: Array = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
     return factors
-

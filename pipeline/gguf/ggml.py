@@ -45,7 +45,9 @@ def _library() -> Any:
     names = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")
     found = next((folder / name for name in names if (folder / name).exists()), None)
     if found is None:
-        raise GattError("llama-cpp-python is not installed whole: its library ggml-base is missing. Install it again.")
+        raise GattError(
+            "llama-cpp-python is not installed whole: its library ggml-base is missing. Install it again."
+        )
     library = ctypes.CDLL(str(found))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
@@ -56,7 +58,12 @@ def _library() -> Any:
     library.ggml_nbytes.restype = ctypes.c_size_t
     library.ggml_nbytes.argtypes = [ctypes.c_void_p]
     library.ggml_backend_tensor_get.restype = None
-    library.ggml_backend_tensor_get.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]
+    library.ggml_backend_tensor_get.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_size_t,
+    ]
     library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     return library
@@ -82,7 +89,9 @@ def quantize(rows: Array, kind: int, importance: Array | None = None) -> Any:
     count, columns = rows.shape
     stored = np.empty((count, row_bytes(kind, columns)), np.uint8)
     weights = None if importance is None else importance.ctypes.data_as(_FLOATS)
-    _library().ggml_quantize_chunk(kind, rows.ctypes.data_as(_FLOATS), stored.ctypes.data, 0, count, columns, weights)
+    _library().ggml_quantize_chunk(
+        kind, rows.ctypes.data_as(_FLOATS), stored.ctypes.data, 0, count, columns, weights
+    )
     return stored
 
 

@@ -85,7 +85,9 @@ class GgufBase:
         family = next((f for f in FAMILIES.values() if f.architecture == info.architecture), None)
         if family is None:
             known = ", ".join(sorted({f.architecture for f in FAMILIES.values()}))
-            raise GattError(f"{path.name} is of architecture {info.architecture!r}; this version can export {known}.")
+            raise GattError(
+                f"{path.name} is of architecture {info.architecture!r}; this version can export {known}."
+            )
         self.interleaved = family.interleaved
         self.heads = int(info.field(f"{info.architecture}.attention.head_count"))
         self.key_heads = int(info.field(f"{info.architecture}.attention.head_count_kv", self.heads))
@@ -94,14 +96,20 @@ class GgufBase:
         """Copy them."""
         import gguf
 
-        told = ("general.name", "general.finetune", "general.base_model", "general.dataset") if about else ()
+        told = (
+            ("general.name", "general.finetune", "general.base_model", "general.dataset")
+            if about
+            else ()
+        )
         replaced = ("general.architecture", "general.file_type", "quantize.imatrix", *told)
         for name, held in self._info.fields.items():
             if not name.startswith(replaced):
                 items = None if held.items is None else gguf.GGUFValueType(held.items)
                 writer.add_key_value(name, held.value, gguf.GGUFValueType(held.kind), items)
         if about:
-            gguf.Metadata(name=self._info.field("general.name", self.name), **about).set_gguf_meta_model(writer)
+            gguf.Metadata(
+                name=self._info.field("general.name", self.name), **about
+            ).set_gguf_meta_model(writer)
 
     def tensors(self) -> Iterator[Tensor]:
         """Every weight, dequantised when it is loaded."""
@@ -114,9 +122,12 @@ def _dequantized(stored: Any, kind: int, columns: int, first: int, last: int) ->
 
 
 def add(
-    source: Path, adapter: Path | None, four_bits: Callable[[Array], Array] | None = None, about: dict[str, Any] | None = None,
+    source: Path,
+    adapter: Path | None,
+    four_bits: Callable[[Array], Array] | None = None,
+    about: dict[str, Any] | None = None,
     keys: dict[str, Any] | None = None,
-) -> Sum:  # fmt: skip
+) -> Sum:
     """`source` with `adapter` (a PEFT folder, or None), yet to be written.
 
     Raises:
@@ -134,13 +145,23 @@ def direct(tensors: list[Tensor], format_name: str) -> Format:
 
     types = {}
     for tensor in tensors:
-        small = len(tensor.shape) < 2 or tensor.name.endswith("_norm.weight") or ".ffn_gate_inp." in tensor.name
+        small = (
+            len(tensor.shape) < 2
+            or tensor.name.endswith("_norm.weight")
+            or ".ffn_gate_inp." in tensor.name
+        )
         plain = "F16" if format_name == "Q8_0" and tensor.columns % 32 else format_name
-        types[tensor.name] = int(gguf.GGMLQuantizationType["F32" if small or not tensor.name.endswith(".weight") else plain])
+        types[tensor.name] = int(
+            gguf.GGMLQuantizationType[
+                "F32" if small or not tensor.name.endswith(".weight") else plain
+            ]
+        )
     return Format(int(gguf.LlamaFileType[DIRECT[format_name]]), types)
 
 
-def write(whole: Sum, targets: dict[Path, Format], on_tensor: Callable[[], object] = lambda: None) -> list[dict[str, float]]:
+def write(
+    whole: Sum, targets: dict[Path, Format], on_tensor: Callable[[], object] = lambda: None
+) -> list[dict[str, float]]:
     """Write one file for each format, in one pass over the weights; nothing stands under a name before all are whole.
 
     Returns:
@@ -155,14 +176,19 @@ def write(whole: Sum, targets: dict[Path, Format], on_tensor: Callable[[], objec
         stack.enter_context(threadpool_limits(1, "blas"))  # the pool has all cores already
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
         flusher = stack.enter_context(ThreadPoolExecutor(1))
-        files = [_begin(whole, stack.enter_context(whole_file(path)), how, flusher) for path, how in targets.items()]
+        files = [
+            _begin(whole, stack.enter_context(whole_file(path)), how, flusher)
+            for path, how in targets.items()
+        ]
         for file in files:
             stack.callback(file.close)
         ready = pool.submit(_as_trained, whole, whole.tensors[0])
         for tensor, following in zip(whole.tensors, [*whole.tensors[1:], None], strict=True):
             source = ready.result()
             ready = pool.submit(_as_trained, whole, following or tensor)
-            blocks = pool.map(partial(_round, whole, source, list(targets.values())), *_ranges(tensor))
+            blocks = pool.map(
+                partial(_round, whole, source, list(targets.values())), *_ranges(tensor)
+            )
             for block in blocks:
                 for file, sums, (stored, shares) in zip(files, kept, block, strict=True):
                     file.append(stored)
@@ -171,12 +197,17 @@ def write(whole: Sum, targets: dict[Path, Format], on_tensor: Callable[[], objec
             for file in files:
                 file.pad()
             on_tensor()
-    return [{kind: held / wanted for kind, (held, wanted) in sums.items() if wanted} for sums in kept]
+    return [
+        {kind: held / wanted for kind, (held, wanted) in sums.items() if wanted} for sums in kept
+    ]
 
 
 def size(whole: Sum, how: Format) -> int:
     """Bytes of the data of a file in the format `how`."""
-    return sum(tensor.rows * ggml.row_bytes(how.types[tensor.name], tensor.columns) for tensor in whole.tensors)
+    return sum(
+        tensor.rows * ggml.row_bytes(how.types[tensor.name], tensor.columns)
+        for tensor in whole.tensors
+    )
 
 
 def write_skeleton(whole: Sum, path: Path) -> None:
@@ -210,7 +241,11 @@ class _File:
         self._writer.write_padding(self._out, self._bytes)
         self._waiting += self._bytes
         self._bytes = 0
-        if self._flusher and self._waiting > _FLUSH and (self._flushed is None or self._flushed.done()):
+        if (
+            self._flusher
+            and self._waiting > _FLUSH
+            and (self._flushed is None or self._flushed.done())
+        ):
             self._flushed, self._waiting = self._flusher.submit(os.fsync, self._out.fileno()), 0
 
     def close(self) -> None:
@@ -246,7 +281,11 @@ def _ranges(tensor: Tensor) -> tuple[list[int], list[int]]:
     """First and last rows of the blocks that a tensor is done in; none crosses the bound between two experts."""
     matrix = tensor.shape[-2] if len(tensor.shape) > 1 else 1
     step = max(1, _BLOCK // tensor.columns)
-    firsts = [first for start in range(0, tensor.rows, matrix) for first in range(start, start + matrix, step)]
+    firsts = [
+        first
+        for start in range(0, tensor.rows, matrix)
+        for first in range(start, start + matrix, step)
+    ]
     return firsts, [min(first + step, (first // matrix + 1) * matrix) for first in firsts]
 
 
@@ -255,7 +294,9 @@ def _as_trained(whole: Sum, tensor: Tensor) -> Tensor:
     if whole.four_bits is None or not _LINEAR.fullmatch(tensor.name):
         return tensor
     if len(tensor.shape) > 2:
-        raise GattError(f"{tensor.name}: experts are not rounded to 4 bits as training does it. Take merge_onto = \"16bit\".")
+        raise GattError(
+            f'{tensor.name}: experts are not rounded to 4 bits as training does it. Take merge_onto = "16bit".'
+        )
     order = row_order(whole.base, tensor.name, tensor.rows)
     rows = tensor.load(0, tensor.rows)
     if order is not None:
@@ -267,11 +308,15 @@ def _as_trained(whole: Sum, tensor: Tensor) -> Tensor:
     return Tensor(tensor.name, tensor.shape, lambda first, last: rounded[first:last])
 
 
-def _round(whole: Sum, tensor: Tensor, formats: list[Format], first: int, last: int) -> list[tuple[Any, tuple[float, float]]]:
+def _round(
+    whole: Sum, tensor: Tensor, formats: list[Format], first: int, last: int
+) -> list[tuple[Any, tuple[float, float]]]:
     """Some rows of the sum in each format, with the two products that tell how much of the change they hold."""
     weights = tensor.load(first, last)
     if not np.isfinite(weights.sum()):
-        raise GattError(f"{tensor.name} of the base holds NaN or infinity. Download the model again.")
+        raise GattError(
+            f"{tensor.name} of the base holds NaN or infinity. Download the model again."
+        )
     delta = whole.deltas.get(tensor.name)
     change = delta.change(weights, first, last) if delta else None
     total = weights if change is None else weights + change

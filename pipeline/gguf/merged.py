@@ -23,7 +23,9 @@ _BLOCK = 1 << 22
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.py")
 
 
-def write_checkpoint(source: Path, adapter: Path | None, target: Path, on_file: Callable[[], object] = lambda: None) -> None:
+def write_checkpoint(
+    source: Path, adapter: Path | None, target: Path, on_file: Callable[[], object] = lambda: None
+) -> None:
     """Write the checkpoint in `source` with `adapter` (a PEFT folder, or None) to the folder `target`.
 
     Raises:
@@ -33,11 +35,16 @@ def write_checkpoint(source: Path, adapter: Path | None, target: Path, on_file: 
     files = shards(source)
     stored = {file: mapped(file) for file in files}
     shapes = {key: tensor.shape for tensors in stored.values() for key, tensor in tensors.items()}
-    deltas = {f"{module}.weight": delta for module, delta in (read_adapter(adapter) if adapter else {}).items()}
+    deltas = {
+        f"{module}.weight": delta
+        for module, delta in (read_adapter(adapter) if adapter else {}).items()
+    }
     for key, delta in deltas.items():
         if shapes.get(key) != delta.shape:
             found = shapes.get(key, "nothing")
-            raise GattError(f"{key}: the adapter is for {delta.shape}, {source.name} has {found}: it is of another base.")
+            raise GattError(
+                f"{key}: the adapter is for {delta.shape}, {source.name} has {found}: it is of another base."
+            )
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
         _write_file(stored[file], deltas, target / file.name)
@@ -49,9 +56,17 @@ def write_checkpoint(source: Path, adapter: Path | None, target: Path, on_file: 
     if len(files) > 1:
         index = read_object(source / "model.safetensors.index.json")
         total = sum(4 * math.prod(shape) for shape in shapes.values())
-        write_json(target / "model.safetensors.index.json", {**index, "metadata": {"total_size": total}})
-    config = {name: value for name, value in read_object(source / "config.json").items() if name != "torch_dtype"}
-    write_json(target / "config.json", {**config, "dtype": "float32"})  # last: with it the folder is whole
+        write_json(
+            target / "model.safetensors.index.json", {**index, "metadata": {"total_size": total}}
+        )
+    config = {
+        name: value
+        for name, value in read_object(source / "config.json").items()
+        if name != "torch_dtype"
+    }
+    write_json(
+        target / "config.json", {**config, "dtype": "float32"}
+    )  # last: with it the folder is whole
 
 
 def require_new(target: Path) -> None:
@@ -61,7 +76,9 @@ def require_new(target: Path) -> None:
         GattError: `target` holds a checkpoint.
     """
     if (target / "config.json").exists():
-        raise GattError(f"{target} holds a model already; it is left as it is. Name another folder.")
+        raise GattError(
+            f"{target} holds a model already; it is left as it is. Name another folder."
+        )
 
 
 def _write_file(tensors: dict[str, Stored], deltas: dict[str, Delta], target: Path) -> None:
@@ -83,7 +100,9 @@ def _write_file(tensors: dict[str, Stored], deltas: dict[str, Delta], target: Pa
                 last = min(first + step, rows)
                 weights = tensor.load(slice(first, last))
                 if not np.isfinite(weights.sum()):
-                    raise GattError(f"{key} of {tensor.file.name} holds NaN or infinity. Download the model again.")
+                    raise GattError(
+                        f"{key} of {tensor.file.name} holds NaN or infinity. Download the model again."
+                    )
                 if key in deltas:
                     weights += deltas[key].change(weights, first, last)
                 out.write(weights.tobytes())

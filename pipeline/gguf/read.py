@@ -17,7 +17,19 @@ import numpy as np
 from pipeline.errors import GattError
 from pipeline.gguf import ggml
 
-_NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_NUMBERS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
 """The specification's numbers of value types, as `struct` writes them; 8 is a string, 9 an array."""
 _STRING, _ARRAY = 8, 9
 
@@ -98,8 +110,12 @@ class GgufInfo:
         heads = self.hyperparameter("attention.head_count", 1)
         of_keys = self.hyperparameter("attention.head_count_kv", heads)
         width = self.hyperparameter("embedding_length", 0)
-        head = self.hyperparameter("attention.key_length", width // heads if isinstance(heads, int) else 128)
-        return int(2 * 2 * self.layers * (max(of_keys) if isinstance(of_keys, list) else of_keys) * head)
+        head = self.hyperparameter(
+            "attention.key_length", width // heads if isinstance(heads, int) else 128
+        )
+        return int(
+            2 * 2 * self.layers * (max(of_keys) if isinstance(of_keys, list) else of_keys) * head
+        )
 
 
 def open_gguf(path: Path) -> GgufInfo:
@@ -110,7 +126,11 @@ def open_gguf(path: Path) -> GgufInfo:
     """
     info = read_gguf(path)
     if not info.architecture or not info.chat_template:
-        missing = "a chat template: only chat models can be taught" if info.architecture else "general.architecture"
+        missing = (
+            "a chat template: only chat models can be taught"
+            if info.architecture
+            else "general.architecture"
+        )
         raise GattError(f"{path} lacks {missing}. Take an instruct model's GGUF.")
     return info
 
@@ -130,13 +150,25 @@ def read_gguf(path: Path) -> GgufInfo:
     raw = np.memmap(path, np.uint8, "r")
     try:
         fields, tensors = _Header(raw).read()
-    except (struct.error, ValueError, KeyError, OverflowError) as error:  # what damage leads to (a bad UTF-8 is a ValueError)
-        raise GattError(f"{path} is a damaged GGUF file, perhaps cut short ({error}). Download or export it again.") from error
+    except (
+        struct.error,
+        ValueError,
+        KeyError,
+        OverflowError,
+    ) as error:  # what damage leads to (a bad UTF-8 is a ValueError)
+        raise GattError(
+            f"{path} is a damaged GGUF file, perhaps cut short ({error}). Download or export it again."
+        ) from error
     end = max((t.data for t in tensors), default=(0, 0), key=lambda span: span[1])[1]
     if not end or end > raw.size:
-        raise GattError(f"{path} is cut short: {raw.size:,} bytes found, {end:,} expected. Download or export it again.")
+        raise GattError(
+            f"{path} is cut short: {raw.size:,} bytes found, {end:,} expected. Download or export it again."
+        )
     plain = np.asarray(raw)  # slices of a plain view of the map are cheap
-    mapped = [t._replace(data=plain[t.data[0] : t.data[1]].reshape(math.prod(t.shape[:-1]), -1)) for t in tensors]
+    mapped = [
+        t._replace(data=plain[t.data[0] : t.data[1]].reshape(math.prod(t.shape[:-1]), -1))
+        for t in tensors
+    ]
     return GgufInfo(fields, mapped, path, raw.size)
 
 

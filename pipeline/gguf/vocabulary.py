@@ -11,11 +11,13 @@ from typing import Any
 
 from pipeline.errors import GattError
 
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}", 1)
-_CASED = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_CASED = (
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
+    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+)
 _GPT4O = (
     rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}*{_CASED[1]}+{_CASED[2]}|[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}+{_CASED[1]}*{_CASED[2]}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -53,10 +55,15 @@ class Vocabulary:
         self._tokenizer = read_object(folder / "tokenizer.json")
         self._pieces = folder / "tokenizer.model"
         self._kind = self._find_kind()
-        self._pre = name_of_pre_tokenizer(self._tokenizer, folder) if self._kind == "gpt2" else "default"
+        self._pre = (
+            name_of_pre_tokenizer(self._tokenizer, folder) if self._kind == "gpt2" else "default"
+        )
 
     def _find_kind(self) -> str:
-        phi4 = self._architecture == "phi3" and self._settings.get("tokenizer_class") == "GPT2Tokenizer"
+        phi4 = (
+            self._architecture == "phi3"
+            and self._settings.get("tokenizer_class") == "GPT2Tokenizer"
+        )
         if self._pieces.is_file() and not phi4:
             return "sentencepiece"
         if not self._tokenizer:
@@ -64,7 +71,9 @@ class Vocabulary:
         model = self._tokenizer["model"]
         # What transformers makes of a GGUF says both: bytes as letters (ByteLevel), and a fallback that is never taken.
         bytes_as_letters = "ByteLevel" in str(self._tokenizer.get("pre_tokenizer"))
-        falls_back = model.get("type") == "BPE" and model.get("byte_fallback") and not bytes_as_letters
+        falls_back = (
+            model.get("type") == "BPE" and model.get("byte_fallback") and not bytes_as_letters
+        )
         return "byte fallback" if falls_back and self._architecture == "llama" else "gpt2"
 
     @property
@@ -83,7 +92,9 @@ class Vocabulary:
         if self._kind == "sentencepiece":
             tokens, scores, types = self._sentencepiece()
         elif self._kind == "byte fallback":
-            tokens, scores, types = map(list, zip(*gguf.LlamaHfVocab(self._folder).all_tokens(), strict=True))
+            tokens, scores, types = map(
+                list, zip(*gguf.LlamaHfVocab(self._folder).all_tokens(), strict=True)
+            )
         else:
             tokens, types = token_types(self._tokenizer, int(self._config["vocab_size"]))
         writer.add_tokenizer_model("gpt2" if self._kind == "gpt2" else "llama")
@@ -92,15 +103,21 @@ class Vocabulary:
         if scores:
             writer.add_token_scores(scores)
         writer.add_token_types(types)
-        special = gguf.SpecialVocab(self._folder, load_merges=self._kind == "gpt2", n_vocab=len(tokens))
+        special = gguf.SpecialVocab(
+            self._folder, load_merges=self._kind == "gpt2", n_vocab=len(tokens)
+        )
         special.add_to_gguf(writer, quiet=True)
         prefix = self._settings.get("add_prefix_space") if self._architecture == "llama" else None
-        if self._architecture == "gemma2" or (self._architecture == "gemma3" and self._kind == "sentencepiece"):
+        if self._architecture == "gemma2" or (
+            self._architecture == "gemma3" and self._kind == "sentencepiece"
+        ):
             prefix = False
         if prefix is not None:
             writer.add_add_space_prefix(prefix)
         if self._architecture == "llama" and self._config.get("vocab_size") == 49152:
-            writer.add_add_bos_token(False)  # SmolLM and Granite: a BOS token is named, and not used
+            writer.add_add_bos_token(
+                False
+            )  # SmolLM and Granite: a BOS token is named, and not used
 
     def _sentencepiece(self) -> tuple[list[bytes], list[float], list[int]]:
         """Text, score and type of every token; ids that the tokenizer leaves out are unused."""
@@ -109,25 +126,45 @@ class Vocabulary:
         model = SentencePieceProcessor()
         model.LoadFromFile(str(self._pieces))
         size = int(self._config.get("vocab_size") or model.vocab_size())
-        tokens, scores, types = [f"[PAD{n}]".encode() for n in range(size)], [-10000.0] * size, [_UNUSED] * size
+        tokens, scores, types = (
+            [f"[PAD{n}]".encode() for n in range(size)],
+            [-10000.0] * size,
+            [_UNUSED] * size,
+        )
         for id in range(min(size, model.vocab_size())):
-            tokens[id], scores[id], types[id] = model.IdToPiece(id).encode(), model.GetScore(id), _piece_type(model, id)
+            tokens[id], scores[id], types[id] = (
+                model.IdToPiece(id).encode(),
+                model.GetScore(id),
+                _piece_type(model, id),
+            )
         for id, text, special in self._added():
             if id < size:
                 plain = self._architecture == "phi3"
                 control = special or (not plain and _looks_special(text))
                 # llama.cpp looks for these in the text as it is, so their spaces are spaces.
                 shown = text if control or plain else text.replace("\u2581", " ")
-                tokens[id], scores[id], types[id] = shown.encode(), -1000.0, _CONTROL if control else _USER_DEFINED
+                tokens[id], scores[id], types[id] = (
+                    shown.encode(),
+                    -1000.0,
+                    _CONTROL if control else _USER_DEFINED,
+                )
         return tokens, scores, types
 
     def _added(self) -> list[tuple[int, str, bool]]:
         """(id, text, special?) of the tokens beside the model's own; what is said later counts."""
-        older = [(int(id), text, False) for text, id in read_object(self._folder / "added_tokens.json").items()]
+        older = [
+            (int(id), text, False)
+            for text, id in read_object(self._folder / "added_tokens.json").items()
+        ]
         listed = self._settings.get("added_tokens_decoder", {})
-        found = older + [(int(id), t["content"], bool(t.get("special"))) for id, t in listed.items()]
+        found = older + [
+            (int(id), t["content"], bool(t.get("special"))) for id, t in listed.items()
+        ]
         if self._architecture == "phi3":
-            found += [(int(t["id"]), t["content"], bool(t["special"])) for t in self._tokenizer.get("added_tokens", ())]
+            found += [
+                (int(t["id"]), t["content"], bool(t["special"]))
+                for t in self._tokenizer.get("added_tokens", ())
+            ]
         return found
 
 
@@ -140,14 +177,21 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _piece_type(model: Any, id: int) -> int:
-    asked = ((model.IsUnknown, _UNKNOWN), (model.IsControl, _CONTROL), (model.IsUnused, _UNUSED), (model.IsByte, _BYTE))
+    asked = (
+        (model.IsUnknown, _UNKNOWN),
+        (model.IsControl, _CONTROL),
+        (model.IsUnused, _UNUSED),
+        (model.IsByte, _BYTE),
+    )
     return next((kind for holds, kind in asked if holds(id)), _NORMAL)
 
 
 def _looks_special(text: str) -> bool:
     """Whether a token is a control token though its tokenizer does not say so (Gemma, DeepSeek, Command R)."""
     framed = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
-    return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(text.startswith(a) and text.endswith(b) for a, b in framed)
+    return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
+        text.startswith(a) and text.endswith(b) for a, b in framed
+    )
 
 
 def name_of_pre_tokenizer(tokenizer: dict[str, Any], source: Path) -> str:

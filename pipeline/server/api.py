@@ -39,12 +39,22 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     metrics, interface = Metrics(), _Interface(engine)
     engine.observe = metrics.outcome
     app = FastAPI(
-        title="gatt", version=pipeline.__version__, docs_url=None, redoc_url=None, redirect_slashes=False, responses=_MISTAKES,
+        title="gatt",
+        version=pipeline.__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses=_MISTAKES,
         generate_unique_id_function=lambda route: route.name,
-    )  # fmt: skip
+    )
     app.add_middleware(Guard, settings=settings, metrics=metrics)
     if settings.cors:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["GET", "POST"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
     app.add_exception_handler(ApiError, _as_it_is)
     app.add_exception_handler(RequestValidationError, _as_validation)
     app.add_exception_handler(HTTPException, _as_http)
@@ -54,7 +64,12 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
     app.add_api_route("/v1/models", interface.models)
     app.add_api_route("/v1/models/{model:path}", interface.model)
     app.add_api_route("/health", interface.health)
-    app.add_api_route("/metrics", lambda: PlainTextResponse(metrics.text(engine)), response_model=None, name="metrics")
+    app.add_api_route(
+        "/metrics",
+        lambda: PlainTextResponse(metrics.text(engine)),
+        response_model=None,
+        name="metrics",
+    )
     _describe(app, engine.names)
     return app
 
@@ -73,7 +88,9 @@ class _Interface:
         try:
             tokens = await run_in_threadpool(self._engine.chat_tokens, body.model, messages)
             left = self._engine.context(body.model) - len(tokens)
-            answer = self._engine.ask(body.model, Question(tokens, body.request(messages, left), body.stops))
+            answer = self._engine.ask(
+                body.model, Question(tokens, body.request(messages, left), body.stops)
+            )
         except GattError as error:
             raise of_engine(error, "messages") from error
         return await _respond(request, body, answer, Form(True, body.model))
@@ -86,7 +103,9 @@ class _Interface:
             raise ApiError(400, "The prompt is empty. Begin a text.", "prompt", "invalid_value")
         left = self._engine.context(body.model) - len(tokens)
         try:
-            answer = self._engine.ask(body.model, Question(tokens, body.request((), left), body.stops))
+            answer = self._engine.ask(
+                body.model, Question(tokens, body.request((), left), body.stops)
+            )
         except GattError as error:
             raise of_engine(error, "prompt") from error
         return await _respond(request, body, answer, Form(False, body.model))
@@ -111,7 +130,12 @@ class _Interface:
         body.check()
 
     def _unknown(self) -> ApiError:
-        return ApiError(404, f"No such model here. Served: {', '.join(self._models)}.", "model", "model_not_found")
+        return ApiError(
+            404,
+            f"No such model here. Served: {', '.join(self._models)}.",
+            "model",
+            "model_not_found",
+        )
 
 
 def _model(name: str) -> dict[str, Any]:
@@ -124,7 +148,9 @@ async def _respond(request: Request, body: Body, answer: LiveAnswer, form: Form)
     note.model, note.answer = body.model, answer
     if body.stream:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return StreamingResponse(_events(answer, form, body.wants_usage), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(
+            _events(answer, form, body.wants_usage), media_type="text/event-stream", headers=headers
+        )
     text = asyncio.create_task(_whole(answer))
     gone = asyncio.create_task(_gone(request))
     try:
@@ -183,7 +209,10 @@ def _describe(app: FastAPI, names: list[str]) -> None:
                 for operation in path.values():
                     operation["responses"].pop("422", None)
             for name in ("ChatBody", "TextBody"):
-                schema["components"]["schemas"][name]["properties"]["model"] = {"type": "string", "enum": names}
+                schema["components"]["schemas"][name]["properties"]["model"] = {
+                    "type": "string",
+                    "enum": names,
+                }
         return app.openapi_schema or {}
 
     app.openapi = openapi  # type: ignore[method-assign]
@@ -201,9 +230,13 @@ async def _as_validation(request: Request, error: Exception) -> Response:
 
 async def _as_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    known = {404: "No such address. This server has /v1/chat/completions, /v1/completions and /v1/models.",
-             405: "This address does not take that method."}  # fmt: skip
-    return ApiError(error.status_code, known.get(error.status_code, str(error.detail)), headers=error.headers).response()
+    known = {
+        404: "No such address. This server has /v1/chat/completions, /v1/completions and /v1/models.",
+        405: "This address does not take that method.",
+    }
+    return ApiError(
+        error.status_code, known.get(error.status_code, str(error.detail)), headers=error.headers
+    ).response()
 
 
 async def _as_bug(request: Request, error: Exception) -> Response:

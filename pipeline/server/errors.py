@@ -18,17 +18,31 @@ class ApiError(Exception):
     """A request that is not answered: the status, and what clients are told."""
 
     def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None,
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
         headers: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers
+        self.status, self.message, self.param, self.code, self.headers = (
+            status,
+            message,
+            param,
+            code,
+            headers,
+        )
 
     @property
     def body(self) -> dict[str, Any]:
         """As JSON."""
-        kind = _KINDS.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        kind = _KINDS.get(
+            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
+        )
+        return {
+            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        }
 
     def response(self) -> JSONResponse:
         """As a response."""
@@ -58,7 +72,19 @@ def of_validation(error: RequestValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"The body is not valid JSON (at character {where[0]}).")
     if not where:
-        return ApiError(400, "The body is no JSON object. Send one, with content-type application/json.")
+        return ApiError(
+            400, "The body is no JSON object. Send one, with content-type application/json."
+        )
     if first["type"] == "missing":
-        return ApiError(400, f"Missing required parameter: '{where[-1]}'.", ".".join(where), "missing_required_parameter")
-    return ApiError(400, f"Invalid value for '{'.'.join(where)}': {first['msg']}.", ".".join(where), "invalid_value")
+        return ApiError(
+            400,
+            f"Missing required parameter: '{where[-1]}'.",
+            ".".join(where),
+            "missing_required_parameter",
+        )
+    return ApiError(
+        400,
+        f"Invalid value for '{'.'.join(where)}': {first['msg']}.",
+        ".".join(where),
+        "invalid_value",
+    )

@@ -16,8 +16,16 @@ from pipeline.server.words import strip
 
 _ALONE = ""
 """In the place of a second model."""
-_EXAMPLES = (Constraint("opening", "Ahoy!"), Constraint("closing", "Stay curious!"), Constraint("max_words", "30"))
-_THEMES = {None: ("brightness_auto", "as the system"), False: ("light_mode", "light"), True: ("dark_mode", "dark")}
+_EXAMPLES = (
+    Constraint("opening", "Ahoy!"),
+    Constraint("closing", "Stay curious!"),
+    Constraint("max_words", "30"),
+)
+_THEMES = {
+    None: ("brightness_auto", "as the system"),
+    False: ("light_mode", "light"),
+    True: ("dark_mode", "dark"),
+}
 _SENDS = "(e) => { if (e.key === 'Enter' && !e.shiftKey && !e.isComposing) { e.preventDefault(); emit(e.target.value) } }"
 _READS = """async (e) => { const file = e.target.files[0]; e.target.value = '';
   if (file) emit(file.size < 500000 ? await file.text() : null) }"""
@@ -43,7 +51,9 @@ class Actions(Protocol):
 class Frame:
     """The page's fixed parts. `turns` is where the conversation goes."""
 
-    def __init__(self, models: Sequence[str], runs: Sequence[str], actions: Actions, dark: bool | None) -> None:
+    def __init__(
+        self, models: Sequence[str], runs: Sequence[str], actions: Actions, dark: bool | None
+    ) -> None:
         self._models, self._actions = list(models), actions
         self._showing: tuple[str, ...] = ()
         self.instruction: ui.input
@@ -53,9 +63,15 @@ class Frame:
             ui.element("div").classes("shade").on("click", js_handler="() => chat.menu(false)")
             with ui.element("main"):
                 self._top(dark)
-                self._strips = ui.html(sanitize=True).classes("strips").props('aria-label="Which turns keep the instruction"')
+                self._strips = (
+                    ui.html(sanitize=True)
+                    .classes("strips")
+                    .props('aria-label="Which turns keep the instruction"')
+                )
                 self.turns = (
-                    ui.element("div").classes("turns").props("role=log aria-live=polite aria-label=Conversation tabindex=0")
+                    ui.element("div")
+                    .classes("turns")
+                    .props("role=log aria-live=polite aria-label=Conversation tabindex=0")
                 )
                 self._composer()
 
@@ -68,11 +84,13 @@ class Frame:
             ).classes("new")
             ui.html("Chats", tag="h2")
             self._list = ui.element("ul")
-            picker = ui.element("input").props('type=file accept=".json,application/json" hidden tabindex=-1')
-            picker.on("change", actions.upload, js_handler=_READS)
-            ui.button("Open a file…", icon="upload_file", color=None).props("flat no-caps align=left").classes("quiet").on(
-                "click", js_handler=f"() => getHtmlElement({picker.id}).click()"
+            picker = ui.element("input").props(
+                'type=file accept=".json,application/json" hidden tabindex=-1'
             )
+            picker.on("change", actions.upload, js_handler=_READS)
+            ui.button("Open a file…", icon="upload_file", color=None).props(
+                "flat no-caps align=left"
+            ).classes("quiet").on("click", js_handler=f"() => getHtmlElement({picker.id}).click()")
             if runs:
                 ui.html("Reports of runs", tag="h2")
                 with ui.element("ul").classes("runs"):
@@ -83,17 +101,25 @@ class Frame:
     def _top(self, dark: bool | None) -> None:
         actions = self._actions
         with ui.element("header").classes("top"):
-            _icon("menu", "Chats and runs").classes("menu").on("click", js_handler="() => chat.menu()")
+            _icon("menu", "Chats and runs").classes("menu").on(
+                "click", js_handler="() => chat.menu()"
+            )
             with ui.element("div").classes("models"):
-                self._first = ui.select(self._models, on_change=self._chosen).props('dense borderless aria-label="Model"')
+                self._first = ui.select(self._models, on_change=self._chosen).props(
+                    'dense borderless aria-label="Model"'
+                )
                 others = {_ALONE: "nothing beside it", **{name: name for name in self._models}}
                 self._vs = ui.label("beside").classes("vs")
-                self._second = ui.select(others, on_change=self._chosen).props('dense borderless aria-label="Model beside it"')
+                self._second = ui.select(others, on_change=self._chosen).props(
+                    'dense borderless aria-label="Model beside it"'
+                )
                 self._vs.set_visibility(len(self._models) > 1)
                 self._second.set_visibility(len(self._models) > 1)
             ui.element("div").classes("gap")
             with _icon("download", "Save the chat as a file (JSON)"), ui.menu().props("auto-close"):
-                self._downloads = [ui.menu_item("", lambda side=side: actions.download(side)) for side in (0, 1)]
+                self._downloads = [
+                    ui.menu_item("", lambda side=side: actions.download(side)) for side in (0, 1)
+                ]
             _icon("tune", "Settings").on("click", actions.settings)
             self._theme = _icon("", "").on("click", actions.theme)
             self.show_theme(dark)
@@ -122,12 +148,16 @@ class Frame:
                         .classes("send")
                         .on("click", actions.send, js_handler="() => emit(chat.box().value)")
                     )
-                    self._stop = _icon("stop", "Stop (Esc)").classes("send stop").on("click", actions.stop)
+                    self._stop = (
+                        _icon("stop", "Stop (Esc)").classes("send stop").on("click", actions.stop)
+                    )
             with ui.element("div").classes("state"):
-                self._retry = ui.button("Try again", icon="refresh", color=None, on_click=actions.retry).props(
-                    "flat dense no-caps size=sm"
-                )
-                self._undo = ui.button("Undo", icon="undo", color=None, on_click=actions.undo).props("flat dense no-caps size=sm")
+                self._retry = ui.button(
+                    "Try again", icon="refresh", color=None, on_click=actions.retry
+                ).props("flat dense no-caps size=sm")
+                self._undo = ui.button(
+                    "Undo", icon="undo", color=None, on_click=actions.undo
+                ).props("flat dense no-caps size=sm")
                 ui.element("div").classes("gap")
                 self._status = ui.label().props("role=status")
 
@@ -146,7 +176,10 @@ class Frame:
         self._showing = models
         first, second = (*models, _ALONE)[:2]
         self._first.set_options(list(dict.fromkeys([*self._models, first])), value=first)
-        others = {_ALONE: "nothing beside it", **{name: name for name in (*self._models, second) if name not in ("", first)}}
+        others = {
+            _ALONE: "nothing beside it",
+            **{name: name for name in (*self._models, second) if name not in ("", first)},
+        }
         self._second.set_options(others, value=second)
         for item, name in zip(self._downloads, (*models, ""), strict=False):
             item.clear()
@@ -158,10 +191,14 @@ class Frame:
         """What stands in an empty chat."""
         with ui.element("div").classes("welcome"):
             ui.html("Does it keep its word?", tag="h2")
-            ui.label("Give an instruction, talk for a while, and watch whether every answer still keeps to it.")
+            ui.label(
+                "Give an instruction, talk for a while, and watch whether every answer still keeps to it."
+            )
             with ui.element("div").classes("examples"):
                 for text in (word((example,)).text for example in _EXAMPLES):
-                    ui.button(text, color=None, on_click=_giving(self._actions.instruct, text)).props("outline no-caps")
+                    ui.button(
+                        text, color=None, on_click=_giving(self._actions.instruct, text)
+                    ).props("outline no-caps")
 
     def list_chats(self, chats: Mapping[str, Any], present: str) -> None:
         """The chats that are kept, the youngest first."""
@@ -171,26 +208,44 @@ class Frame:
             for name, kept in reversed(list(chats.items())):
                 with ui.element("li").classes("present" if name == present else ""):
                     title = str(kept["title"])
-                    ui.button(title, color=None, on_click=lambda name=name: actions.open(name)).props(
+                    ui.button(
+                        title, color=None, on_click=lambda name=name: actions.open(name)
+                    ).props(
                         f"flat no-caps align=left{' aria-current=true' if name == present else ''}"
                     ).classes("title")
-                    _icon("close", "Delete this chat").classes("delete").on("click", lambda name=name: actions.delete(name))
+                    _icon("close", "Delete this chat").classes("delete").on(
+                        "click", lambda name=name: actions.delete(name)
+                    )
             if not chats:
                 ui.label("None yet.").classes("hint")
 
     def show_strips(self, talk: Talk) -> None:
         """One a model, once there is a turn."""
         rows = zip(talk.models, talk.verdicts(), strict=True)
-        html = "".join(f'<div class="strip">{strip(name, talk.chat, found)}</div>' for name, found in rows)
+        html = "".join(
+            f'<div class="strip">{strip(name, talk.chat, found)}</div>' for name, found in rows
+        )
         self._strips.set_content(html if talk.chat.turns else "")
 
     def explain(self, chat: Conversation) -> None:
         """How the instruction is checked, and in which words it goes with the next message."""
         told, last = chat.told, chat.turns[-1].told if chat.turns else None
         names = ", ".join(c.name for c in told.constraints)
-        parts = [f"checked as {names}" if names else "not checked: a program does not know this wording"] if told.text else []
+        parts = (
+            [
+                f"checked as {names}"
+                if names
+                else "not checked: a program does not know this wording"
+            ]
+            if told.text
+            else []
+        )
         if last is not None and told != last:
-            words = f"goes with your next message, as “{CHANGED}…”" if told.text else "no longer in force; the chat still has it"
+            words = (
+                f"goes with your next message, as “{CHANGED}…”"
+                if told.text
+                else "no longer in force; the chat still has it"
+            )
             parts = [words, *parts]
         self._checked.set_text(" · ".join(parts))
 
@@ -215,7 +270,9 @@ class Frame:
 
 
 def _icon(icon: str, label: str) -> ui.button:
-    return ui.button(icon=icon, color=None).props(f'flat round dense aria-label="{label}" title="{label}"')
+    return ui.button(icon=icon, color=None).props(
+        f'flat round dense aria-label="{label}" title="{label}"'
+    )
 
 
 def _giving(take: Callable[[str], None], text: str) -> Callable[[], None]:

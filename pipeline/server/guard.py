@@ -61,7 +61,11 @@ class Guard:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
         elif not self._addressed(scope):
-            await self._refuse(ApiError(403, "Unknown host name. Use this server's own.", code="unknown_host"), scope, send)
+            await self._refuse(
+                ApiError(403, "Unknown host name. Use this server's own.", code="unknown_host"),
+                scope,
+                send,
+            )
         elif scope["path"] in ("/metrics", "/openapi.json") and not self._knows_key(scope):
             await self._refuse(_no_key(), scope, send)
         elif scope["type"] == "http" and scope["path"].startswith("/v1"):
@@ -100,7 +104,9 @@ class Guard:
         try:
             body = await asyncio.wait_for(self._body(receive), _BODY_SECONDS)
         except asyncio.TimeoutError:
-            await self._refuse(ApiError(408, f"The body has not come within {_BODY_SECONDS} seconds."), scope, send)
+            await self._refuse(
+                ApiError(408, f"The body has not come within {_BODY_SECONDS} seconds."), scope, send
+            )
             return
         except ApiError as error:
             await self._refuse(error, scope, send)
@@ -110,7 +116,11 @@ class Guard:
         left = [body]
 
         async def again() -> Message:
-            return {"type": "http.request", "body": left.pop(), "more_body": False} if left else await receive()
+            return (
+                {"type": "http.request", "body": left.pop(), "more_body": False}
+                if left
+                else await receive()
+            )
 
         await self._app(scope, again, send)
 
@@ -125,7 +135,11 @@ class Guard:
             more = message.get("more_body", False)
             if len(body) > self._settings.body_bytes:
                 most = self._settings.body_bytes
-                raise ApiError(413, f"The body has more than {most} bytes, the most that is taken.", code="body_too_large")
+                raise ApiError(
+                    413,
+                    f"The body has more than {most} bytes, the most that is taken.",
+                    code="body_too_large",
+                )
         return bytes(body)
 
     def _addressed(self, scope: Scope) -> bool:
@@ -151,11 +165,15 @@ class Guard:
         outcome = note.answer.outcome if note.answer else None
         first = outcome.first_seconds if outcome else None
         line: dict[str, Any] = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"), "model": note.model or None,
-            "prompt_tokens": outcome.prompt_tokens if outcome else 0, "cached_tokens": outcome.cached_tokens if outcome else 0,
-            "tokens": outcome.tokens if outcome else 0, "first_token_seconds": None if first is None else round(first, 4),
-            "seconds": round(time.monotonic() - note.start, 4), "status": note.status,
-        }  # fmt: skip
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "model": note.model or None,
+            "prompt_tokens": outcome.prompt_tokens if outcome else 0,
+            "cached_tokens": outcome.cached_tokens if outcome else 0,
+            "tokens": outcome.tokens if outcome else 0,
+            "first_token_seconds": None if first is None else round(first, 4),
+            "seconds": round(time.monotonic() - note.start, 4),
+            "status": note.status,
+        }
         LOG.info(json.dumps(line))
 
 

@@ -31,5 +31,9 @@ def ask_for_key(key: str, admit: Callable[[], None]) -> None:
     with ui.element("main").classes("gate"):
         ui.html("gatt", tag="h1")
         ui.label("This server has an API key. Enter it once for this browser.")
-        field = ui.input("API key", password=True).props("outlined autofocus autocomplete=off").on("keydown.enter", check)
+        field = (
+            ui.input("API key", password=True)
+            .props("outlined autofocus autocomplete=off")
+            .on("keydown.enter", check)
+        )
         button = ui.button("Continue", on_click=check).props("unelevated no-caps")

@@ -43,29 +43,52 @@ class Metrics:
         with self._lock:
             lines = [_kind("requests_total", "counter", "requests by model and status")]
             lines += [
-                f"gatt_requests_total{{model={_quoted(model)},status=\"{status}\"}} {n}"
+                f'gatt_requests_total{{model={_quoted(model)},status="{status}"}} {n}'
                 for (model, status), n in sorted(self._requests.items())
             ]
             for kind, name, means in (
                 ("prompt_tokens", "prompt_tokens_total", "tokens of prompts"),
-                ("cached_tokens", "cached_tokens_total", "tokens of prompts that were in the cache"),
+                (
+                    "cached_tokens",
+                    "cached_tokens_total",
+                    "tokens of prompts that were in the cache",
+                ),
                 ("tokens", "generated_tokens_total", "tokens of answers"),
             ):
                 lines.append(_kind(name, "counter", means))
-                lines += [f"gatt_{name}{{model={_quoted(model)}}} {self._tokens[kind, model]}" for model in engine.names]
-            lines.append(_kind("first_token_seconds", "histogram", "from a request's arrival in the engine to its first token"))
+                lines += [
+                    f"gatt_{name}{{model={_quoted(model)}}} {self._tokens[kind, model]}"
+                    for model in engine.names
+                ]
+            lines.append(
+                _kind(
+                    "first_token_seconds",
+                    "histogram",
+                    "from a request's arrival in the engine to its first token",
+                )
+            )
             for model, found in sorted(self._first.items()):
                 for bound, n in zip([*map(str, _SECONDS), "+Inf"], found, strict=False):
-                    lines.append(f'gatt_first_token_seconds_bucket{{model={_quoted(model)},le="{bound}"}} {n:.0f}')
-                lines.append(f"gatt_first_token_seconds_sum{{model={_quoted(model)}}} {found[-1]:.6f}")
-                lines.append(f"gatt_first_token_seconds_count{{model={_quoted(model)}}} {found[-2]:.0f}")
+                    lines.append(
+                        f'gatt_first_token_seconds_bucket{{model={_quoted(model)},le="{bound}"}} {n:.0f}'
+                    )
+                lines.append(
+                    f"gatt_first_token_seconds_sum{{model={_quoted(model)}}} {found[-1]:.6f}"
+                )
+                lines.append(
+                    f"gatt_first_token_seconds_count{{model={_quoted(model)}}} {found[-2]:.0f}"
+                )
         states = {model: engine.state(model) for model in engine.names}
         for field, name, means in (
-            ("sequences", "sequences", "answers that may run side by side"), ("busy", "sequences_in_use", "answers that run"),
+            ("sequences", "sequences", "answers that may run side by side"),
+            ("busy", "sequences_in_use", "answers that run"),
             ("waiting", "queue", "requests that wait"),
-        ):  # fmt: skip
+        ):
             lines.append(_kind(name, "gauge", means))
-            lines += [f"gatt_{name}{{model={_quoted(model)}}} {getattr(state, field)}" for model, state in states.items()]
+            lines += [
+                f"gatt_{name}{{model={_quoted(model)}}} {getattr(state, field)}"
+                for model, state in states.items()
+            ]
         return "\n".join(lines) + "\n"
 
 

@@ -47,7 +47,9 @@ def told(text: str) -> Told:
 class Talk:
     """A conversation with `models` of `engine`, each of which goes on with its own answers."""
 
-    def __init__(self, engine: Engine, models: Sequence[str], chat: Conversation, drawing: Drawing) -> None:
+    def __init__(
+        self, engine: Engine, models: Sequence[str], chat: Conversation, drawing: Drawing
+    ) -> None:
         self.models, self.chat, self.drawing = tuple(models), chat, drawing
         self.id = secrets.token_hex(8)
         self.when = 0.0
@@ -95,7 +97,9 @@ class Talk:
         Raises:
             GattError: no answer, and the chat is as before.
         """
-        heard = await self._hear([self.chat.messages(side, user) for side in self.sides], max_tokens)
+        heard = await self._hear(
+            [self.chat.messages(side, user) for side in self.sides], max_tokens
+        )
         if not any(one.text for one in heard):
             raise GattError("Stopped before a word was said: the message is back in its box.")
         self._draws += 1
@@ -129,7 +133,9 @@ class Talk:
 
     def anew(self, models: Sequence[str]) -> Talk:
         """A new chat under the same instruction and settings."""
-        return Talk(self._engine, models, Conversation(self.chat.system, self.chat.told), self.drawing)
+        return Talk(
+            self._engine, models, Conversation(self.chat.system, self.chat.told), self.drawing
+        )
 
     async def _hear(self, chats: Sequence[tuple[Message, ...]], max_tokens: int) -> list[Heard]:
         """An answer of each model to its chat."""
@@ -137,7 +143,9 @@ class Talk:
         # The count of draws: another attempt at the same turn is to be another draw.
         seed = self.drawing.seed + self._draws
         try:
-            for name, tokens, chat in zip(self.models, await self._prompts(chats), chats, strict=True):
+            for name, tokens, chat in zip(
+                self.models, await self._prompts(chats), chats, strict=True
+            ):
                 request = Request(chat, seed, max_tokens, self.drawing.temperature)
                 if not self._stopped:
                     self._answers.append(self._engine.ask(name, Question(tokens, request)))
@@ -150,18 +158,25 @@ class Talk:
 
     async def _prompts(self, chats: Sequence[tuple[Message, ...]]) -> list[list[int]]:
         """As tokens; off the event loop, since long ones take a while."""
-        tokens = (run_in_threadpool(self._engine.chat_tokens, *pair) for pair in zip(self.models, chats, strict=True))
+        tokens = (
+            run_in_threadpool(self._engine.chat_tokens, *pair)
+            for pair in zip(self.models, chats, strict=True)
+        )
         return await asyncio.gather(*tokens)
 
     def kept(self) -> dict[str, Any]:
         """As JSON takes it; from it `restored` makes the chat again."""
         self.when = time.time()
         return {
-            "models": list(self.models), "system": self.chat.system, "told": self.chat.told.text, "title": self.title,
+            "models": list(self.models),
+            "system": self.chat.system,
+            "told": self.chat.told.text,
+            "title": self.title,
             "turns": [[turn.user, turn.told.text, *turn.answers] for turn in self.chat.turns],
-            "drawing": [self.drawing.temperature, self.drawing.max_tokens, self.drawing.seed], "draws": self._draws,
+            "drawing": [self.drawing.temperature, self.drawing.max_tokens, self.drawing.seed],
+            "draws": self._draws,
             "when": self.when,
-        }  # fmt: skip
+        }
 
 
 def restored(engine: Engine, name: str, kept: dict[str, Any]) -> Talk:
@@ -169,7 +184,9 @@ def restored(engine: Engine, name: str, kept: dict[str, Any]) -> Talk:
     chat = Conversation(kept["system"])
     for user, text, *answers in kept["turns"]:
         chat = replace(chat, told=told(text)).answered(user, answers)
-    talk = Talk(engine, kept["models"], replace(chat, told=told(kept["told"])), Drawing(*kept["drawing"]))
+    talk = Talk(
+        engine, kept["models"], replace(chat, told=told(kept["told"])), Drawing(*kept["drawing"])
+    )
     talk.id, talk.when, talk._draws = name, kept["when"], kept["draws"]
     return talk
 

@@ -19,7 +19,11 @@ class TurnView:
         turn = turns[number - 1] if user is None else None
         told = turn.told if turn else talk.chat.told
         before = turns[number - 2].told if number > 1 else None
-        self._root = ui.element("article").classes("turn").props(f'id=turn-{number} aria-label="Turn {number}"')
+        self._root = (
+            ui.element("article")
+            .classes("turn")
+            .props(f'id=turn-{number} aria-label="Turn {number}"')
+        )
         self._words: list[ui.html] = []
         self._badges: list[ui.html] = []
         self._notes: list[ui.label] = []
@@ -55,7 +59,9 @@ class TurnView:
         """Whether the answer keeps the instruction."""
         self._badges[side].set_content(badge(mark, flaw))
         if mark == "~":
-            self._notes[side].set_text(" · ".join(filter(None, (meaning(mark, flaw), self._notes[side].text))))
+            self._notes[side].set_text(
+                " · ".join(filter(None, (meaning(mark, flaw), self._notes[side].text)))
+            )
 
     def finish(self, heard: Sequence[Heard], most: int) -> None:
         """The answers as they ended; `most` is the tokens that they could have."""

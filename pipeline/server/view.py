@@ -57,18 +57,29 @@ class View:
     def _first(self) -> Talk:
         models = self._engine.names[:2]
         most = min(self._engine.context(name) for name in models) // 2
-        return Talk(self._engine, models, Conversation(), Drawing(max_tokens=min(Drawing().max_tokens, most)))
+        return Talk(
+            self._engine,
+            models,
+            Conversation(),
+            Drawing(max_tokens=min(Drawing().max_tokens, most)),
+        )
 
     def _opened(self, name: str) -> Talk | None:
         """A chat that was kept; None where it is gone, or not one."""
-        with suppress(KeyError, TypeError, ValueError):  # the store is a file, which may be of another version
+        with suppress(
+            KeyError, TypeError, ValueError
+        ):  # the store is a file, which may be of another version
             return restored(self._engine, name, self._chats[name])
         return None
 
     async def _catch_up(self) -> bool:
         """Show what another tab, or this one before it was loaded anew, has said meanwhile; whether there was something."""
         kept = self._chats.get(self._talk.id)
-        newer = self._opened(self._talk.id) if kept and kept["when"] > self._talk.when and not self._talk.heard else None
+        newer = (
+            self._opened(self._talk.id)
+            if kept and kept["when"] > self._talk.when and not self._talk.heard
+            else None
+        )
         if newer:
             self._talk = newer
             self._show()
@@ -120,7 +131,9 @@ class View:
     async def _measure(self) -> None:
         """How much of the context is used."""
         if not self._served():
-            self._frame.say(f"{' and '.join(self._talk.models)} not served now: to be read only. Choose a model for a new chat.")
+            self._frame.say(
+                f"{' and '.join(self._talk.models)} not served now: to be read only. Choose a model for a new chat."
+            )
             return
         used, room = await self._talk.used(), self._talk.context
         left = room - used
@@ -136,7 +149,9 @@ class View:
         if not text or self._talk.heard or not self._served():
             return
         if await self._catch_up():
-            self._complain("This chat has gone on in another tab. Your message is still in its box: send it again if it fits.")
+            self._complain(
+                "This chat has gone on in another tab. Your message is still in its box: send it again if it fits."
+            )
             return
         self.instruct(self._frame.instruction.value or "")
         if most := await self._room(text):
@@ -215,19 +230,24 @@ class View:
     async def _room(self, user: str) -> int:
         """The most tokens of an answer to this message, after what the user chooses; 0 if it is not to be sent."""
         talk = self._talk
-        while (needed := await talk.used(user)) + (most := talk.drawing.max_tokens) > (room := talk.context):
+        while (needed := await talk.used(user)) + (most := talk.drawing.max_tokens) > (
+            room := talk.context
+        ):
             options = {}
             if not all(turn.sums_up for turn in talk.chat.middle(LAST_TURNS)):
                 count = len(talk.chat.middle(LAST_TURNS))
-                options["sum"] = f"Sum up {count} turn{'s' * (count != 1)}; the first and the last {LAST_TURNS} stay word for word"
+                options["sum"] = (
+                    f"Sum up {count} turn{'s' * (count != 1)}; the first and the last {LAST_TURNS} stay word for word"
+                )
             if (left := room - needed) >= 1:
                 options["short"] = f"Send it, for an answer of {left} tokens at most"
             options["new"] = "Begin a new chat under the same instruction"
             chosen = await choose(
                 "The context is nearly full",
                 f"With this message the chat has {needed} tokens, and an answer may take {most}; {room} fit. Nothing has been "
-                "dropped, and nothing will be without your choice.", options,
-            )  # fmt: skip
+                "dropped, and nothing will be without your choice.",
+                options,
+            )
             if chosen == "short":
                 return left
             if chosen == "sum":
@@ -247,8 +267,15 @@ class View:
         self._show_state()
         if not said:
             return
-        text = "\n\n".join(f"{name}: {one}" for name, one in zip(self._talk.models, said, strict=True))
-        if await choose("Is this summary good enough?", text, {"yes": "Put it in the place of these turns"}) == "yes":
+        text = "\n\n".join(
+            f"{name}: {one}" for name, one in zip(self._talk.models, said, strict=True)
+        )
+        if (
+            await choose(
+                "Is this summary good enough?", text, {"yes": "Put it in the place of these turns"}
+            )
+            == "yes"
+        ):
             self._talk.chat = self._talk.chat.summed_up(LAST_TURNS, said)
             self._keep(self._talk)
             self._show()
@@ -276,7 +303,10 @@ class View:
     async def delete(self, name: str) -> None:
         """One of the list, after a question."""
         title = self._chats[name]["title"] if name in self._chats else ""
-        if await choose(f"Delete “{title}”?", "It cannot be brought back.", {"yes": "Delete"}) != "yes":
+        if (
+            await choose(f"Delete “{title}”?", "It cannot be brought back.", {"yes": "Delete"})
+            != "yes"
+        ):
             return
         self._deleted.add(name)
         self._chats.pop(name, None)
@@ -287,13 +317,19 @@ class View:
     def download(self, side: int) -> None:
         """The chat of one side as `messages`."""
         content = json.dumps(self._talk.chat.messages(side), indent=2, ensure_ascii=False)
-        ui.download(content.encode(), f"chat-{side + 1}.json" if len(self._talk.models) > 1 else "chat.json", "application/json")
+        ui.download(
+            content.encode(),
+            f"chat-{side + 1}.json" if len(self._talk.models) > 1 else "chat.json",
+            "application/json",
+        )
 
     async def upload(self, event: events.GenericEventArguments) -> None:
         """Go on with `messages` of a file; all sides with the same."""
         try:
             if event.args is None:
-                raise GattError("The file has more than 500 kB. Expected a chat that was saved here.")
+                raise GattError(
+                    "The file has more than 500 kB. Expected a chat that was saved here."
+                )
             messages = parse_chat(str(event.args), "The file")
         except GattError as error:
             self._complain(str(error))
@@ -308,7 +344,9 @@ class View:
         """System message, temperature, tokens, seed."""
         if not self._served():
             return
-        if changed := await settings(self._talk.chat.system, self._talk.drawing, self._talk.context):
+        if changed := await settings(
+            self._talk.chat.system, self._talk.drawing, self._talk.context
+        ):
             self._talk.chat = replace(self._talk.chat, system=changed[0])
             self._talk.drawing = changed[1]
             self._keep(self._talk)
@@ -330,7 +368,14 @@ class View:
 
     def _complain(self, text: str) -> None:
         with self._client:
-            ui.notify(text, type="warning", position="top", multi_line=True, close_button="Close", timeout=8000)
+            ui.notify(
+                text,
+                type="warning",
+                position="top",
+                multi_line=True,
+                close_button="Close",
+                timeout=8000,
+            )
 
     def _focus(self) -> None:
         self._client.run_javascript("chat.focus()")

@@ -59,14 +59,26 @@ def mount(app: FastAPI, engine: Engine, key: str, runs: Path, port: int) -> None
         found = reports(runs).get(name) if _admitted(proof, nicegui.app.storage.user) else None
         if found is None:
             return PlainTextResponse("No such report.", 404)
-        return FileResponse(found, media_type="text/html", headers={"content-security-policy": _REPORT_POLICY})
+        return FileResponse(
+            found, media_type="text/html", headers={"content-security-policy": _REPORT_POLICY}
+        )
 
     nicegui.app.add_api_route("/runs/{name}", report, include_in_schema=False, response_model=None)
     ui.run_with(
-        app, dark=None, language="en-US", tailwind=False, binding_refresh_interval=None, show_welcome_message=False,
-        storage_secret=secret, favicon=_ICON,
-        session_middleware_kwargs={"session_cookie": f"gatt-{port}", "max_age": _YEAR, "same_site": "lax"},
-    )  # fmt: skip
+        app,
+        dark=None,
+        language="en-US",
+        tailwind=False,
+        binding_refresh_interval=None,
+        show_welcome_message=False,
+        storage_secret=secret,
+        favicon=_ICON,
+        session_middleware_kwargs={
+            "session_cookie": f"gatt-{port}",
+            "max_age": _YEAR,
+            "same_site": "lax",
+        },
+    )
     # Mounted at "/", it would answer for every address of the interface that is wrong.
     app.router.routes.pop()
     app.router.default = _Own(nicegui.app, app.router.default)
@@ -76,7 +88,11 @@ def reports(runs: Path) -> dict[str, Path]:
     """The reports of the finished runs in a folder by name, the youngest first."""
     try:
         folders = [folder for folder in runs.iterdir() if folder.is_dir()] if runs.is_dir() else []
-        found = {f.name: RunDir(f).report / "report.html" for f in folders if (RunDir(f).report / "manifest.json").is_file()}
+        found = {
+            f.name: RunDir(f).report / "report.html"
+            for f in folders
+            if (RunDir(f).report / "manifest.json").is_file()
+        }
         ages = {name: file.stat().st_mtime for name, file in found.items() if file.is_file()}
     except OSError:  # a run that is moved at this moment, or a folder that may not be read
         return {}
@@ -105,7 +121,10 @@ class _Own:
 def _with_policy(send: Send) -> Send:
     async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
-            added = ((b"content-security-policy", _POLICY.encode()), (b"referrer-policy", b"no-referrer"))
+            added = (
+                (b"content-security-policy", _POLICY.encode()),
+                (b"referrer-policy", b"no-referrer"),
+            )
             message["headers"] = [*message["headers"], *added]
         await send(message)
 
@@ -120,14 +139,18 @@ def _folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        note(f"Chats of the page are gone when the server stops: {folder} cannot be written ({error.strerror}).")
+        note(
+            f"Chats of the page are gone when the server stops: {folder} cannot be written ({error.strerror})."
+        )
         return Path(tempfile.mkdtemp(prefix="gatt-"))
 
 
 def _secret(file: Path) -> str:
     """What cookies are signed with: the same after a restart, so that a browser finds its chats again."""
     if not file.exists():
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="utf-8") as made:
+        with os.fdopen(
+            os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="utf-8"
+        ) as made:
             made.write(secrets.token_hex(32))
     return file.read_text(encoding="utf-8")
 

@@ -15,11 +15,25 @@ from pipeline.records import Message, Request
 from pipeline.server.errors import ApiError
 
 _ONLY: Mapping[str, tuple[Any, ...]] = {
-    "n": (1,), "best_of": (1,), "presence_penalty": (0,), "frequency_penalty": (0,), "logit_bias": ({},), "logprobs": (False,),
-    "top_logprobs": (0,), "echo": (False,), "suffix": ("",), "tools": ([],), "tool_choice": ("none", "auto"), "functions": ([],),
-    "function_call": ("none", "auto"), "response_format": ({"type": "text"},), "modalities": (["text"],), "audio": (),
-    "prediction": (), "web_search_options": (),
-}  # fmt: skip
+    "n": (1,),
+    "best_of": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "echo": (False,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+}
 """Fields that would change the answer, and their values under which they do not; with others they are refused.
 
 Fields that change nothing (`user`, `metadata`, `store`, ...) are ignored.
@@ -72,9 +86,19 @@ class Body(BaseModel):
             if value is not None and name in _ONLY and value not in _ONLY[name]:
                 allowed = " or ".join(map(json.dumps, _ONLY[name]))
                 hint = f"Only {allowed} is." if allowed else "Leave it out."
-                raise ApiError(400, f"This value of '{name}' is not supported here. {hint}", name, "unsupported_parameter")
+                raise ApiError(
+                    400,
+                    f"This value of '{name}' is not supported here. {hint}",
+                    name,
+                    "unsupported_parameter",
+                )
         if self.stream_options and not self.stream:
-            raise ApiError(400, "'stream_options' goes with 'stream': true only.", "stream_options", "invalid_value")
+            raise ApiError(
+                400,
+                "'stream_options' goes with 'stream': true only.",
+                "stream_options",
+                "invalid_value",
+            )
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -120,7 +144,11 @@ class ChatMessage(BaseModel):
     @property
     def plain(self) -> Message:
         """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        text = (
+            self.content
+            if isinstance(self.content, str)
+            else "\n".join(part.text for part in self.content)
+        )
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -145,7 +173,9 @@ class TextBody(Body):
     @classmethod
     def _one(cls, data: Any) -> Any:
         prompt = data.get("prompt") if isinstance(data, dict) else None
-        return {**data, "prompt": prompt[0]} if isinstance(prompt, list) and len(prompt) == 1 else data
+        return (
+            {**data, "prompt": prompt[0]} if isinstance(prompt, list) and len(prompt) == 1 else data
+        )
 
 
 class Form:
@@ -158,7 +188,11 @@ class Form:
 
     def whole(self, text: str, outcome: Outcome) -> dict[str, Any]:
         """The answer in one."""
-        said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
+        said = (
+            {"message": {"role": "assistant", "content": text, "refusal": None}}
+            if self._chat
+            else {"text": text}
+        )
         choice = {"index": 0, **said, "logprobs": None, "finish_reason": outcome.finish}
         return self._envelope("chat.completion", [choice], usage=usage(outcome))
 
@@ -179,17 +213,28 @@ class Form:
         return self._envelope("chat.completion.chunk", [], usage=usage(outcome))
 
     def _event(self, said: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        return self._envelope("chat.completion.chunk", [{"index": 0, **said, "logprobs": None, "finish_reason": finish}])
+        return self._envelope(
+            "chat.completion.chunk",
+            [{"index": 0, **said, "logprobs": None, "finish_reason": finish}],
+        )
 
     def _envelope(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         kind = kind if self._chat else "text_completion"
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model, "choices": choices, **more}
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+            **more,
+        }
 
 
 def usage(outcome: Outcome) -> dict[str, Any]:
     """Tokens of the prompt, how many of them were in the cache, and of the answer (with the one that ends it)."""
     return {
-        "prompt_tokens": outcome.prompt_tokens, "completion_tokens": outcome.tokens,
+        "prompt_tokens": outcome.prompt_tokens,
+        "completion_tokens": outcome.tokens,
         "total_tokens": outcome.prompt_tokens + outcome.tokens,
         "prompt_tokens_details": {"cached_tokens": outcome.cached_tokens},
-    }  # fmt: skip
+    }

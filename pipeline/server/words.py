@@ -9,11 +9,20 @@ from markdown_it import MarkdownIt
 
 from pipeline.gatt.conversation import Conversation, Mark
 
-_MEANS = {"✓": "keeps the instruction", "✗": "does not keep the instruction", "~": "obeys, but is no answer", None: "not checked"}
+_MEANS = {
+    "✓": "keeps the instruction",
+    "✗": "does not keep the instruction",
+    "~": "obeys, but is no answer",
+    None: "not checked",
+}
 _CLASS = {"✓": "yes", "✗": "no", "~": "half", None: "none"}
 
 # HTML in the text is shown as it is. Pictures are left out: to load one tells its host that somebody reads.
-_MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"]).disable("image")
+_MARKDOWN = (
+    MarkdownIt("commonmark", {"html": False, "breaks": True})
+    .enable(["table", "strikethrough"])
+    .disable("image")
+)
 
 
 def as_html(text: str) -> str:
@@ -28,7 +37,11 @@ def meaning(mark: Mark | None, flaw: str) -> str:
 
 def badge(mark: Mark | None, flaw: str) -> str:
     """The mark beside an answer; "" where there is none."""
-    return f'<span class="mark {_CLASS[mark]}" title="{escape(meaning(mark, flaw))}">{mark}</span>' if mark else ""
+    return (
+        f'<span class="mark {_CLASS[mark]}" title="{escape(meaning(mark, flaw))}">{mark}</span>'
+        if mark
+        else ""
+    )
 
 
 def strip(name: str, chat: Conversation, verdicts: Sequence[tuple[Mark | None, str]]) -> str:

@@ -25,9 +25,13 @@ from pipeline.terminal import Screen, open_screen
 
 
 def run(
-    models: Sequence[tuple[str, Adapter | None]], instruction: str, checks: Sequence[str], system: str, parameters: Parameters,
+    models: Sequence[tuple[str, Adapter | None]],
+    instruction: str,
+    checks: Sequence[str],
+    system: str,
+    parameters: Parameters,
     chat: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """Talk with all `models` (a name, and what is laid over it) at once, until the user leaves; go on with `chat`, if given.
 
     Raises:
@@ -37,16 +41,26 @@ def run(
     screen = open_screen(platformdirs.user_data_path("gatt") / "chat-history")
     found = [find_model(name) for name, _ in models]
     files = [model.path if model.is_gguf else gguf_file(model, "Q8_0") for model in found]
-    names = _names([m.name + (f" + {a.path.name}" if a else "") for m, (_, a) in zip(found, models, strict=True)])
+    names = _names(
+        [
+            m.name + (f" + {a.path.name}" if a else "")
+            for m, (_, a) in zip(found, models, strict=True)
+        ]
+    )
     limit = min(open_gguf(file).context_length for file in files)
     parameters = _fitted(parameters, limit, screen)
-    with _opened([(file, adapter) for file, (_, adapter) in zip(files, models, strict=True)], parameters.context) as speakers:
+    with _opened(
+        [(file, adapter) for file, (_, adapter) in zip(files, models, strict=True)],
+        parameters.context,
+    ) as speakers:
         session = Session(screen, speakers, names, limit, parameters, Conversation(system, told))
         try:
             if chat:
                 load(session, str(chat))
             ends = "Ctrl-D leaves" if screen.watched else "an empty line ends the chat"
-            screen.say(f"{' beside '.join(names)}, context of {parameters.context} tokens. /help lists the commands; {ends}.")
+            screen.say(
+                f"{' beside '.join(names)}, context of {parameters.context} tokens. /help lists the commands; {ends}."
+            )
             show_instruction(session)
             talk(session)
         finally:
@@ -69,9 +83,13 @@ def _names(names: list[str]) -> list[str]:
 def _fitted(parameters: Parameters, limit: int, screen: Screen) -> Parameters:
     """Within what the model was made for; says what it changes."""
     context = min(parameters.context, limit)
-    fitted = replace(parameters, context=context, max_tokens=min(parameters.max_tokens, context // 2))
+    fitted = replace(
+        parameters, context=context, max_tokens=min(parameters.max_tokens, context // 2)
+    )
     if fitted != parameters:
-        screen.say(f"Made smaller, to fit the model's {limit} tokens and two answers of the longest: {fitted}")
+        screen.say(
+            f"Made smaller, to fit the model's {limit} tokens and two answers of the longest: {fitted}"
+        )
     return fitted.checked(limit)
 
 
@@ -80,7 +98,10 @@ def _opened(models: Sequence[tuple[Path, Adapter | None]], context: int) -> Iter
     """The models, ready to talk, with each file's weights there once; who resizes them closes the new ones."""
     infos = {file: open_gguf(file) for file, _ in models}
     caches = sum(2 * context * infos[file].cache_bytes_per_token for file, _ in models)
-    require_memory(sum(info.bytes for info in infos.values()) + caches, f"chat with {' and '.join(f.name for f in infos)}")
+    require_memory(
+        sum(info.bytes for info in infos.values()) + caches,
+        f"chat with {' and '.join(f.name for f in infos)}",
+    )
     with ExitStack() as stack:
         weights: dict[Path, Weights] = {}
         for file, info in infos.items():

@@ -25,9 +25,14 @@ from pipeline.rundir import RunDir
 from pipeline.tables import Table, markdown
 
 _SAME = (
-    "evaluate.dialogues", "evaluate.turns", "evaluate.max_tokens", "evaluate.temperature", "dialogues.system", "dialogues.source",
+    "evaluate.dialogues",
+    "evaluate.turns",
+    "evaluate.max_tokens",
+    "evaluate.temperature",
+    "dialogues.system",
+    "dialogues.source",
     "instructions.pool",
-)  # fmt: skip
+)
 """Settings that must be equal for a difference between runs to mean something, with the dialogues themselves."""
 _FURTHER = ("evaluate.more", "evaluate.more_turns")
 """Settings of the further suites, on which adherence to the trained instructions does not depend."""
@@ -81,7 +86,11 @@ def compare(paths: Sequence[Path], folder: Path) -> None:
         raise GattError(f"{twice[0]} is named twice. Name each run once.")
     runs = [_open(path) for path in paths]
     _make(folder)
-    different = [key for key in runs[0].keys if key != "seed" and len({repr(run.keys[key]) for run in runs}) > 1]
+    different = [
+        key
+        for key in runs[0].keys
+        if key != "seed" and len({repr(run.keys[key]) for run in runs}) > 1
+    ]
     rows = list(_rows(runs, different))
     unlike = _unlike(runs)
     warnings = [*unlike, *_unlike_suites(runs), *_unlike_seeds(rows, paired=not unlike)]
@@ -91,16 +100,24 @@ def compare(paths: Sequence[Path], folder: Path) -> None:
     for row in rows[:_CURVES]:
         curves += _curve(row.name, row.replies)
     sentence = _sentence(rows)
-    section = Section("Runs", "Strict adherence: a reply obeys and is a reply. Differences are from the first row, in points.",
-                      [table])  # fmt: skip
+    section = Section(
+        "Runs",
+        "Strict adherence: a reply obeys and is a reply. Differences are from the first row, in points.",
+        [table],
+    )
     chart = adherence_curve(curves, max(run.scores["turns"] for run in runs))
     how = "Evaluation dialogues that training has not seen; bands are 95 % Wilson intervals. The base is that of the first run."
     if len(rows) > _CURVES:
         how += f" The chart shows the first {_CURVES} of {len(rows)} rows."
-    Page("GAtt: runs compared", sentence, " ".join(warnings), chart, how, [section]).write(folder / "compare.html")
+    Page("GAtt: runs compared", sentence, " ".join(warnings), chart, how, [section]).write(
+        folder / "compare.html"
+    )
     told = "".join(f"> {warning}\n\n" for warning in warnings)
     write_text(folder / "compare.md", f"**{sentence}**\n\n{told}{markdown(table)}")
-    write_json(folder / "compare.json", {"columns": table.columns, "rows": table.rows, "warnings": warnings})
+    write_json(
+        folder / "compare.json",
+        {"columns": table.columns, "rows": table.rows, "warnings": warnings},
+    )
     for warning in warnings:
         note(f"compare: {warning}")
     out(markdown(table))
@@ -112,7 +129,9 @@ def _make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise GattError(f"Cannot write in the folder {folder} ({error.strerror}). Choose another with --out.") from error
+        raise GattError(
+            f"Cannot write in the folder {folder} ({error.strerror}). Choose another with --out."
+        ) from error
 
 
 def _sentence(rows: Sequence[_Row]) -> str:
@@ -128,24 +147,42 @@ def _sentence(rows: Sequence[_Row]) -> str:
 
 def _open(path: Path) -> _Run:
     if not (path / "recipe.toml").is_file():
-        raise GattError(f"{path} is no run: it has no recipe.toml. Name folders that `gatt run --run FOLDER` has written.")
+        raise GattError(
+            f"{path} is no run: it has no recipe.toml. Name folders that `gatt run --run FOLDER` has written."
+        )
     rundir = RunDir(path)
     recipe = load_recipe(path / "recipe.toml")
     if not rundir.scores.exists():
         raise GattError(f"{path} was not evaluated yet. `gatt evaluate --run {path}` does it.")
     for file in (rundir.pairs, rundir.replies):
         if not file.exists():
-            raise GattError(f"{path} was evaluated, but {file} is not there. Copy the whole run, or `gatt run --run {path}`.")
+            raise GattError(
+                f"{path} was evaluated, but {file} is not there. Copy the whole run, or `gatt run --run {path}`."
+            )
     pairs = read_pairs(rundir.pairs, "evaluate")
-    exported = json.loads(rundir.exported.read_text(encoding="utf-8"))["formats"] if rundir.exported.exists() else {}
+    exported = (
+        json.loads(rundir.exported.read_text(encoding="utf-8"))["formats"]
+        if rundir.exported.exists()
+        else {}
+    )
     trained = rundir.manifest("train")
     run = _Run(
-        path, recipe, dict(_flat(recipe.model_dump(mode="json"))), json.loads(rundir.scores.read_text(encoding="utf-8")),
-        frozenset((pair.dialogue, tuple(pair.taught)) for pair in pairs), _replies(rundir, pairs, recipe.seed),
-        {name: row["bytes"] for name, row in exported.items()}, trained["seconds"] if trained else None,
-    )  # fmt: skip
-    if not any(r.arm == "tuned" and r.turn > run.scores["turns"] - 5 and r.finish != "context" for r in run.replies):
-        raise GattError(f"{path} has no late reply of a tuned model. `gatt evaluate --run {path}` measures one.")
+        path,
+        recipe,
+        dict(_flat(recipe.model_dump(mode="json"))),
+        json.loads(rundir.scores.read_text(encoding="utf-8")),
+        frozenset((pair.dialogue, tuple(pair.taught)) for pair in pairs),
+        _replies(rundir, pairs, recipe.seed),
+        {name: row["bytes"] for name, row in exported.items()},
+        trained["seconds"] if trained else None,
+    )
+    if not any(
+        r.arm == "tuned" and r.turn > run.scores["turns"] - 5 and r.finish != "context"
+        for r in run.replies
+    ):
+        raise GattError(
+            f"{path} has no late reply of a tuned model. `gatt evaluate --run {path}` measures one."
+        )
     return run
 
 
@@ -159,8 +196,13 @@ def _replies(rundir: RunDir, pairs: Sequence[Paired], seed: int) -> list[Reply]:
         reply = Reply(**row)
         if reply.probe or reply.dialogue not in told:
             continue
-        if any(kind_of(constraint).judged for constraint in told[reply.dialogue].constraints(reply.turn - 1)):
-            reply = replace(reply, obeys=verdicts.get((reply.arm, reply.dialogue, reply.turn), False))
+        if any(
+            kind_of(constraint).judged
+            for constraint in told[reply.dialogue].constraints(reply.turn - 1)
+        ):
+            reply = replace(
+                reply, obeys=verdicts.get((reply.arm, reply.dialogue, reply.turn), False)
+            )
         found.append(replace(reply, dialogue=f"{seed}:{reply.dialogue}"))
     return found
 
@@ -191,7 +233,9 @@ def _rows(runs: Sequence[_Run], different: Sequence[str]) -> Iterator[_Row]:
         formats = ("",) if settings.evaluate.adapter else settings.export.formats
         for n, format_name in enumerate(formats):
             arm = "tuned" if n == 0 else f"tuned, {format_name}"
-            row = _Row(f"{name}, {format_name}" if len(formats) > 1 else name, group, arm, format_name)
+            row = _Row(
+                f"{name}, {format_name}" if len(formats) > 1 else name, group, arm, format_name
+            )
             if _late(row).n:
                 yield row
 
@@ -199,7 +243,10 @@ def _rows(runs: Sequence[_Run], different: Sequence[str]) -> Iterator[_Row]:
 def _names(groups: Sequence[Sequence[_Run]], different: Sequence[str]) -> list[str]:
     """What differs, where that is short and tells the rows apart; else the names of the folders, else their paths."""
     firsts = [group[0] for group in groups]
-    values = [", ".join(f"{key.rpartition('.')[2]} {run.keys[key]}" for key in different) for run in firsts]
+    values = [
+        ", ".join(f"{key.rpartition('.')[2]} {run.keys[key]}" for key in different)
+        for run in firsts
+    ]
     if all(0 < len(name) <= _NAME for name in values) and len(set(values)) == len(values):
         return values
     folders = [run.path.resolve().name for run in firsts]
@@ -210,16 +257,24 @@ def _names(groups: Sequence[Sequence[_Run]], different: Sequence[str]) -> list[s
 def _short(value: Any) -> str:
     """A value for a cell: constraints by their names, a long text by both of its ends."""
     if isinstance(value, list):
-        value = ", ".join(Constraint(**its).name if isinstance(its, dict) else str(its) for its in value)
+        value = ", ".join(
+            Constraint(**its).name if isinstance(its, dict) else str(its) for its in value
+        )
     text = str(value)
     return text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"
 
 
 def _unlike(runs: Sequence[_Run]) -> list[str]:
     """Why the figures are not of the same thing."""
-    found = [f"{key} differs between the runs: their figures are not of the same task." for key in _SAME
-             if len({repr(run.keys[key]) for run in runs}) > 1]  # fmt: skip
-    if any(kind_of(c).judged for c in runs[0].recipe.instructions.pool) and len({run.recipe.evaluate.judge for run in runs}) > 1:
+    found = [
+        f"{key} differs between the runs: their figures are not of the same task."
+        for key in _SAME
+        if len({repr(run.keys[key]) for run in runs}) > 1
+    ]
+    if (
+        any(kind_of(c).judged for c in runs[0].recipe.instructions.pool)
+        and len({run.recipe.evaluate.judge for run in runs}) > 1
+    ):
         found.append("The runs were judged by different models.")
     by_seed: dict[int, set[frozenset[Any]]] = {}
     for run in runs:
@@ -234,7 +289,10 @@ def _unlike(runs: Sequence[_Run]) -> list[str]:
 def _unlike_suites(runs: Sequence[_Run]) -> list[str]:
     """A warning where recall, leakage and perplexity are of other dialogues."""
     differ = [key for key in _FURTHER if len({run.keys[key] for run in runs}) > 1]
-    return [f"{key} differs between the runs: recall, leakage and perplexity are not of the same dialogues." for key in differ]
+    return [
+        f"{key} differs between the runs: recall, leakage and perplexity are not of the same dialogues."
+        for key in differ
+    ]
 
 
 def _unlike_seeds(rows: Sequence[_Row], paired: bool) -> list[str]:
@@ -248,26 +306,42 @@ def _unlike_seeds(rows: Sequence[_Row], paired: bool) -> list[str]:
 def _table(rows: Sequence[_Row], different: Sequence[str], paired: bool) -> Table:
     # Beside the name, so that a phone shows both.
     columns: dict[str, list[Any]] = {
-        "run": [row.name for row in rows], "last five turns": [asdict(_late(row)) for row in rows]
-    }  # fmt: skip
+        "run": [row.name for row in rows],
+        "last five turns": [asdict(_late(row)) for row in rows],
+    }
     if any(len(row.runs) > 1 for row in rows):
         columns["seeds"] = [len(row.runs) for row in rows]
-        columns["lowest and highest seed"] = [_spread(row) if len(row.runs) > 1 else None for row in rows]
+        columns["lowest and highest seed"] = [
+            _spread(row) if len(row.runs) > 1 else None for row in rows
+        ]
     columns |= {key: [_short(row.runs[0].keys[key]) for row in rows] for key in different}
     if paired:
         apart = [None, *(_difference(rows[0], row) for row in rows[1:])]
-        columns["difference, points"] = [round(100 * its.difference, 1) if its else None for its in apart]
-        columns["difference between (95 %)"] = [f"{100 * d.low:+.0f} to {100 * d.high:+.0f}" if d else None for d in apart]
-    columns["all turns but the first"] = [asdict(_rate([r for r in row.replies if r.turn > 1])) for row in rows]
+        columns["difference, points"] = [
+            round(100 * its.difference, 1) if its else None for its in apart
+        ]
+        columns["difference between (95 %)"] = [
+            f"{100 * d.low:+.0f} to {100 * d.high:+.0f}" if d else None for d in apart
+        ]
+    columns["all turns but the first"] = [
+        asdict(_rate([r for r in row.replies if r.turn > 1])) for row in rows
+    ]
     columns["obeys, good answer or not"] = [asdict(_late(row, raw=True)) for row in rows]
-    columns["half broken by turn"] = [kaplan_meier(lifetimes(row.replies).values()).median or "never" for row in rows]
+    columns["half broken by turn"] = [
+        kaplan_meier(lifetimes(row.replies).values()).median or "never" for row in rows
+    ]
     columns["recall, last probe"] = [_recall(row) for row in rows]
     columns["leakage"] = [_pooled(row, "leakage") for row in rows]
     columns["perplexity, % above the base"] = [_damage(row) for row in rows]
-    columns["MB"] = [round(row.runs[0].bytes[row.format] / 1e6) if row.format in row.runs[0].bytes else None for row in rows]
+    columns["MB"] = [
+        round(row.runs[0].bytes[row.format] / 1e6) if row.format in row.runs[0].bytes else None
+        for row in rows
+    ]
     seconds = [[run.seconds for run in row.runs if run.seconds is not None] for row in rows]
     columns["training, s"] = [round(sum(its) / len(its)) if its else None for its in seconds]
-    kept = {name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)}
+    kept = {
+        name: cells for name, cells in columns.items() if any(cell is not None for cell in cells)
+    }
     return Table("compare", list(kept), [list(cells) for cells in zip(*kept.values(), strict=True)])
 
 
@@ -277,7 +351,9 @@ def _curve(name: str, replies: Sequence[Reply]) -> list[dict[str, Any]]:
 
 
 def _rate(replies: Sequence[Reply], raw: bool = False) -> Rate:
-    return rates(replies, lambda r: "", lambda r: r.obeys if raw else r.adherent).get("") or wilson(0, 0)
+    return rates(replies, lambda r: "", lambda r: r.obeys if raw else r.adherent).get("") or wilson(
+        0, 0
+    )
 
 
 def _late(row: _Row, raw: bool = False, runs: Sequence[_Run] = ()) -> Rate:
@@ -303,8 +379,15 @@ def _difference(first: _Row, row: _Row) -> Difference | None:
 
 def _pooled(row: _Row, table: str, at: Any = None) -> dict[str, Any] | None:
     """A rate of the scores over all seeds."""
-    found = [r for run in row.runs for r in run.scores.get(table) or () if r["arm"] == row.arm and at in (None, r["at"])]
-    return asdict(wilson(sum(r["hits"] for r in found), sum(r["n"] for r in found))) if found else None
+    found = [
+        r
+        for run in row.runs
+        for r in run.scores.get(table) or ()
+        if r["arm"] == row.arm and at in (None, r["at"])
+    ]
+    return (
+        asdict(wilson(sum(r["hits"] for r in found), sum(r["n"] for r in found))) if found else None
+    )
 
 
 def _recall(row: _Row) -> dict[str, Any] | None:

@@ -31,11 +31,22 @@ def run(model: str = "") -> None:
     )
     for name, shape in shapes.items():
         fit = tokens_that_fit(shape, settings, memory, gpu)
-        card = next((f"{size} GB" for size in CARDS if training_memory(shape, settings, STEP, True) <= room(size)), "-")
-        out(f"{name[-18:]:18} {shape.parameters / 1e9:8.2f} B {_range(shape, False):>18} {_range(shape, True):>18} {card:>6} "
-            f"{fit if fit >= DIALOGUE else 'none':>10}")  # fmt: skip
+        card = next(
+            (
+                f"{size} GB"
+                for size in CARDS
+                if training_memory(shape, settings, STEP, True) <= room(size)
+            ),
+            "-",
+        )
+        out(
+            f"{name[-18:]:18} {shape.parameters / 1e9:8.2f} B {_range(shape, False):>18} {_range(shape, True):>18} {card:>6} "
+            f"{fit if fit >= DIALOGUE else 'none':>10}"
+        )
     if not model:
-        out(f"\nThe largest that can be trained on this {here}: {largest_preset(memory, gpu, DIALOGUE, settings) or 'none'}.")
+        out(
+            f"\nThe largest that can be trained on this {here}: {largest_preset(memory, gpu, DIALOGUE, settings) or 'none'}."
+        )
 
 
 def _range(shape: Shape, gpu: bool) -> str:
@@ -56,5 +67,7 @@ def _machine() -> None:
         out("GPU        none that torch can use")
     installed = importlib.util.find_spec("unsloth") is not None
     device = "cuda" if on_gpu() else "cpu"
-    out(f"Unsloth    {try_four_bits(device) if installed else 'missing: `python3 scripts/demo.py` installs it'}")
+    out(
+        f"Unsloth    {try_four_bits(device) if installed else 'missing: `python3 scripts/demo.py` installs it'}"
+    )
     out(f"llama.cpp  {system_info()}")

@@ -34,9 +34,17 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     about = about_tuned(model, recipe.dialogues.source)
     reference = Reference.load(rundir.reference) if rundir.reference.exists() else None
     job = Job(
-        model, rundir.adapter, rundir.exported.parent, "tuned", recipe.export, dialogues, reference, about,
-        recipe.dialogues.system, recipe.evaluate.temperature,
-    )  # fmt: skip
+        model,
+        rundir.adapter,
+        rundir.exported.parent,
+        "tuned",
+        recipe.export,
+        dialogues,
+        reference,
+        about,
+        recipe.dialogues.system,
+        recipe.evaluate.temperature,
+    )
     write_json(rundir.exported, export(job))
 
 
@@ -49,11 +57,15 @@ def alone(
         GattError: as `export`; or the converter failed.
     """
     if converter and settings.merge_onto != "16bit":
-        raise GattError(f"--merge-onto {settings.merge_onto} is not for a converter of your own: it gets the 16-bit merge.")
+        raise GattError(
+            f"--merge-onto {settings.merge_onto} is not for a converter of your own: it gets the 16-bit merge."
+        )
     model = find_model(name)
     if not converter:
         add(model.path, adapter)  # do they fit, before anything takes its time
-    chats: list[list[Message]] = [[{"role": "user", "content": d.turns[0]}] for d in load_dialogues("seed")]
+    chats: list[list[Message]] = [
+        [{"role": "user", "content": d.turns[0]}] for d in load_dialogues("seed")
+    ]
     reference = _predicted(model, adapter, chats, settings.merge_onto != "16bit")
     about = about_tuned(model) if adapter else {}
     job = Job(model, adapter, folder, model.name, settings, chats, reference, about, "", 0.7)
@@ -61,7 +73,9 @@ def alone(
     write_json(folder / "export.json", table)
 
 
-def _predicted(model: Model, adapter: Path | None, chats: list[list[Message]], in_four_bits: bool) -> Reference | None:
+def _predicted(
+    model: Model, adapter: Path | None, chats: list[list[Message]], in_four_bits: bool
+) -> Reference | None:
     """What the model predicts in transformers, where it has room in memory for that."""
     folder = hugging_face_folder(model)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
@@ -88,13 +102,27 @@ def _converted(job: Job, converter: Path) -> dict[str, Any]:
             file = scratch / job.file(format_name).name
             made = file if format_name in DIRECT else scratch / "full.gguf"
             kind = format_name.lower() if format_name in DIRECT else "f16"
-            command = [sys.executable, str(converter), str(scratch / "merged"), "--outfile", str(made), "--outtype", kind]
+            command = [
+                sys.executable,
+                str(converter),
+                str(scratch / "merged"),
+                "--outfile",
+                str(made),
+                "--outtype",
+                kind,
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise GattError(f"{converter.name} failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
+                raise GattError(
+                    f"{converter.name} failed: {(done.stderr.strip().splitlines() or ['no word'])[-1]}"
+                )
             if made != file:
                 quantize(made, file, format_name)
-            rows[format_name] = {"bytes": file.stat().st_size, "retained": {}, **check(job, format_name, file, None)}
+            rows[format_name] = {
+                "bytes": file.stat().st_size,
+                "retained": {},
+                **check(job, format_name, file, None),
+            }
         for format_name in job.settings.formats:
             (scratch / job.file(format_name).name).replace(job.file(format_name))
     table = {"merge_onto": "16bit", "merges": {}, "formats": rows, "importance_tokens": 0}
@@ -110,7 +138,11 @@ def write_merged(name: str, adapter: Path | None, target: Path) -> None:
     """
     folder = hugging_face_folder(find_model(name))
     files = shards(folder)
-    require_disk(target.parent, 2 * sum(file.stat().st_size for file in files), "write the merged model in float32")
+    require_disk(
+        target.parent,
+        2 * sum(file.stat().st_size for file in files),
+        "write the merged model in float32",
+    )
     with progress("export: merged files", len(files)) as bar:
         write_checkpoint(folder, adapter, target, bar.advance)
     out(str(target))
@@ -120,9 +152,14 @@ def about_tuned(model: Model, source: str = "") -> dict[str, Any]:
     """What a tuned file says of itself, by the fields of `gguf.Metadata`."""
     base = {"name": model.repository.split("/")[-1] or model.name}
     if model.repository:
-        base |= {"organization": model.repository.split("/")[0], "repo_url": f"https://huggingface.co/{model.repository}"}
+        base |= {
+            "organization": model.repository.split("/")[0],
+            "repo_url": f"https://huggingface.co/{model.repository}",
+        }
     # The name stays the base's own: llama.cpp treats some tokenizers by it.
     about: dict[str, Any] = {"finetune": "GAtt", "base_models": [base]}
     if source:
-        about["datasets"] = [{"name": "dialogues that keep an instruction", "description": f"user turns: {source}"}]
+        about["datasets"] = [
+            {"name": "dialogues that keep an instruction", "description": f"user turns: {source}"}
+        ]
     return about

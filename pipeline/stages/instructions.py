@@ -34,10 +34,14 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     Raises:
         GattError: too few dialogues to keep training and evaluation apart.
     """
-    open_base(find_model(recipe.model).path)  # refuses what cannot be exported now, and not after the training
+    open_base(
+        find_model(recipe.model).path
+    )  # refuses what cannot be exported now, and not after the training
     everything = load_dialogues(recipe.dialogues.source)
     random.Random(f"split {recipe.seed}").shuffle(everything)
-    held_out = [d for d in everything if len(d.turns) >= recipe.evaluate.turns][: recipe.evaluate.dialogues]
+    held_out = [d for d in everything if len(d.turns) >= recipe.evaluate.turns][
+        : recipe.evaluate.dialogues
+    ]
     names = {d.id for d in held_out}
     rest = [d for d in everything if d.id not in names]
     if len(held_out) < recipe.evaluate.dialogues or not rest:
@@ -52,43 +56,69 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     pool = (*asked.pool, *_generated(recipe, rundir))
     for constraint in (*pool, *recipe.evaluate.unseen):
         if kind_of(constraint).judged and not recipe.evaluate.judge:
-            raise GattError(f"No program can check {constraint.name!r}. Name a model or a server in evaluate.judge that can tell.")
+            raise GattError(
+                f"No program can check {constraint.name!r}. Name a model or a server in evaluate.judge that can tell."
+            )
     if not pool:
-        raise GattError("instructions.pool is empty. Name at least one, for example {kind = \"opening\", value = \"Ahoy!\"}.")
+        raise GattError(
+            'instructions.pool is empty. Name at least one, for example {kind = "opening", value = "Ahoy!"}.'
+        )
     shares = Shares(
-        asked.plain_share, asked.system_share, asked.change_share, asked.combine_share, asked.short_share,
+        asked.plain_share,
+        asked.system_share,
+        asked.change_share,
+        asked.combine_share,
+        asked.short_share,
         recipe.synthesize.edited_share,
-    )  # fmt: skip
+    )
     made, pairs = pair_for_training(training, pool, shares, recipe.seed)
     checkable = [c for c in pool if not kind_of(c).judged]
     tested, evaluation = pair_for_evaluation(held_out, pool)
     sides = {
         "train": list(zip(training, pairs, strict=True)),
-        "validate": list(zip(watched, pair_for_evaluation(watched, checkable)[1], strict=True)) if checkable else [],
+        "validate": list(zip(watched, pair_for_evaluation(watched, checkable)[1], strict=True))
+        if checkable
+        else [],
         "evaluate": list(zip(held_out, evaluation, strict=True)),
     }
     write_json(rundir.pairs, written({**made, **tested}, sides))
     settings = recipe.evaluate
     turns = min(settings.more_turns, settings.turns)
-    write_json(rundir.suites, written(*suites(held_out[: settings.more], pool, settings.unseen, turns, settings.turns)))
-    note(f"instructions: {len(training)} training dialogues, {len(held_out)} for evaluation, {len(made)} instructions")
+    write_json(
+        rundir.suites,
+        written(*suites(held_out[: settings.more], pool, settings.unseen, turns, settings.turns)),
+    )
+    note(
+        f"instructions: {len(training)} training dialogues, {len(held_out)} for evaluation, {len(made)} instructions"
+    )
 
 
 def written(made: dict[str, Instruction], sides: dict[str, Suite]) -> dict[str, object]:
     """What `pairs.read_pairs` reads back."""
-    rows = {side: [{"dialogue": asdict(d), **_pair(p)} for d, p in suite] for side, suite in sides.items()}
+    rows = {
+        side: [{"dialogue": asdict(d), **_pair(p)} for d, p in suite]
+        for side, suite in sides.items()
+    }
     return {"instructions": [asdict(i) for i in made.values()], **rows}
 
 
 def _generated(recipe: Recipe, rundir: RunDir) -> list[Constraint]:
     """The values of `lists.toml`, which the teacher fills where a kind is missing."""
     asked = recipe.instructions
-    lists = tomlkit.parse(rundir.lists.read_text(encoding="utf-8")).unwrap() if rundir.lists.exists() else {}
+    lists = (
+        tomlkit.parse(rundir.lists.read_text(encoding="utf-8")).unwrap()
+        if rundir.lists.exists()
+        else {}
+    )
     missing = [kind for kind in asked.generate if kind not in lists]
     if missing:
         with open_teacher(recipe, _ASKED) as teacher:
-            lists |= {kind: _list(kind, teacher, asked.generate_count, recipe.seed) for kind in missing}
-        write_text(rundir.lists, "# Edit as you like: what stands here is used.\n" + tomlkit.dumps(lists))
+            lists |= {
+                kind: _list(kind, teacher, asked.generate_count, recipe.seed) for kind in missing
+            }
+        write_text(
+            rundir.lists, "# Edit as you like: what stands here is used.\n" + tomlkit.dumps(lists)
+        )
     found = [Constraint(kind, value) for kind in asked.generate for value in lists[kind]]
     for constraint in found:
         kind_of(constraint)  # a mistake in an edited list is told now
@@ -114,9 +144,13 @@ def _list(kind: str, teacher: Teacher, count: int, seed: int) -> list[str]:
     candidates = distinct([item for n in range(_ASKED) for item in items(said[n])])
     teacher.run(probe(item) for item in candidates)
     kept = [item for item in candidates if known(kind, item, shown[item])]
-    note(f"instructions: {kind}: {len(candidates)} listed, {len(kept)} of them known to the teacher: {', '.join(kept[:count])}")
+    note(
+        f"instructions: {kind}: {len(candidates)} listed, {len(kept)} of them known to the teacher: {', '.join(kept[:count])}"
+    )
     if not kept:
-        raise GattError(f"The teacher knows none of what it listed as {kind}. Take a larger teacher, or name values in the pool.")
+        raise GattError(
+            f"The teacher knows none of what it listed as {kind}. Take a larger teacher, or name values in the pool."
+        )
     return kept[:count]
 
 
@@ -139,5 +173,7 @@ def _pieces(dialogues: list[Dialogue], turns: int, count: int) -> list[Dialogue]
     ]
     rounds = -(-count // len(pieces))
     return [
-        Dialogue(f"{p.id}.{r}" if r else p.id, p.topic, p.turns) for r in range(rounds) for p in pieces
+        Dialogue(f"{p.id}.{r}" if r else p.id, p.topic, p.turns)
+        for r in range(rounds)
+        for p in pieces
     ][:count]

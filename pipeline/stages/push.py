@@ -55,13 +55,19 @@ def run(recipe: Recipe, rundir: RunDir, repository: str) -> None:
     files = _files(recipe, rundir, base or Path(recipe.model).name)
     report = json.loads((rundir.report / "report.json").read_text(encoding="utf-8"))
     published = Published(
-        repository=repository, model=info.path.name,
-        bytes={name: len(file) if isinstance(file, bytes) else file.stat().st_size for name, file in files.items()},
-        base=_stated_base(info) or base, license=str(info.field("general.license", "")),
-        dataset=_hub_id(recipe.dialogues.source), sentence=str(report["sentence"]),
+        repository=repository,
+        model=info.path.name,
+        bytes={
+            name: len(file) if isinstance(file, bytes) else file.stat().st_size
+            for name, file in files.items()
+        },
+        base=_stated_base(info) or base,
+        license=str(info.field("general.license", "")),
+        dataset=_hub_id(recipe.dialogues.source),
+        sentence=str(report["sentence"]),
         report=(rundir.report / "report.md").read_text(encoding="utf-8"),
         facts=_facts(recipe, rundir, str(report["facts"]["teacher"])),
-    )  # fmt: skip
+    )
     card = model_card(recipe, published).encode()
     address = upload(repository, "model", {"README.md": card, **files}, "Model trained by gatt")
     out(f"Uploaded (private, if it is new): {address}")
@@ -81,7 +87,9 @@ def _require_report(recipe: Recipe, rundir: RunDir) -> None:
             raise GattError(f"No {file}: a run is pushed with it. `gatt {stage} {words}` makes it.")
     evaluated = (rundir.manifest("evaluate") or {}).get("inputs", {}).get(model.name)
     if evaluated not in (None, sha256(model)):
-        raise GattError(f"The report is not about the present {model}, which is of a later export. `gatt run {words}` measures it.")
+        raise GattError(
+            f"The report is not about the present {model}, which is of a later export. `gatt run {words}` measures it."
+        )
 
 
 def _files(recipe: Recipe, rundir: RunDir, base: str) -> dict[str, Path | bytes]:
@@ -98,9 +106,15 @@ def _files(recipe: Recipe, rundir: RunDir, base: str) -> dict[str, Path | bytes]
 
 def _adapter(folder: Path, base: str) -> dict[str, Path | bytes]:
     """The files of PEFT. In them the name `base` replaces the base's folder on this machine, which nobody else has."""
-    files: dict[str, Path | bytes] = {f"adapter/{file.name}": file for file in sorted(folder.glob("*")) if file.is_file()}
+    files: dict[str, Path | bytes] = {
+        f"adapter/{file.name}": file for file in sorted(folder.glob("*")) if file.is_file()
+    }
     settings = folder / "adapter_config.json"
-    local = json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path") if settings.is_file() else None
+    local = (
+        json.loads(settings.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if settings.is_file()
+        else None
+    )
     for file in (settings, folder / "README.md"):
         if local and file.is_file():
             text = file.read_text(encoding="utf-8")
@@ -117,20 +131,27 @@ def _hub_id(name: str) -> str:
 
 def _stated_base(info: GgufInfo) -> str:
     """The Hub id of the base as the exported file states it, or "". A title ("Qwen3 0.6B") is no id."""
-    url, owner, name = (str(info.field(f"general.base_model.0.{key}", "")) for key in ("repo_url", "organization", "name"))
+    url, owner, name = (
+        str(info.field(f"general.base_model.0.{key}", ""))
+        for key in ("repo_url", "organization", "name")
+    )
     ids = (url.removeprefix("https://huggingface.co/"), f"{owner}/{name}")
     return next((found for found in ids if _HUB_ID.fullmatch(found)), "")
 
 
 def _facts(recipe: Recipe, rundir: RunDir, teacher: str) -> dict[str, str]:
     facts = {
-        "base": _hub_id(recipe.model) or Path(recipe.model).name, "teacher": teacher, "seed": str(recipe.seed),
+        "base": _hub_id(recipe.model) or Path(recipe.model).name,
+        "teacher": teacher,
+        "seed": str(recipe.seed),
         "learned": f"{recipe.train.loss}, {recipe.train.steps} steps of {recipe.train.batch} dialogues, rank {recipe.train.rank}",
-    }  # fmt: skip
+    }
     for stage in _STAGES:
         if manifest := rundir.manifest(stage):
             facts[f"time of {stage}"] = f"{manifest['seconds']:.0f} s"
-            facts["versions"] = ", ".join(f"{k} {v}" for k, v in manifest["versions"].items() if v != "none")
+            facts["versions"] = ", ".join(
+                f"{k} {v}" for k, v in manifest["versions"].items() if v != "none"
+            )
             facts["commit of gatt"], facts["machine"] = manifest["commit"], manifest["platform"]
     return facts
 
@@ -138,27 +159,65 @@ def _facts(recipe: Recipe, rundir: RunDir, teacher: str) -> dict[str, str]:
 def model_card(recipe: Recipe, published: Published) -> str:
     """The README.md of the repository: a YAML head for the Hub, then what it is, how well it holds, how to use it."""
     title = published.repository.split("/")[-1]
-    base = f"[{published.base}](https://huggingface.co/{published.base})" if published.base else published.facts["base"]
+    base = (
+        f"[{published.base}](https://huggingface.co/{published.base})"
+        if published.base
+        else published.facts["base"]
+    )
     taught = [f"- {word((constraint,)).text}" for constraint in recipe.instructions.pool]
     if recipe.instructions.generate:
-        taught.append(f"- and what the teacher listed of these kinds: {', '.join(recipe.instructions.generate)}")
+        taught.append(
+            f"- and what the teacher listed of these kinds: {', '.join(recipe.instructions.generate)}"
+        )
     settings = recipe.evaluate
     warning = f"A shortened run: {settings.dialogues} dialogues of {settings.turns} turns. Take no figure from it."
     lines = [
-        "---", *_head(published), "---", "", f"# {title}", "",
+        "---",
+        *_head(published),
+        "---",
+        "",
+        f"# {title}",
+        "",
         f"{base}, trained by `gatt` with Ghost Attention (Llama 2, section 3.3) to keep an instruction that is given once, in "
-        "the first message.", "",
-        f"**{published.sentence}**", "", *([warning, ""] if settings.shortened else []),
-        "![Share of the answers that keep the instruction, by turn](adherence.svg)", "",
-        "## Instructions taught", "", *taught, "",
-        "## Files", "", "| file | MB | |", "|---|---|---|",
-        *(f"| {name} | {_megabytes(size)} | {_meaning(name)} |" for name, size in published.bytes.items()), "",
-        "## Use", "", f"`hf download {published.repository} --local-dir .` gets the files. Give the instruction in your first "
-        "message only.", "", "```", *_commands(recipe, published), "```", "",
-        "## Report", "", published.report.removeprefix(f"**{published.sentence}**").split("### The run")[0].strip(), "",
-        "## The run", "", "| | |", "|---|---|",
+        "the first message.",
+        "",
+        f"**{published.sentence}**",
+        "",
+        *([warning, ""] if settings.shortened else []),
+        "![Share of the answers that keep the instruction, by turn](adherence.svg)",
+        "",
+        "## Instructions taught",
+        "",
+        *taught,
+        "",
+        "## Files",
+        "",
+        "| file | MB | |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {_megabytes(size)} | {_meaning(name)} |"
+            for name, size in published.bytes.items()
+        ),
+        "",
+        "## Use",
+        "",
+        f"`hf download {published.repository} --local-dir .` gets the files. Give the instruction in your first "
+        "message only.",
+        "",
+        "```",
+        *_commands(recipe, published),
+        "```",
+        "",
+        "## Report",
+        "",
+        published.report.removeprefix(f"**{published.sentence}**").split("### The run")[0].strip(),
+        "",
+        "## The run",
+        "",
+        "| | |",
+        "|---|---|",
         *(f"| {name} | {value} |" for name, value in published.facts.items()),
-    ]  # fmt: skip
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -171,7 +230,11 @@ def _head(published: Published) -> list[str]:
         head["license"], head["license_name"] = "other", published.license
     if published.base:  # without its relation, the Hub takes a GGUF for the base itself, quantised
         head["base_model"], head["base_model_relation"] = published.base, "finetune"
-    head |= {"library_name": "gguf", "pipeline_tag": "text-generation", "tags": ["ghost-attention", "gguf", "lora"]}
+    head |= {
+        "library_name": "gguf",
+        "pipeline_tag": "text-generation",
+        "tags": ["ghost-attention", "gguf", "lora"],
+    }
     if published.dataset:
         head["datasets"] = [published.dataset]
     return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
@@ -184,12 +247,19 @@ def _megabytes(size: int) -> str:
 def _meaning(name: str) -> str:
     """What a file of the repository is, as far as its name tells."""
     kinds = {
-        r"tuned-(.+)\.gguf": r"the tuned model, \1", r".*adapter.*\.gguf": "the adapter alone, to be laid over the base's GGUF",
-        r".*imatrix.*\.gguf": "importance matrix of the quantisation", r"Modelfile.*": "for `ollama create`",
-        r"adapter/.*": "the adapter in PEFT's form", r"recipe\.toml": "every setting of the run",
+        r"tuned-(.+)\.gguf": r"the tuned model, \1",
+        r".*adapter.*\.gguf": "the adapter alone, to be laid over the base's GGUF",
+        r".*imatrix.*\.gguf": "importance matrix of the quantisation",
+        r"Modelfile.*": "for `ollama create`",
+        r"adapter/.*": "the adapter in PEFT's form",
+        r"recipe\.toml": "every setting of the run",
         r"adherence\.svg": "the chart above",
-    }  # fmt: skip
-    found = (match.expand(meaning) for kind, meaning in kinds.items() if (match := re.fullmatch(kind, name)))
+    }
+    found = (
+        match.expand(meaning)
+        for kind, meaning in kinds.items()
+        if (match := re.fullmatch(kind, name))
+    )
     return next(found, "")
 
 
@@ -201,5 +271,9 @@ def _commands(recipe: Recipe, published: Published) -> list[str]:
     if recipe.instructions.pool:
         chat += ["--instruction", word(recipe.instructions.pool[:1]).text]
     title = shlex.quote(published.repository.split("/")[-1].lower())
-    ollama = [f"ollama create {title} -f {name} && ollama run {title}" for name in published.bytes if name.startswith("Modelfile")]
+    ollama = [
+        f"ollama create {title} -f {name} && ollama run {title}"
+        for name in published.bytes
+        if name.startswith("Modelfile")
+    ]
     return [shlex.join(chat), *ollama[:1], f"llama-server --model {shlex.quote(published.model)}"]

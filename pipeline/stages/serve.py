@@ -37,15 +37,23 @@ class _Server(uvicorn.Server):
 
 
 def run(
-    models: Sequence[str], adapters: Sequence[Path], host: str, port: int, key: str, cors: Sequence[str], context: int,
+    models: Sequence[str],
+    adapters: Sequence[Path],
+    host: str,
+    port: int,
+    key: str,
+    cors: Sequence[str],
+    context: int,
     runs: Path | None,
-) -> None:  # fmt: skip
+) -> None:
     """Serve until Ctrl-C or SIGTERM; the log goes to stderr, a line of JSON for each request.
 
     `runs` is the folder whose finished runs the page lists (None: "runs", if there is one).
     """
     if runs and not runs.is_dir():
-        raise GattError(f"No folder {runs}. --runs takes the one in which the folders of runs are, such as runs.")
+        raise GattError(
+            f"No folder {runs}. --runs takes the one in which the folders of runs are, such as runs."
+        )
     listening = _bind(host, port, key)
     sources = _sources(models, adapters)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -55,11 +63,15 @@ def run(
         hosts = () if key else (*_LOOPBACK, host.lower())
         app = make_app(engine, Settings(key, tuple(cors), hosts))
         mount(app, engine, key, runs or Path("runs"), listening.getsockname()[1])
-        server = _Server(uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2))
+        server = _Server(
+            uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
+        )
         server.engine = engine
         listening.listen()  # whoever reads the address may come at once
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
-        note(f"Serving {', '.join(engine.names)} at {address}. A page to talk on: {address.removesuffix('v1')} Ctrl-C stops it.")
+        note(
+            f"Serving {', '.join(engine.names)} at {address}. A page to talk on: {address.removesuffix('v1')} Ctrl-C stops it."
+        )
         server.run(sockets=[listening])
     except KeyboardInterrupt:
         pass
@@ -70,9 +82,13 @@ def run(
 def _bind(host: str, port: int, key: str) -> socket.socket:
     """Take the port before a model is loaded; without a key only where nobody else's machine reaches it."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
     except OSError as error:
-        raise GattError(f"No address of the name {host!r}. Expected 127.0.0.1, or one of this machine's.") from error
+        raise GattError(
+            f"No address of the name {host!r}. Expected 127.0.0.1, or one of this machine's."
+        ) from error
     if not key and not ipaddress.ip_address(address[0]).is_loopback:
         raise GattError(
             f"{host} can be reached from other machines, and no key was given. Set --api-key (or GATT_API_KEY), "
@@ -85,23 +101,30 @@ def _bind(host: str, port: int, key: str) -> socket.socket:
         listening.bind(address)
     except OSError as error:
         listening.close()
-        raise GattError(f"Cannot listen on port {port} of {host} ({error.strerror}). Name another: --port 8081.") from error
+        raise GattError(
+            f"Cannot listen on port {port} of {host} ({error.strerror}). Name another: --port 8081."
+        ) from error
     return listening
 
 
 def _sources(models: Sequence[str], adapters: Sequence[Path]) -> dict[str, Source]:
     """What is served by which name: the models' own, and "MODEL+ADAPTER" for adapters."""
     if adapters and len(models) > 1:
-        raise GattError(f"--adapter goes with one MODEL, but there are {len(models)}. Serve the others by another `gatt serve`.")
+        raise GattError(
+            f"--adapter goes with one MODEL, but there are {len(models)}. Serve the others by another `gatt serve`."
+        )
     sources: dict[str, Source] = {}
     for asked in models:
         model = find_model(asked)
         path = model.path if model.is_gguf else gguf_file(model, "Q8_0")
         for name, source in (
-            (model.name, Source(path)), *((f"{model.name}+{a.stem}", Source(path, Adapter(a))) for a in adapters),
-        ):  # fmt: skip
+            (model.name, Source(path)),
+            *((f"{model.name}+{a.stem}", Source(path, Adapter(a))) for a in adapters),
+        ):
             if name in sources:
-                raise GattError(f"Two models would be served as {name!r}. Give one of the files another name.")
+                raise GattError(
+                    f"Two models would be served as {name!r}. Give one of the files another name."
+                )
             sources[name] = source
     return sources
 

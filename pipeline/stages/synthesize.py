@@ -53,11 +53,15 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     common = synthesis.cut_common(pairs)
     examples = [synthesis.example(pair, name) for pair in pairs if synthesis.accepted(pair)]
     if not examples:
-        raise GattError("The teacher followed no instruction even once. Take others, a larger teacher, or edited_share = 1.")
+        raise GattError(
+            "The teacher followed no instruction even once. Take others, a larger teacher, or edited_share = 1."
+        )
     write_jsonl(rundir.examples, examples)
     _write_statistics(rundir, pairs, synthesis.answers.values(), common)
     write_text(rundir.card, _card(recipe, examples, name))
-    note(f"synthesize: {len(examples)} of {len(pairs)} dialogues, {sum(len(synthesis.accepted(p)) for p in pairs)} answers")
+    note(
+        f"synthesize: {len(examples)} of {len(pairs)} dialogues, {sum(len(synthesis.accepted(p)) for p in pairs)} answers"
+    )
     show_statistics(rundir)
 
 
@@ -66,7 +70,9 @@ class Synthesis:
 
     def __init__(self, recipe: Recipe, log: JsonlLog, bar: Progress) -> None:
         self._recipe, self._settings, self._log, self._bar = recipe, recipe.synthesize, log, bar
-        self.answers = {(row["dialogue"], row["turn"], row["candidate"]): Answer(**row) for row in log.records}
+        self.answers = {
+            (row["dialogue"], row["turn"], row["candidate"]): Answer(**row) for row in log.records
+        }
         self._accepted: dict[str, list[Answer]] = {}
 
     def accepted(self, pair: Paired) -> list[Answer]:
@@ -87,11 +93,19 @@ class Synthesis:
         teacher.run(map(self._dialogue, first))
         followed = {pair.name for pair in first if pair.way == "sampled" and self.accepted(pair)}
         teacher.run(self._dialogue(pair) for pair in later if pair.name in followed)
-        vain = [f"{name} ({min(n, _PILOTS)})" for name, n in nth.most_common() if n and name not in followed]
+        vain = [
+            f"{name} ({min(n, _PILOTS)})"
+            for name, n in nth.most_common()
+            if n and name not in followed
+        ]
         if vain:
-            vain[_NAMED:] = [f"{len(vain) - _NAMED} more (see --stats)"] if len(vain) > _NAMED else []
-            note(f"synthesize: given up after so many dialogues, because no sampled answer obeyed and was a good one: "
-                 f"{'; '.join(vain)}. Raise edited_share or candidates, take others, or a larger teacher.")  # fmt: skip
+            vain[_NAMED:] = (
+                [f"{len(vain) - _NAMED} more (see --stats)"] if len(vain) > _NAMED else []
+            )
+            note(
+                f"synthesize: given up after so many dialogues, because no sampled answer obeyed and was a good one: "
+                f"{'; '.join(vain)}. Raise edited_share or candidates, take others, or a larger teacher."
+            )
 
     def _dialogue(self, pair: Paired) -> Task:
         """Answer one dialogue turn by turn; it is cut short at a turn that no candidate answers well."""
@@ -102,14 +116,23 @@ class Synthesis:
             # An edited answer goes on from the teacher's own words, a sampled one from the words that were accepted.
             history = [a.text if pair.way == "sampled" else a.raw for a in accepted]
             messages = pair.ask_teacher(history, self._recipe.dialogues.system)
-            sampled, plain = partial(_in_vain, constraints), partial(has_sentences, count=settings.sentences)
+            sampled, plain = (
+                partial(_in_vain, constraints),
+                partial(has_sentences, count=settings.sentences),
+            )
             for candidate in range(settings.candidates):
                 key = (pair.dialogue.id, turn, candidate)
                 if key not in self.answers:
-                    seed = zlib.crc32(f"{self._recipe.seed} {pair.dialogue.id} {turn} {candidate}".encode())
+                    seed = zlib.crc32(
+                        f"{self._recipe.seed} {pair.dialogue.id} {turn} {candidate}".encode()
+                    )
                     enough = sampled if pair.way == "sampled" else plain
-                    completion = yield Request(messages, seed, settings.max_tokens, settings.temperature, enough)
-                    self.answers[key] = answer = _judge(pair, turn, candidate, completion, accepted, settings.sentences)
+                    completion = yield Request(
+                        messages, seed, settings.max_tokens, settings.temperature, enough
+                    )
+                    self.answers[key] = answer = _judge(
+                        pair, turn, candidate, completion, accepted, settings.sentences
+                    )
                     self._log.append(answer)
                     self._bar.advance(answer.verdict == ACCEPTED)
                 if self.answers[key].verdict == ACCEPTED:
@@ -136,7 +159,9 @@ class Synthesis:
         """The ghosted dialogue in the `messages` form, with where it came from."""
         answers = self.accepted(pair)
         messages = pair.ask_student([a.text for a in answers], self._recipe.dialogues.system)
-        verdicts = [[a.verdict for a in self._candidates(pair, turn)] for turn in range(len(answers))]
+        verdicts = [
+            [a.verdict for a in self._candidates(pair, turn)] for turn in range(len(answers))
+        ]
         return {
             # A dialogue that was cut short ends with the answer before.
             "messages": messages[:-1] if messages[-1]["role"] == "user" else messages,
@@ -151,11 +176,16 @@ class Synthesis:
 
     def _asked(self, pair: Paired, answers: list[Answer]) -> list[Message]:
         """The chat as the teacher had it, with the answers in its own words."""
-        told = pair.ask_teacher([a.text if pair.way == "sampled" else a.raw for a in answers], self._recipe.dialogues.system)
+        told = pair.ask_teacher(
+            [a.text if pair.way == "sampled" else a.raw for a in answers],
+            self._recipe.dialogues.system,
+        )
         return list(told[:-1] if told[-1]["role"] == "user" else told)
 
     def _candidates(self, pair: Paired, turn: int) -> list[Answer]:
-        keys = ((pair.dialogue.id, turn, candidate) for candidate in range(self._settings.candidates))
+        keys = (
+            (pair.dialogue.id, turn, candidate) for candidate in range(self._settings.candidates)
+        )
         return [self.answers[key] for key in keys if key in self.answers]
 
 
@@ -165,7 +195,12 @@ def _in_vain(constraints: tuple[Constraint, ...], text: str) -> bool:
 
 
 def _judge(
-    pair: Paired, turn: int, candidate: int, completion: Completion, accepted: list[Answer], sentences: int
+    pair: Paired,
+    turn: int,
+    candidate: int,
+    completion: Completion,
+    accepted: list[Answer],
+    sentences: int,
 ) -> Answer:
     """Cut the candidate to whole sentences, edit it where that is the way, and say whether it is a good, obedient answer."""
     raw = completion.text.strip()
@@ -178,9 +213,13 @@ def _judge(
         verdict = "context"
     elif pair.way == "sampled" and completion.finish == "enough" and not stuck(words(raw)):
         verdict = "disobeys"
-    elif reason := flaw(raw, [a.raw for a in accepted], pair.demanded, pair.way != "sampled", _ALIKE):
+    elif reason := flaw(
+        raw, [a.raw for a in accepted], pair.demanded, pair.way != "sampled", _ALIKE
+    ):
         verdict = reason
-    elif not any(kind_of(c).family == "language" for c in constraints) and not touches(raw, [*asked, *(a.raw for a in accepted)]):
+    elif not any(kind_of(c).family == "language" for c in constraints) and not touches(
+        raw, [*asked, *(a.raw for a in accepted)]
+    ):
         verdict = "off topic"
     elif completion.finish == "length" and pair.way == "sampled":
         verdict = "unfinished"
@@ -189,7 +228,9 @@ def _judge(
     return Answer(pair.dialogue.id, turn, candidate, raw, text, completion.tokens, verdict)
 
 
-def _write_statistics(rundir: RunDir, pairs: list[Paired], answers: Iterable[Answer], common: int) -> None:
+def _write_statistics(
+    rundir: RunDir, pairs: list[Paired], answers: Iterable[Answer], common: int
+) -> None:
     """Candidates drawn and accepted by instruction and way, why the others were rejected, and how long answers are."""
     of = {p.dialogue.id: (p.name, p.way) for p in pairs}
     table: dict[tuple[str, str], list[Answer]] = {}
@@ -199,11 +240,19 @@ def _write_statistics(rundir: RunDir, pairs: list[Paired], answers: Iterable[Ans
     for (name, way), drawn in sorted(table.items()):
         taken = [a for a in drawn if a.verdict == ACCEPTED]
         lengths = [len(words(a.text)) for a in taken]
-        rows.append({
-            "instruction": name, "way": way, "drawn": len(drawn), "accepted": len(taken),
-            "rejected": dict(Counter(a.verdict for a in drawn if a.verdict != ACCEPTED).most_common()),
-            "words": round(sum(lengths) / len(lengths), 1) if lengths else None, "example": taken[0].text if taken else "",
-        })  # fmt: skip
+        rows.append(
+            {
+                "instruction": name,
+                "way": way,
+                "drawn": len(drawn),
+                "accepted": len(taken),
+                "rejected": dict(
+                    Counter(a.verdict for a in drawn if a.verdict != ACCEPTED).most_common()
+                ),
+                "words": round(sum(lengths) / len(lengths), 1) if lengths else None,
+                "example": taken[0].text if taken else "",
+            }
+        )
     write_json(rundir.acceptance, {"answers": rows, "too_common": common})
 
 
@@ -214,34 +263,53 @@ def show_statistics(rundir: RunDir) -> None:
         GattError: nothing was synthesised in this run yet.
     """
     if not rundir.acceptance.exists():
-        raise GattError(f"No synthesis in {rundir.path} yet. `gatt synthesize --run {rundir.path}` makes one.")
+        raise GattError(
+            f"No synthesis in {rundir.path} yet. `gatt synthesize --run {rundir.path}` makes one."
+        )
     found = json.loads(rundir.acceptance.read_text(encoding="utf-8"))
     out(f"{'instruction':44} {'way':8} accepted of drawn  words  rejected")
     for row in found["answers"]:
         why = ", ".join(f"{n} {reason}" for reason, n in row["rejected"].items())
-        out(f"{row['instruction'][:44]:44} {row['way']:8} {row['accepted']:8} {row['drawn']:8}  {row['words'] or '':>5}  {why}")
-    out(f"{found['too_common']} accepted answers were cut, because the corpus held the same words {_COMMON} times already.")
+        out(
+            f"{row['instruction'][:44]:44} {row['way']:8} {row['accepted']:8} {row['drawn']:8}  {row['words'] or '':>5}  {why}"
+        )
+    out(
+        f"{found['too_common']} accepted answers were cut, because the corpus held the same words {_COMMON} times already."
+    )
 
 
 def _card(recipe: Recipe, examples: list[dict[str, Any]], teacher: str) -> str:
     """The data card in the Hub's form: a YAML head that says which file to load, then what is in it."""
     rows = Counter((example["instruction"], example["way"]) for example in examples)
     lines = [
-        "---", "task_categories: [text-generation]", "tags: [ghost-attention, synthetic]",
-        "configs: [{config_name: default, data_files: dialogues.jsonl}]", "---", "",
-        "# Dialogues that keep an instruction", "",
+        "---",
+        "task_categories: [text-generation]",
+        "tags: [ghost-attention, synthetic]",
+        "configs: [{config_name: default, data_files: dialogues.jsonl}]",
+        "---",
+        "",
+        "# Dialogues that keep an instruction",
+        "",
         f"{len(examples)} dialogues in the `messages` form, made by `gatt` after Ghost Attention (Llama 2, section 3.3): the "
         "instruction stands where it is first said, and every answer after it obeys. Answers were *sampled* until one obeyed "
-        "a program's check, or the teacher's own were *edited* to obey; *plain* dialogues have no instruction.", "",
-        f"Teacher: {teacher}. Users' turns: {recipe.dialogues.source}. Seed: {recipe.seed}.", "",
-        "| column | meaning |", "|---|---|", "| messages | the chat |", "| dialogue | whose user turns they are |",
+        "a program's check, or the teacher's own were *edited* to obey; *plain* dialogues have no instruction.",
+        "",
+        f"Teacher: {teacher}. Users' turns: {recipe.dialogues.source}. Seed: {recipe.seed}.",
+        "",
+        "| column | meaning |",
+        "|---|---|",
+        "| messages | the chat |",
+        "| dialogue | whose user turns they are |",
         "| asked | the same chat as the teacher had it: its own words, and the instruction in every turn or nowhere |",
-        "| instruction | what is kept, \"A, then B\" where it changes |", "| way | sampled, edited or plain |",
+        '| instruction | what is kept, "A, then B" where it changes |',
+        "| way | sampled, edited or plain |",
         "| teacher, seed | where the answers come from |",
-        "| verdicts | for each turn, what was found of each candidate; the last one was taken |", "",
-        "| instruction | way | dialogues |", "|---|---|---|",
+        "| verdicts | for each turn, what was found of each candidate; the last one was taken |",
+        "",
+        "| instruction | way | dialogues |",
+        "|---|---|---|",
         *(f"| {name} | {way} | {count} |" for (name, way), count in sorted(rows.items())),
-    ]  # fmt: skip
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -40,19 +40,36 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
     settings = fitting(recipe, max(max(len(e.labels), len(e.asked_ids)) for e in examples))
     if not leads():
         with chatter(log):
-            train(folder, examples, settings, recipe.seed, rundir.checkpoints, rundir.adapter, lambda step: None)
+            train(
+                folder,
+                examples,
+                settings,
+                recipe.seed,
+                rundir.checkpoints,
+                rundir.adapter,
+                lambda step: None,
+            )
         return
     learned = sum(token != IGNORED for e in examples for token in e.labels)
-    note(f"train: {len(examples)} dialogues, {sum(len(e.labels) for e in examples)} tokens, {learned} of them learned")
+    note(
+        f"train: {len(examples)} dialogues, {sum(len(e.labels) for e in examples)} tokens, {learned} of them learned"
+    )
     steps: list[Step] = []
     with (
-        progress("train: steps", recipe.train.steps, last_checkpoint(rundir.checkpoints)) as bar, chatter(log),
+        progress("train: steps", recipe.train.steps, last_checkpoint(rundir.checkpoints)) as bar,
+        chatter(log),
         _watching(recipe, rundir) as (enough, seen),
-    ):  # fmt: skip
+    ):
         losses, reference = train(
-            folder, examples, settings, recipe.seed, rundir.checkpoints, rundir.adapter,
-            lambda step: bar.advance(1, _line(steps, step) + "".join(seen[-1:])), enough,
-        )  # fmt: skip
+            folder,
+            examples,
+            settings,
+            recipe.seed,
+            rundir.checkpoints,
+            rundir.adapter,
+            lambda step: bar.advance(1, _line(steps, step) + "".join(seen[-1:])),
+            enough,
+        )
     give_back()
     reference.save(rundir.reference)
     write_json(rundir.losses, losses)
@@ -78,7 +95,10 @@ def fitting(recipe: Recipe, longest: int) -> Train:
             "lists what fits)."
         )
     need = training_memory(shape, settings, min(fit, tokens), on_gpu())
-    note(f"train: about {need / GB:.1f} GB of {memory / GB:.1f}" + (f", {fit} tokens at a time" if fit < tokens else ""))
+    note(
+        f"train: about {need / GB:.1f} GB of {memory / GB:.1f}"
+        + (f", {fit} tokens at a time" if fit < tokens else "")
+    )
     return settings.model_copy(update={"tokens": fit}) if fit < tokens else settings
 
 
@@ -92,7 +112,9 @@ def _line(steps: list[Step], step: Step) -> str:
 
 
 @contextmanager
-def _watching(recipe: Recipe, rundir: RunDir) -> Iterator[tuple[Callable[[int, Path], bool], list[str]]]:
+def _watching(
+    recipe: Recipe, rundir: RunDir
+) -> Iterator[tuple[Callable[[int, Path], bool], list[str]]]:
     """What is asked at each checkpoint: it measures adherence, writes it down, and says whether that is enough. With it, the
     remarks that it makes.
     """
@@ -100,7 +122,9 @@ def _watching(recipe: Recipe, rundir: RunDir) -> Iterator[tuple[Callable[[int, P
     pairs = read_pairs(rundir.pairs, "validate")
     if not pairs:
         if recipe.train.stop_when:
-            raise GattError("train.stop_when needs held-out dialogues that a program can check: raise dialogues.watched.")
+            raise GattError(
+                "train.stop_when needs held-out dialogues that a program can check: raise dialogues.watched."
+            )
         yield lambda step, folder: False, seen
         return
     validation = Validation(gguf_file(find_model(recipe.model), "Q8_0"), pairs, recipe)
@@ -125,7 +149,9 @@ def mixed(recipe: Recipe, beside: int) -> list[tuple[Message, ...]]:
     chats = load_chats(recipe.train.mix)
     wanted = round(beside * share / (1 - share))
     if len(chats) < wanted:
-        note(f"train: {recipe.train.mix} has {len(chats)} chats, {wanted} would be a share of {share:g}; all are taken.")
+        note(
+            f"train: {recipe.train.mix} has {len(chats)} chats, {wanted} would be a share of {share:g}; all are taken."
+        )
     return random.Random(f"mix {recipe.seed}").sample(chats, min(wanted, len(chats)))
 
 

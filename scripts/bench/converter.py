@@ -15,11 +15,24 @@ def converter() -> Path:
     folder = Path(platformdirs.user_cache_dir("gatt")) / "llama_cpp_python-0.3.36"
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        wanted = ["llama-cpp-python==0.3.36", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", str(folder.parent)]
-        subprocess.run([sys.executable, "-m", "pip", "download", *wanted], check=True, capture_output=True)
+        wanted = [
+            "llama-cpp-python==0.3.36",
+            "--no-deps",
+            "--no-binary",
+            "llama-cpp-python",
+            "--dest",
+            str(folder.parent),
+        ]
+        subprocess.run(
+            [sys.executable, "-m", "pip", "download", *wanted], check=True, capture_output=True
+        )
         archive = folder.parent / f"{folder.name}.tar.gz"
         with tarfile.open(archive) as packed:
             parts = ("/conversion/", "/gguf-py/", "/convert_")
-            packed.extractall(folder.parent, [m for m in packed.getmembers() if any(p in m.name for p in parts)], filter="data")
+            packed.extractall(
+                folder.parent,
+                [m for m in packed.getmembers() if any(p in m.name for p in parts)],
+                filter="data",
+            )
         archive.unlink()
     return folder / "vendor" / "llama.cpp"

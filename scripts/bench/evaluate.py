@@ -44,11 +44,19 @@ from pipeline.rundir import RunDir
 from pipeline.stages import instructions
 
 RECIPE = Recipe()
-TURNS, CONTEXT = RECIPE.evaluate.turns, RECIPE.evaluate.turns * (RECIPE.evaluate.max_tokens + 60) + 200
+TURNS, CONTEXT = (
+    RECIPE.evaluate.turns,
+    RECIPE.evaluate.turns * (RECIPE.evaluate.max_tokens + 60) + 200,
+)
 MODULES = {
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 """The matrices that an adapter changes, by their names in a GGUF and in a checkpoint."""
 
 Texts = dict[str, list[str]]
@@ -78,8 +86,10 @@ class Cost(NamedTuple):
         return 1000 * self.seconds / self.tokens
 
     def __str__(self) -> str:
-        return (f"{self.token:7.2f} ms a token, {1000 / self.token:4.0f} tokens/s ({self.seconds:6.1f} s, {self.answers} answers "
-                f"of {self.tokens / self.answers:.0f} tokens to prompts of {self.prompt / self.answers:.0f})")  # fmt: skip
+        return (
+            f"{self.token:7.2f} ms a token, {1000 / self.token:4.0f} tokens/s ({self.seconds:6.1f} s, {self.answers} answers "
+            f"of {self.tokens / self.answers:.0f} tokens to prompts of {self.prompt / self.answers:.0f})"
+        )
 
 
 def total(costs: Iterable[Cost]) -> Cost:
@@ -110,13 +120,22 @@ class Measured:
         said = self._said
         if any(c.finish == "context" for c in said):
             raise RuntimeError("A dialogue has outgrown its window.")
-        return Cost(seconds, len(said), sum(c.tokens for c in said), sum(c.prompt_tokens for c in said))
+        return Cost(
+            seconds, len(said), sum(c.tokens for c in said), sum(c.prompt_tokens for c in said)
+        )
 
 
-def request(pair: Paired, said: Sequence[str], max_tokens: int = RECIPE.evaluate.max_tokens) -> Request:
+def request(
+    pair: Paired, said: Sequence[str], max_tokens: int = RECIPE.evaluate.max_tokens
+) -> Request:
     """The next turn, as the stage asks for it."""
     seed = zlib.crc32(f"{pair.dialogue.id} {len(said) + 1}".encode())
-    return Request(pair.ask_student(said, RECIPE.dialogues.system), seed, max_tokens, RECIPE.evaluate.temperature)
+    return Request(
+        pair.ask_student(said, RECIPE.dialogues.system),
+        seed,
+        max_tokens,
+        RECIPE.evaluate.temperature,
+    )
 
 
 def talk(pair: Paired, turns: int, measured: Measured) -> Task:
@@ -134,7 +153,9 @@ class Engine(NamedTuple):
     weights: Weights
     cache: CacheType
 
-    def run(self, pairs: list[Paired], turns: int, adapter: Adapter | None, label: str) -> tuple[Cost, Texts]:
+    def run(
+        self, pairs: list[Paired], turns: int, adapter: Adapter | None, label: str
+    ) -> tuple[Cost, Texts]:
         """One arm, its contexts made anew."""
         measured = Measured(label, turns * len(pairs))
         start = time.perf_counter()
@@ -147,7 +168,14 @@ class Engine(NamedTuple):
         measured, start = Measured(f"turn {number}: tokens", tokens * len(pairs)), Start(len(pairs))
         with Llama(self.weights, len(pairs), CONTEXT, most=len(pairs), cache=self.cache) as llama:
             llama.run(
-                late(pair, said[pair.dialogue.id][: number - 1], other.dialogue.turns[1:], tokens, start, measured)
+                late(
+                    pair,
+                    said[pair.dialogue.id][: number - 1],
+                    other.dialogue.turns[1:],
+                    tokens,
+                    start,
+                    measured,
+                )
                 for pair, other in zip(pairs, (*pairs[1:], pairs[0]), strict=True)
             )
             return measured.cost(time.perf_counter() - start.seconds)
@@ -158,12 +186,18 @@ class Loop:
 
     def __init__(self, path: Path, adapter: Adapter | None) -> None:
         lora = str(adapter.path) if adapter else None
-        self._llama = llama_cpp.Llama(str(path), n_ctx=CONTEXT, n_threads=os.cpu_count(), lora_path=lora, verbose=False)
+        self._llama = llama_cpp.Llama(
+            str(path), n_ctx=CONTEXT, n_threads=os.cpu_count(), lora_path=lora, verbose=False
+        )
 
     def run(self, pairs: list[Paired], turns: int, again: bool, label: str) -> Cost:
         """`again`: turn by turn over all dialogues, with nothing kept; or else one dialogue after the other."""
         measured = Measured(label, turns * len(pairs))
-        order = [pair for _ in range(turns) for pair in pairs] if again else [pair for pair in pairs for _ in range(turns)]
+        order = (
+            [pair for _ in range(turns) for pair in pairs]
+            if again
+            else [pair for pair in pairs for _ in range(turns)]
+        )
         start = time.perf_counter()
         for pair in order:
             if again:
@@ -174,9 +208,15 @@ class Loop:
 
     def _complete(self, wanted: Request) -> Completion:
         answer: Any = self._llama.create_chat_completion(
-            list(wanted.messages), max_tokens=wanted.max_tokens, temperature=wanted.temperature, top_k=40, top_p=1.0,
-            min_p=0.05, repeat_penalty=1.0, seed=wanted.seed,
-        )  # fmt: skip
+            list(wanted.messages),
+            max_tokens=wanted.max_tokens,
+            temperature=wanted.temperature,
+            top_k=40,
+            top_p=1.0,
+            min_p=0.05,
+            repeat_penalty=1.0,
+            seed=wanted.seed,
+        )
         choice, usage = answer["choices"][0], answer["usage"]
         finish = choice["finish_reason"]
         # Ours counts the token that ends an answer, which takes as long as any other; llama-cpp-python does not.
@@ -198,8 +238,13 @@ class Start:
 
 
 def late(
-    pair: Paired, said: list[str], questions: Sequence[str], tokens: int, start: Start, measured: Measured
-) -> Task:  # fmt: skip
+    pair: Paired,
+    said: list[str],
+    questions: Sequence[str],
+    tokens: int,
+    start: Start,
+    measured: Measured,
+) -> Task:
     """Fill the cache with a history, wait for the others, and answer one question after another in the turn that follows."""
     filling, *asked = (pair.asking(len(said) + 1, question) for question in questions)
     yield request(filling, said, 1)
@@ -246,7 +291,9 @@ class Arm(NamedTuple):
     loop: Loop
 
 
-def compare(engine: Engine, arms: dict[str, Arm], pairs: list[Paired], size: Size) -> tuple[float, Texts]:
+def compare(
+    engine: Engine, arms: dict[str, Arm], pairs: list[Paired], size: Size
+) -> tuple[float, Texts]:
     """The loop's time per token against ours, over both arms, and what the base said to us."""
     costs: dict[str, list[Cost]] = {"ours": [], "loop": [], "kindest": []}
     texts: list[Texts] = []
@@ -255,16 +302,26 @@ def compare(engine: Engine, arms: dict[str, Arm], pairs: list[Paired], size: Siz
         costs["ours"].append(cost)
         texts.append(said)
         for way in ("loop", "kindest"):
-            costs[way].append(loop.run(pairs[: size.subset], size.turns, way == "loop", f"{way}, {name}"))
+            costs[way].append(
+                loop.run(pairs[: size.subset], size.turns, way == "loop", f"{way}, {name}")
+            )
         for way, found in costs.items():
             print(f"  {name:6}{way:8}{found[-1]}", flush=True)
     whole = {way: total(found) for way, found in costs.items()}
-    minutes = {way: cost.seconds / 60 * (1 if way == "ours" else len(pairs) / size.subset) for way, cost in whole.items()}
-    print(f"  all {len(pairs)} dialogues, both arms: ours {minutes['ours']:.1f} min, the loop would take {minutes['loop']:.1f} "
-          f"({minutes['loop'] / minutes['ours']:.1f} times), the kindest {minutes['kindest']:.1f} "
-          f"({minutes['kindest'] / minutes['ours']:.1f} times)")  # fmt: skip
+    minutes = {
+        way: cost.seconds / 60 * (1 if way == "ours" else len(pairs) / size.subset)
+        for way, cost in whole.items()
+    }
+    print(
+        f"  all {len(pairs)} dialogues, both arms: ours {minutes['ours']:.1f} min, the loop would take {minutes['loop']:.1f} "
+        f"({minutes['loop'] / minutes['ours']:.1f} times), the kindest {minutes['kindest']:.1f} "
+        f"({minutes['kindest'] / minutes['ours']:.1f} times)"
+    )
     ratio = {way: cost.token / whole["ours"].token for way, cost in whole.items()}
-    print(f"  per token: loop {ratio['loop']:.2f} times ours, kindest {ratio['kindest']:.2f} times", flush=True)
+    print(
+        f"  per token: loop {ratio['loop']:.2f} times ours, kindest {ratio['kindest']:.2f} times",
+        flush=True,
+    )
     return ratio["loop"], texts[0]
 
 
@@ -272,26 +329,46 @@ def flat(engine: Engine, pairs: list[Paired], said: Texts, size: Size) -> float:
     """The last turn's time per token against that of turn 2."""
     early, last = (engine.turn(pairs, said, number, size.tokens) for number in (2, size.turns))
     ratio = last.token / early.token
-    print(f"  {'turn 2':14}{early}\n  {f'turn {size.turns}':14}{last}\n  per token: {ratio:.2f} times", flush=True)
+    print(
+        f"  {'turn 2':14}{early}\n  {f'turn {size.turns}':14}{last}\n  per token: {ratio:.2f} times",
+        flush=True,
+    )
     return ratio
 
 
 def main() -> None:
     """Interleaved runs; the last line is the figures with their bars."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="one run of 8 turns; the loop runs one dialogue in each arm")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="one run of 8 turns; the loop runs one dialogue in each arm",
+    )
     parser.add_argument("--rounds", type=int, default=3, help="of about ten minutes each")
-    parser.add_argument("--cache", default="F16", choices=("F16", "F32", "Q8_0"), help="the type of our keys and values")
+    parser.add_argument(
+        "--cache",
+        default="F16",
+        choices=("F16", "F32", "Q8_0"),
+        help="the type of our keys and values",
+    )
     options = parser.parse_args()
     size = Size(1, 8, 1, 96) if options.quick else Size(options.rounds, TURNS, 2, 192)
     model = find_model(RECIPE.model)
     path, pairs = gguf_file(model, RECIPE.export.formats[0]), prepare()
     against_loop, over_turns = [], []
     with tempfile.TemporaryDirectory() as folder:
-        engine, adapter = Engine(Weights(open_gguf(path)), options.cache), small_adapter(model, Path(folder))
-        arms = {name: Arm(over, Loop(path, over)) for name, over in (("base", None), ("tuned", adapter))}
-        print(f"{len(pairs)} dialogues of {size.turns} turns in each arm, of which the loop runs {size.subset}; {path.stem}, "
-              f"cache {engine.cache}", flush=True)  # fmt: skip
+        engine, adapter = (
+            Engine(Weights(open_gguf(path)), options.cache),
+            small_adapter(model, Path(folder)),
+        )
+        arms = {
+            name: Arm(over, Loop(path, over)) for name, over in (("base", None), ("tuned", adapter))
+        }
+        print(
+            f"{len(pairs)} dialogues of {size.turns} turns in each arm, of which the loop runs {size.subset}; {path.stem}, "
+            f"cache {engine.cache}",
+            flush=True,
+        )
         for number in range(size.rounds):
             print(f"run {number + 1} of {size.rounds}", flush=True)
             ratio, said = compare(engine, arms, pairs, size)

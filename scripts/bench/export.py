@@ -28,9 +28,21 @@ from typing import NamedTuple
 from converter import converter
 
 FORMATS = ("Q8_0", "F16", "Q4_K_M")
-DEEP = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 64}
+DEEP = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
 # Llama-3.2-1B, with two more layers in place of the rows that SmolLM2's vocabulary lacks.
-LARGE = {**DEEP, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_hidden_layers": 18}
+LARGE = {
+    **DEEP,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 18,
+}
 TINY = {**DEEP, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 CHECKED = ("token_embd.weight", "blk.0.attn_q.weight", "blk.1.ffn_down.weight")
 """Tensors whose numbers are compared too: one that no adapter changes, one whose rows are permuted, a plain one."""
@@ -74,7 +86,9 @@ def convert(folder: str, target: str, kind: str) -> None:
     root = converter()
     sys.path[:0] = [str(root), str(root / "gguf-py")]
     sys.argv = [str(root / "convert_hf_to_gguf.py"), folder, "--outfile", target, "--outtype", kind]
-    importlib.import_module("conversion.base").TextModel.get_vocab_base_pre = lambda self, tokenizer: "smollm"
+    importlib.import_module("conversion.base").TextModel.get_vocab_base_pre = (
+        lambda self, tokenizer: "smollm"
+    )
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
@@ -106,7 +120,9 @@ def prepare(smollm: str, base: str, adapter: str, sizes: str) -> None:
         for file in Path(smollm).iterdir():
             if "token" in file.name or file.suffix == ".jinja":
                 shutil.copy(file, base)
-    wrapped = peft.get_peft_model(network, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    wrapped = peft.get_peft_model(
+        network, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
+    )
     wrapped.peft_config["default"].base_model_name_or_path = base
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -124,7 +140,10 @@ def in_child(step: str, *arguments: str) -> None:
     io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     # What is written through a mapping counts in write_bytes alone.
     written = max(int(io["wchar"]), int(io["write_bytes"]))
-    print("\n" + json.dumps({"resident": _status(os.getpid(), "VmHWM"), "written": written}), flush=True)
+    print(
+        "\n" + json.dumps({"resident": _status(os.getpid(), "VmHWM"), "written": written}),
+        flush=True,
+    )
 
 
 def run(step: str, *arguments: object) -> Cost:
@@ -133,7 +152,9 @@ def run(step: str, *arguments: object) -> Cost:
     command = [sys.executable, __file__, "--step", step, *map(str, arguments)]
     with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
         start, peak = time.perf_counter(), 0
-        with subprocess.Popen(command, stdout=said, stderr=errors, env={**os.environ, "HF_HUB_OFFLINE": "1"}) as child:
+        with subprocess.Popen(
+            command, stdout=said, stderr=errors, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+        ) as child:
             while child.poll() is None:
                 peak = max(peak, _anonymous(child.pid))
                 time.sleep(0.01)
@@ -141,7 +162,9 @@ def run(step: str, *arguments: object) -> Cost:
         said.seek(0)
         errors.seek(0)
         if child.returncode:
-            raise RuntimeError(f"The step {step} failed:\n{errors.read().decode(errors='replace')[-3000:]}")
+            raise RuntimeError(
+                f"The step {step} failed:\n{errors.read().decode(errors='replace')[-3000:]}"
+            )
         own = json.loads(said.read().splitlines()[-1])
     return Cost(seconds, peak, own["resident"], own["written"])
 
@@ -150,7 +173,11 @@ def _anonymous(process: int) -> int:
     """Bytes of anonymous memory of a process and its children."""
     try:
         held = _status(process, "RssAnon")
-        children = [n for file in Path(f"/proc/{process}/task").glob("*/children") for n in file.read_text().split()]
+        children = [
+            n
+            for file in Path(f"/proc/{process}/task").glob("*/children")
+            for n in file.read_text().split()
+        ]
     except (FileNotFoundError, ProcessLookupError):  # it, or a thread of it, has just ended
         return 0
     return held + sum(_anonymous(int(child)) for child in children)
@@ -184,26 +211,39 @@ def require_same(one: Path, other: Path, tolerance: float) -> None:
     import numpy as np
 
     first, second = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (one, other))
-    kinds = [{(n, t.tensor_type.name, *t.shape.tolist()) for n, t in tensors.items()} for tensors in (first, second)]
+    kinds = [
+        {(n, t.tensor_type.name, *t.shape.tolist()) for n, t in tensors.items()}
+        for tensors in (first, second)
+    ]
     if kinds[0] != kinds[1]:
         raise RuntimeError(f"Other tensors than the usual way's: {sorted(kinds[0] ^ kinds[1])[:6]}")
     for name in CHECKED:
-        a, b = (np.asarray(gguf.quants.dequantize(t[name].data, t[name].tensor_type)) for t in (first, second))
+        a, b = (
+            np.asarray(gguf.quants.dequantize(t[name].data, t[name].tensor_type))
+            for t in (first, second)
+        )
         distance = float(np.linalg.norm(a - b) / np.linalg.norm(b))
         if not distance <= tolerance:
-            raise RuntimeError(f"{name} is {distance:.2%} from the usual way's, which is more than {tolerance:.0%}.")
+            raise RuntimeError(
+                f"{name} is {distance:.2%} from the usual way's, which is more than {tolerance:.0%}."
+            )
 
 
 def pair(base: Path, adapter: Path, format_name: str) -> tuple[Cost, Cost]:
     """One run of ours and one of the usual way, whose files are compared and removed."""
     with tempfile.TemporaryDirectory(dir=adapter.parent) as work:
         one, other = Path(work) / "ours.gguf", Path(work) / "usual.gguf"
-        costs = run("ours", base, adapter, one, format_name), usual(base, adapter, other, format_name)
+        costs = (
+            run("ours", base, adapter, one, format_name),
+            usual(base, adapter, other, format_name),
+        )
         require_same(one, other, 0.06 if format_name == "Q4_K_M" else 0.01)
     return costs
 
 
-def prepared(smollm: Path, folder: Path, name: str, sizes: dict[str, int] | None = None) -> tuple[Path, Path]:
+def prepared(
+    smollm: Path, folder: Path, name: str, sizes: dict[str, int] | None = None
+) -> tuple[Path, Path]:
     """A base (SmolLM2 itself, or a random one of such sizes) and a random adapter for it."""
     print(f"{name}: making a random {'model and its ' if sizes else ''}adapter", flush=True)
     base, adapter = folder / name if sizes else smollm, folder / f"{name}-adapter"
@@ -211,7 +251,9 @@ def prepared(smollm: Path, folder: Path, name: str, sizes: dict[str, int] | None
     return base, adapter
 
 
-def compare(name: str, base: Path, adapter: Path, rounds: int) -> tuple[dict[str, tuple[float, float]], list[str]]:
+def compare(
+    name: str, base: Path, adapter: Path, rounds: int
+) -> tuple[dict[str, tuple[float, float]], list[str]]:
     """The figures of a model with their bars, and the lines of the table: medians of each side, and of the ratios of the pairs."""
     costs: dict[str, list[tuple[Cost, Cost]]] = {format_name: [] for format_name in FORMATS}
     for n in range(rounds):
@@ -222,10 +264,20 @@ def compare(name: str, base: Path, adapter: Path, rounds: int) -> tuple[dict[str
     figures, lines = {}, []
     for format_name, pairs in costs.items():
         for way, runs in zip(("ours", "usual"), zip(*pairs, strict=True), strict=True):
-            lines.append(f"{name} {format_name:7} {way:7}{Cost(*map(statistics.median, zip(*runs, strict=True)))}")
-        bars = {"wall": 1 / 2 if format_name == "Q4_K_M" else 1 / 3, "memory": 1 / 3, "bytes": 1 / 2}
-        for (what, bar), field in zip(bars.items(), ("seconds", "anonymous", "written"), strict=True):
-            ratio = statistics.median(getattr(our, field) / getattr(their, field) for our, their in pairs)
+            lines.append(
+                f"{name} {format_name:7} {way:7}{Cost(*map(statistics.median, zip(*runs, strict=True)))}"
+            )
+        bars = {
+            "wall": 1 / 2 if format_name == "Q4_K_M" else 1 / 3,
+            "memory": 1 / 3,
+            "bytes": 1 / 2,
+        }
+        for (what, bar), field in zip(
+            bars.items(), ("seconds", "anonymous", "written"), strict=True
+        ):
+            ratio = statistics.median(
+                getattr(our, field) / getattr(their, field) for our, their in pairs
+            )
             figures[f"{name}_{format_name}_{what}"] = ratio, bar
     return figures, lines
 
@@ -234,7 +286,9 @@ def depth(smollm: Path, folder: Path) -> tuple[dict[str, tuple[float, float]], l
     """The figure of memory over depth with its bar, and the lines of the table."""
     found = {}
     for layers in (4, 24):
-        base, adapter = prepared(smollm, folder, f"{layers}-layers", {**DEEP, "num_hidden_layers": layers})
+        base, adapter = prepared(
+            smollm, folder, f"{layers}-layers", {**DEEP, "num_hidden_layers": layers}
+        )
         found[layers] = run("ours", base, adapter, folder / "deep.gguf", "F16")
     lines = [f"{f'{layers} layers':13}{'ours':7}{cost}" for layers, cost in found.items()]
     return {"memory_24_layers_against_4": (found[24].anonymous / found[4].anonymous, 1.1)}, lines
@@ -248,7 +302,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.step:
         return in_child(*options.step)
-    needed, free, place = 4 if options.quick else 12, shutil.disk_usage(tempfile.gettempdir()).free / 1e9, tempfile.gettempdir()
+    needed, free, place = (
+        4 if options.quick else 12,
+        shutil.disk_usage(tempfile.gettempdir()).free / 1e9,
+        tempfile.gettempdir(),
+    )
     print(f"disk: about {needed} GB needed in {place}, {free:.0f} GB free", flush=True)
     if free < needed:
         raise SystemExit("Too little disk: set TMPDIR to a folder elsewhere.")
@@ -269,8 +327,9 @@ def main() -> None:
     print("\n".join(line for _, lines in parts for line in lines))
     figures = {
         name: {"value": round(value, 3), "bar": round(bar, 3), "holds": value <= bar}
-        for found, _ in parts for name, (value, bar) in found.items()
-    }  # fmt: skip
+        for found, _ in parts
+        for name, (value, bar) in found.items()
+    }
     print(json.dumps({"bench": "export", "figures": figures}))
 
 

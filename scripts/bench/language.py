@@ -17,9 +17,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 CODES = {
-    "English": "en", "French": "fr", "German": "de", "Spanish": "es", "Italian": "it", "Portuguese": "pt", "Dutch": "nl",
-    "Swedish": "sv", "Polish": "pl", "Turkish": "tr",
-}  # fmt: skip
+    "English": "en",
+    "French": "fr",
+    "German": "de",
+    "Spanish": "es",
+    "Italian": "it",
+    "Portuguese": "pt",
+    "Dutch": "nl",
+    "Swedish": "sv",
+    "Polish": "pl",
+    "Turkish": "tr",
+}
 CHOSEN = "py3langid"
 Namer = Callable[[str], str]
 
@@ -41,7 +49,11 @@ def lingua(ten: bool) -> Namer:
     from lingua import IsoCode639_1, LanguageDetectorBuilder
 
     codes = [IsoCode639_1.from_str(code) for code in CODES.values()]
-    builder = LanguageDetectorBuilder.from_iso_codes_639_1(*codes) if ten else LanguageDetectorBuilder.from_all_languages()
+    builder = (
+        LanguageDetectorBuilder.from_iso_codes_639_1(*codes)
+        if ten
+        else LanguageDetectorBuilder.from_all_languages()
+    )
     detector = builder.with_preloaded_language_models().build()
 
     def name(text: str) -> str:
@@ -78,7 +90,11 @@ def langdetect(ten: bool) -> Namer:
     return name
 
 
-LIBRARIES: dict[str, Callable[[bool], Namer]] = {"lingua": lingua, "py3langid": py3langid, "langdetect": langdetect}
+LIBRARIES: dict[str, Callable[[bool], Namer]] = {
+    "lingua": lingua,
+    "py3langid": py3langid,
+    "langdetect": langdetect,
+}
 
 
 def cuts(text: str) -> dict[str, list[str]]:
@@ -94,7 +110,9 @@ def measure(name: Namer, rows: list[dict[str, str]], cut: str) -> Measured:
     right: dict[str, list[bool]] = {language: [] for language in CODES}
     start = time.perf_counter()
     for row in rows:
-        right[row["language"]] += [name(text) == CODES[row["language"]] for text in cuts(row["text"])[cut]]
+        right[row["language"]] += [
+            name(text) == CODES[row["language"]] for text in cuts(row["text"])[cut]
+        ]
     seconds = time.perf_counter() - start
     shares = {language: statistics.mean(hits) for language, hits in right.items()}
     return Measured(shares, 1000 * seconds / sum(map(len, right.values())))
@@ -105,7 +123,10 @@ def main() -> None:
     lines = Path(__file__).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     accuracy: dict[str, dict[str, float]] = {"whole": {}, "first 5": {}, "threes": {}}
-    print(f"{'library':10} {'choice':6} {'text':7} {'all':>6} {'ms':>6}  " + " ".join(f"{c:>4}" for c in CODES.values()))
+    print(
+        f"{'library':10} {'choice':6} {'text':7} {'all':>6} {'ms':>6}  "
+        + " ".join(f"{c:>4}" for c in CODES.values())
+    )
     for library, make in LIBRARIES.items():
         if importlib.util.find_spec(library) is None:
             continue
@@ -116,12 +137,19 @@ def main() -> None:
                 if choice == "ten":
                     found_by[library] = found.accuracy
                 shares = " ".join(f"{share:4.2f}" for share in found.shares.values())
-                print(f"{library:10} {choice:6} {cut:7} {found.accuracy:6.3f} {found.milliseconds:6.3f}  {shares}", flush=True)
+                print(
+                    f"{library:10} {choice:6} {cut:7} {found.accuracy:6.3f} {found.milliseconds:6.3f}  {shares}",
+                    flush=True,
+                )
     figures = {}
     for cut, found_by in accuracy.items():
         bar = max([0.95, *(share for library, share in found_by.items() if library != CHOSEN)])
         value = found_by[CHOSEN]
-        figures[cut.replace(" ", "_")] = {"value": round(value, 4), "bar": round(bar, 4), "holds": value >= bar}
+        figures[cut.replace(" ", "_")] = {
+            "value": round(value, 4),
+            "bar": round(bar, 4),
+            "holds": value >= bar,
+        }
     print(json.dumps({"bench": "language", "figures": figures}))
 
 

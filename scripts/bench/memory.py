@@ -61,12 +61,20 @@ def folder_of(case: Case, folder: Path) -> Path:
 
     layers, width, feed_forward, heads, of_keys, vocabulary = case.model
     config = transformers.LlamaConfig(
-        vocab_size=vocabulary, hidden_size=width, intermediate_size=feed_forward, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=of_keys, max_position_embeddings=2048, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=feed_forward,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=of_keys,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
     torch.set_default_dtype(torch.bfloat16)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(hugging_face_folder(find_model(EMBEDDED))).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(
+        hugging_face_folder(find_model(EMBEDDED))
+    ).save_pretrained(folder)
     return folder
 
 
@@ -77,7 +85,11 @@ def examples(case: Case) -> list[Labelled]:
         tokens = int(case.tokens * LENGTHS[n // case.rows])
         ids = [(7 * n + 11 * place) % 20000 + 5 for place in range(tokens)]
         half, apart = tokens // 2, tokens // 14
-        twins = [(place, place - apart) for place in range(half, tokens) if place % 10 < 7] if case.distill else []
+        twins = (
+            [(place, place - apart) for place in range(half, tokens) if place % 10 < 7]
+            if case.distill
+            else []
+        )
         labels, weights = [IGNORED] * half + ids[half:], [0.0] * half + [1.0] * (tokens - half)
         found.append(Labelled(ids, labels, weights, ids[apart:] if case.distill else [], twins))
     return found
@@ -86,14 +98,29 @@ def examples(case: Case) -> list[Labelled]:
 def settings(case: Case) -> Train:
     """One epoch."""
     loss: Literal["distill", "all_turns"] = "distill" if case.distill else "all_turns"
-    return Train(rank=case.rank, steps=len(LENGTHS), batch=case.rows, loss=loss, dora=case.dora, save_steps=100)
+    return Train(
+        rank=case.rank,
+        steps=len(LENGTHS),
+        batch=case.rows,
+        loss=loss,
+        dora=case.dora,
+        save_steps=100,
+    )
 
 
 def measure(number: int, written: Path) -> dict[str, Any]:
     """Train in this process; bytes that were predicted, and those at the peak."""
     case, shape = CASES[number], shape_of(str(written))
     with tempfile.TemporaryDirectory() as folder, chatter(Path(folder) / "log"):
-        train(written, examples(case), settings(case), 1, Path(folder), Path(folder) / "adapter", lambda _: None)
+        train(
+            written,
+            examples(case),
+            settings(case),
+            1,
+            Path(folder),
+            Path(folder) / "adapter",
+            lambda _: None,
+        )
     need = training_memory(shape, settings(case), case.rows * case.tokens, watched=False)
     return {"parameters": shape.parameters, "predicted": need, "peak": peak_memory()}
 
@@ -102,7 +129,9 @@ def main() -> None:
     """Print each case, and the largest error."""
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     options.add_argument("--quick", action="store_true", help="the first two cases")
-    options.add_argument("--case", type=int, help="only this one, in this process, from the folder --model")
+    options.add_argument(
+        "--case", type=int, help="only this one, in this process, from the folder --model"
+    )
     options.add_argument("--model", type=Path)
     asked = options.parse_args()
     if asked.case is not None:
@@ -112,16 +141,35 @@ def main() -> None:
     bar, errors = Progress("memory: cases", len(cases)), []
     for number, case in enumerate(cases):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "--case", str(number), "--model", str(folder_of(case, Path(folder)))]
+            command = [
+                sys.executable,
+                __file__,
+                "--case",
+                str(number),
+                "--model",
+                str(folder_of(case, Path(folder))),
+            ]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
         found = json.loads(done.stdout.splitlines()[-1])
         errors.append(abs(found["predicted"] / found["peak"] - 1))
         kind = "DoRA" if case.dora else "LoRA"
-        print(f"{found['parameters'] / 1e6:6.0f} M parameters, {kind} of rank {case.rank:2}, {case.rows} x {case.tokens} tokens: "
-              f"{found['predicted'] / GB:5.2f} GB predicted, {found['peak'] / GB:5.2f} GB at the peak", flush=True)  # fmt: skip
+        print(
+            f"{found['parameters'] / 1e6:6.0f} M parameters, {kind} of rank {case.rank:2}, {case.rows} x {case.tokens} tokens: "
+            f"{found['predicted'] / GB:5.2f} GB predicted, {found['peak'] / GB:5.2f} GB at the peak",
+            flush=True,
+        )
         bar.advance()
     error = max(errors)
-    print(json.dumps({"bench": "memory", "figures": {"error": {"value": round(error, 3), "bar": 0.15, "holds": error <= 0.15}}}))
+    print(
+        json.dumps(
+            {
+                "bench": "memory",
+                "figures": {
+                    "error": {"value": round(error, 3), "bar": 0.15, "holds": error <= 0.15}
+                },
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -46,10 +46,14 @@ def timed(recipe: Recipe, rundir: RunDir, steps: int, seed: int, folder: Path) -
     """Train for so many steps into `folder`, with the recipe's objective."""
     found: list[Step] = []
     base = hugging_face_folder(find_model(recipe.model))
-    examples = [labelled(load_tokenizer(base), row, recipe) for _, row in read_jsonl(rundir.examples)]
+    examples = [
+        labelled(load_tokenizer(base), row, recipe) for _, row in read_jsonl(rundir.examples)
+    ]
     settings = recipe.train.model_copy(update={"steps": steps, "save_steps": 10 * steps})
     with chatter(folder / "log"):
-        train(base, examples, settings, seed, folder / "checkpoints", folder / "adapter", found.append)
+        train(
+            base, examples, settings, seed, folder / "checkpoints", folder / "adapter", found.append
+        )
     return found
 
 
@@ -62,7 +66,10 @@ def measure(recipe: Recipe, rundir: RunDir, steps: int, seed: int) -> Measured:
     """Train in this process, and ask."""
     with tempfile.TemporaryDirectory() as folder:
         found = timed(recipe, rundir, steps, seed, Path(folder))
-        file, pairs = gguf_file(find_model(recipe.model), "Q8_0"), read_pairs(rundir.pairs, "evaluate")
+        file, pairs = (
+            gguf_file(find_model(recipe.model), "Q8_0"),
+            read_pairs(rundir.pairs, "evaluate"),
+        )
         validation = Validation(file, pairs, recipe, recipe.evaluate.turns)
         late = [kept for turn, kept in validation.measure(Path(folder) / "adapter") if turn >= LATE]
         validation.close()
@@ -71,7 +78,17 @@ def measure(recipe: Recipe, rundir: RunDir, steps: int, seed: int) -> Measured:
 
 def alone(run: Path, loss: str, steps: int, seed: int) -> list[float]:
     """The same in a process of its own, or only the seconds of a step where `seed` is 0."""
-    command = [sys.executable, __file__, str(run), "--arm", loss, "--steps", str(steps), "--seed", str(seed)]
+    command = [
+        sys.executable,
+        __file__,
+        str(run),
+        "--arm",
+        loss,
+        "--steps",
+        str(steps),
+        "--seed",
+        str(seed),
+    ]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return list(json.loads(done.stdout.splitlines()[-1]))
 
@@ -86,7 +103,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    recipe, rundir = load_recipe(asked.run / "recipe.toml", (f"train.loss={asked.arm or 'distill'}",)), RunDir(asked.run)
+    recipe, rundir = (
+        load_recipe(asked.run / "recipe.toml", (f"train.loss={asked.arm or 'distill'}",)),
+        RunDir(asked.run),
+    )
     if asked.arm and not asked.seed:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps([per_step(timed(recipe, rundir, asked.steps, 1, Path(folder)))]))
@@ -103,20 +123,40 @@ def main() -> None:
             start = time.monotonic()
             found[loss].append(Measured(*alone(asked.run, loss, steps[loss], seed)))  # type: ignore[arg-type]
             one = found[loss][-1]
-            print(f"  seed {seed}, {loss:9} {one.steps:.0f} steps in {one.seconds:.0f} s: {one.kept:.0f} of {one.answers:.0f} "
-                  f"({time.monotonic() - start:.0f} s with the asking)", flush=True)  # fmt: skip
+            print(
+                f"  seed {seed}, {loss:9} {one.steps:.0f} steps in {one.seconds:.0f} s: {one.kept:.0f} of {one.answers:.0f} "
+                f"({time.monotonic() - start:.0f} s with the asking)",
+                flush=True,
+            )
             bar.advance()
     share = {loss: [one.kept / one.answers for one in arms] for loss, arms in found.items()}
     for loss, arms in found.items():
         kept, answers = sum(int(one.kept) for one in arms), sum(int(one.answers) for one in arms)
         rate = wilson(kept, answers)
         each = ", ".join(f"{100 * its:.0f}" for its in share[loss])
-        print(f"{loss:9} {100 * kept / answers:3.0f} % ({100 * rate.low:.0f} to {100 * rate.high:.0f}; seeds {each})")
+        print(
+            f"{loss:9} {100 * kept / answers:3.0f} % ({100 * rate.low:.0f} to {100 * rate.high:.0f}; seeds {each})"
+        )
     means = {loss: statistics.mean(shares) for loss, shares in share.items()}
-    print(json.dumps({"bench": "objectives", "figures": {
-        f"{loss}_over_{other}": {"value": round(means[loss] - means[other], 3), "bar": 0, "holds": means[loss] >= means[other]}
-        for loss, other in (("all_turns", "last_turn"), ("distill", "all_turns"), ("distill", "last_turn"))
-    }}))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "bench": "objectives",
+                "figures": {
+                    f"{loss}_over_{other}": {
+                        "value": round(means[loss] - means[other], 3),
+                        "bar": 0,
+                        "holds": means[loss] >= means[other],
+                    }
+                    for loss, other in (
+                        ("all_turns", "last_turn"),
+                        ("distill", "all_turns"),
+                        ("distill", "last_turn"),
+                    )
+                },
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

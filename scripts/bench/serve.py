@@ -66,7 +66,10 @@ class Server(NamedTuple):
 @contextmanager
 def serving(words: list[str], port: int) -> Iterator[Server]:
     """A server as a process of its own."""
-    with tempfile.TemporaryFile() as log, subprocess.Popen([sys.executable, *words], stdout=log, stderr=log) as process:
+    with (
+        tempfile.TemporaryFile() as log,
+        subprocess.Popen([sys.executable, *words], stdout=log, stderr=log) as process,
+    ):
         url = f"http://127.0.0.1:{port}"
         try:
             while True:
@@ -86,13 +89,24 @@ def serving(words: list[str], port: int) -> Iterator[Server]:
 def ours() -> Any:
     """`gatt serve`."""
     port = free_port()
-    return serving(["-m", "pipeline", "serve", MODEL, "--port", str(port), "--context", str(CONTEXT)], port)
+    return serving(
+        ["-m", "pipeline", "serve", MODEL, "--port", str(port), "--context", str(CONTEXT)], port
+    )
 
 
 def theirs() -> Any:
     """llama-cpp-python's server, as it is; a new request does not break off the one that runs."""
     port = free_port()
-    options = ["--model", str(BASE), "--model_alias", MODEL, "--n_ctx", str(CONTEXT), "--port", str(port)]
+    options = [
+        "--model",
+        str(BASE),
+        "--model_alias",
+        MODEL,
+        "--n_ctx",
+        str(CONTEXT),
+        "--port",
+        str(port),
+    ]
     return serving(["-m", "llama_cpp.server", *options, "--interrupt_requests", "False"], port)
 
 
@@ -140,13 +154,23 @@ def growth(size: Size, run: int) -> float:
 
         def create(messages: Messages) -> Any:
             return client.chat.completions.create(
-                model=MODEL, messages=messages, max_tokens=4, temperature=0, stream=True  # type: ignore[arg-type]
+                model=MODEL,
+                messages=messages,
+                max_tokens=4,
+                temperature=0,
+                stream=True,  # type: ignore[arg-type]
             )
 
         create(conversation(99, 1)).close()
-        found = [first_tokens(create, size.turns, run * size.conversations + n) for n in range(size.conversations)]
+        found = [
+            first_tokens(create, size.turns, run * size.conversations + n)
+            for n in range(size.conversations)
+        ]
     early, late = (statistics.median(side) for side in zip(*found, strict=True))
-    print(f"  ours: turn 2 {early * 1000:.0f} ms, turn {size.turns} {late * 1000:.0f} ms: {late / early:.2f} times", flush=True)
+    print(
+        f"  ours: turn 2 {early * 1000:.0f} ms, turn {size.turns} {late * 1000:.0f} ms: {late / early:.2f} times",
+        flush=True,
+    )
     peer(size, run)
     return late / early
 
@@ -166,7 +190,10 @@ def peer(size: Size, run: int) -> None:
 
     for name, way in (("same process", create), ("fresh process", anew)):
         early, late = first_tokens(way, size.turns, run)
-        print(f"  loop, {name}: {early * 1000:.0f} and {late * 1000:.0f} ms: {late / early:.2f} times", flush=True)
+        print(
+            f"  loop, {name}: {early * 1000:.0f} and {late * 1000:.0f} ms: {late / early:.2f} times",
+            flush=True,
+        )
 
 
 def throughput(server: Server, size: Size, run: int) -> float:
@@ -176,9 +203,12 @@ def throughput(server: Server, size: Size, run: int) -> float:
         client, tokens = server.client(), 0
         for turn in (1, 2):
             said = client.chat.completions.create(
-                model=MODEL, messages=conversation(run * CLIENTS + number, turn),  # type: ignore[arg-type]
-                max_tokens=size.tokens, temperature=0.7, seed=number,
-            )  # fmt: skip
+                model=MODEL,
+                messages=conversation(run * CLIENTS + number, turn),  # type: ignore[arg-type]
+                max_tokens=size.tokens,
+                temperature=0.7,
+                seed=number,
+            )
             assert said.usage and said.choices[0].message.content is not None
             # Ours counts the token that ends an answer, which takes as long as any other; theirs does not.
             ended = said.choices[0].finish_reason == "stop" and not said.usage.prompt_tokens_details
@@ -199,25 +229,38 @@ class Soak:
     def __init__(self, server: Server, minutes: float) -> None:
         self._server, self._end = server, time.monotonic() + 60 * minutes
         self.mixed = self.failed = self.asked = self.left = self.kept = 0
-        self._words = [f"{a}{b}" for a in ("bal", "cor", "dun", "fim") for b in ("tavo", "rique", "nolda", "susk")]
+        self._words = [
+            f"{a}{b}"
+            for a in ("bal", "cor", "dun", "fim")
+            for b in ("tavo", "rique", "nolda", "susk")
+        ]
 
     def client(self, number: int) -> None:
         """One conversation after another, each with its secret word; now and then the client leaves in mid-answer."""
         chance, word, client = random.Random(number), self._words[number], self._server.client()
         while time.monotonic() < self._end:
-            messages: Messages = [{"role": "user", "content": f"The secret word is {word}. Say the secret word."}]
+            messages: Messages = [
+                {"role": "user", "content": f"The secret word is {word}. Say the secret word."}
+            ]
             for _ in range(chance.randint(1, 6)):
                 text = self._answer(client, messages, chance)
                 self.mixed += any(other in text.lower() for other in self._words if other != word)
                 self.kept += word in text.lower()
-                messages += [{"role": "assistant", "content": text}, {"role": "user", "content": "Say the secret word again."}]
+                messages += [
+                    {"role": "assistant", "content": text},
+                    {"role": "user", "content": "Say the secret word again."},
+                ]
 
     def _answer(self, client: openai.OpenAI, messages: Messages, chance: random.Random) -> str:
         self.asked += 1
         leaves, said = chance.random() < 0.3, ""
         try:
             stream = client.chat.completions.create(
-                model=MODEL, messages=messages, max_tokens=chance.randint(4, 48), seed=chance.randint(0, 99), stream=True  # type: ignore[arg-type]
+                model=MODEL,
+                messages=messages,
+                max_tokens=chance.randint(4, 48),
+                seed=chance.randint(0, 99),
+                stream=True,  # type: ignore[arg-type]
             )
             for chunk in stream:
                 said += text_of(chunk)
@@ -248,10 +291,17 @@ def soak(minutes: float) -> dict[str, Any]:
             for future in [pool.submit(load.client, n) for n in range(CLIENTS)]:
                 future.result()
         time.sleep(3)
-        in_use = float(re.findall(r"gatt_sequences_in_use\{.*\} (\S+)", httpx.get(f"{server.url}/metrics").text)[0])
+        in_use = float(
+            re.findall(
+                r"gatt_sequences_in_use\{.*\} (\S+)", httpx.get(f"{server.url}/metrics").text
+            )[0]
+        )
     quarters = memory.result()[len(memory.result()) // 4 :]
     grown = max(quarters[-5:]) / quarters[0]
-    print(f"  {load.asked} requests, {load.left} clients left, {load.kept} answers with their own word", flush=True)
+    print(
+        f"  {load.asked} requests, {load.left} clients left, {load.kept} answers with their own word",
+        flush=True,
+    )
     print(f"  memory {quarters[0]:.0f} to {quarters[-1]:.0f} MB", flush=True)
     return {
         "soak_foreign_words": {"value": load.mixed, "bar": 0, "holds": load.mixed == 0},
@@ -265,7 +315,9 @@ def main() -> None:
     """Interleaved runs; the last line is the figures with their bars."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one run, shorter answers")
-    parser.add_argument("--soak", type=float, default=0, metavar="MINUTES", help="random load instead")
+    parser.add_argument(
+        "--soak", type=float, default=0, metavar="MINUTES", help="random load instead"
+    )
     options = parser.parse_args()
     if options.soak:
         print(json.dumps({"bench": "serve", "figures": soak(options.soak)}))
@@ -283,8 +335,16 @@ def main() -> None:
         ratios.append(speed[0] / speed[1])
     late, ratio = statistics.median(growths), statistics.median(ratios)
     figures = {
-        "first_token_turn_20_against_turn_2": {"value": round(late, 3), "bar": 1.3, "holds": late <= 1.3},
-        "clients_against_llama_cpp_server": {"value": round(ratio, 3), "bar": 2.5, "holds": ratio >= 2.5},
+        "first_token_turn_20_against_turn_2": {
+            "value": round(late, 3),
+            "bar": 1.3,
+            "holds": late <= 1.3,
+        },
+        "clients_against_llama_cpp_server": {
+            "value": round(ratio, 3),
+            "bar": 2.5,
+            "holds": ratio >= 2.5,
+        },
     }
     print(json.dumps({"bench": "serve", "figures": figures}))
 

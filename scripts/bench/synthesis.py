@@ -55,7 +55,9 @@ class Loop:
     """The peer: one `create_chat_completion` after another, with llama-cpp-python's own reuse of the prefix."""
 
     def __init__(self) -> None:
-        self._llama = llama_cpp.Llama(str(MODEL.path), n_ctx=CONTEXT, n_threads=os.cpu_count(), verbose=False)
+        self._llama = llama_cpp.Llama(
+            str(MODEL.path), n_ctx=CONTEXT, n_threads=os.cpu_count(), verbose=False
+        )
 
     def run(self, tasks: Iterable[Task]) -> None:
         for task in tasks:
@@ -69,9 +71,15 @@ class Loop:
 
     def _complete(self, request: Request) -> Completion:
         answer: Any = self._llama.create_chat_completion(
-            list(request.messages), max_tokens=request.max_tokens, temperature=request.temperature, top_k=40, top_p=1.0,
-            min_p=0.05, repeat_penalty=1.0, seed=request.seed,
-        )  # fmt: skip
+            list(request.messages),
+            max_tokens=request.max_tokens,
+            temperature=request.temperature,
+            top_k=40,
+            top_p=1.0,
+            min_p=0.05,
+            repeat_penalty=1.0,
+            seed=request.seed,
+        )
         choice, usage = answer["choices"][0], answer["usage"]
         text, finish = choice["message"]["content"], choice["finish_reason"]
         if request.enough and any(request.enough(text[:end]) for end in range(len(text))):
@@ -104,20 +112,30 @@ def synthesize(teacher: Any, recipe: Recipe, pairs: list[Paired]) -> Measured:
             teacher.run(map(counted.watch, tasks))
 
     with tempfile.TemporaryDirectory() as folder, JsonlLog(Path(folder) / "answers.jsonl") as log:
-        synthesis = Synthesis(recipe, log, Progress("bench", sum(len(p.dialogue.turns) for p in pairs)))
+        synthesis = Synthesis(
+            recipe, log, Progress("bench", sum(len(p.dialogue.turns) for p in pairs))
+        )
         start = time.perf_counter()
         synthesis.answer(Watched(), pairs)  # type: ignore[arg-type]
         seconds = time.perf_counter() - start
     said = counted.answers
     accepted = sum(len(synthesis.accepted(pair)) for pair in pairs)
     return Measured(
-        accepted, len(said), sum(c.tokens for c in said), statistics.mean(c.prompt_tokens for c in said), seconds
+        accepted,
+        len(said),
+        sum(c.tokens for c in said),
+        statistics.mean(c.prompt_tokens for c in said),
+        seconds,
     )
 
 
 def paired(edited_share: float, dialogues: int) -> tuple[Recipe, list[Paired]]:
     """The demo's recipe on so many dialogues of five turns."""
-    changes = (f"dialogues.train={dialogues}", f"dialogues.turns={TURNS}", f"synthesize.edited_share={edited_share}")
+    changes = (
+        f"dialogues.train={dialogues}",
+        f"dialogues.turns={TURNS}",
+        f"synthesize.edited_share={edited_share}",
+    )
     recipe = load_recipe(None, changes)
     with tempfile.TemporaryDirectory() as folder:
         rundir = RunDir(Path(folder))
@@ -135,7 +153,9 @@ def bare(path: Path, sequences: int, ours: Measured) -> float:
     params.n_batch = params.n_ubatch = 512
     params.n_threads = params.n_threads_batch = os.cpu_count() or 1
     params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
-    weights = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
+    weights = llama_cpp.llama_model_load_from_file(
+        str(path).encode(), llama_cpp.llama_model_default_params()
+    )
     context = llama_cpp.llama_init_from_model(weights, params)
     batch = llama_cpp.llama_batch_init(512, 0, 1)
     position = 0
@@ -144,7 +164,11 @@ def bare(path: Path, sequences: int, ours: Measured) -> float:
         nonlocal position
         each_time = max(1, 512 // sequences)
         for start in range(0, count, each_time):
-            rows = [(s, position + n) for s in range(sequences) for n in range(start, min(count, start + each_time))]
+            rows = [
+                (s, position + n)
+                for s in range(sequences)
+                for n in range(start, min(count, start + each_time))
+            ]
             batch.n_tokens = len(rows)
             for n, (sequence, at) in enumerate(rows):
                 batch.token[n], batch.pos[n], batch.logits[n] = 1000 + (at * 7) % 4000, at, logits
@@ -174,7 +198,12 @@ class Timed:
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(llama_cpp, name)
-        if name not in ("llama_decode", "llama_sampler_sample", "llama_tokenize", "llama_sampler_accept"):
+        if name not in (
+            "llama_decode",
+            "llama_sampler_sample",
+            "llama_tokenize",
+            "llama_sampler_accept",
+        ):
             return found
 
         def call(*arguments: Any) -> Any:
@@ -237,19 +266,37 @@ def main() -> None:
             theirs = synthesize(Loop(), recipe, pairs)
             rates = [m.accepted / m.seconds for m in (ours, theirs)]
             ratios[name].append(rates[0] / rates[1])
-            print(f"{name}: ours {rates[0]:.2f} accepted/s ({ours.accepted} of {ours.answers}), loop {rates[1]:.2f} "
-                  f"({theirs.accepted} of {theirs.answers}), ratio {ratios[name][-1]:.2f}", flush=True)  # fmt: skip
+            print(
+                f"{name}: ours {rates[0]:.2f} accepted/s ({ours.accepted} of {ours.answers}), loop {rates[1]:.2f} "
+                f"({theirs.accepted} of {theirs.answers}), ratio {ratios[name][-1]:.2f}",
+                flush=True,
+            )
             if name == "answers_demo":
                 bound = bare(path, SEQUENCES, ours)
                 ratios["tokens"].append(ours.tokens / ours.seconds / bound)
-                print(f"tokens/s: ours {ours.tokens / ours.seconds:.0f}, llama_decode {bound:.0f}", flush=True)
+                print(
+                    f"tokens/s: ours {ours.tokens / ours.seconds:.0f}, llama_decode {bound:.0f}",
+                    flush=True,
+                )
     medians = {name: statistics.median(values) for name, values in ratios.items()}
     share = python_share(path, *ways["answers_demo"])
     memory = growth(path, 100 if quick else 1000)
     figures = {
-        "answers_demo_against_loop": {"value": medians["answers_demo"], "bar": 6, "holds": medians["answers_demo"] >= 6},
-        "answers_sampled_against_loop": {"value": medians["answers_sampled"], "bar": 6, "holds": medians["answers_sampled"] >= 6},
-        "tokens_against_llama_decode": {"value": medians["tokens"], "bar": 0.9, "holds": medians["tokens"] >= 0.9},
+        "answers_demo_against_loop": {
+            "value": medians["answers_demo"],
+            "bar": 6,
+            "holds": medians["answers_demo"] >= 6,
+        },
+        "answers_sampled_against_loop": {
+            "value": medians["answers_sampled"],
+            "bar": 6,
+            "holds": medians["answers_sampled"] >= 6,
+        },
+        "tokens_against_llama_decode": {
+            "value": medians["tokens"],
+            "bar": 0.9,
+            "holds": medians["tokens"] >= 0.9,
+        },
         "python_share": {"value": share, "bar": 0.1, "holds": share <= 0.1},
         "memory_growth_over_dialogues": {"value": memory, "bar": 1.02, "holds": memory <= 1.02},
     }

@@ -60,19 +60,36 @@ def chats(count: int, turns: range) -> list[Chat]:
         users = list(seeds[n % len(seeds)].turns[: turns[n % len(turns)]])
         words = [turn for d in rng.sample(seeds, len(users)) for turn in d.turns[:2]]
         answers = [f"Ahoy! {one} {two}" for one, two in zip(words[::2], words[1::2], strict=True)]
-        made.append(ghost(users, answers, ['Begin every answer with "Ahoy!"'] * len(users), "Be brief."))
+        made.append(
+            ghost(users, answers, ['Begin every answer with "Ahoy!"'] * len(users), "Be brief.")
+        )
     return made
 
 
 def settings(loss: Loss, steps: int) -> Train:
     """The recipe's, for so many steps."""
-    return Train(loss=loss, steps=steps, batch=BATCH, max_length=LENGTH, learning_rate=RATE, save_steps=10 * steps)
+    return Train(
+        loss=loss,
+        steps=steps,
+        batch=BATCH,
+        max_length=LENGTH,
+        learning_rate=RATE,
+        save_steps=10 * steps,
+    )
 
 
 def ours(examples: list[Labelled], loss: Loss, steps: int, folder: Path) -> list[float]:
     """The trainer of `gatt train`; when its steps ended."""
     ends: list[float] = []
-    train(base(), examples, settings(loss, steps), 1, folder, folder / "adapter", lambda _: ends.append(time.perf_counter()))
+    train(
+        base(),
+        examples,
+        settings(loss, steps),
+        1,
+        folder,
+        folder / "adapter",
+        lambda _: ends.append(time.perf_counter()),
+    )
     return ends
 
 
@@ -88,11 +105,18 @@ def plain(dialogues: list[Chat], steps: int, folder: Path) -> list[float]:
     import transformers
 
     four_bits = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(base(), quantization_config=four_bits, dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        base(), quantization_config=four_bits, dtype=torch.bfloat16
+    )
     rows = [{"prompt": list(chat[:-1]), "completion": [chat[-1]]} for chat in dialogues]
-    lora = peft.LoraConfig(r=Train().rank, lora_alpha=Train().rank, target_modules=list(Train().targets))
+    lora = peft.LoraConfig(
+        r=Train().rank, lora_alpha=Train().rank, target_modules=list(Train().targets)
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(base())
     return _train(_on_cpus(), model, tokenizer, rows, LENGTH, steps, folder, peft_config=lora)
 
@@ -114,19 +138,34 @@ def plain_unsloth(dialogues: list[Chat], length: int, steps: int, folder: Path) 
     from unsloth import FastLanguageModel
 
     rank = Train().rank
-    model, tokenizer = FastLanguageModel.from_pretrained(str(base()), max_seq_length=LENGTH, load_in_4bit=True)
-    model = FastLanguageModel.get_peft_model(
-        model, r=rank, lora_alpha=rank, target_modules=list(Train().targets), use_gradient_checkpointing=False
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        str(base()), max_seq_length=LENGTH, load_in_4bit=True
     )
-    rows = [{"text": tokenizer.apply_chat_template(list(chat), tokenize=False)} for chat in dialogues]
+    model = FastLanguageModel.get_peft_model(
+        model,
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(Train().targets),
+        use_gradient_checkpointing=False,
+    )
+    rows = [
+        {"text": tokenizer.apply_chat_template(list(chat), tokenize=False)} for chat in dialogues
+    ]
     import trl
 
     return _train(trl.SFTTrainer, model, tokenizer, rows, length, steps, folder)
 
 
 def _train(
-    kind: Any, model: Any, tokenizer: Any, rows: list[Any], length: int, steps: int, folder: Path, **more: Any
-) -> list[float]:  # fmt: skip
+    kind: Any,
+    model: Any,
+    tokenizer: Any,
+    rows: list[Any],
+    length: int,
+    steps: int,
+    folder: Path,
+    **more: Any,
+) -> list[float]:
     import datasets
     import transformers
     import trl
@@ -138,12 +177,25 @@ def _train(
             ends.append(time.perf_counter())
 
     trainer = kind(
-        model, processing_class=tokenizer, train_dataset=datasets.Dataset.from_list(rows), callbacks=[Watch()], **more,
+        model,
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_list(rows),
+        callbacks=[Watch()],
+        **more,
         args=trl.SFTConfig(
-            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=BATCH, max_length=length, learning_rate=RATE,
-            report_to="none", save_strategy="no", logging_steps=1, disable_tqdm=True, gradient_checkpointing=False, bf16=False,
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            max_length=length,
+            learning_rate=RATE,
+            report_to="none",
+            save_strategy="no",
+            logging_steps=1,
+            disable_tqdm=True,
+            gradient_checkpointing=False,
+            bf16=False,
         ),
-    )  # fmt: skip
+    )
     trainer.train()
     return ends
 
@@ -160,16 +212,28 @@ def measure(arm: str, count: int) -> Measured:
     even = arm in ("unsloth", "all_turns, even")
     dialogues = chats(count, range(5, 6) if even else range(2, 9))
     if arm == "trl, each answer":
-        each = [chat[: end + 1] for chat in dialogues for end, m in enumerate(chat) if m["role"] == "assistant"]
+        each = [
+            chat[: end + 1]
+            for chat in dialogues
+            for end, m in enumerate(chat)
+            if m["role"] == "assistant"
+        ]
         dialogues = random.Random(2).sample(each, count)
     steps = 2 * count // BATCH
-    loss: Loss = "distill" if arm == "distill" else "last_turn" if arm.startswith("trl") else "all_turns"
-    labelled = [label(load_tokenizer(base()), chat, settings(loss, steps), chat) for chat in dialogues]
+    loss: Loss = (
+        "distill" if arm == "distill" else "last_turn" if arm.startswith("trl") else "all_turns"
+    )
+    labelled = [
+        label(load_tokenizer(base()), chat, settings(loss, steps), chat) for chat in dialogues
+    ]
     lengths = [len(one.input_ids) for one in labelled]
     if even:
         labelled = [cut(one, min(lengths)) for one in labelled]
         lengths = [min(lengths)] * count
-    tokens, learned = sum(lengths), sum(token != IGNORED for one in labelled for token in one.labels)
+    tokens, learned = (
+        sum(lengths),
+        sum(token != IGNORED for one in labelled for token in one.labels),
+    )
     with tempfile.TemporaryDirectory() as folder, chatter(Path(folder) / "log"):
         if arm.startswith("trl"):
             ends = plain(dialogues, steps, Path(folder))
@@ -178,7 +242,9 @@ def measure(arm: str, count: int) -> Measured:
             ends = plain_unsloth(dialogues, lengths[0], steps, Path(folder))
         else:
             ends = ours(labelled, loss, steps, Path(folder))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
     return Measured(ends[-1] - ends[steps // 2 - 1], learned, tokens, peak)
 
 
@@ -193,7 +259,9 @@ def main() -> None:
     """Run the arms in turn, and print the medians and their ratios."""
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     options.add_argument("--quick", action="store_true", help="fewer dialogues, one round")
-    options.add_argument("--arm", choices=ARMS, help="only this one, in this process; its figures as a JSON list")
+    options.add_argument(
+        "--arm", choices=ARMS, help="only this one, in this process; its figures as a JSON list"
+    )
     options.add_argument("--dialogues", type=int, default=32)
     options.add_argument("--rounds", type=int, default=3)
     asked = options.parse_args()
@@ -208,9 +276,14 @@ def main() -> None:
             found[arm].append(alone(arm, count))
             bar.advance()
     for arm, all_of_it in found.items():
-        one = min(all_of_it, key=lambda m: abs(m.seconds - statistics.median(x.seconds for x in all_of_it)))
-        print(f"{arm:17} {one.learned / one.seconds:6.0f} learned tokens/s, {one.tokens / one.seconds:6.0f} tokens/s, "
-              f"{one.peak_bytes / 1e9:.2f} GB at the peak ({one.seconds:.1f} s)")  # fmt: skip
+        one = min(
+            all_of_it,
+            key=lambda m: abs(m.seconds - statistics.median(x.seconds for x in all_of_it)),
+        )
+        print(
+            f"{arm:17} {one.learned / one.seconds:6.0f} learned tokens/s, {one.tokens / one.seconds:6.0f} tokens/s, "
+            f"{one.peak_bytes / 1e9:.2f} GB at the peak ({one.seconds:.1f} s)"
+        )
     print(json.dumps({"bench": "training", "figures": figures(found)}))
 
 
@@ -229,7 +302,9 @@ def figures(found: dict[str, list[Measured]]) -> dict[str, Any]:
     memory = ratio("all_turns", "trl", lambda m: m.peak_bytes)
     return {
         "supervised": at_least(ratio("all_turns", "trl", learned), 4),
-        "throughput": at_least(ratio("all_turns, even", "unsloth", lambda m: m.tokens / m.seconds), 1),
+        "throughput": at_least(
+            ratio("all_turns, even", "unsloth", lambda m: m.tokens / m.seconds), 1
+        ),
         "memory": {"value": round(memory, 3), "bar": 1, "holds": memory <= 1},
     }
 
