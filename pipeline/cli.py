@@ -15,8 +15,8 @@ import typer
 from pipeline.errors import GattError
 
 if TYPE_CHECKING:
-    from pipeline.config import Recipe
-    from pipeline.rundir import RunDir
+    from pipeline.recipe import Recipe
+    from pipeline.run_dir import RunDir
 
 app = typer.Typer(
     help="Teach a chat model to keep an instruction for a whole conversation (Ghost Attention).\n\n"
@@ -50,15 +50,15 @@ def init(
     ] = 0,
 ) -> None:
     """Write a recipe with every key, its default and its meaning. Example: gatt init my.toml --card 12"""
-    from pipeline.config import Recipe, recipe_toml
     from pipeline.files import write_text
+    from pipeline.recipe import Recipe, recipe_toml
 
     if path.exists():
         raise GattError(f"{path} exists already; it is left as it is. Name another file.")
     recipe = Recipe()
     if card:
-        from pipeline.backends.hub import largest_preset
-        from pipeline.memory import STEP, room
+        from pipeline.hub.models import largest_preset
+        from pipeline.training.memory import STEP, room
 
         model = largest_preset(room(card), True, STEP, recipe.train)
         if not model:
@@ -238,8 +238,8 @@ def export(
     ] = None,
 ) -> None:
     """Merge the adapter and write GGUF. Example: gatt export --model qwen3-0.6b --adapter my-lora --format Q4_K_M"""
-    from pipeline.config import load_recipe
-    from pipeline.gguf.merged import require_new
+    from pipeline.gguf.checkpoint_writer import require_new
+    from pipeline.recipe import load_recipe
     from pipeline.stages import export as stage
 
     if merged_dir:
@@ -328,8 +328,8 @@ def push(
     run: Run = DEFAULT_RUN,
 ) -> None:
     """Upload a finished run: GGUF, adapter, model card. Example: gatt push me/keeps-its-word --run runs/demo"""
-    from pipeline.config import load_recipe
-    from pipeline.rundir import RunDir
+    from pipeline.recipe import load_recipe
+    from pipeline.run_dir import RunDir
     from pipeline.stages import push as stage
 
     if not (run / "recipe.toml").is_file():
@@ -367,8 +367,8 @@ def chat(
     load: Annotated[Path | None, typer.Option(help="Go on with a chat that /save wrote.")] = None,
 ) -> None:
     """Talk with a GGUF. Example: gatt chat runs/demo/export/tuned-Q8_0.gguf --instruction 'Begin every answer with "Ahoy!"'"""
-    from pipeline.backends.weights import Adapter
-    from pipeline.session import Parameters
+    from pipeline.chat.session import Parameters
+    from pipeline.inference.model import Adapter
     from pipeline.stages import chat as stage
 
     models = [(model, Adapter(adapter, adapter_scale) if adapter else None)]
@@ -437,9 +437,9 @@ def _open(
 
     Without a recipe, a stage goes on with that of the run, and a run begun `anew` takes the demo's.
     """
-    from pipeline.config import QUICK, load_recipe
-    from pipeline.machine import leads
-    from pipeline.rundir import RunDir
+    from pipeline.recipe import QUICK, load_recipe
+    from pipeline.run_dir import RunDir
+    from pipeline.system import leads
 
     changes = (*(QUICK if quick else ()), *(overrides or ()))
     kept = run / "recipe.toml"
@@ -468,7 +468,7 @@ _SECTIONS = {
 
 def _inputs(name: str, settings: Recipe, folder: RunDir) -> list[Path]:
     """The files whose content decides what the stage gives."""
-    from pipeline.backends.hub import find_model
+    from pipeline.hub.models import find_model
 
     if name == "report":  # which needs no model
         return [folder.scores, folder.exported]
@@ -502,7 +502,7 @@ def _stage(name: str, settings: Recipe, folder: RunDir) -> None:
     """Run one stage unless it is done for this recipe and these inputs; its manifest is written last."""
     import importlib
 
-    from pipeline.machine import leads
+    from pipeline.system import leads
 
     inputs = _inputs(name, settings, folder)
     missing = [path for path in inputs if not path.exists()]

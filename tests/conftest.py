@@ -63,7 +63,7 @@ def tiny() -> list[str]:
 @pytest.fixture(scope="session")
 def base() -> Path:
     """The embedded model's file."""
-    from pipeline.backends.hub import find_model
+    from pipeline.hub.models import find_model
 
     return find_model("smollm2-135m").path
 

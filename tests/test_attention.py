@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.backends.attention import BIN, attention_map
-from pipeline.backends.unsloth import four_bits
 from pipeline.errors import GattError
+from pipeline.evaluation.attention import BIN, attention_map
 from pipeline.records import Message
+from pipeline.training.unsloth import four_bits
 
 _CHAT: list[Message] = [
     {"role": "user", "content": "x x x pay and 2,026. Say y!"},

@@ -17,21 +17,21 @@ from typing import Any
 
 import pytest
 
-from pipeline.backends.llama import Llama
-from pipeline.backends.speaker import Speakers
-from pipeline.backends.streams import Streams
-from pipeline.backends.weights import Adapter, Weights
-from pipeline.chats import append_dialogue, read_chat, write_chat
-from pipeline.commands import talk
-from pipeline.dialogues import load_dialogues
+from pipeline.chat.commands import talk
+from pipeline.chat.conversation import SUM_UP, Conversation, Told, conversation, tally
+from pipeline.chat.files import append_dialogue, read_chat, write_chat
+from pipeline.chat.session import Parameters, Session
+from pipeline.data.dialogues import load_dialogues
 from pipeline.errors import GattError
-from pipeline.gatt.conversation import SUM_UP, Conversation, Told, conversation, tally
+from pipeline.gatt.assignment import Paired
+from pipeline.gatt.constraints.registry import KINDS, compatible
 from pipeline.gatt.instructions import recognise, word
-from pipeline.gatt.kinds import KINDS, compatible
-from pipeline.gguf.read import open_gguf
-from pipeline.pairs import Paired
+from pipeline.gguf.reader import open_gguf
+from pipeline.inference.batch_engine import Llama
+from pipeline.inference.chat_engine import Speakers
+from pipeline.inference.context import Streams
+from pipeline.inference.model import Adapter, Weights
 from pipeline.records import Completion, Constraint, Dialogue, Request
-from pipeline.session import Parameters, Session
 
 AHOY, BYE = Constraint("opening", "Ahoy!"), Constraint("closing", "Bye.")
 TOLD, THEN = (Told(word((c,)).text, (c,)) for c in (AHOY, BYE))

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Recipe, recipe_toml
 from pipeline.errors import GattError
+from pipeline.evaluation.scores import scores
 from pipeline.files import write_json, write_jsonl, write_text
+from pipeline.gatt.assignment import read_pairs
 from pipeline.gatt.instructions import pair_for_evaluation
-from pipeline.pairs import read_pairs
+from pipeline.recipe import Recipe, recipe_toml
 from pipeline.records import Constraint, Dialogue, Reply
-from pipeline.rundir import RunDir
-from pipeline.scoring import scores
+from pipeline.run_dir import RunDir
 from pipeline.stages.compare import compare
 from pipeline.stages.instructions import written
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.backends.convert import gguf_file
-from pipeline.backends.hub import find_model
-from pipeline.backends.llama import Llama
-from pipeline.backends.streams import Streams
-from pipeline.dialogues import load_dialogues
+from pipeline.data.dialogues import load_dialogues
+from pipeline.hub.convert import gguf_file
+from pipeline.hub.models import find_model
+from pipeline.inference.batch_engine import Llama
+from pipeline.inference.context import Streams
 from pipeline.records import Completion, Message, Request, Task
 
 

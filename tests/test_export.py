@@ -14,19 +14,19 @@ import pytest
 from conftest import TEXTS as _TEXTS
 from conftest import Gatt
 
-from pipeline.backends.convert import hugging_face_folder, write_formats
-from pipeline.backends.hub import Model, find_model
-from pipeline.backends.importance import measure
-from pipeline.backends.llama import Llama, quantize
-from pipeline.backends.probe import divergence, probe
-from pipeline.backends.weights import Adapter, Weights
-from pipeline.config import Export
 from pipeline.errors import GattError
+from pipeline.export.importance import measure
+from pipeline.export.verify import divergence, probe
 from pipeline.gguf import ggml
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.merge import GgufBase, open_base
-from pipeline.gguf.read import open_gguf, read_gguf
+from pipeline.gguf.reader import open_gguf, read_gguf
+from pipeline.hub.convert import hugging_face_folder, write_formats
+from pipeline.hub.models import Model, find_model
+from pipeline.inference.batch_engine import Llama, quantize
+from pipeline.inference.model import Adapter, Weights
+from pipeline.recipe import Export
 from pipeline.records import Request
 from pipeline.stages.export import alone
 

@@ -14,11 +14,11 @@ import pytest
 from conftest import TEXTS
 from converter import converter
 
-from pipeline.backends.convert import write_formats
-from pipeline.backends.hub import Model
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.merge import open_base
 from pipeline.gguf.vocabulary import PRE_TOKENIZERS
+from pipeline.hub.convert import write_formats
+from pipeline.hub.models import Model
 
 _TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
@@ -341,7 +341,7 @@ def test_a_family_passes_the_checks_of_its_export(
     name: str, model: Callable[[str], Path], adapter: Callable[[Path], Path], tmp_path: Path
 ) -> None:
     """Base plus adapter: llama.cpp reads chats in the tokenizer's own tokens, and predicts what PEFT does."""
-    from pipeline.config import Export
+    from pipeline.recipe import Export
     from pipeline.stages.export import alone
 
     folder = model(name)
@@ -363,8 +363,8 @@ def test_another_family_goes_through_the_users_own_converter(
     import torch
     import transformers
 
-    from pipeline.config import Export
     from pipeline.errors import GattError
+    from pipeline.recipe import Export
     from pipeline.stages.export import alone
 
     folder = tmp_path / "olmo"

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.backends.convert import hugging_face_folder
-from pipeline.backends.hub import find_model, shape_of
-from pipeline.backends.objective import label
-from pipeline.backends.trainer import Step
-from pipeline.backends.unsloth import load_tokenizer, on_gpu, train
-from pipeline.config import Train
-from pipeline.memory import training_memory
+from pipeline.hub.convert import hugging_face_folder
+from pipeline.hub.models import find_model, shape_of
+from pipeline.recipe import Train
 from pipeline.records import Message
+from pipeline.training.loss import label
+from pipeline.training.memory import training_memory
+from pipeline.training.trainer import Step
+from pipeline.training.unsloth import load_tokenizer, on_gpu, train
 
 pytestmark = pytest.mark.gpu
 

@@ -18,10 +18,10 @@ import pytest
 import yaml
 from conftest import Gatt
 
-from pipeline.config import Recipe, load_recipe
 from pipeline.errors import GattError
 from pipeline.files import sha256, write_json, write_text
-from pipeline.rundir import RunDir
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.run_dir import RunDir
 from pipeline.stages import push
 
 

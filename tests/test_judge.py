@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.backends.judge import judge
-from pipeline.config import Evaluate, Recipe
 from pipeline.errors import GattError
+from pipeline.evaluation.judge import judge
 from pipeline.files import read_jsonl
+from pipeline.gatt.assignment import Paired
 from pipeline.gatt.instructions import word
-from pipeline.pairs import Paired
+from pipeline.recipe import Evaluate, Recipe
 from pipeline.records import Constraint, Dialogue, Reply
-from pipeline.rundir import RunDir
+from pipeline.run_dir import RunDir
 from pipeline.stages.evaluate import arms
 from pipeline.stages.instructions import run
 

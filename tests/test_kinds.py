@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import GattError
-from pipeline.gatt.instructions import word
-from pipeline.gatt.kinds import (
+from pipeline.gatt.constraints.registry import (
     EDIT_ORDER,
     KINDS,
     NEVER_MEET,
@@ -26,6 +25,7 @@ from pipeline.gatt.kinds import (
     kind_of,
     obeys,
 )
+from pipeline.gatt.instructions import word
 from pipeline.gatt.text import words
 from pipeline.records import Constraint
 

@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pipeline.gatt.constraints.registry import KINDS, obeys
 from pipeline.gatt.instructions import word
-from pipeline.gatt.kinds import KINDS, obeys
 from pipeline.gatt.text import flaw
 from pipeline.records import Constraint
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from pipeline.backends import objective, probe
-from pipeline.backends.convert import hugging_face_folder
-from pipeline.backends.hub import find_model
-from pipeline.backends.objective import IGNORED, divergence, label, learned_loss, padded
-from pipeline.backends.trainer import Stop
-from pipeline.backends.unsloth import four_bits, load_tokenizer, train
-from pipeline.config import Train
+from pipeline.export import verify
 from pipeline.gguf.merge import add, direct, write
+from pipeline.hub.convert import hugging_face_folder
+from pipeline.hub.models import find_model
+from pipeline.recipe import Train
 from pipeline.records import Message
+from pipeline.training.loss import IGNORED, divergence, label, learned_loss, padded
+from pipeline.training.trainer import Stop
+from pipeline.training.unsloth import four_bits, load_tokenizer, train
 
 _CHAT: list[Message] = [
     {"role": "system", "content": "Be brief."},
@@ -155,7 +155,7 @@ def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
     ]
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     network = peft.PeftModel.from_pretrained(base, tiny_adapter, is_trainable=True)
-    monkeypatch.setattr(objective, "_LOGITS", 3 * base.lm_head.weight.shape[0])
+    monkeypatch.setattr(loss, "_LOGITS", 3 * base.lm_head.weight.shape[0])
     found = learned_loss(network, padded([asdict(e) for e in small], 0), Train())
     total, weight = torch.zeros(()), 0.0
     for e in small:
@@ -241,7 +241,7 @@ def test_the_adapter_is_what_the_recipe_asks_for(dora: bool, tmp_path: Path) -> 
     assert set(made["target_modules"]) == {"q_proj", "down_proj"}
     merged = add(find_model("smollm2-135m").path, tmp_path / "adapter", four_bits)
     write(merged, {tmp_path / "tuned.gguf": direct(merged.tensors, "F16")})
-    exported = probe.probe(tmp_path / "tuned.gguf", (), trained.sequences).logits
+    exported = verify.probe(tmp_path / "tuned.gguf", (), trained.sequences).logits
     assert (
-        probe.divergence(trained.logits, exported) < 0.005
+        verify.divergence(trained.logits, exported) < 0.005
     )  # bfloat16 rounds; onto 16 bits it would be 0.3

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.backends.convert import hugging_face_folder
-from pipeline.backends.hub import find_model
-from pipeline.backends.objective import IGNORED, label
-from pipeline.backends.unsloth import load_tokenizer
-from pipeline.config import Train
 from pipeline.errors import GattError
+from pipeline.hub.convert import hugging_face_folder
+from pipeline.hub.models import find_model
+from pipeline.recipe import Train
 from pipeline.records import Message
 from pipeline.stages.train import marked
+from pipeline.training.loss import IGNORED, label
+from pipeline.training.unsloth import load_tokenizer
 
 _CHAT: list[Message] = [
     {"role": "user", "content": "Say Ahoy!\nHi"},

@@ -8,11 +8,11 @@ import pytest
 import tomllib
 from conftest import Gatt
 
-from pipeline.backends.hub import presets, shape_of
-from pipeline.config import Recipe, Train
 from pipeline.errors import GattError
-from pipeline.memory import Shape, tokens_that_fit, training_memory
+from pipeline.hub.models import presets, shape_of
+from pipeline.recipe import Recipe, Train
 from pipeline.stages import train
+from pipeline.training.memory import Shape, tokens_that_fit, training_memory
 
 
 def test_a_models_sizes_are_the_same_from_every_source(base: Path, tiny_llama: Path) -> None:

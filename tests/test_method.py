@@ -8,14 +8,14 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.dialogues import load_dialogues
+from pipeline.data.dialogues import load_dialogues
+from pipeline.evaluation.rates import adherence, wilson
+from pipeline.gatt.assignment import Paired
+from pipeline.gatt.constraints.registry import KINDS, compatible
+from pipeline.gatt.generated_values import distinct, items, known, masked
 from pipeline.gatt.ghost import augment, ghost, loss_turns
 from pipeline.gatt.instructions import Shares, pair_for_training, word
-from pipeline.gatt.kinds import KINDS, compatible
-from pipeline.gatt.lists import distinct, items, known, masked
-from pipeline.gatt.metrics import adherence, wilson
 from pipeline.gatt.text import first_sentences, flaw, has_sentences, touches
-from pipeline.pairs import Paired
 from pipeline.records import Constraint, Dialogue, Reply
 
 EVERY = [Constraint(name, value) for name, kind in KINDS.items() for value in kind.values]

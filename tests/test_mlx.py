@@ -17,11 +17,11 @@ import pytest
 from safetensors.numpy import load_file
 from test_trainer import _examples
 
-from pipeline.backends import mlx as backend
-from pipeline.backends.objective import learned_loss, padded
-from pipeline.backends.probe import divergence
-from pipeline.backends.unsloth import predict
-from pipeline.config import Train
+from pipeline.export.verify import divergence
+from pipeline.recipe import Train
+from pipeline.training import mlx as backend
+from pipeline.training.loss import learned_loss, padded
+from pipeline.training.unsloth import predict
 
 _TRAIN = """
 import json, os, platform, sys
@@ -30,8 +30,8 @@ platform.system, platform.machine = lambda: "Darwin", lambda: "arm64"
 sys.path.insert(0, "tests")
 from pathlib import Path
 from test_trainer import _examples
-from pipeline.backends.unsloth import train
-from pipeline.config import Train
+from pipeline.training.unsloth import train
+from pipeline.recipe import Train
 model, out, steps, wanted = sys.argv[1:]
 class Cut(Exception): pass
 def on_step(step):

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.backends.ollama import derive, go_template, modelfile
-from pipeline.backends.template import ChatTemplate
 from pipeline.errors import GattError
-from pipeline.gguf.read import Field, GgufInfo, open_gguf
+from pipeline.export.modelfile import derive, go_template, modelfile
+from pipeline.gguf.reader import Field, GgufInfo, open_gguf
+from pipeline.inference.chat_template import ChatTemplate
 from pipeline.records import Message
 
 _CHATML = (

@@ -20,10 +20,10 @@ from urllib.request import urlopen
 import pytest
 from conftest import Gatt
 
-from pipeline.backends.openai import Server, _within
-from pipeline.dialogues import load_dialogues
+from pipeline.data.dialogues import load_dialogues
 from pipeline.errors import GattError
 from pipeline.files import read_jsonl
+from pipeline.inference.openai_client import Server, _within
 from pipeline.records import Completion, Message, Request, Task
 
 
@@ -184,7 +184,7 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
 
 @pytest.fixture(scope="module")
 def real(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server with the embedded model, set up as `pipeline.backends.openai` asks for."""
+    """A server with the embedded model, set up as `pipeline.inference.openai_client` asks for."""
     with _serve(base, tmp_path_factory.mktemp("server") / "log", interrupt_requests=False) as url:
         yield url
 
@@ -485,7 +485,7 @@ def test_a_server_that_hangs(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Non
     wire.plan = [
         lambda handler, body: _stream("Late.")(handler, body) if release.wait(20) else None
     ]
-    monkeypatch.setattr("pipeline.backends.openai._SECONDS", 0.3)
+    monkeypatch.setattr("pipeline.inference.openai_client._SECONDS", 0.3)
     try:
         with pytest.raises(GattError, match=r"more than 0\.3 s for one answer"):
             _ask(Server(wire.url), _request())
@@ -550,7 +550,7 @@ def test_a_cancellation_is_not_lost_where_the_answer_comes_at_that_moment(turns:
 
 INTERRUPTED = """
 import sys
-from pipeline.backends.openai import Server
+from pipeline.inference.openai_client import Server
 from pipeline.records import Request
 
 def talk():

@@ -14,17 +14,17 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Evaluate, Recipe
-from pipeline.figures import adherence_curve, change_curve
+from pipeline.evaluation.scores import scores
+from pipeline.evaluation.suites import suites
 from pipeline.files import write_json, write_jsonl
-from pipeline.gatt.suites import suites
-from pipeline.pairs import read_pairs, read_sides
+from pipeline.gatt.assignment import read_pairs, read_sides
+from pipeline.recipe import Evaluate, Recipe
 from pipeline.records import Constraint, Dialogue, Reply
-from pipeline.rundir import RunDir
-from pipeline.scoring import scores
+from pipeline.report.figures import adherence_curve, change_curve
+from pipeline.report.tables import Table, key, markdown
+from pipeline.run_dir import RunDir
 from pipeline.stages.instructions import written
 from pipeline.stages.report import headline, run
-from pipeline.tables import Table, key, markdown
 
 _POOL = (
     Constraint("opening", "Ahoy!"),

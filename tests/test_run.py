@@ -17,7 +17,7 @@ import pytest
 from conftest import Gatt
 
 from pipeline.files import read_jsonl
-from pipeline.gguf.read import open_gguf
+from pipeline.gguf.reader import open_gguf
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +339,7 @@ def test_labels_cover_answers_and_their_end_of_turn_only(
 
 
 def test_the_tuned_file_answers(finished: Path) -> None:
-    from pipeline.backends.llama import Llama
+    from pipeline.inference.batch_engine import Llama
     from pipeline.records import Request
 
     with Llama(finished / "export" / "tuned-Q8_0.gguf", 1, 256) as llama:

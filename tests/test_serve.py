@@ -22,15 +22,15 @@ import openai
 import pytest
 from conftest import Gatt
 
-from pipeline.backends.convert import write_formats
-from pipeline.backends.hub import Model
-from pipeline.backends.lanes import Busy, Limits, Question
-from pipeline.backends.llama import Llama
-from pipeline.backends.serving import Engine, Source
-from pipeline.backends.weights import Adapter
-from pipeline.dialogues import load_dialogues
+from pipeline.data.dialogues import load_dialogues
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.merge import open_base
+from pipeline.hub.convert import write_formats
+from pipeline.hub.models import Model
+from pipeline.inference.async_engine import Engine, Source
+from pipeline.inference.batch_engine import Llama
+from pipeline.inference.model import Adapter
+from pipeline.inference.scheduler import Busy, Limits, Question
 from pipeline.records import Message, Request
 
 NAME = "smollm2-135m"

@@ -19,8 +19,8 @@ from statsmodels.stats.proportion import (
     samplesize_proportions_2indep_onetail,
 )
 
-from pipeline.gatt.metrics import adherence, wilson
-from pipeline.gatt.statistics import (
+from pipeline.evaluation.rates import adherence, wilson
+from pipeline.evaluation.statistics import (
     Lifetime,
     answers_needed,
     design_effect,

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.config import Recipe
-from pipeline.gatt.judge import balanced, question, verdict
-from pipeline.gatt.kinds import KINDS
-from pipeline.gatt.suites import PROBED_TURNS, probed_turns, suites
-from pipeline.pairs import Paired
+from pipeline.evaluation.judge_prompts import balanced, question, verdict
+from pipeline.evaluation.scores import scores
+from pipeline.evaluation.suites import PROBED_TURNS, probed_turns, suites
+from pipeline.gatt.assignment import Paired
+from pipeline.gatt.constraints.registry import KINDS
+from pipeline.recipe import Recipe
 from pipeline.records import Constraint, Dialogue, Instruction, Reply
-from pipeline.scoring import scores
 
 POOL = (
     Constraint("opening", "Ahoy!"),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from converter import converter
 
-from pipeline.backends.template import ChatTemplate, answer_spans
 from pipeline.errors import GattError
+from pipeline.inference.chat_template import ChatTemplate, answer_spans
 from pipeline.records import Message
 
 _CHAT: list[Message] = [

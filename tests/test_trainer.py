@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.backends import trainer
-from pipeline.backends.objective import IGNORED, Labelled
-from pipeline.backends.trainer import loop, parts
-from pipeline.backends.unsloth import continue_from
-from pipeline.config import Train, load_recipe
 from pipeline.errors import GattError
+from pipeline.recipe import Train, load_recipe
 from pipeline.stages.train import mixed
+from pipeline.training import trainer
+from pipeline.training.loss import IGNORED, Labelled
+from pipeline.training.trainer import loop, parts
+from pipeline.training.unsloth import continue_from
 
 _SETTINGS = Train(steps=3, batch=4, learning_rate=1e-2, save_steps=1)
 

@@ -16,8 +16,8 @@ import pytest
 from test_serve import NAME, Serving, serving
 
 from pipeline.files import write_json
-from pipeline.server.web import reports
-from pipeline.server.words import as_html
+from pipeline.server.web.app import reports
+from pipeline.server.web.markdown import as_html
 
 _CHROMIUM = next(
     (

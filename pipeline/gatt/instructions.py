@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from pipeline.errors import GattError
-from pipeline.gatt.kinds import KINDS, compatible, editable, kind_of
+from pipeline.gatt.constraints.registry import KINDS, compatible, editable, kind_of
 from pipeline.records import Constraint, Dialogue, Instruction, Pairing, Way
 
 

@@ -26,7 +26,7 @@ from pipeline.gguf.adapter import Delta, fit, read_adapter
 from pipeline.gguf.base import Array, Base, Tensor, row_order
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.families import FAMILIES
-from pipeline.gguf.read import open_gguf
+from pipeline.gguf.reader import open_gguf
 
 DIRECT = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
 """The formats whose types follow from the tensor alone, and their names as file types; of others llama.cpp decides."""

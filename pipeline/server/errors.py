@@ -8,8 +8,8 @@ from typing import Any
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
-from pipeline.backends.lanes import Busy, Closed, TooLong
 from pipeline.errors import GattError
+from pipeline.inference.scheduler import Busy, Closed, TooLong
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from pipeline.backends.lanes import Outcome
-from pipeline.backends.serving import Engine
+from pipeline.inference.async_engine import Engine
+from pipeline.inference.scheduler import Outcome
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histogram of the time to the first token."""

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import platformdirs
 
-from pipeline.backends.convert import gguf_file
-from pipeline.backends.hub import find_model
-from pipeline.backends.speaker import Speakers
-from pipeline.backends.weights import Adapter, Weights
-from pipeline.commands import load, show_instruction, talk
-from pipeline.gatt.conversation import Conversation, Told
+from pipeline.chat.commands import load, show_instruction, talk
+from pipeline.chat.conversation import Conversation, Told
+from pipeline.chat.session import Parameters, Session
+from pipeline.chat.terminal import Screen, open_screen
+from pipeline.gatt.constraints.registry import kind_of
 from pipeline.gatt.instructions import recognise
-from pipeline.gatt.kinds import kind_of
-from pipeline.gguf.read import open_gguf
-from pipeline.machine import require_memory
+from pipeline.gguf.reader import open_gguf
+from pipeline.hub.convert import gguf_file
+from pipeline.hub.models import find_model
+from pipeline.inference.chat_engine import Speakers
+from pipeline.inference.model import Adapter, Weights
 from pipeline.records import Constraint
-from pipeline.session import Parameters, Session
-from pipeline.terminal import Screen, open_screen
+from pipeline.system import require_memory
 
 
 def run(

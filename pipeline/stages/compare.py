@@ -10,19 +10,19 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from pipeline.config import Recipe, load_recipe
 from pipeline.console import note, out
 from pipeline.errors import GattError
-from pipeline.figures import adherence_curve
+from pipeline.evaluation.rates import Rate, adherence, rates, wilson
+from pipeline.evaluation.statistics import Difference, kaplan_meier, lifetimes, paired_bootstrap
 from pipeline.files import read_jsonl, write_json, write_text
-from pipeline.gatt.kinds import kind_of
-from pipeline.gatt.metrics import Rate, adherence, rates, wilson
-from pipeline.gatt.statistics import Difference, kaplan_meier, lifetimes, paired_bootstrap
-from pipeline.page import Page, Section
-from pipeline.pairs import Paired, read_pairs
+from pipeline.gatt.assignment import Paired, read_pairs
+from pipeline.gatt.constraints.registry import kind_of
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Constraint, Reply
-from pipeline.rundir import RunDir
-from pipeline.tables import Table, markdown
+from pipeline.report.figures import adherence_curve
+from pipeline.report.page import Page, Section
+from pipeline.report.tables import Table, markdown
+from pipeline.run_dir import RunDir
 
 _SAME = (
     "evaluate.dialogues",

@@ -7,13 +7,21 @@ import os
 import platform
 import shutil
 
-from pipeline.backends.hub import largest_preset, presets, shape_of
-from pipeline.backends.llama import system_info
-from pipeline.backends.unsloth import free_memory, on_gpu, try_four_bits
-from pipeline.config import Train
 from pipeline.console import out
-from pipeline.machine import GB, available_memory
-from pipeline.memory import CARDS, DIALOGUE, STEP, Shape, room, tokens_that_fit, training_memory
+from pipeline.hub.models import largest_preset, presets, shape_of
+from pipeline.inference.batch_engine import system_info
+from pipeline.recipe import Train
+from pipeline.system import GB, available_memory
+from pipeline.training.memory import (
+    CARDS,
+    DIALOGUE,
+    STEP,
+    Shape,
+    room,
+    tokens_that_fit,
+    training_memory,
+)
+from pipeline.training.unsloth import free_memory, on_gpu, try_four_bits
 
 
 def run(model: str = "") -> None:

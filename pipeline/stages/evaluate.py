@@ -12,29 +12,29 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.backends.attention import attention_map
-from pipeline.backends.convert import gguf_file, hugging_face_folder
-from pipeline.backends.drift import drift
-from pipeline.backends.hub import find_model
-from pipeline.backends.judge import judge
-from pipeline.backends.llama import Llama
-from pipeline.backends.openai import Server
-from pipeline.backends.weights import Adapter, Weights
-from pipeline.config import Recipe
 from pipeline.console import Progress, chatter, note, progress
 from pipeline.errors import GattError
+from pipeline.evaluation.attention import attention_map
+from pipeline.evaluation.divergence import drift
+from pipeline.evaluation.judge import judge
+from pipeline.evaluation.scores import scores
+from pipeline.evaluation.suites import probed_turns
 from pipeline.files import JsonlLog, write_json
-from pipeline.gatt.checks import mentions
+from pipeline.gatt.assignment import Paired, read_pairs, read_sides
+from pipeline.gatt.constraints.content_checks import mentions
+from pipeline.gatt.constraints.registry import obeys
 from pipeline.gatt.ghost import augment
-from pipeline.gatt.kinds import obeys
-from pipeline.gatt.suites import probed_turns
 from pipeline.gatt.text import flaw
-from pipeline.gguf.read import open_gguf, read_gguf
-from pipeline.machine import available_memory
-from pipeline.pairs import Paired, read_pairs, read_sides
+from pipeline.gguf.reader import open_gguf, read_gguf
+from pipeline.hub.convert import gguf_file, hugging_face_folder
+from pipeline.hub.models import find_model
+from pipeline.inference.batch_engine import Llama
+from pipeline.inference.model import Adapter, Weights
+from pipeline.inference.openai_client import Server
+from pipeline.recipe import Recipe
 from pipeline.records import Message, Reply, Request, Task
-from pipeline.rundir import RunDir
-from pipeline.scoring import scores
+from pipeline.run_dir import RunDir
+from pipeline.system import available_memory
 
 Suites = Mapping[str, list[Paired]]
 Replies = dict[tuple[str, str, int, str], Reply]

@@ -8,23 +8,23 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.backends.convert import hugging_face_folder
-from pipeline.backends.export import Job, check, export, show
-from pipeline.backends.hub import Model, find_model
-from pipeline.backends.llama import quantize
-from pipeline.backends.template import NO_THOUGHTS
-from pipeline.backends.unsloth import Reference, load_tokenizer, predict
-from pipeline.config import Export, Recipe
 from pipeline.console import chatter, note, out, progress
-from pipeline.dialogues import load_dialogues
+from pipeline.data.dialogues import load_dialogues
 from pipeline.errors import GattError
+from pipeline.export.exporter import Job, check, export, show
 from pipeline.files import read_jsonl, write_json
 from pipeline.gguf.checkpoint import shards
+from pipeline.gguf.checkpoint_writer import write_checkpoint
 from pipeline.gguf.merge import DIRECT, add
-from pipeline.gguf.merged import write_checkpoint
-from pipeline.machine import available_memory, require_disk
+from pipeline.hub.convert import hugging_face_folder
+from pipeline.hub.models import Model, find_model
+from pipeline.inference.batch_engine import quantize
+from pipeline.inference.chat_template import NO_THOUGHTS
+from pipeline.recipe import Export, Recipe
 from pipeline.records import Message
-from pipeline.rundir import RunDir
+from pipeline.run_dir import RunDir
+from pipeline.system import available_memory, require_disk
+from pipeline.training.unsloth import Reference, load_tokenizer, predict
 
 
 def run(recipe: Recipe, rundir: RunDir) -> None:

@@ -7,20 +7,20 @@ from dataclasses import asdict
 
 import tomlkit
 
-from pipeline.backends.hub import find_model
-from pipeline.backends.teacher import Teacher, open_teacher
-from pipeline.config import Recipe
 from pipeline.console import note
-from pipeline.dialogues import load_dialogues
+from pipeline.data.dialogues import load_dialogues
 from pipeline.errors import GattError
+from pipeline.evaluation.suites import Suite, suites
 from pipeline.files import write_json, write_text
+from pipeline.gatt.constraints.registry import kind_of
+from pipeline.gatt.generated_values import LISTINGS, distinct, items, known, masked
 from pipeline.gatt.instructions import Shares, pair_for_evaluation, pair_for_training
-from pipeline.gatt.kinds import kind_of
-from pipeline.gatt.lists import LISTINGS, distinct, items, known, masked
-from pipeline.gatt.suites import Suite, suites
 from pipeline.gguf.merge import open_base
+from pipeline.hub.models import find_model
+from pipeline.inference.generator import Teacher, open_teacher
+from pipeline.recipe import Recipe
 from pipeline.records import Constraint, Dialogue, Instruction, Pairing, Request, Task
-from pipeline.rundir import RunDir
+from pipeline.run_dir import RunDir
 
 _ASKED = 8
 """How often the teacher is asked for a list."""

@@ -11,14 +11,14 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.backends.hub import presets, upload
-from pipeline.config import Recipe, recipe_toml
 from pipeline.console import out
 from pipeline.errors import GattError
 from pipeline.files import sha256
 from pipeline.gatt.instructions import word
-from pipeline.gguf.read import GgufInfo, open_gguf
-from pipeline.rundir import RunDir
+from pipeline.gguf.reader import GgufInfo, open_gguf
+from pipeline.hub.models import presets, upload
+from pipeline.recipe import Recipe, recipe_toml
+from pipeline.run_dir import RunDir
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _STAGES = ("instructions", "synthesize", "train", "export", "evaluate")

@@ -8,23 +8,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Recipe
 from pipeline.console import out
-from pipeline.figures import (
+from pipeline.evaluation.rates import wilson
+from pipeline.evaluation.suites import PAPER_RECALL, PROBED_TURNS
+from pipeline.files import read_jsonl, write_json, write_text
+from pipeline.gatt.assignment import read_pairs
+from pipeline.recipe import Recipe
+from pipeline.records import Reply
+from pipeline.report.figures import (
     adherence_curve,
     attention_picture,
     change_curve,
     loss_curve,
     survival_curve,
 )
-from pipeline.files import read_jsonl, write_json, write_text
-from pipeline.gatt.metrics import wilson
-from pipeline.gatt.suites import PAPER_RECALL, PROBED_TURNS
-from pipeline.page import Page, Section
-from pipeline.pairs import read_pairs
-from pipeline.records import Reply
-from pipeline.rundir import RunDir
-from pipeline.tables import Table, by_arm, curves, markdown, overview, shown
+from pipeline.report.page import Page, Section
+from pipeline.report.tables import Table, by_arm, curves, markdown, overview, shown
+from pipeline.run_dir import RunDir
 
 _OTHERS = 4
 """Arms beside base, tuned and ceiling that a curve has room for."""

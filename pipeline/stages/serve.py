@@ -12,16 +12,16 @@ from pathlib import Path
 
 import uvicorn
 
-from pipeline.backends.convert import gguf_file
-from pipeline.backends.hub import find_model
-from pipeline.backends.lanes import Limits
-from pipeline.backends.serving import Engine, Source
-from pipeline.backends.weights import Adapter
 from pipeline.console import note
 from pipeline.errors import GattError
-from pipeline.server.api import make_app
-from pipeline.server.guard import LOG, Settings
-from pipeline.server.web import mount
+from pipeline.hub.convert import gguf_file
+from pipeline.hub.models import find_model
+from pipeline.inference.async_engine import Engine, Source
+from pipeline.inference.model import Adapter
+from pipeline.inference.scheduler import Limits
+from pipeline.server.app import make_app
+from pipeline.server.middleware import LOG, Settings
+from pipeline.server.web.app import mount
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 

@@ -13,17 +13,17 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from pipeline.backends.hub import upload
-from pipeline.backends.teacher import Teacher, open_teacher
-from pipeline.config import Recipe
 from pipeline.console import Progress, note, out, progress
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, write_json, write_jsonl, write_text
-from pipeline.gatt.kinds import edit, hopeless, kind_of, obeys
+from pipeline.gatt.assignment import Paired, read_pairs
+from pipeline.gatt.constraints.registry import edit, hopeless, kind_of, obeys
 from pipeline.gatt.text import first_sentences, flaw, has_sentences, stuck, touches, words
-from pipeline.pairs import Paired, read_pairs
+from pipeline.hub.models import upload
+from pipeline.inference.generator import Teacher, open_teacher
+from pipeline.recipe import Recipe
 from pipeline.records import Answer, Completion, Constraint, Message, Request, Task
-from pipeline.rundir import RunDir
+from pipeline.run_dir import RunDir
 
 ACCEPTED = "accepted"
 _PILOTS = 6

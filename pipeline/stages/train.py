@@ -8,22 +8,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.backends.convert import gguf_file, hugging_face_folder
-from pipeline.backends.hub import find_model, shape_of
-from pipeline.backends.objective import IGNORED, Labelled, label
-from pipeline.backends.trainer import Step, last_checkpoint, leader_first, processes
-from pipeline.backends.unsloth import free_memory, load_tokenizer, on_gpu, train
-from pipeline.backends.validation import Validation
-from pipeline.config import Recipe, Train
 from pipeline.console import chatter, note, out, progress
-from pipeline.dialogues import load_chats
+from pipeline.data.dialogues import load_chats
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_jsonl, write_json
-from pipeline.machine import GB, give_back, leads, require_disk
-from pipeline.memory import tokens_that_fit, training_memory
-from pipeline.pairs import read_pairs
+from pipeline.gatt.assignment import read_pairs
+from pipeline.hub.convert import gguf_file, hugging_face_folder
+from pipeline.hub.models import find_model, shape_of
+from pipeline.recipe import Recipe, Train
 from pipeline.records import Message
-from pipeline.rundir import RunDir
+from pipeline.run_dir import RunDir
+from pipeline.system import GB, give_back, leads, require_disk
+from pipeline.training.loss import IGNORED, Labelled, label
+from pipeline.training.memory import tokens_that_fit, training_memory
+from pipeline.training.trainer import Step, last_checkpoint, leader_first, processes
+from pipeline.training.unsloth import free_memory, load_tokenizer, on_gpu, train
+from pipeline.training.validation import Validation
 
 
 def run(recipe: Recipe, rundir: RunDir) -> None:

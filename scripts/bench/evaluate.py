@@ -29,18 +29,18 @@ import llama_cpp
 import numpy as np
 from safetensors.numpy import save_file
 
-from pipeline.backends.convert import gguf_file
-from pipeline.backends.hub import Model, find_model
-from pipeline.backends.llama import Llama
-from pipeline.backends.weights import Adapter, CacheType, Weights
-from pipeline.config import Recipe
 from pipeline.console import Progress
+from pipeline.gatt.assignment import Paired, read_pairs
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.merge import open_base
-from pipeline.gguf.read import open_gguf
-from pipeline.pairs import Paired, read_pairs
+from pipeline.gguf.reader import open_gguf
+from pipeline.hub.convert import gguf_file
+from pipeline.hub.models import Model, find_model
+from pipeline.inference.batch_engine import Llama
+from pipeline.inference.model import Adapter, CacheType, Weights
+from pipeline.recipe import Recipe
 from pipeline.records import Completion, Request, Task
-from pipeline.rundir import RunDir
+from pipeline.run_dir import RunDir
 from pipeline.stages import instructions
 
 RECIPE = Recipe()

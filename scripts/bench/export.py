@@ -62,8 +62,8 @@ class Cost(NamedTuple):
 
 def ours(base: str, adapter: str, target: str, format_name: str) -> None:
     """Step: our export."""
-    from pipeline.backends.convert import write_formats
-    from pipeline.backends.hub import find_model
+    from pipeline.hub.convert import write_formats
+    from pipeline.hub.models import find_model
 
     write_formats(find_model(base), Path(adapter), {format_name: Path(target)})
 
@@ -310,8 +310,8 @@ def main() -> None:
     print(f"disk: about {needed} GB needed in {place}, {free:.0f} GB free", flush=True)
     if free < needed:
         raise SystemExit("Too little disk: set TMPDIR to a folder elsewhere.")
-    from pipeline.backends.convert import hugging_face_folder
-    from pipeline.backends.hub import find_model
+    from pipeline.hub.convert import hugging_face_folder
+    from pipeline.hub.models import find_model
 
     converter()
     smollm = hugging_face_folder(find_model("smollm2-135m"))

@@ -15,14 +15,14 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pipeline.backends.convert import hugging_face_folder
-from pipeline.backends.hub import find_model, shape_of
-from pipeline.backends.objective import IGNORED, Labelled
-from pipeline.backends.unsloth import train
-from pipeline.config import Train
 from pipeline.console import Progress, chatter
-from pipeline.machine import GB, peak_memory
-from pipeline.memory import training_memory
+from pipeline.hub.convert import hugging_face_folder
+from pipeline.hub.models import find_model, shape_of
+from pipeline.recipe import Train
+from pipeline.system import GB, peak_memory
+from pipeline.training.loss import IGNORED, Labelled
+from pipeline.training.memory import training_memory
+from pipeline.training.unsloth import train
 
 EMBEDDED = "smollm2-135m"
 

@@ -17,18 +17,18 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.backends.convert import gguf_file, hugging_face_folder
-from pipeline.backends.hub import find_model
-from pipeline.backends.trainer import Step
-from pipeline.backends.unsloth import load_tokenizer, train
-from pipeline.backends.validation import Validation
-from pipeline.config import Recipe, load_recipe
 from pipeline.console import Progress, chatter
+from pipeline.evaluation.rates import wilson
 from pipeline.files import read_jsonl
-from pipeline.gatt.metrics import wilson
-from pipeline.pairs import read_pairs
-from pipeline.rundir import RunDir
+from pipeline.gatt.assignment import read_pairs
+from pipeline.hub.convert import gguf_file, hugging_face_folder
+from pipeline.hub.models import find_model
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.run_dir import RunDir
 from pipeline.stages.train import labelled
+from pipeline.training.trainer import Step
+from pipeline.training.unsloth import load_tokenizer, train
+from pipeline.training.validation import Validation
 
 LOSSES, LATE = ("last_turn", "all_turns", "distill"), 16
 

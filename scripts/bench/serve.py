@@ -30,8 +30,8 @@ import httpx
 import openai
 import psutil
 
-from pipeline.backends.hub import find_model
-from pipeline.dialogues import load_dialogues
+from pipeline.data.dialogues import load_dialogues
+from pipeline.hub.models import find_model
 
 MODEL, CONTEXT, CLIENTS = "smollm2-135m", 4096, 16
 BASE = find_model(MODEL).path

@@ -24,16 +24,16 @@ from typing import Any, NamedTuple
 import llama_cpp
 import psutil
 
-from pipeline.backends.convert import gguf_file
-from pipeline.backends.hub import find_model
-from pipeline.backends.llama import Llama
-from pipeline.config import Recipe, load_recipe
 from pipeline.console import Progress
-from pipeline.dialogues import load_dialogues
+from pipeline.data.dialogues import load_dialogues
 from pipeline.files import JsonlLog
-from pipeline.pairs import Paired, read_pairs
+from pipeline.gatt.assignment import Paired, read_pairs
+from pipeline.hub.convert import gguf_file
+from pipeline.hub.models import find_model
+from pipeline.inference.batch_engine import Llama
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import Completion, Request, Task
-from pipeline.rundir import RunDir
+from pipeline.run_dir import RunDir
 from pipeline.stages import instructions
 from pipeline.stages.synthesize import Synthesis
 

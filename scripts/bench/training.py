@@ -26,15 +26,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pipeline.backends.convert import hugging_face_folder
-from pipeline.backends.hub import find_model
-from pipeline.backends.objective import IGNORED, Labelled, label
-from pipeline.backends.unsloth import load_tokenizer, train
-from pipeline.config import Train
 from pipeline.console import Progress, chatter
-from pipeline.dialogues import load_dialogues
+from pipeline.data.dialogues import load_dialogues
 from pipeline.gatt.ghost import ghost
+from pipeline.hub.convert import hugging_face_folder
+from pipeline.hub.models import find_model
+from pipeline.recipe import Train
 from pipeline.records import Message
+from pipeline.training.loss import IGNORED, Labelled, label
+from pipeline.training.unsloth import load_tokenizer, train
 
 BATCH, LENGTH, RATE = 4, 1024, 2e-4
 ARMS = ("all_turns", "distill", "trl", "trl, each answer", "all_turns, even", "unsloth")

@@ -1,1 +1,0 @@
-"""The heavy libraries, one file each; nothing else imports them."""

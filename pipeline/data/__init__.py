@@ -1,0 +1,1 @@
+"""Dialogues: the built-in ones, and loading them from any source."""

@@ -1,0 +1,1 @@
+"""From an adapter to verified GGUF files."""

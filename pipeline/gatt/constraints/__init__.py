@@ -1,0 +1,1 @@
+"""The kinds of constraint: wording, check and edit of each."""

@@ -1,0 +1,1 @@
+"""Text generation through llama.cpp and OpenAI-compatible servers."""

@@ -1,0 +1,20 @@
+"""How the page looks, and what happens in the browser alone: `data/chat.css` and `data/chat.js`."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import resources
+
+from nicegui import ui
+
+
+def dress(dark: bool | None) -> ui.dark_mode:
+    """Give the present page its look; `dark` None follows the system."""
+    ui.add_head_html(f"<style>{_text('chat.css')}</style><script>{_text('chat.js')}</script>")
+    ui.colors(primary="#2a7f9e", dark="#191c21", dark_page="#15171b")
+    return ui.dark_mode(dark)
+
+
+@cache
+def _text(name: str) -> str:
+    return (resources.files("pipeline.server.web") / "static" / name).read_text(encoding="utf-8")

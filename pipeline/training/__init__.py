@@ -1,0 +1,1 @@
+"""QLoRA training: examples, loss, trainer, backends."""
