@@ -57,8 +57,7 @@ def init(
         raise GattError(f"{path} exists already; it is left as it is. Name another file.")
     recipe = Recipe()
     if card:
-        from pipeline.hub.models import largest_preset
-        from pipeline.training.memory import STEP, room
+        from pipeline.training.memory import STEP, largest_preset, room
 
         model = largest_preset(room(card), True, STEP, recipe.train)
         if not model:

@@ -16,15 +16,17 @@ from conftest import Gatt
 
 from pipeline.errors import GattError
 from pipeline.export.importance import measure
-from pipeline.export.verify import divergence, probe
+from pipeline.export.verify import probe
 from pipeline.gguf import ggml
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.checkpoint import CheckpointBase
+from pipeline.gguf.formats import quantize
 from pipeline.gguf.merge import GgufBase, open_base
 from pipeline.gguf.reader import open_gguf, read_gguf
 from pipeline.hub.convert import hugging_face_folder, write_formats
 from pipeline.hub.models import Model, find_model
-from pipeline.inference.batch_engine import Llama, quantize
+from pipeline.inference.batch_engine import Llama
+from pipeline.inference.logits import divergence
 from pipeline.inference.model import Adapter, Weights
 from pipeline.recipe import Export
 from pipeline.records import Request

@@ -10,7 +10,7 @@ from pipeline.hub.convert import hugging_face_folder
 from pipeline.hub.models import find_model, shape_of
 from pipeline.recipe import Train
 from pipeline.records import Message
-from pipeline.training.loss import label
+from pipeline.training.examples import label
 from pipeline.training.memory import training_memory
 from pipeline.training.trainer import Step
 from pipeline.training.unsloth import load_tokenizer, on_gpu, train

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.gatt.constraints.registry import KINDS, obeys
 from pipeline.gatt.instructions import word
-from pipeline.gatt.text import flaw
+from pipeline.gatt.quality import flaw
 from pipeline.records import Constraint
 
 LOWEST_AGREEMENT = 0.98

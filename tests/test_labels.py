@@ -16,7 +16,8 @@ from pipeline.hub.convert import hugging_face_folder
 from pipeline.hub.models import find_model
 from pipeline.recipe import Train
 from pipeline.records import Message
-from pipeline.training.loss import IGNORED, divergence, label, learned_loss, padded
+from pipeline.training.examples import IGNORED, label
+from pipeline.training.loss import divergence, learned_loss, padded
 from pipeline.training.trainer import Stop
 from pipeline.training.unsloth import four_bits, load_tokenizer, train
 
@@ -155,7 +156,7 @@ def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
     ]
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     network = peft.PeftModel.from_pretrained(base, tiny_adapter, is_trainable=True)
-    monkeypatch.setattr(loss, "_LOGITS", 3 * base.lm_head.weight.shape[0])
+    monkeypatch.setattr("pipeline.training.loss._LOGITS", 3 * base.lm_head.weight.shape[0])
     found = learned_loss(network, padded([asdict(e) for e in small], 0), Train())
     total, weight = torch.zeros(()), 0.0
     for e in small:

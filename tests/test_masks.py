@@ -13,7 +13,7 @@ from pipeline.hub.models import find_model
 from pipeline.recipe import Train
 from pipeline.records import Message
 from pipeline.stages.train import marked
-from pipeline.training.loss import IGNORED, label
+from pipeline.training.examples import IGNORED, label
 from pipeline.training.unsloth import load_tokenizer
 
 _CHAT: list[Message] = [

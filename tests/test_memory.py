@@ -10,9 +10,10 @@ from conftest import Gatt
 
 from pipeline.errors import GattError
 from pipeline.hub.models import presets, shape_of
+from pipeline.hub.shape import Shape
 from pipeline.recipe import Recipe, Train
 from pipeline.stages import train
-from pipeline.training.memory import Shape, tokens_that_fit, training_memory
+from pipeline.training.memory import tokens_that_fit, training_memory
 
 
 def test_a_models_sizes_are_the_same_from_every_source(base: Path, tiny_llama: Path) -> None:

@@ -15,7 +15,8 @@ from pipeline.gatt.constraints.registry import KINDS, compatible
 from pipeline.gatt.generated_values import distinct, items, known, masked
 from pipeline.gatt.ghost import augment, ghost, loss_turns
 from pipeline.gatt.instructions import Shares, pair_for_training, word
-from pipeline.gatt.text import first_sentences, flaw, has_sentences, touches
+from pipeline.gatt.quality import flaw, touches
+from pipeline.gatt.text import first_sentences, has_sentences
 from pipeline.records import Constraint, Dialogue, Reply
 
 EVERY = [Constraint(name, value) for name, kind in KINDS.items() for value in kind.values]

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_trainer import _examples
 
-from pipeline.export.verify import divergence
+from pipeline.inference.logits import divergence
 from pipeline.recipe import Train
 from pipeline.training import mlx as backend
 from pipeline.training.loss import learned_loss, padded

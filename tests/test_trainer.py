@@ -14,7 +14,7 @@ from pipeline.errors import GattError
 from pipeline.recipe import Train, load_recipe
 from pipeline.stages.train import mixed
 from pipeline.training import trainer
-from pipeline.training.loss import IGNORED, Labelled
+from pipeline.training.examples import IGNORED, Labelled
 from pipeline.training.trainer import loop, parts
 from pipeline.training.unsloth import continue_from
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 from pipeline.gatt.constraints.registry import obeys
 from pipeline.gatt.ghost import ghost, with_instruction
 from pipeline.gatt.instructions import recognise
-from pipeline.gatt.text import flaw
+from pipeline.gatt.quality import flaw
 from pipeline.records import Constraint, Message
 
 CHANGED = "From now on: "

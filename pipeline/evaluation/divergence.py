@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.export.verify import log_probabilities
 from pipeline.inference.batch_engine import Llama
+from pipeline.inference.logits import log_probabilities
 from pipeline.records import Message
 
 

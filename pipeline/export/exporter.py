@@ -15,23 +15,25 @@ from typing import Any, NamedTuple
 
 from pipeline.console import note, out, progress
 from pipeline.errors import GattError
-from pipeline.export.importance import Importance, measure
+from pipeline.export.importance import measure
 from pipeline.export.modelfile import modelfile
 from pipeline.export.tokenizer_check import chats_for, disagreement
-from pipeline.export.verify import divergence, probe, surprise
+from pipeline.export.verify import probe
 from pipeline.files import write_text
 from pipeline.gguf.adapter import is_dora, write_adapter
 from pipeline.gguf.base import Array
+from pipeline.gguf.imatrix import Importance
 from pipeline.gguf.merge import DIRECT, add, open_base, size, write, write_skeleton
 from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import format_of, gguf_file, hugging_face_folder
 from pipeline.hub.models import Model
 from pipeline.inference.chat_template import ChatTemplate
+from pipeline.inference.logits import Reference, divergence, surprise
 from pipeline.inference.model import Adapter
 from pipeline.recipe import Export
 from pipeline.records import Message
 from pipeline.system import require_disk
-from pipeline.training.unsloth import Reference, four_bits, load_tokenizer
+from pipeline.training.unsloth import four_bits, load_tokenizer
 
 _FAR = 2.0
 """Nats a token between the trained model and a file that is hardly rounded: something is wrong. Merged onto 16 bits, an adapter

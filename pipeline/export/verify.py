@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -75,38 +75,6 @@ def probe(
                 [part.tolist() for part in np.split(found["ids"], ends)] if texts else [],
                 found["logits"],
             )
-
-
-def divergence(trained: Array, other: Array) -> float:
-    """The mean Kullback-Leibler divergence, in nats a token, of `other` from `trained`, both (tokens, vocabulary) logits.
-
-    A file may leave out rows of the vocabulary that no token has: what both have counts.
-    """
-    width = min(trained.shape[1], other.shape[1])
-    total = 0.0
-    for one, two in zip(trained, other, strict=True):
-        first, second = (log_probabilities(row[:width].astype(np.float64)) for row in (one, two))
-        total += float((np.exp(first) * (first - second)).sum())
-    return total / len(trained)
-
-
-def surprise(sequences: Sequence[Sequence[int]], logits: Array) -> float:
-    """The mean negative log-likelihood of the sequences, nats a token, under (all their tokens, vocabulary) logits."""
-    losses: list[float] = []
-    rows = iter(logits)
-    for sequence in sequences:
-        mine = [next(rows) for _ in sequence]
-        losses += [
-            -log_probabilities(row.astype(np.float64))[token]
-            for row, token in zip(mine, sequence[1:], strict=False)
-        ]
-    return float(np.mean(losses))
-
-
-def log_probabilities(row: Any) -> Any:
-    """The logarithms of the probabilities that logits stand for."""
-    shifted = row - row.max()
-    return shifted - np.log(np.exp(shifted).sum())
 
 
 def _answer(path: Path, adapter: Path | None, questions: Path, answers: Path) -> None:

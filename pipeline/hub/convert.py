@@ -12,13 +12,13 @@ from tempfile import TemporaryDirectory
 
 import platformdirs
 
-from pipeline.export.importance import Importance
 from pipeline.files import sha256, whole_file, write_json
+from pipeline.gguf.formats import chosen_types, file_type
+from pipeline.gguf.imatrix import Importance
 from pipeline.gguf.merge import DIRECT, Format, Sum, add, direct, write, write_skeleton
 from pipeline.gguf.reader import open_gguf
 from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 from pipeline.hub.models import Model
-from pipeline.inference.batch_engine import chosen_types, file_type
 from pipeline.system import require_disk
 
 _CONVERSION = 5

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tomlkit
 
 from pipeline.errors import GattError
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.reader import open_gguf
-from pipeline.recipe import Train
-from pipeline.training.memory import Shape, training_memory
+from pipeline.hub.shape import Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +77,6 @@ def find_model(name: str, weights: bool = True) -> Model:
         f"Unknown model {name!r}. {hint}Expected a preset ({', '.join(known)}), a GGUF file, "
         "a Hugging Face folder with config.json, or a Hub id such as owner/name."
     )
-
-
-def largest_preset(memory: float, gpu: bool, tokens: int, settings: Train) -> str:
-    """The base model of most parameters that can be trained in so many bytes with `tokens` at a time; "" is none."""
-    shapes = {name: shape_of(name) for name in presets()}
-    able = [
-        name
-        for name, shape in shapes.items()
-        if training_memory(shape, settings, tokens, gpu) <= memory
-    ]
-    return max(able, key=lambda name: shapes[name].parameters, default="")
 
 
 def shape_of(name: str) -> Shape:
@@ -158,33 +145,3 @@ def _download(name: str, repository: str, weights: bool) -> Model:
             "the preset smollm2-135m, a GGUF file, or a Hugging Face folder on this disk."
         ) from error
     return Model(name, Path(folder), repository)
-
-
-def upload(
-    repository: str,
-    kind: Literal["dataset", "model"],
-    files: Mapping[str, Path | bytes],
-    message: str,
-) -> str:
-    """Commit `files` (by their names there) to `repository`, made private where it is new; its address.
-
-    Raises:
-        GattError: the Hub refused, or cannot be reached.
-    """
-    import huggingface_hub
-
-    api = huggingface_hub.HfApi()
-    operations = [
-        huggingface_hub.CommitOperationAdd(name, content) for name, content in files.items()
-    ]
-    try:
-        address = api.create_repo(repository, repo_type=kind, private=True, exist_ok=True)
-        api.create_commit(repository, operations, commit_message=message, repo_type=kind)
-    except (
-        Exception
-    ) as error:  # network, authentication and 404 are many classes of several libraries
-        raise GattError(
-            f"Cannot upload to {repository} ({type(error).__name__}). Expected owner/name of a {kind} of yours; "
-            "`hf auth login` signs you in."
-        ) from error
-    return str(address)

@@ -7,19 +7,16 @@ against one context with two threads: prompts 1.7 times as fast, decoding 1.3 ti
 
 from __future__ import annotations
 
-import ctypes
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.errors import GattError
 from pipeline.gguf.base import Array
 from pipeline.gguf.reader import GgufInfo, open_gguf
 from pipeline.inference.batch_worker import Queue, Worker
-from pipeline.inference.model import Adapter, CacheType, Weights, silence
+from pipeline.inference.model import Adapter, CacheType, Weights
 from pipeline.records import Completion, Request, Task
 from pipeline.system import available_memory, require_memory
 
@@ -153,78 +150,6 @@ def _fitting(info: GgufInfo, stream: int, cores: int) -> int:
     most = _PER_GPU if _offloads() else _PER_CORE * cores
     room = (available_memory() - info.bytes) / 2
     return max(1, min(most, int(room / stream) - cores))
-
-
-def file_type(format_name: str) -> int:
-    """llama.cpp's number of a format ("F16", "Q8_0", "Q4_K_M", "IQ3_XXS", ...).
-
-    Raises:
-        GattError: no such format.
-    """
-    import llama_cpp
-
-    kind = getattr(
-        llama_cpp, f"LLAMA_FTYPE_{'ALL' if format_name == 'F32' else 'MOSTLY'}_{format_name}", None
-    )
-    if kind is None:
-        raise GattError(
-            f"Unknown format {format_name!r}. Use llama.cpp's names, such as F16, Q8_0, Q5_K_M or Q4_K_M."
-        )
-    return int(kind)
-
-
-def quantize(source: Path, target: Path, format_name: str) -> None:
-    """Write a GGUF to `target` in another format by llama.cpp alone: for files that our own export cannot write.
-
-    Raises:
-        GattError: no such format, or llama.cpp refused.
-    """
-    import llama_cpp
-
-    silence(llama_cpp)
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = file_type(format_name), os.cpu_count() or 1
-    if llama_cpp.llama_model_quantize(
-        str(source).encode(), str(target).encode(), ctypes.byref(params)
-    ):
-        raise GattError(
-            f"llama.cpp could not quantise {source.name} to {format_name} (is the disk full?)."
-        )
-
-
-def chosen_types(skeleton: Path, format_name: str, importance: bool) -> dict[str, int]:
-    """The ggml type that llama.cpp gives each tensor of a GGUF in `format_name`, with an importance matrix or without one.
-
-    It is asked to quantise without doing it, and says for each tensor what it would do.
-
-    Raises:
-        GattError: no such format, or llama.cpp refuses.
-    """
-    import gguf
-    import llama_cpp
-
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.dry_run = file_type(format_name), True
-    one = (ctypes.c_float * 1)(1.0)
-    named = (llama_cpp.llama_model_imatrix_data * 2)((b"-", one, 1), (None, None, 0))
-    if importance:
-        params.imatrix = named
-    said: list[str] = []
-    listen = llama_cpp.llama_log_callback(
-        lambda level, text, data: said.append(text.decode(errors="replace"))
-    )
-    llama_cpp.llama_log_set(listen, ctypes.c_void_p(0))
-    status = llama_cpp.llama_model_quantize(str(skeleton).encode(), b"", ctypes.byref(params))
-    silence(llama_cpp)
-    lines = re.findall(
-        r"\[ *\d+/ *\d+\] +(\S+) .*?type = *\w+, size = .*?MiB(?: -> .*?MiB \((\w+)\))?",
-        "".join(said),
-    )
-    if status or not lines:
-        raise GattError(
-            f"llama.cpp will not make {format_name} of this model: {''.join(said[-2:]).strip()}"
-        )
-    return {name: int(gguf.GGMLQuantizationType[(kind or "f32").upper()]) for name, kind in lines}
 
 
 def system_info() -> str:

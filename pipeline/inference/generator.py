@@ -10,7 +10,8 @@ from typing import Any, Protocol
 from pipeline.console import note
 from pipeline.data.dialogues import load_dialogues
 from pipeline.files import write_json
-from pipeline.gatt.text import first_sentences, flaw, has_sentences
+from pipeline.gatt.quality import flaw
+from pipeline.gatt.text import first_sentences, has_sentences
 from pipeline.hub.convert import gguf_file
 from pipeline.hub.models import find_model
 from pipeline.inference.batch_engine import Llama

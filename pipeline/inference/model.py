@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pipeline.errors import GattError
+from pipeline.gguf.formats import silence
 from pipeline.gguf.reader import GgufInfo, read_gguf
 from pipeline.inference.chat_template import ChatTemplate
 from pipeline.records import Request
@@ -168,13 +169,3 @@ class Weights:
                 for token in self.tokenize(message["content"] + "\n"):
                     api.llama_sampler_accept(chain, token)
         return chain
-
-
-_quiet: list[Any] = []
-
-
-def silence(llama_cpp: Any) -> None:
-    """Send llama.cpp's own log nowhere; the callback must outlive the library's use of it."""
-    if not _quiet:
-        _quiet.append(llama_cpp.llama_log_callback(lambda level, text, data: None))
-    llama_cpp.llama_log_set(_quiet[0], ctypes.c_void_p(0))

@@ -8,7 +8,8 @@ import platform
 import shutil
 
 from pipeline.console import out
-from pipeline.hub.models import largest_preset, presets, shape_of
+from pipeline.hub.models import presets, shape_of
+from pipeline.hub.shape import Shape
 from pipeline.inference.batch_engine import system_info
 from pipeline.recipe import Train
 from pipeline.system import GB, available_memory
@@ -16,7 +17,7 @@ from pipeline.training.memory import (
     CARDS,
     DIALOGUE,
     STEP,
-    Shape,
+    largest_preset,
     room,
     tokens_that_fit,
     training_memory,

@@ -24,7 +24,7 @@ from pipeline.gatt.assignment import Paired, read_pairs, read_sides
 from pipeline.gatt.constraints.content_checks import mentions
 from pipeline.gatt.constraints.registry import obeys
 from pipeline.gatt.ghost import augment
-from pipeline.gatt.text import flaw
+from pipeline.gatt.quality import flaw
 from pipeline.gguf.reader import open_gguf, read_gguf
 from pipeline.hub.convert import gguf_file, hugging_face_folder
 from pipeline.hub.models import find_model

@@ -15,16 +15,17 @@ from pipeline.export.exporter import Job, check, export, show
 from pipeline.files import read_jsonl, write_json
 from pipeline.gguf.checkpoint import shards
 from pipeline.gguf.checkpoint_writer import write_checkpoint
+from pipeline.gguf.formats import quantize
 from pipeline.gguf.merge import DIRECT, add
 from pipeline.hub.convert import hugging_face_folder
 from pipeline.hub.models import Model, find_model
-from pipeline.inference.batch_engine import quantize
 from pipeline.inference.chat_template import NO_THOUGHTS
+from pipeline.inference.logits import Reference
 from pipeline.recipe import Export, Recipe
 from pipeline.records import Message
 from pipeline.run_dir import RunDir
 from pipeline.system import available_memory, require_disk
-from pipeline.training.unsloth import Reference, load_tokenizer, predict
+from pipeline.training.unsloth import load_tokenizer, predict
 
 
 def run(recipe: Recipe, rundir: RunDir) -> None:

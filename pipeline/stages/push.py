@@ -16,7 +16,8 @@ from pipeline.errors import GattError
 from pipeline.files import sha256
 from pipeline.gatt.instructions import word
 from pipeline.gguf.reader import GgufInfo, open_gguf
-from pipeline.hub.models import presets, upload
+from pipeline.hub.models import presets
+from pipeline.hub.upload import upload
 from pipeline.recipe import Recipe, recipe_toml
 from pipeline.run_dir import RunDir
 

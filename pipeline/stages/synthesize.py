@@ -18,8 +18,9 @@ from pipeline.errors import GattError
 from pipeline.files import JsonlLog, write_json, write_jsonl, write_text
 from pipeline.gatt.assignment import Paired, read_pairs
 from pipeline.gatt.constraints.registry import edit, hopeless, kind_of, obeys
-from pipeline.gatt.text import first_sentences, flaw, has_sentences, stuck, touches, words
-from pipeline.hub.models import upload
+from pipeline.gatt.quality import flaw, stuck, touches
+from pipeline.gatt.text import first_sentences, has_sentences, words
+from pipeline.hub.upload import upload
 from pipeline.inference.generator import Teacher, open_teacher
 from pipeline.recipe import Recipe
 from pipeline.records import Answer, Completion, Constraint, Message, Request, Task

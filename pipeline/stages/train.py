@@ -19,7 +19,7 @@ from pipeline.recipe import Recipe, Train
 from pipeline.records import Message
 from pipeline.run_dir import RunDir
 from pipeline.system import GB, give_back, leads, require_disk
-from pipeline.training.loss import IGNORED, Labelled, label
+from pipeline.training.examples import IGNORED, Labelled, label
 from pipeline.training.memory import tokens_that_fit, training_memory
 from pipeline.training.trainer import Step, last_checkpoint, leader_first, processes
 from pipeline.training.unsloth import free_memory, load_tokenizer, on_gpu, train

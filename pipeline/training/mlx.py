@@ -21,7 +21,8 @@ from typing import Any
 from pipeline.errors import GattError
 from pipeline.files import write_json
 from pipeline.recipe import Train
-from pipeline.training.loss import IGNORED, Labelled, padded
+from pipeline.training.examples import IGNORED, Labelled
+from pipeline.training.loss import padded
 from pipeline.training.trainer import (
     Counted,
     Step,

@@ -17,7 +17,8 @@ from pipeline.console import note
 from pipeline.errors import GattError
 from pipeline.recipe import Train
 from pipeline.system import give_back, leads, peak_memory
-from pipeline.training.loss import IGNORED, Labelled, learned_loss, padded
+from pipeline.training.examples import IGNORED, Labelled
+from pipeline.training.loss import learned_loss, padded
 
 _COMPLETE = "complete"
 

@@ -7,16 +7,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import platformdirs
 
 from pipeline.errors import GattError
-from pipeline.files import whole_file
+from pipeline.inference.logits import Reference
 from pipeline.recipe import Train
 from pipeline.system import available_memory, leads
 from pipeline.training import mlx
-from pipeline.training.loss import Labelled
+from pipeline.training.examples import Labelled
 from pipeline.training.trainer import Step, adapter_weights, loop
 
 _PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
@@ -163,38 +163,6 @@ def continue_from(network: Any, folder: Path) -> None:
             f"{ours.get(other[0])} expected). Set train.rank and train.targets as it has them."
         )
     peft.set_peft_model_state_dict(network, weights)
-
-
-class Reference(NamedTuple):
-    """What a model predicts: sequences of token ids, and (all their tokens, vocabulary) logits of what follows each."""
-
-    sequences: list[list[int]]
-    logits: Any
-
-    def save(self, path: Path) -> None:
-        """Keep it as NumPy arrays; the logits in half precision."""
-        import numpy as np
-
-        with whole_file(path) as draft, draft.open("wb") as file:
-            lengths = [len(s) for s in self.sequences]
-            np.savez(
-                file,
-                ids=np.concatenate(self.sequences),
-                lengths=lengths,
-                logits=self.logits.astype(np.float16),
-            )
-
-    @classmethod
-    def load(cls, path: Path) -> Reference:
-        """As saved."""
-        import numpy as np
-
-        with np.load(path) as found:
-            ends = np.cumsum(found["lengths"])[:-1]
-            return cls(
-                [part.tolist() for part in np.split(found["ids"], ends)],
-                found["logits"].astype(np.float32),
-            )
 
 
 def predict(

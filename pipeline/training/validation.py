@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeline.gatt.assignment import Paired
 from pipeline.gatt.constraints.registry import obeys
-from pipeline.gatt.text import flaw
+from pipeline.gatt.quality import flaw
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.merge import add, direct, open_base, write
 from pipeline.gguf.reader import open_gguf

@@ -20,7 +20,7 @@ from pipeline.hub.convert import hugging_face_folder
 from pipeline.hub.models import find_model, shape_of
 from pipeline.recipe import Train
 from pipeline.system import GB, peak_memory
-from pipeline.training.loss import IGNORED, Labelled
+from pipeline.training.examples import IGNORED, Labelled
 from pipeline.training.memory import training_memory
 from pipeline.training.unsloth import train
 

@@ -33,7 +33,7 @@ from pipeline.hub.convert import hugging_face_folder
 from pipeline.hub.models import find_model
 from pipeline.recipe import Train
 from pipeline.records import Message
-from pipeline.training.loss import IGNORED, Labelled, label
+from pipeline.training.examples import IGNORED, Labelled, label
 from pipeline.training.unsloth import load_tokenizer, train
 
 BATCH, LENGTH, RATE = 4, 1024, 2e-4
