@@ -1,11 +1,10 @@
-"""The `gatt` command: thin. A stage and its libraries are imported when it is called."""
+"""The `gatt` command. A stage and its libraries are imported when the stage is called."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
     from pipeline.run_dir import RunDir
 
 app = typer.Typer(
-    help="Teach a chat model to keep an instruction for a whole conversation (Ghost Attention).\n\n"
-    "Example: gatt run --quick",
+    help="Fine-tune a chat model to follow an instruction for the whole conversation "
+    "(Ghost Attention).\n\nExample: gatt run --quick",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -29,14 +28,14 @@ app = typer.Typer(
 
 RecipeFile = Annotated[
     Path | None,
-    typer.Argument(help="Recipe (TOML); left out: that of the run, or the built-in demo."),
+    typer.Argument(help="Recipe (TOML). Default: the run's saved recipe, or the built-in demo."),
 ]
 Run = Annotated[Path, typer.Option("--run", help="Folder of the run.")]
 Quick = Annotated[
-    bool, typer.Option("--quick", help="The same in miniature, to see that everything works.")
+    bool, typer.Option("--quick", help="Run in miniature, to see that everything works.")
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a key: --set train.steps=20.")
+    list[str] | None, typer.Option("--set", help="Override a key: --set train.max_steps=20.")
 ]
 DEFAULT_RUN = Path("runs/demo")
 
@@ -44,25 +43,28 @@ DEFAULT_RUN = Path("runs/demo")
 @app.command()
 def init(
     path: Annotated[Path, typer.Argument()] = Path("recipe.toml"),
-    card: Annotated[
+    vram: Annotated[
         float,
-        typer.Option(help="Take the largest base that trains on a graphics card of so many GB."),
+        typer.Option(help="Choose the largest base model that trains on a GPU of so many GB."),
     ] = 0,
 ) -> None:
-    """Write a recipe with every key, its default and its meaning. Example: gatt init my.toml --card 12"""
+    """Write a recipe with every key, its default and its meaning. Example: gatt init my.toml --vram
+    12
+    """
     from pipeline.files import write_text
-    from pipeline.recipe import Recipe, recipe_toml
+    from pipeline.recipe import Recipe
+    from pipeline.recipe_file import recipe_toml
 
     if path.exists():
-        raise GattError(f"{path} exists already; it is left as it is. Name another file.")
+        raise GattError(f"{path} exists already and was not changed. Name another file.")
     recipe = Recipe()
-    if card:
-        from pipeline.training.memory import STEP, largest_preset, room
+    if vram:
+        from pipeline.training.memory import TOKENS_PER_STEP, largest_preset, usable_bytes
 
-        model = largest_preset(room(card), True, STEP, recipe.train)
+        model = largest_preset(usable_bytes(vram), TOKENS_PER_STEP, recipe.train, gpu=True)
         if not model:
             raise GattError(
-                f"--card {card:g}: no base of `gatt doctor` trains in so little. Expected 8, 12, 16 or 24 GB."
+                f"--vram {vram:g}: no preset trains in so little memory. Try 8, 12, 16 or 24 GB."
             )
         recipe = recipe.model_copy(update={"model": model})
     write_text(path, recipe_toml(recipe))
@@ -71,47 +73,49 @@ def init(
 
 @app.command()
 def run(
-    recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False, set: Set = None
+    recipe: RecipeFile = None,
+    run: Run = DEFAULT_RUN,
+    quick: Quick = False,
+    set: Set = None,
 ) -> None:
-    """All stages; those that are done are passed over. Example: gatt run my.toml --run runs/mine"""
-    settings, folder = _open(recipe, run, quick, set, anew=True)
-    for name in STAGES:
-        _stage(name, settings, folder)
-    tuned = folder.tuned(settings.export.formats[0])
-    typer.echo(
-        f"Report: {folder.report / 'report.html'}\nModel:  {tuned}\nChat:   {_chat_command(settings, tuned)}"
-    )
+    """Run every stage; stages that are up to date are skipped. Example: gatt run my.toml --run
+    runs/mine
+    """
+    from pipeline.run import open_run, run_stages
+
+    changes = _overrides(quick, set)
+    settings, run_dir = open_run(recipe, run, changes, reuse_recipe=False)
+    run_stages(settings, run_dir)
+    tuned = run_dir.tuned(settings.export.formats[0])
+    typer.echo(f"Report: {run_dir.report / 'report.html'}")
+    typer.echo(f"Model:  {tuned}")
+    typer.echo(f"Chat:   {_chat_command(settings, tuned)}")
 
 
 def _chat_command(settings: Recipe, tuned: Path) -> str:
-    """A line that can be pasted: this very program, with the first instruction that was taught."""
+    """Return a shell line that chats with the model under the first trained instruction."""
     import shlex
     import shutil
     import subprocess
 
-    from pipeline.gatt.instructions import word
+    from pipeline.gatt.instructions import render_instruction
 
-    program = (
-        "gatt" if shutil.which("gatt") else os.path.relpath(Path(sys.executable).with_name("gatt"))
-    )
-    taught = word(settings.instructions.pool[:1]).text
-    words = [
-        program,
-        "chat",
-        str(tuned),
-        "--system",
-        settings.dialogues.system,
-        "--instruction",
-        taught,
-    ]
+    on_path = shutil.which("gatt")
+    program = "gatt" if on_path else os.path.relpath(Path(sys.executable).with_name("gatt"))
+    instruction = render_instruction(settings.instructions.pool[:1]).text
+    options = ["--system", settings.dialogues.system, "--instruction", instruction]
+    words = [program, "chat", str(tuned), *options]
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def _define(name: str, summary: str) -> Callable[..., None]:
     def command(
-        recipe: RecipeFile = None, run: Run = DEFAULT_RUN, quick: Quick = False, set: Set = None
+        recipe: RecipeFile = None,
+        run: Run = DEFAULT_RUN,
+        quick: Quick = False,
+        set: Set = None,
     ) -> None:
-        _stage(name, *_open(recipe, run, quick, set))
+        _stage(name, *_open(recipe, run, _overrides(quick, set)))
 
     command.__doc__ = f"{summary} Example: gatt {name} my.toml --run runs/mine"
     return app.command(name)(command)
@@ -127,13 +131,13 @@ def instructions(
         bool, typer.Option("--kinds", help="Only list the kinds of instruction.")
     ] = False,
 ) -> None:
-    """Pair dialogues with instructions. Example: gatt instructions my.toml --run runs/mine"""
+    """Assign an instruction to each dialogue. Example: gatt instructions my.toml --run runs/mine"""
     if kinds:
         from pipeline.gatt.instructions import table_of_kinds
 
         typer.echo(table_of_kinds())
         return
-    _stage("instructions", *_open(recipe, run, quick, set))
+    _stage("instructions", *_open(recipe, run, _overrides(quick, set)))
 
 
 @app.command()
@@ -143,22 +147,22 @@ def synthesize(
     quick: Quick = False,
     set: Set = None,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Only show what was drawn and accepted.")
+        bool, typer.Option("--stats", help="Only show how many candidates were accepted.")
     ] = False,
     push: Annotated[
-        str, typer.Option(help="Upload the dialogues to this dataset of the Hub: owner/name.")
+        str, typer.Option(help="Upload the dialogues to this dataset on the Hub: owner/name.")
     ] = "",
 ) -> None:
-    """Let the teacher answer, and ghost the instruction. Example: gatt synthesize my.toml --run runs/mine --stats"""
-    settings, folder = _open(recipe, run, quick, set)
+    """Generate the training dialogues. Example: gatt synthesize my.toml --run runs/mine --stats"""
+    settings, run_dir = _open(recipe, run, _overrides(quick, set))
     if not stats:
-        _stage("synthesize", settings, folder)
+        _stage("synthesize", settings, run_dir)
     if stats or push:
         from pipeline.stages import synthesize as stage
 
-        stage.show_statistics(folder)
+        stage.show_statistics(run_dir)
         if push:
-            stage.push(folder, push)
+            stage.push(run_dir, push)
 
 
 @app.command()
@@ -168,36 +172,29 @@ def train(
     quick: Quick = False,
     set: Set = None,
     show_labels: Annotated[
-        bool, typer.Option("--show-labels", help="Only show which tokens are learned.")
+        bool, typer.Option("--show-labels", help="Only show which tokens carry a loss.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on from the last checkpoint.")
+        bool, typer.Option("--resume/--restart", help="Continue from the last checkpoint.")
     ] = True,
-    stop_when: Annotated[
-        str,
-        typer.Option(
-            help="Stop when held-out answers keep the instruction so often: adherence=0.95."
-        ),
-    ] = "",
+    early_stop: Annotated[
+        float,
+        typer.Option(help="Stop when this share of the validation answers is adherent.", max=1),
+    ] = 0.0,
 ) -> None:
-    """Train the adapter. Example: gatt train my.toml --run runs/mine --stop-when adherence=0.95"""
-    figure, _, share = stop_when.partition("=")
-    if stop_when and figure != "adherence":
-        raise GattError(
-            f"--stop-when {stop_when}: expected adherence and a share, for example --stop-when adherence=0.95."
-        )
-    changes = [f"train.stop_when={share}"] if stop_when else []
-    settings, folder = _open(recipe, run, quick, [*(set or []), *changes])
+    """Train the adapter. Example: gatt train my.toml --run runs/mine --early-stop 0.95"""
+    changes = [f"train.early_stop_adherence={early_stop}"] if early_stop else []
+    settings, run_dir = _open(recipe, run, [*_overrides(quick, set), *changes])
     if show_labels:
         from pipeline.stages import train as stage
 
-        stage.show_labels(settings, folder)
+        stage.show_labels(settings, run_dir)
         return
     if not resume:
         import shutil
 
-        shutil.rmtree(folder.checkpoints, ignore_errors=True)
-    _stage("train", settings, folder)
+        shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
+    _stage("train", settings, run_dir)
 
 
 @app.command()
@@ -208,58 +205,58 @@ def export(
     set: Set = None,
     model: Annotated[
         str,
-        typer.Option(
-            help="Export this base by itself, not a run: a preset, GGUF, folder or Hub id."
-        ),
+        typer.Option(help="Export this base model, not a run: a preset, GGUF, folder or Hub id."),
     ] = "",
     adapter: Annotated[
         Path | None, typer.Option(help="With --model: a PEFT LoRA folder to merge into it.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="With --model: folder of the new files.")] = Path(
-        "export"
-    ),
+    out: Annotated[Path, typer.Option(help="With --model: output folder.")] = Path("export"),
     format: Annotated[
-        list[str] | None, typer.Option(help="Q8_0, F16, Q4_K_M, ...; may be given several times.")
+        list[str] | None, typer.Option(help="Q8_0, F16, Q4_K_M, ...; can be repeated.")
     ] = None,
-    merge_onto: Annotated[
-        str, typer.Option(help="16bit, 4bit, or measure: whichever is nearer to the trained model.")
+    merge_base: Annotated[
+        str,
+        typer.Option(help="Weights to merge into: fp16, nf4, or auto (the one with lower loss)."),
     ] = "",
     merged_dir: Annotated[
-        Path | None,
-        typer.Option(help="Write the merged model for transformers (float32) here, too."),
+        Path | None, typer.Option(help="Also write a float32 checkpoint for transformers here.")
     ] = None,
-    other_tokens: Annotated[
-        bool, typer.Option("--other-tokens", help="Export although llama.cpp reads other tokens.")
+    allow_tokenizer_mismatch: Annotated[
+        bool,
+        typer.Option(
+            "--allow-tokenizer-mismatch",
+            help="Export even if llama.cpp tokenizes differently from the training tokenizer.",
+        ),
     ] = False,
     converter: Annotated[
         Path | None,
-        typer.Option(help="Your own convert_hf_to_gguf.py, for a family not known here."),
+        typer.Option(help="Your copy of convert_hf_to_gguf.py, for an unsupported architecture."),
     ] = None,
 ) -> None:
-    """Merge the adapter and write GGUF. Example: gatt export --model qwen3-0.6b --adapter my-lora --format Q4_K_M"""
+    """Merge the adapter, write GGUF. Example: gatt export --model qwen3-0.6b --adapter my-lora"""
     from pipeline.gguf.checkpoint_writer import require_new
-    from pipeline.recipe import load_recipe
+    from pipeline.recipe_file import load_recipe
     from pipeline.stages import export as stage
 
     if merged_dir:
         require_new(merged_dir)
-    asked = {
-        "formats": list(format or ()),
-        "merge_onto": merge_onto,
-        "same_tokens": "false" if other_tokens else "",
+    options = {
+        "formats": json.dumps(format) if format else "",
+        "merge_base": merge_base,
+        "verify_tokenizer": "false" if allow_tokenizer_mismatch else "",
     }
-    changes = [f"export.{key}={value}" for key, value in asked.items() if value]
+    changes = [f"export.{key}={value}" for key, value in options.items() if value]
     if not model:
-        settings, folder = _open(recipe, run, quick, [*(set or []), *changes])
-        _stage("export", settings, folder)
-        model, adapter = settings.model, folder.adapter
         if converter:
             raise GattError(
-                "--converter is for --model: a run begins with a model whose family is known."
+                "--converter needs --model: a run starts from a model of a supported architecture."
             )
+        settings, run_dir = _open(recipe, run, [*_overrides(quick, set), *changes])
+        _stage("export", settings, run_dir)
+        model, adapter = settings.model, run_dir.adapter
     else:
-        alone = load_recipe(None, ("export.merge_onto=16bit", *changes)).export
-        stage.alone(model, adapter, out, alone, converter)
+        standalone = load_recipe(None, ("export.merge_base=fp16", *changes)).export
+        stage.export_standalone(model, adapter, out, standalone, converter)
     if merged_dir:
         stage.write_merged(model, adapter, merged_dir)
 
@@ -272,30 +269,28 @@ def evaluate(
     set: Set = None,
     adapter: Annotated[
         str,
-        typer.Option(
-            help="Measure the base with this GGUF adapter over it, not the exported file."
-        ),
+        typer.Option(help="Measure the base model with this GGUF adapter, not the exported file."),
     ] = "",
     adapter_scale: Annotated[
-        float, typer.Option(help="How strongly the adapter counts; 1 is as it was trained.")
+        float, typer.Option(help="Scale of the adapter; 1 is as trained.")
     ] = 1.0,
-    other: Annotated[
+    compare_with: Annotated[
         list[str] | None,
-        typer.Option(help="Measure this, too: a GGUF, an adapter, or URL/v1#model."),
+        typer.Option(help="Also measure this: a GGUF, an adapter, or URL/v1#model."),
     ] = None,
     judge: Annotated[
-        str, typer.Option(help="A model or a server that judges what no program can check.")
+        str, typer.Option(help="A model or server that judges what no program can check.")
     ] = "",
 ) -> None:
-    """Measure base, tuned and ceiling, turn by turn. Example: gatt evaluate --other rival.gguf"""
-    changes = (
-        [f"evaluate.adapter={adapter}", f"evaluate.adapter_scale={adapter_scale}"]
-        if adapter
-        else []
-    )
-    changes += [f"evaluate.others={json.dumps(other)}"] if other else []
-    changes += [f"evaluate.judge={judge}"] if judge else []
-    _stage("evaluate", *_open(recipe, run, quick, [*(set or []), *changes]))
+    """Measure base, tuned and ceiling by turn. Example: gatt evaluate --compare-with rival.gguf"""
+    changes = []
+    if adapter:
+        changes = [f"evaluate.adapter={adapter}", f"evaluate.adapter_scale={adapter_scale}"]
+    if compare_with:
+        changes.append(f"evaluate.extra_models={json.dumps(compare_with)}")
+    if judge:
+        changes.append(f"evaluate.judge={judge}")
+    _stage("evaluate", *_open(recipe, run, [*_overrides(quick, set), *changes]))
 
 
 _define("report", "Render the report.")
@@ -305,36 +300,32 @@ _define("report", "Render the report.")
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(
-            help="Folders of evaluated runs; the first is what others are compared with."
-        ),
+        typer.Argument(help="Folders of evaluated runs; the first is the reference."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder of the page, the chart and the table.")] = Path(
-        "comparison"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Output folder for the page, the chart and the table.")
+    ] = Path("comparison"),
 ) -> None:
-    """Several runs in one table and one chart. Example: gatt compare runs/all_turns runs/distill"""
-    from pipeline.stages.compare import compare as work
+    """Compare runs in one table and one chart. Example: gatt compare runs/all_turns runs/distill"""
+    from pipeline.stages.compare import compare as compare_runs
 
-    work(runs, out)
+    compare_runs(runs, out)
 
 
 @app.command()
 def push(
     repository: Annotated[
-        str, typer.Argument(help="owner/name on the Hub; made private where it is new.")
+        str, typer.Argument(help="owner/name on the Hub; created as private if it is new.")
     ],
     run: Run = DEFAULT_RUN,
 ) -> None:
-    """Upload a finished run: GGUF, adapter, model card. Example: gatt push me/keeps-its-word --run runs/demo"""
-    from pipeline.recipe import load_recipe
+    """Upload a finished run with a model card. Example: gatt push me/my-model --run runs/demo"""
+    from pipeline.recipe_file import load_recipe
     from pipeline.run_dir import RunDir
     from pipeline.stages import push as stage
 
     if not (run / "recipe.toml").is_file():
-        raise GattError(
-            f"No run in {run} (it has no recipe.toml). `gatt run --run {run}` makes one."
-        )
+        raise GattError(f"No run in {run} (no recipe.toml). `gatt run --run {run}` makes one.")
     stage.run(load_recipe(run / "recipe.toml"), RunDir(run), repository)
 
 
@@ -342,45 +333,40 @@ def push(
 def chat(
     model: Annotated[str, typer.Argument(help="A GGUF file, or a base model as in the recipe.")],
     compare: Annotated[
-        str,
-        typer.Option(
-            help="Another model, or the same without the adapter, which answers beside it."
-        ),
+        str, typer.Option(help="A second model, or the same one without its adapter.")
     ] = "",
     adapter: Annotated[
-        Path | None, typer.Option(help="A GGUF adapter to lay over the model.")
+        Path | None, typer.Option(help="A GGUF LoRA adapter, applied at run time.")
     ] = None,
     adapter_scale: Annotated[
-        float, typer.Option(help="How strongly it counts; 1 is as it was trained.")
+        float, typer.Option(help="Scale of the adapter; 1 is as trained.")
     ] = 1.0,
-    instruction: Annotated[str, typer.Option(help="Put behind your first message.")] = "",
+    instruction: Annotated[
+        str, typer.Option(help="Instruction appended to your first message.")
+    ] = "",
     check: Annotated[
         list[str] | None,
-        typer.Option(help="How it is checked, if its wording does not tell: opening=Hark!"),
+        typer.Option(help="How to check it, if its wording does not tell: opening=Hello!"),
     ] = None,
     system: Annotated[str, typer.Option(help="System message.")] = "",
-    context: Annotated[int, typer.Option(help="Tokens of the whole chat.")] = 4096,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of an answer, at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token always.")] = 0.7,
+    context: Annotated[int, typer.Option(help="Context length in tokens.")] = 4096,
+    max_tokens: Annotated[int, typer.Option(help="Maximum tokens of an answer.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy decoding.")] = 0.7,
     seed: int = 1,
-    load: Annotated[Path | None, typer.Option(help="Go on with a chat that /save wrote.")] = None,
+    load: Annotated[
+        Path | None, typer.Option(help="Continue a chat that was saved with /save.")
+    ] = None,
 ) -> None:
-    """Talk with a GGUF. Example: gatt chat runs/demo/export/tuned-Q8_0.gguf --instruction 'Begin every answer with "Ahoy!"'"""
-    from pipeline.chat.session import Parameters
+    """Chat with a GGUF. Example: gatt chat tuned-Q8_0.gguf --compare smollm2-135m"""
+    from pipeline.chat.session import ChatParams
     from pipeline.inference.model import Adapter
     from pipeline.stages import chat as stage
 
     models = [(model, Adapter(adapter, adapter_scale) if adapter else None)]
     if compare:
         models.append((compare, None))
-    stage.run(
-        models,
-        instruction,
-        check or (),
-        system,
-        Parameters(temperature, max_tokens, context, seed),
-        load,
-    )
+    params = ChatParams(temperature, max_tokens, context, seed)
+    stage.run(models, instruction, check or (), system, params, load)
 
 
 @app.command()
@@ -390,27 +376,28 @@ def serve(
         typer.Argument(metavar="MODEL...", help="GGUF files, or base models as in the recipe."),
     ],
     host: Annotated[
-        str, typer.Option(help="Where to listen; one that other machines reach needs a key.")
+        str, typer.Option(help="Address to listen on; one that others can reach needs a key.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 8080,
+    port: Annotated[int, typer.Option(help="0 chooses a free port.", min=0, max=65535)] = 8080,
     api_key: Annotated[
-        str, typer.Option(envvar="GATT_API_KEY", help="What clients must send.")
+        str, typer.Option(envvar="GATT_API_KEY", help="Key that clients must send.")
     ] = "",
     cors: Annotated[
         list[str] | None,
-        typer.Option(help="A web page's origin that may ask: http://localhost:3000."),
+        typer.Option(help="Allowed origin of a web page: http://localhost:3000."),
     ] = None,
     context: Annotated[
-        int, typer.Option(help="Tokens of a conversation, its answers included.", min=256)
+        int, typer.Option(help="Context length of a conversation in tokens.", min=256)
     ] = 4096,
     adapter: Annotated[
-        list[Path] | None, typer.Option(help="A GGUF adapter; served beside it as MODEL+ADAPTER.")
+        list[Path] | None,
+        typer.Option(help="A GGUF LoRA adapter; also served, as MODEL+ADAPTER."),
     ] = None,
     runs: Annotated[
-        Path | None, typer.Option(help="Folder whose finished runs the page lists; left out: runs.")
+        Path | None, typer.Option(help="Folder whose finished runs the page lists. Default: runs.")
     ] = None,
 ) -> None:
-    """An OpenAI-compatible server on this machine, with a page to talk on. Example: gatt serve runs/demo/export/tuned-Q8_0.gguf"""
+    """Serve an OpenAI-compatible API and a chat page. Example: gatt serve smollm2-135m"""
     from pipeline.stages import serve as stage
 
     stage.run(models, adapter or (), host, port, api_key, cors or (), context, runs)
@@ -418,129 +405,48 @@ def serve(
 
 @app.command()
 def doctor(
-    model: Annotated[
-        str,
-        typer.Option(help="Only what training this base takes: a preset, GGUF, folder or Hub id."),
-    ] = "",
+    model: Annotated[str, typer.Option(help="Only show what training this base model takes.")] = "",
 ) -> None:
-    """What this machine is and which base models can be trained. Example: gatt doctor --model qwen3-1.7b"""
+    """Show what this machine is and what it can train. Example: gatt doctor --model qwen3-1.7b"""
     from pipeline.stages import doctor as stage
 
     stage.run(model)
 
 
-def _open(
-    recipe: Path | None, run: Path, quick: bool, overrides: list[str] | None, anew: bool = False
-) -> tuple[Recipe, RunDir]:
-    """The resolved recipe and the run's folder; says what was overridden.
+def _overrides(quick: bool, changes: list[str] | None) -> list[str]:
+    from pipeline.recipe_file import QUICK
 
-    Without a recipe, a stage goes on with that of the run, and a run begun `anew` takes the demo's.
-    """
-    from pipeline.recipe import QUICK, load_recipe
-    from pipeline.run_dir import RunDir
-    from pipeline.system import leads
-
-    changes = (*(QUICK if quick else ()), *(overrides or ()))
-    kept = run / "recipe.toml"
-    settings = load_recipe(
-        kept if recipe is None and not anew and kept.is_file() else recipe, changes
-    )
-    folder = RunDir(run)
-    if not leads():
-        return settings, folder
-    folder.save_recipe(settings)
-    if changes:
-        typer.echo(f"Overridden: {', '.join(changes)}", err=True)
-    return settings, folder
+    return [*(QUICK if quick else ()), *(changes or ())]
 
 
-STAGES = ("instructions", "synthesize", "train", "export", "evaluate", "report")
-_SECTIONS = {
-    "instructions": ("dialogues", "instructions", "synthesize", "evaluate"),
-    "synthesize": ("synthesize", "dialogues"),
-    "train": ("train",),
-    "export": ("export", "dialogues"),
-    "evaluate": ("evaluate", "dialogues", "export"),
-    "report": ("evaluate",),
-}
+def _open(recipe: Path | None, run: Path, overrides: list[str]) -> tuple[Recipe, RunDir]:
+    from pipeline.run import open_run
+
+    return open_run(recipe, run, overrides)
 
 
-def _inputs(name: str, settings: Recipe, folder: RunDir) -> list[Path]:
-    """The files whose content decides what the stage gives."""
-    from pipeline.hub.models import find_model
+def _stage(name: str, settings: Recipe, run_dir: RunDir) -> None:
+    from pipeline.run import run_stage
 
-    if name == "report":  # which needs no model
-        return [folder.scores, folder.exported]
-    base = find_model(settings.model).path
-    return {
-        "instructions": [base, *([folder.lists] if folder.lists.exists() else [])],
-        "synthesize": [base, folder.pairs],
-        "train": [base, folder.examples, *_brought(settings)],
-        "export": [base, folder.adapter, folder.examples],
-        "evaluate": [base, folder.pairs, folder.suites, *_tuned(settings, folder)],
-    }[name]
-
-
-def _brought(settings: Recipe) -> list[Path]:
-    """The files of the user's own that training takes."""
-    adapter = Path(settings.train.adapter).expanduser() / "adapter_model.safetensors"
-    files = [Path(settings.train.mix).expanduser()] if settings.train.mix else []
-    return [
-        file for file in [*files, *([adapter] if settings.train.adapter else [])] if file.is_file()
-    ]
-
-
-def _tuned(settings: Recipe, folder: RunDir) -> list[Path]:
-    """What evaluation measures beside the base."""
-    if settings.evaluate.adapter:
-        return [Path(settings.evaluate.adapter)]
-    return [folder.tuned(name) for name in settings.export.formats]
-
-
-def _stage(name: str, settings: Recipe, folder: RunDir) -> None:
-    """Run one stage unless it is done for this recipe and these inputs; its manifest is written last."""
-    import importlib
-
-    from pipeline.system import leads
-
-    inputs = _inputs(name, settings, folder)
-    missing = [path for path in inputs if not path.exists()]
-    if missing:
-        raise GattError(
-            f"`gatt {name}` needs {missing[0]}, which is not there. Run the stages before it, or `gatt run`."
-        )
-    key = " ".join(
-        [
-            str(settings.seed),
-            settings.model,
-            *(getattr(settings, s).model_dump_json() for s in _SECTIONS[name]),
-        ]
-    )
-    if name != "report" and folder.is_done(name, key, inputs):
-        typer.echo(f"{name}: done already", err=True)
-        return
-    start = time.monotonic()
-    if leads():  # of several processes that share the steps of training only one writes
-        folder.claim(name, key, inputs)
-    importlib.import_module(f"pipeline.stages.{name}").run(settings, folder)
-    if leads():
-        # Asked for again: the stage may have written an input that users can edit.
-        folder.finish(name, key, _inputs(name, settings, folder), time.monotonic() - start)
+    run_stage(name, settings, run_dir)
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one line on stderr and exit status 1; anything else is a bug, with traceback."""
+    """Run the command line.
+
+    A user's mistake is one line on stderr and exit status 1; anything else is a bug and keeps its
+    traceback.
+    """
     try:
         app()
     except GattError as error:
         sys.exit(f"gatt: {' '.join(str(error).split())}")
     except MemoryError:
-        sys.exit(
-            "gatt: Too little memory: an allocation was refused. Close other programs, or take a smaller model."
-        )
+        sys.exit("gatt: Out of memory. Close other programs, or choose a smaller model.")
     except OSError as error:
         if error.errno == 28:  # ENOSPC
+            where = error.filename or "while writing"
             sys.exit(
-                f"gatt: the disk is full ({error.filename or 'while writing'}). Make room and run the same command again."
+                f"gatt: the disk is full ({where}). Free space and run the same command again."
             )
         raise

@@ -19,8 +19,8 @@ class Progress:
             sys.stderr
         )  # it stays this one where a stage sends a library's chatter elsewhere
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        """Count `count` more; `note` is shown at the end of the line."""
+    def advance(self, count: int = 1, log: str = "") -> None:
+        """Count `count` more; `log` is shown at the end of the line."""
         self._done += count
         now = time.monotonic()
         live = self._stream.isatty()
@@ -29,7 +29,7 @@ class Progress:
         self._shown = now
         fresh = max(1, self._done - self._before)
         left = (now - self._start) / fresh * max(0, self._total - self._done)
-        line = f"{self._label}: {self._done} of {self._total}, {int(left) // 60}:{int(left) % 60:02} left {note}".rstrip()
+        line = f"{self._label}: {self._done} of {self._total}, {int(left) // 60}:{int(left) % 60:02} left {log}".rstrip()
         self._stream.write(f"\r\x1b[K{line}" if live else f"{line}\n")
         self._stream.flush()
 
@@ -43,7 +43,7 @@ def progress(label: str, total: int, done: int = 0) -> Iterator[Progress]:
 
 
 @contextmanager
-def chatter(log: Path) -> Iterator[None]:
+def capture_output(log: Path) -> Iterator[None]:
     """Send what libraries print to the file `log`. It stays open: their loggers keep it for the rest of the process."""
     log.parent.mkdir(parents=True, exist_ok=True)
     stream = log.open("a", encoding="utf-8", buffering=1)
@@ -51,11 +51,11 @@ def chatter(log: Path) -> Iterator[None]:
         yield
 
 
-def note(text: str) -> None:
+def log(text: str) -> None:
     """A remark for the person who watches."""
     print(text, file=sys.stderr, flush=True)
 
 
-def out(text: str, end: str = "\n") -> None:
+def print_result(text: str, end: str = "\n") -> None:
     """A result."""
     print(text, end=end, flush=True)

@@ -1,6 +1,6 @@
 """Files that survive a cut: JSON Lines that are appended to, files that appear whole or not at all, hashes.
 
-Not for paths of a run (`rundir`) nor for the formats of single stages.
+Not for paths of a run (`run_dir`) nor for the formats of single stages.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What the stages exchange: messages, dialogues, instructions, answers.
 
-Plain, frozen values that turn into JSON and back. No behaviour beyond that, and no import from the project.
+Plain, frozen values that turn into JSON and back. No behavior beyond that, and no import from the project.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 Role = Literal["system", "user", "assistant"]
-Way = Literal["sampled", "edited", "plain"]
+SynthesisMethod = Literal["sampled", "edited", "plain"]
 """How an answer came to obey: drawn until its check passed, edited so that it does, or no instruction at all."""
 
 
@@ -44,7 +44,7 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class RecallQuestion:
     """A question about what message 1 has set: a good answer to "What is your name?" has the value "Napoleon" in it."""
 
     attribute: str
@@ -64,11 +64,11 @@ class Instruction:
     text: str
     short: str
     constraints: tuple[Constraint, ...]
-    asks: tuple[Ask, ...] = ()
+    recall_questions: tuple[RecallQuestion, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Pairing:
+class Assignment:
     """A dialogue with the instruction that it is to keep, and the way to an obedient answer.
 
     `instruction` is None for a plain dialogue, from which the model learns not to invent one. `shortened` says that
@@ -78,11 +78,11 @@ class Pairing:
 
     dialogue: str
     instruction: str | None
-    way: Way
+    method: SynthesisMethod
     shortened: bool = False
     in_system: bool = False
-    then: str | None = None
-    change: int = 0
+    next_instruction: str | None = None
+    change_turn: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,13 +118,13 @@ class Reply:
     tokens: int
     finish: str
     obeys: bool
-    flaw: str
+    defect: str
     probe: str = ""
 
     @property
     def adherent(self) -> bool:
         """Obeys the instruction, and is a reply."""
-        return self.obeys and not self.flaw
+        return self.obeys and not self.defect
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ class Request:
     seed: int
     max_tokens: int
     temperature: float = 0.7
-    enough: Callable[[str], bool] | None = None
+    stop_when: Callable[[str], bool] | None = None
     top_p: float = 1.0
 
 

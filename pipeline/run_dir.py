@@ -17,8 +17,11 @@ from typing import Any
 
 from pipeline.errors import GattError
 from pipeline.files import sha256, write_json, write_text
-from pipeline.recipe import Recipe, recipe_toml
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import recipe_toml
 
+STAGES = ("instructions", "synthesize", "train", "export", "evaluate", "report")
+"""The stages of a run in order; each has a folder of its name."""
 _PACKAGES = ("llama-cpp-python", "unsloth", "torch", "transformers", "peft", "datasets", "gguf")
 
 

@@ -15,7 +15,7 @@ from pipeline.errors import GattError
 GB = 1e9
 
 
-def leads() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the only one, or the first of those that `accelerate launch` has started: it writes, and speaks."""
     return os.environ.get("RANK", "0") == "0"
 
@@ -39,7 +39,7 @@ def available_memory() -> int:
     return max(0, min(limits))
 
 
-def give_back() -> None:
+def trim_memory() -> None:
     """Return to the system what is not used any more: a trained model's gigabytes would stay with the process until it ends."""
     gc.collect()  # a trainer and its model know each other
     if sys.platform == "linux":

@@ -13,7 +13,7 @@ import pytest
 TINY = (
     "dialogues.train=4",
     "dialogues.turns=2",
-    "train.steps=2",
+    "train.max_steps=2",
     "train.rank=4",
     "train.save_steps=1",
     "synthesize.max_tokens=40",
@@ -21,8 +21,8 @@ TINY = (
     "evaluate.turns=3",
     "evaluate.max_tokens=24",
     "evaluate.attention=false",
-    "evaluate.more=1",
-    "dialogues.watched=1",
+    "evaluate.suite_dialogues=1",
+    "dialogues.validation=1",
 )
 
 TEXTS = (

@@ -10,7 +10,7 @@ import pytest
 from pipeline.errors import GattError
 from pipeline.evaluation.attention import BIN, attention_map
 from pipeline.records import Message
-from pipeline.training.unsloth import four_bits
+from pipeline.training.unsloth import nf4_round_trip
 
 _CHAT: list[Message] = [
     {"role": "user", "content": "x x x pay and 2,026. Say y!"},
@@ -37,7 +37,9 @@ def test_it_is_the_maximum_over_heads_and_layers(
         for layer in network.model.layers:
             for module in layer.modules():
                 if isinstance(module, torch.nn.Linear):
-                    module.weight.data = torch.from_numpy(four_bits(module.weight.detach().numpy()))
+                    module.weight.data = torch.from_numpy(
+                        nf4_round_trip(module.weight.detach().numpy())
+                    )
         network = peft.PeftModel.from_pretrained(network, tiny_adapter)
     text = tokenizer.apply_chat_template(_CHAT, tokenize=False)
     coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

@@ -17,34 +17,42 @@ from typing import Any
 
 import pytest
 
-from pipeline.chat.commands import talk
-from pipeline.chat.conversation import SUM_UP, Conversation, Told, conversation, tally
+from pipeline.chat.commands import chat_loop
+from pipeline.chat.conversation import (
+    SUMMARY_REQUEST,
+    Conversation,
+    StandingInstruction,
+    parse_conversation,
+    tally,
+)
 from pipeline.chat.files import append_dialogue, read_chat, write_chat
-from pipeline.chat.session import Parameters, Session
+from pipeline.chat.session import ChatParams, Session
 from pipeline.data.dialogues import load_dialogues
 from pipeline.errors import GattError
-from pipeline.gatt.assignment import Paired
+from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import KINDS, compatible
-from pipeline.gatt.instructions import recognise, word
+from pipeline.gatt.instructions import parse_instruction, render_instruction
 from pipeline.gguf.reader import open_gguf
-from pipeline.inference.batch_engine import Llama
-from pipeline.inference.chat_engine import Speakers
-from pipeline.inference.context import Streams
-from pipeline.inference.model import Adapter, Weights
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.chat_engine import ChatEngine
+from pipeline.inference.context import BatchContext
+from pipeline.inference.model import Adapter, LoadedModel
 from pipeline.records import Completion, Constraint, Dialogue, Request
 
 AHOY, BYE = Constraint("opening", "Ahoy!"), Constraint("closing", "Bye.")
-TOLD, THEN = (Told(word((c,)).text, (c,)) for c in (AHOY, BYE))
+TOLD, THEN = (StandingInstruction(render_instruction((c,)).text, (c,)) for c in (AHOY, BYE))
 
 
-def _said(*turns: tuple[str, str], told: Told = TOLD, system: str = "") -> Conversation:
-    chat = Conversation(system, told)
+def _said(
+    *turns: tuple[str, str], instruction: StandingInstruction = TOLD, system: str = ""
+) -> Conversation:
+    chat = Conversation(system, instruction)
     for user, answer in turns:
-        chat = chat.answered(user, (answer,))
+        chat = chat.with_turn(user, (answer,))
     return chat
 
 
-def test_every_wording_of_a_kind_is_recognised() -> None:
+def test_every_wording_of_a_kind_is_recognized() -> None:
     known = [
         Constraint(name, value)
         for name, kind in KINDS.items()
@@ -54,12 +62,14 @@ def test_every_wording_of_a_kind_is_recognised() -> None:
     asked = [(c,) for c in known] + [(a, b) for a, b in product(known, known) if compatible(a, b)]
     assert len(asked) > 3000
     for number, constraints in enumerate(asked):
-        instruction = word(constraints, number)
-        assert recognise(instruction.text) == constraints, instruction.text
-        assert recognise(instruction.short) == constraints, instruction.short
-    assert recognise("begin every answer with “Hark!”") == (Constraint("opening", "Hark!"),)
+        instruction = render_instruction(constraints, number)
+        assert parse_instruction(instruction.text) == constraints, instruction.text
+        assert parse_instruction(instruction.short) == constraints, instruction.short
+    assert parse_instruction("begin every answer with “Hark!”") == (Constraint("opening", "Hark!"),)
     assert (
-        recognise("Be kind to me.") == recognise("In all your answers, talk like a pirate.") == ()
+        parse_instruction("Be kind to me.")
+        == parse_instruction("In all your answers, talk like a pirate.")
+        == ()
     )
 
 
@@ -68,22 +78,22 @@ def test_an_instruction_that_changes_is_said_as_in_the_training_data() -> None:
         ("Hello", "And rain?", "And snow?", "Thanks"),
         ("Ahoy! Hi.", "Ahoy! Wet.", "White. Bye."),
     )
-    one, then = (word((c,)) for c in (AHOY, BYE))
-    taught = Paired(Dialogue("1", "", users), one, "plain", then=then, change=2).ask_student(
-        answers, "Be brief."
-    )
+    one, then = (render_instruction((c,)) for c in (AHOY, BYE))
+    taught = AssignedDialogue(
+        Dialogue("1", "", users), one, "plain", next_instruction=then, change_turn=2
+    ).student_prompt(answers, "Be brief.")
     chat = _said(*zip(users[:2], answers, strict=False), system="Be brief.")
-    chat = Conversation(chat.system, THEN, chat.turns).answered(users[2], answers[2:])
+    chat = Conversation(chat.system, THEN, chat.turns).with_turn(users[2], answers[2:])
     assert chat.messages(0, users[3]) == taught
 
 
 def test_undo_and_edit_give_back_the_instruction_of_their_turn() -> None:
     chat = _said(("One", "Ahoy! 1."), ("Two", "Ahoy! 2."))
-    changed = Conversation("", THEN, chat.turns).answered("Three", ("3. Bye.",))
-    assert [t.user for t in changed.undone().turns] == ["One", "Two"]
-    assert changed.undone().told == THEN
+    changed = Conversation("", THEN, chat.turns).with_turn("Three", ("3. Bye.",))
+    assert [t.user for t in changed.without_last_turn().turns] == ["One", "Two"]
+    assert changed.without_last_turn().instruction == THEN
     assert changed.before(2) == _said(("One", "Ahoy! 1."))
-    assert changed.before(3).told == THEN
+    assert changed.before(3).instruction == THEN
 
 
 def test_the_tally_counts_what_obeys_and_is_an_answer() -> None:
@@ -97,15 +107,15 @@ def test_the_tally_counts_what_obeys_and_is_an_answer() -> None:
     assert tally(chat.marks(0)) == "kept 1 of 4: ✓✗~~"
     assert chat.verdict(0, 3) == ("~", "repeat")
     assert chat.verdict(0, 4) == ("~", "empty")
-    assert tally(_said(("a", "Hi."), told=Told("Be nice.")).marks(0)) == ""
+    assert tally(_said(("a", "Hi."), instruction=StandingInstruction("Be nice.")).marks(0)) == ""
 
 
 def test_a_summary_spares_the_first_turn_the_last_and_a_change_of_instruction() -> None:
     chat = _said(*((f"u{n}", f"a{n}") for n in range(1, 6)))
     chat = Conversation("", THEN, chat.turns)
     for n in range(6, 11):
-        chat = chat.answered(f"u{n}", (f"a{n}",))
-    assert [m["content"] for m in chat.of_middle(3, 0)] == [
+        chat = chat.with_turn(f"u{n}", (f"a{n}",))
+    assert [m["content"] for m in chat.summary_prompt(3, 0)] == [
         "u2",
         "a2",
         "u3",
@@ -116,28 +126,32 @@ def test_a_summary_spares_the_first_turn_the_last_and_a_change_of_instruction() 
         "a5",
         "u7",
         "a7",
-        SUM_UP,
+        SUMMARY_REQUEST,
     ]
-    short = chat.summed_up(3, ["In short."])
-    assert [t.user for t in short.turns] == ["u1", "u6", SUM_UP, "u8", "u9", "u10"]
+    short = chat.with_summaries(3, ["In short."])
+    assert [t.user for t in short.turns] == ["u1", "u6", SUMMARY_REQUEST, "u8", "u9", "u10"]
     said = short.messages(0, "u11")
     assert said[0]["content"] == f"u1\n\n{TOLD.text}"
     assert said[2]["content"] == f"u6\n\nFrom now on: {THEN.text}"
     assert len(short.marks(0)) == 5
 
 
-@pytest.mark.parametrize("told", [TOLD, Told("Be very nice to me, please.")])
-def test_a_saved_chat_is_the_same_when_it_is_loaded(told: Told, tmp_path: Path) -> None:
-    chat = _said(("One\n\nand a half", "Ahoy! 1."), ("Two", "2."), told=told, system="Be brief.")
-    chat = Conversation("Be brief.", THEN, chat.turns).answered("Three", ("3. Bye.",))
+@pytest.mark.parametrize("told", [TOLD, StandingInstruction("Be very nice to me, please.")])
+def test_a_saved_chat_is_the_same_when_it_is_loaded(
+    told: StandingInstruction, tmp_path: Path
+) -> None:
+    chat = _said(
+        ("One\n\nand a half", "Ahoy! 1."), ("Two", "2."), instruction=told, system="Be brief."
+    )
+    chat = Conversation("Be brief.", THEN, chat.turns).with_turn("Three", ("3. Bye.",))
     write_chat(tmp_path / "chat.json", chat.messages(0))
     messages = read_chat(tmp_path / "chat.json")
     assert (
         json.loads((tmp_path / "chat.json").read_text()) == list(messages) == list(chat.messages(0))
     )
-    found = conversation([messages], Told())
+    found = parse_conversation([messages], StandingInstruction())
     assert found.messages(0, "Four") == chat.messages(0, "Four")
-    assert found.turns[2].told == found.told == THEN
+    assert found.turns[2].instruction == found.instruction == THEN
     if told == TOLD:
         assert found == chat
 
@@ -225,8 +239,8 @@ class Script:
 
 
 @pytest.fixture(scope="module")
-def weights(base: Path) -> Iterator[Weights]:
-    loaded = Weights(open_gguf(base))
+def weights(base: Path) -> Iterator[LoadedModel]:
+    loaded = LoadedModel(open_gguf(base))
     yield loaded
     loaded.close()
 
@@ -257,35 +271,35 @@ def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _talk(
-    weights: Weights,
+    weights: LoadedModel,
     screen: Script,
     context: int = 512,
     max_tokens: int = 12,
     chat: Conversation | None = None,
 ) -> Session:
-    speakers = Speakers([(weights, None)], context)
+    speakers = ChatEngine([(weights, None)], context)
     session = Session(
         screen,
         speakers,
         ["model"],
         1024,
-        Parameters(0.7, max_tokens, context),
+        ChatParams(0.7, max_tokens, context),
         chat or Conversation("", TOLD),
     )
     try:
-        talk(session)
+        chat_loop(session)
     finally:
         session.speakers.close()
     return session
 
 
 def test_turn_20_feeds_no_more_than_turn_2(
-    weights: Weights, monkeypatch: pytest.MonkeyPatch
+    weights: LoadedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fed: list[int] = []
-    feed = Streams._feed
+    feed = BatchContext._feed
     monkeypatch.setattr(
-        Streams, "_feed", lambda self, rows: (fed.append(len(rows)), feed(self, rows))[1]
+        BatchContext, "_feed", lambda self, rows: (fed.append(len(rows)), feed(self, rows))[1]
     )
     screen, by_turn = Script(*["Say one word about rain."] * 20), []
     beside = screen.beside
@@ -301,7 +315,7 @@ def test_turn_20_feeds_no_more_than_turn_2(
     assert max(by_turn[1:]) <= by_turn[1] + 12 < 60
 
 
-def test_a_probe_leaves_the_chat_and_what_follows_as_they_were(weights: Weights) -> None:
+def test_a_probe_leaves_the_chat_and_what_follows_as_they_were(weights: LoadedModel) -> None:
     plain = _talk(weights, Script("Hello there", "What is rain?"))
     asked = Script("Hello there", "/probe What is your name?", "What is rain?")
     probed = _talk(weights, asked)
@@ -310,10 +324,10 @@ def test_a_probe_leaves_the_chat_and_what_follows_as_they_were(weights: Weights)
     assert len(plain.chat.turns) == 2
 
 
-def test_undo_retry_and_edit(weights: Weights) -> None:
+def test_undo_retry_and_edit(weights: LoadedModel) -> None:
     first = _talk(weights, Script("Hello there", "What is rain?"))
-    undone = _talk(weights, Script("Hello there", "What is rain?", "/undo"))
-    assert undone.chat.turns == first.chat.turns[:1]
+    without_last_turn = _talk(weights, Script("Hello there", "What is rain?", "/undo"))
+    assert without_last_turn.chat.turns == first.chat.turns[:1]
     again = _talk(weights, Script("Hello there", "What is rain?", "/retry"))
     assert [t.user for t in again.chat.turns] == ["Hello there", "What is rain?"]
     assert again.chat.turns[0] == first.chat.turns[0]
@@ -325,7 +339,7 @@ def test_undo_retry_and_edit(weights: Weights) -> None:
     assert "expected a turn from 1 to 1" in screen.shown[-1]
 
 
-def test_mistakes_are_said_and_change_nothing(weights: Weights, tmp_path: Path) -> None:
+def test_mistakes_are_said_and_change_nothing(weights: LoadedModel, tmp_path: Path) -> None:
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "there.json").write_text("mine")
     commands = {
@@ -349,7 +363,7 @@ def test_mistakes_are_said_and_change_nothing(weights: Weights, tmp_path: Path) 
     assert _talk(weights, overwrite).chat.messages(0) == read_chat(tmp_path / "there.json")
 
 
-def test_a_full_context_loses_nothing_and_offers_more(weights: Weights) -> None:
+def test_a_full_context_loses_nothing_and_offers_more(weights: LoadedModel) -> None:
     before = _said(
         *(
             (f"Tell me about the number {n}.", f"Ahoy! The number {n} is nice and rather small.")
@@ -371,7 +385,7 @@ def test_a_full_context_loses_nothing_and_offers_more(weights: Weights) -> None:
     summed = _talk(weights, Script(user, chosen="sy"), 256, 16, before)
     assert [t.user for t in summed.chat.turns[2:]] == [*(t.user for t in before.turns[-3:]), user]
     assert summed.chat.messages(0)[:2] == before.messages(0)[:2]
-    assert summed.chat.turns[1].sums_up
+    assert summed.chat.turns[1].is_summary
     assert summed.chat.turns[1].answers[0].strip()
 
     kept = _talk(weights, Script(user, chosen="snq"), 256, 16, before)
@@ -379,14 +393,14 @@ def test_a_full_context_loses_nothing_and_offers_more(weights: Weights) -> None:
 
 
 def test_two_models_over_one_copy_of_the_weights_answer_as_each_alone(
-    weights: Weights, adapter: Path
+    weights: LoadedModel, adapter: Path
 ) -> None:
     asked = [({"role": "user", "content": text},) for text in ("What is rain?", "Name a river.")]
     alone: list[list[Completion]] = []
     for laid in (Adapter(adapter), None):
-        with Llama(weights, 1, 256, adapter=laid) as llama:
+        with BatchEngine(weights, 1, 256, adapter=laid) as llama:
             alone.append([llama.complete(Request(messages, 1, 16)) for messages in asked])
-    speakers = Speakers([(weights, Adapter(adapter)), (weights, None)], 256)
+    speakers = ChatEngine([(weights, Adapter(adapter)), (weights, None)], 256)
     try:
         together = [
             dict(

@@ -12,9 +12,10 @@ import pytest
 from pipeline.errors import GattError
 from pipeline.evaluation.scores import scores
 from pipeline.files import write_json, write_jsonl, write_text
-from pipeline.gatt.assignment import read_pairs
-from pipeline.gatt.instructions import pair_for_evaluation
-from pipeline.recipe import Recipe, recipe_toml
+from pipeline.gatt.assignment import read_split
+from pipeline.gatt.instructions import assign_evaluation
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import recipe_toml
 from pipeline.records import Constraint, Dialogue, Reply
 from pipeline.run_dir import RunDir
 from pipeline.stages.compare import compare
@@ -27,12 +28,12 @@ def _run(
     folder: Path, good: int, first: int = 0, pool: tuple[Constraint, ...] = _POOL, **changes: Any
 ) -> Path:
     """A run whose tuned arms keep one of `pool` in `good` of 20 turns; its dialogues are named from `first` on."""
-    recipe, rundir = Recipe.model_validate(changes), RunDir(folder)
+    recipe, run_dir = Recipe.model_validate(changes), RunDir(folder)
     write_text(folder / "recipe.toml", recipe_toml(recipe))
     dialogues = [Dialogue(f"d{first + n}", "sea", ("Why?",) * 20) for n in range(4)]
-    made, pairs = pair_for_evaluation(dialogues, pool)
+    made, pairs = assign_evaluation(dialogues, pool)
     write_json(
-        rundir.pairs,
+        run_dir.pairs,
         written(made, {"train": [], "evaluate": list(zip(dialogues, pairs, strict=True))}),
     )
     arms = ["base", "tuned", *(f"tuned, {name}" for name in recipe.export.formats[1:]), "ceiling"]
@@ -52,12 +53,12 @@ def _run(
         for n, d in enumerate(dialogues)
         for turn in range(1, 21)
     ]
-    write_jsonl(rundir.replies, replies)
+    write_jsonl(run_dir.replies, replies)
     write_json(
-        rundir.scores, scores(replies, {"evaluate": read_pairs(rundir.pairs, "evaluate")}, pool)
+        run_dir.scores, scores(replies, {"evaluate": read_split(run_dir.pairs, "evaluate")}, pool)
     )
     write_json(
-        rundir.exported,
+        run_dir.exported,
         {"formats": {name: {"bytes": 145_000_000} for name in recipe.export.formats}},
     )
     return folder
@@ -257,7 +258,8 @@ def test_other_further_suites_are_told_and_adherence_is_still_paired(tmp_path: P
         tmp_path, _run(tmp_path / "a", 10), _run(tmp_path / "b", 18, evaluate={"more": 2})
     )
     assert [
-        "evaluate.more" in warning and "recall" in warning for warning in found["warnings"]
+        "evaluate.suite_dialogues" in warning and "recall" in warning
+        for warning in found["warnings"]
     ] == [True]
     assert "difference, points" in found["columns"]
 

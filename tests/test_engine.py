@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from pipeline.data.dialogues import load_dialogues
-from pipeline.hub.convert import gguf_file
+from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
-from pipeline.inference.batch_engine import Llama
-from pipeline.inference.context import Streams
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.context import BatchContext
 from pipeline.records import Completion, Message, Request, Task
 
 
@@ -26,14 +26,14 @@ def _converse(base: Path, sequences: int) -> dict[tuple[str, int], Completion]:
             got[name, turn] = yield Request(tuple(messages), turn, 48)
             messages.append({"role": "assistant", "content": got[name, turn].text})
 
-    with Llama(base, sequences, 1024) as llama:
+    with BatchEngine(base, sequences, 1024) as llama:
         llama.run(talk(d.id, d.turns) for d in load_dialogues("seed")[:4])
     return got
 
 
 @pytest.mark.parametrize("format_name", ["Q4_0", pytest.param("Q8_0", marks=pytest.mark.slow)])
 def test_answers_do_not_depend_on_what_runs_beside_them(format_name: str) -> None:
-    model = gguf_file(find_model("smollm2-135m"), format_name)
+    model = cached_gguf(find_model("smollm2-135m"), format_name)
     alone, together = _converse(model, 1), _converse(model, 4)
     assert len(alone) == 20
     assert (
@@ -59,7 +59,7 @@ def test_a_branch_leaves_the_dialogue_after_it_exactly_as_it_was() -> None:
     branches: list[Completion] = []
     said: dict[bool, list[tuple[str, Completion]]] = {True: [], False: []}
     for probed in (True, False):
-        with Llama(gguf_file(find_model("smollm2-135m"), "Q4_0"), 2, 1024) as llama:
+        with BatchEngine(cached_gguf(find_model("smollm2-135m"), "Q4_0"), 2, 1024) as llama:
             llama.run(talk(d.id, d.turns, probed) for d in load_dialogues("seed")[:2])
     assert len(branches) == 8
     assert sorted(said[True], key=str) == sorted(said[False], key=str)
@@ -71,7 +71,7 @@ def test_an_error_in_a_dialogue_ends_the_run_and_the_engine_goes_on(base: Path) 
         if broken:
             raise ValueError("the disk is full")
 
-    with Llama(base, 4, 512) as llama:
+    with BatchEngine(base, 4, 512) as llama:
         with pytest.raises(ValueError, match="disk is full"):
             llama.run(talk(n == 0) for n in range(400))
         assert (
@@ -80,7 +80,7 @@ def test_an_error_in_a_dialogue_ends_the_run_and_the_engine_goes_on(base: Path) 
 
 
 def test_a_full_context_is_said_and_not_cut(base: Path) -> None:
-    with Llama(base, 1, 256) as llama:
+    with BatchEngine(base, 1, 256) as llama:
         said = llama.complete(Request(({"role": "user", "content": "word " * 300},), 1, 16))
     assert said.finish == "context"
     assert said.text == ""
@@ -90,7 +90,7 @@ def test_a_full_context_is_said_and_not_cut(base: Path) -> None:
 def test_greedy_answers_are_those_of_llama_cpp_alone() -> None:
     import llama_cpp
 
-    model = gguf_file(find_model("smollm2-135m"), "F32")
+    model = cached_gguf(find_model("smollm2-135m"), "F32")
     questions = [d.turns[0] for d in load_dialogues("seed")[:50]]
     together, alone = (_greedy(model, questions, sequences) for sequences in (32, 1))
     kind = llama_cpp.GGML_TYPE_F32
@@ -103,7 +103,7 @@ def test_greedy_answers_are_those_of_llama_cpp_alone() -> None:
         logits_all=True,
         verbose=False,
     )
-    with Llama(model, 1, 256, cache="F32") as llama:
+    with BatchEngine(model, 1, 256, cache="F32") as llama:
         prompts = [
             llama.tokenize(llama.template.render(({"role": "user", "content": q},)))
             for q in questions
@@ -144,7 +144,7 @@ def _greedy(model: Path, questions: list[str], sequences: int) -> list[str]:
             yield Request(({"role": "user", "content": question},), 1, 24, temperature=0)
         ).text
 
-    with Llama(model, sequences, 256, cache="F32") as llama:
+    with BatchEngine(model, sequences, 256, cache="F32") as llama:
         llama.run(map(ask, questions))
     return [got[question] for question in questions]
 
@@ -153,15 +153,15 @@ def test_what_was_said_before_is_foreseen_and_changes_nothing(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     passes: list[int] = []
-    decode = Streams.decode
+    decode = BatchContext.decode
 
     def counting(self: Any, busy: Any) -> list[int]:
         passes.append(len(busy))
         return decode(self, busy)
 
-    monkeypatch.setattr(Streams, "decode", counting)
+    monkeypatch.setattr(BatchContext, "decode", counting)
     asked = Request(({"role": "user", "content": "What is a lighthouse for?"},), 7, 40)
-    with Llama(base, 1, 512) as llama:
+    with BatchEngine(base, 1, 512) as llama:
         first = llama.complete(asked)
         taken = len(passes)
         assert llama.complete(asked) == first
@@ -177,7 +177,7 @@ def test_a_guess_that_nobody_takes_leaves_the_cache_as_it_was(base: Path) -> Non
     def talk(said: list[str], enough: Callable[[str], bool] | None) -> Task:
         messages: list[Message] = [{"role": "user", "content": "Name three fruits."}]
         for turn in range(3):
-            done = yield Request(tuple(messages), 3, 30, enough=enough if turn == 1 else None)
+            done = yield Request(tuple(messages), 3, 30, stop_when=enough if turn == 1 else None)
             said.append(done.text)
             messages += [
                 {"role": "assistant", "content": done.text},
@@ -186,7 +186,7 @@ def test_a_guess_that_nobody_takes_leaves_the_cache_as_it_was(base: Path) -> Non
 
     found: list[list[str]] = []
     for warm in (False, True):
-        with Llama(base, 1, 512) as llama:
+        with BatchEngine(base, 1, 512) as llama:
             if warm:
                 llama.run([talk([], None), talk([], lambda text: len(text) > 12)])
             found.append([])

@@ -46,7 +46,8 @@ def test_broken_dialogues(content: str, said: str, tmp_path: Path, gatt: Gatt) -
 
 
 def test_init_writes_a_recipe_that_loads_and_overwrites_nothing(tmp_path: Path, gatt: Gatt) -> None:
-    from pipeline.recipe import Recipe, load_recipe
+    from pipeline.recipe import Recipe
+    from pipeline.recipe_file import load_recipe
 
     file = tmp_path / "r.toml"
     assert gatt("init", file).returncode == 0

@@ -15,28 +15,28 @@ from conftest import TEXTS as _TEXTS
 from conftest import Gatt
 
 from pipeline.errors import GattError
-from pipeline.export.importance import measure
-from pipeline.export.verify import probe
+from pipeline.export.importance import measure_importance
+from pipeline.export.verify import load_and_predict
 from pipeline.gguf import ggml
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.formats import quantize
 from pipeline.gguf.merge import GgufBase, open_base
 from pipeline.gguf.reader import open_gguf, read_gguf
-from pipeline.hub.convert import hugging_face_folder, write_formats
+from pipeline.hub.convert import cached_checkpoint, write_formats
 from pipeline.hub.models import Model, find_model
-from pipeline.inference.batch_engine import Llama
-from pipeline.inference.logits import divergence
-from pipeline.inference.model import Adapter, Weights
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.logits import mean_kl
+from pipeline.inference.model import Adapter, LoadedModel
 from pipeline.recipe import Export
 from pipeline.records import Request
-from pipeline.stages.export import alone
+from pipeline.stages.export import export_standalone
 
 
 @pytest.fixture(scope="module")
 def folder(base: Path) -> Path:
     """SmolLM2 as a Hugging Face folder (bfloat16)."""
-    return hugging_face_folder(find_model("smollm2-135m"))
+    return cached_checkpoint(find_model("smollm2-135m"))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_tokens_are_the_same_in_training_and_in_llama_cpp(folder: Path, base: Pa
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    with Llama(base, 1, 256) as llama:
+    with BatchEngine(base, 1, 256) as llama:
         for text in _TEXTS:
             assert llama.tokenize(text) == tokenizer(text, add_special_tokens=False)["input_ids"], (
                 text
@@ -83,7 +83,7 @@ def test_llama_cpp_says_what_transformers_says(tiny_llama: Path, tmp_path: Path)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
     write_formats(Model("tiny", tiny_llama), None, {"F16": tmp_path / "tiny.gguf"})
     question = {"role": "user", "content": "It's 2,026 and I'll pay €35.50! " * 3}
-    with Llama(tmp_path / "tiny.gguf", 1, 256) as llama:
+    with BatchEngine(tmp_path / "tiny.gguf", 1, 256) as llama:
         said = llama.complete(Request((question,), 1, 24, temperature=0))
         prompt = llama.tokenize(llama.template.render((question,)))
     expected = tokenizer.apply_chat_template(
@@ -205,18 +205,18 @@ def test_any_format_is_what_llama_cpp_makes_of_it(
 def test_the_importance_matrix_is_the_mean_square_of_what_comes_in(
     tiny_llama: Path, tmp_path: Path
 ) -> None:
-    """What comes into the first attention can be told by hand: the normalised embeddings of the tokens."""
+    """What comes into the first attention can be told by hand: the normalized embeddings of the tokens."""
     file = tmp_path / "tiny.gguf"
     write_formats(Model("tiny", tiny_llama), None, {"F32": file})
     text = "user: It's 2,026 and I'll pay. "
-    importance = measure(file, None, [text, text], 1000, lambda count: None)
+    importance = measure_importance(file, None, [text, text], 1000, lambda count: None)
     importance.save(tmp_path / "imatrix.gguf", "test")
     saved = {t.name: t for t in read_gguf(tmp_path / "imatrix.gguf").tensors}
     tensors = {t.name: t for t in GgufBase(file).tensors()}
     embedding, norm = (
         tensors[n].load(0, tensors[n].rows) for n in ("token_embd.weight", "blk.0.attn_norm.weight")
     )
-    with Llama(file, 1, 256) as llama:
+    with BatchEngine(file, 1, 256) as llama:
         tokens = llama.tokenize(text)
     rows = (
         embedding[tokens] / np.sqrt((embedding[tokens] ** 2).mean(-1, keepdims=True) + 1e-6) * norm
@@ -233,7 +233,7 @@ def test_an_importance_matrix_helps(base: Path, tmp_path: Path) -> None:
     """Rounded with it, a file is nearer to F32 on texts of the kind that it was taken from; and it needs it below 3 bits."""
     tensors = GgufBase(base).tensors()
     matrix = next(t for t in tensors if t.name == "blk.5.ffn_down.weight")
-    importance = measure(base, None, _TEXTS * 6, 400, lambda count: None)
+    importance = measure_importance(base, None, _TEXTS * 6, 400, lambda count: None)
     columns = importance.by_tensor()[matrix.name]
     weights = matrix.load(0, matrix.rows)
 
@@ -255,9 +255,11 @@ def test_an_adapter_over_the_base_is_the_merged_model(
     write_formats(model, tiny_adapter, {"F32": tmp_path / "tuned.gguf"})
     write_adapter(open_base(tiny_llama), tiny_adapter, tmp_path / "adapter.gguf")
     tokens = [list(range(5, 60))]
-    merged, base = (probe(tmp_path / f"{n}.gguf", (), tokens).logits for n in ("tuned", "base"))
-    laid = probe(tmp_path / "base.gguf", (), tokens, tmp_path / "adapter.gguf").logits
-    assert divergence(merged, laid) < 1e-6 < 1e-2 < divergence(merged, base)
+    merged, base = (
+        load_and_predict(tmp_path / f"{n}.gguf", (), tokens).logits for n in ("tuned", "base")
+    )
+    laid = load_and_predict(tmp_path / "base.gguf", (), tokens, tmp_path / "adapter.gguf").logits
+    assert mean_kl(merged, laid) < 1e-6 < 1e-2 < mean_kl(merged, base)
 
 
 def test_contexts_over_one_copy_of_the_weights_do_not_mix(
@@ -265,16 +267,16 @@ def test_contexts_over_one_copy_of_the_weights_do_not_mix(
 ) -> None:
     write_formats(Model("tiny", tiny_llama), None, {"F32": tmp_path / "base.gguf"})
     write_adapter(open_base(tiny_llama), tiny_adapter, tmp_path / "adapter.gguf")
-    weights = Weights(open_gguf(tmp_path / "base.gguf"))
+    weights = LoadedModel(open_gguf(tmp_path / "base.gguf"))
     request = Request(({"role": "user", "content": "It's 2,026"},), 1, 12, temperature=0)
 
     def says(adapter: Adapter | None) -> str:
-        with Llama(weights, 1, 256, adapter=adapter) as llama:
+        with BatchEngine(weights, 1, 256, adapter=adapter) as llama:
             return llama.complete(request).text
 
     with (
-        Llama(weights, 1, 256) as base,
-        Llama(weights, 1, 256, adapter=Adapter(tmp_path / "adapter.gguf")) as tuned,
+        BatchEngine(weights, 1, 256) as base,
+        BatchEngine(weights, 1, 256, adapter=Adapter(tmp_path / "adapter.gguf")) as tuned,
     ):
         mixed = [
             base.complete(request).text,
@@ -300,14 +302,14 @@ def test_a_file_that_would_be_read_in_other_tokens_replaces_nothing(
     out.mkdir()
     (out / "model-F16.gguf").write_bytes(b"an earlier file")
     with pytest.raises(GattError, match="in other tokens than the model is trained with"):
-        alone(str(folder), None, out, Export(formats=("F16",), merge_onto="16bit"), None)
+        export_standalone(str(folder), None, out, Export(formats=("F16",), merge_base="fp16"), None)
     assert [p.name for p in out.iterdir()] == ["model-F16.gguf"]
     assert (out / "model-F16.gguf").read_bytes() == b"an earlier file"
-    alone(
+    export_standalone(
         str(folder),
         None,
         out,
-        Export(formats=("F16",), merge_onto="16bit", same_tokens=False),
+        Export(formats=("F16",), merge_base="fp16", verify_tokenizer=False),
         None,
     )
     assert open_gguf(out / "model-F16.gguf").architecture == "llama"
@@ -343,7 +345,7 @@ def test_a_file_that_kills_llama_cpp_kills_a_child(tiny_llama: Path, tmp_path: P
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     write_formats(Model("tiny", folder), None, {"F16": tmp_path / "broken.gguf"})
     with pytest.raises(GattError, match="cannot use broken"):
-        probe(tmp_path / "broken.gguf", ["hello"], ())
+        load_and_predict(tmp_path / "broken.gguf", ["hello"], ())
 
 
 def test_a_merged_folder_is_what_peft_makes(
@@ -405,11 +407,11 @@ def test_a_dora_is_merged_as_peft_merges_it_and_has_no_gguf_of_its_own(
     wrapped.save_pretrained(tmp_path / "dora")
     shutil.copytree(tiny_llama, tmp_path / "theirs", ignore=shutil.ignore_patterns("model*"))
     wrapped.merge_and_unload().save_pretrained(tmp_path / "theirs")
-    alone(
+    export_standalone(
         str(tiny_llama),
         tmp_path / "dora",
         tmp_path / "out",
-        Export(formats=("F32", "Q4_0"), merge_onto="16bit"),
+        Export(formats=("F32", "Q4_0"), merge_base="fp16"),
         None,
     )
     write_formats(Model("theirs", tmp_path / "theirs"), None, {"F32": tmp_path / "theirs.gguf"})

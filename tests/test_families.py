@@ -342,12 +342,12 @@ def test_a_family_passes_the_checks_of_its_export(
 ) -> None:
     """Base plus adapter: llama.cpp reads chats in the tokenizer's own tokens, and predicts what PEFT does."""
     from pipeline.recipe import Export
-    from pipeline.stages.export import alone
+    from pipeline.stages.export import export_standalone
 
     folder = model(name)
     trained = adapter(folder)
-    alone(
-        str(folder), trained, tmp_path / "out", Export(formats=("F32",), merge_onto="16bit"), None
+    export_standalone(
+        str(folder), trained, tmp_path / "out", Export(formats=("F32",), merge_base="fp16"), None
     )
     table = json.loads((tmp_path / "out" / "export.json").read_text())
     # A router that chooses by a hair may choose otherwise: measured at 2 of 344 tokens, the others within 3e-6.
@@ -365,7 +365,7 @@ def test_another_family_goes_through_the_users_own_converter(
 
     from pipeline.errors import GattError
     from pipeline.recipe import Export
-    from pipeline.stages.export import alone
+    from pipeline.stages.export import export_standalone
 
     folder = tmp_path / "olmo"
     folder.mkdir()
@@ -375,18 +375,18 @@ def test_another_family_goes_through_the_users_own_converter(
     transformers.OlmoForCausalLM(transformers.OlmoConfig(**sizes)).save_pretrained(folder)
     trained = adapter(folder)
     with pytest.raises(GattError, match=r"OlmoForCausalLM.*--converter PATH"):
-        alone(str(folder), trained, tmp_path / "out", Export(merge_onto="16bit"), None)
+        export_standalone(str(folder), trained, tmp_path / "out", Export(merge_base="fp16"), None)
     script = tmp_path / "convert.py"
     script.write_text(
         _told(converter / "convert_hf_to_gguf.py", converter, "gpt-2"), encoding="utf-8"
     )
     with pytest.raises(GattError, match=r"--merge-onto measure is not for a converter"):
-        alone(str(folder), trained, tmp_path / "out", Export(), script)
-    alone(
+        export_standalone(str(folder), trained, tmp_path / "out", Export(), script)
+    export_standalone(
         str(folder),
         trained,
         tmp_path / "out",
-        Export(formats=("F16", "Q4_0"), merge_onto="16bit"),
+        Export(formats=("F16", "Q4_0"), merge_base="fp16"),
         script,
     )
     table = json.loads((tmp_path / "out" / "export.json").read_text())

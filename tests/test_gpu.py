@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.hub.convert import hugging_face_folder
+from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model, shape_of
 from pipeline.recipe import Train
 from pipeline.records import Message
-from pipeline.training.examples import label
+from pipeline.training.examples import build_example
 from pipeline.training.memory import training_memory
 from pipeline.training.trainer import Step
 from pipeline.training.unsloth import load_tokenizer, on_gpu, train
@@ -37,9 +37,9 @@ def cuda() -> None:
 
 @pytest.mark.parametrize("loss", ["all_turns", "last_turn", "distill"])
 def test_a_gpu_learns_in_the_memory_that_was_predicted(loss: str, tmp_path: Path) -> None:
-    settings = Train(loss=loss, steps=8, batch=4, learning_rate=1e-3, save_steps=100)  # type: ignore[arg-type]
-    folder = hugging_face_folder(find_model("smollm2-135m"))
-    example = label(load_tokenizer(folder), _CHAT, settings, _ASKED)
+    settings = Train(loss=loss, max_steps=8, batch_size=4, learning_rate=1e-3, save_steps=100)  # type: ignore[arg-type]
+    folder = cached_checkpoint(find_model("smollm2-135m"))
+    example = build_example(load_tokenizer(folder), _CHAT, settings, _ASKED)
     steps: list[Step] = []
     losses, _ = train(
         folder,
@@ -51,5 +51,5 @@ def test_a_gpu_learns_in_the_memory_that_was_predicted(loss: str, tmp_path: Path
         steps.append,
     )
     assert losses[-1] < 0.5 * losses[0]
-    tokens = settings.batch * max(len(example.input_ids), len(example.asked_ids))
+    tokens = settings.batch_size * max(len(example.input_ids), len(example.teacher_ids))
     assert steps[-1].memory < training_memory(shape_of("smollm2-135m"), settings, tokens, gpu=True)

@@ -20,7 +20,8 @@ from conftest import Gatt
 
 from pipeline.errors import GattError
 from pipeline.files import sha256, write_json, write_text
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.run_dir import RunDir
 from pipeline.stages import push
 
@@ -137,11 +138,11 @@ _LOCAL = "/home/me/.cache/gatt/0123-hf"
 
 def _finished_run(path: Path, **about: str) -> RunDir:
     """A run as its stages leave it, in small; `about` is what the exported GGUF says of its model."""
-    rundir = RunDir(path)
-    rundir.save_recipe(
+    run_dir = RunDir(path)
+    run_dir.save_recipe(
         Recipe.model_validate({"dialogues": {"source": "me/chats"}, "evaluate": {"turns": 8}})
     )
-    tuned = rundir.tuned("Q8_0")
+    tuned = run_dir.tuned("Q8_0")
     tuned.parent.mkdir()
     writer = gguf.GGUFWriter(tuned, "llama")
     for key, value in {"tokenizer.chat_template": "{{ messages }}", **about}.items():
@@ -153,42 +154,44 @@ def _finished_run(path: Path, **about: str) -> RunDir:
     writer.close()
     write_text(tuned.with_name("adapter.gguf"), "GGUF")
     write_text(tuned.with_name("Modelfile"), f"FROM ./{tuned.name}\n")
-    write_json(rundir.adapter / "adapter_config.json", {"base_model_name_or_path": _LOCAL, "r": 32})
-    write_text(rundir.adapter / "README.md", f"---\nbase_model: {_LOCAL}\n---\n")
-    write_text(rundir.adapter / "adapter_model.safetensors", "weights")
+    write_json(
+        run_dir.adapter / "adapter_config.json", {"base_model_name_or_path": _LOCAL, "r": 32}
+    )
+    write_text(run_dir.adapter / "README.md", f"---\nbase_model: {_LOCAL}\n---\n")
+    write_text(run_dir.adapter / "adapter_model.safetensors", "weights")
     write_text(
-        rundir.report / "report.md",
+        run_dir.report / "report.md",
         f"**{_SENTENCE}**\n\n| turn | base | tuned |\n|---|---|---|\n| 1 | 0.00 | 0.71 |\n",
     )
-    write_text(rundir.report / "adherence.svg", "<svg/>")
+    write_text(run_dir.report / "adherence.svg", "<svg/>")
     write_json(
-        rundir.report / "report.json",
+        run_dir.report / "report.json",
         {"sentence": _SENTENCE, "facts": {"teacher": "smollm2-135m Q4_0"}},
     )
-    rundir.finish("evaluate", "", [tuned], 480.0)
-    return rundir
+    run_dir.finish("evaluate", "", [tuned], 480.0)
+    return run_dir
 
 
-def _push(rundir: RunDir, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline", "push", "me/mine", "--run", str(rundir.path)]
+def _push(run_dir: RunDir, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pipeline", "push", "me/mine", "--run", str(run_dir.path)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def _refused(rundir: RunDir) -> str:
+def _refused(run_dir: RunDir) -> str:
     with pytest.raises(GattError) as refused:
-        push.run(load_recipe(rundir.path / "recipe.toml"), rundir, "me/mine")
+        push.run(load_recipe(run_dir.path / "recipe.toml"), run_dir, "me/mine")
     return str(refused.value)
 
 
 def test_a_run_is_pushed_with_its_card(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
-    rundir = _finished_run(
+    run_dir = _finished_run(
         tmp_path / "run",
         **{
             "general.license": "apache-2.0",
             "general.base_model.0.repo_url": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
         },
     )
-    done = _push(rundir, _environment(hub, tmp_path / "hf"))
+    done = _push(run_dir, _environment(hub, tmp_path / "hf"))
     assert done.returncode == 0, done.stderr
     sent = _sent(hub, "model")
     card = sent.pop("README.md").decode()
@@ -206,8 +209,8 @@ def test_a_run_is_pushed_with_its_card(hub: ThreadingHTTPServer, tmp_path: Path)
         "recipe.toml",
         "tuned-Q8_0.gguf",
     ]
-    assert sent["tuned-Q8_0.gguf"] == rundir.tuned("Q8_0").read_bytes()
-    assert sent["recipe.toml"] == (rundir.path / "recipe.toml").read_bytes()
+    assert sent["tuned-Q8_0.gguf"] == run_dir.tuned("Q8_0").read_bytes()
+    assert sent["recipe.toml"] == (run_dir.path / "recipe.toml").read_bytes()
     assert not any(_LOCAL.encode() in content for content in sent.values())
     assert json.loads(sent["adapter/adapter_config.json"]) == {
         "base_model_name_or_path": _BASE,
@@ -259,7 +262,7 @@ def test_the_head_says_only_what_is_known() -> None:
 
 
 def test_a_license_that_the_hub_does_not_know_is_quoted() -> None:
-    odd = 'My: "own" licence # 1'
+    odd = 'My: "own" license # 1'
     published = push.Published(
         "me/mine", "t.gguf", {"t.gguf": 1}, "o/b", odd, "", "It keeps.", "", {"base": "b"}
     )
@@ -278,21 +281,21 @@ def test_a_license_that_the_hub_does_not_know_is_quoted() -> None:
 def test_an_unfinished_run_is_refused_with_the_command(
     tmp_path: Path, missing: str, stage: str
 ) -> None:
-    rundir = _finished_run(tmp_path)
+    run_dir = _finished_run(tmp_path)
     (tmp_path / missing).unlink()
-    assert _refused(rundir) == (
+    assert _refused(run_dir) == (
         f"No {tmp_path / missing}: a run is pushed with it. `gatt {stage} {tmp_path / 'recipe.toml'} --run {tmp_path}` makes it."
     )
 
 
 def test_the_report_of_an_earlier_export_is_refused(tmp_path: Path) -> None:
-    rundir = _finished_run(tmp_path)
-    before = sha256(rundir.tuned("Q8_0"))
-    with rundir.tuned("Q8_0").open("ab") as file:
+    run_dir = _finished_run(tmp_path)
+    before = sha256(run_dir.tuned("Q8_0"))
+    with run_dir.tuned("Q8_0").open("ab") as file:
         file.write(b"\0")
-    assert sha256(rundir.tuned("Q8_0")) != before
-    assert _refused(rundir).startswith(
-        f"The report is not about the present {rundir.tuned('Q8_0')}"
+    assert sha256(run_dir.tuned("Q8_0")) != before
+    assert _refused(run_dir).startswith(
+        f"The report is not about the present {run_dir.tuned('Q8_0')}"
     )
 
 

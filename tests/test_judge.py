@@ -10,8 +10,8 @@ import pytest
 from pipeline.errors import GattError
 from pipeline.evaluation.judge import judge
 from pipeline.files import read_jsonl
-from pipeline.gatt.assignment import Paired
-from pipeline.gatt.instructions import word
+from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.instructions import render_instruction
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.records import Constraint, Dialogue, Reply
 from pipeline.run_dir import RunDir
@@ -21,10 +21,10 @@ from pipeline.stages.instructions import run
 _STYLE, _OPENING = Constraint("style", "talk like a pirate"), Constraint("opening", "Ahoy!")
 
 
-def _pairs() -> list[Paired]:
+def _pairs() -> list[AssignedDialogue]:
     turns = ("Why is the sea salt?",) * 4
     return [
-        Paired(Dialogue(f"d{n}", "sea", turns), word((c,)), "plain")
+        AssignedDialogue(Dialogue(f"d{n}", "sea", turns), render_instruction((c,)), "plain")
         for n, c in enumerate((_STYLE, _OPENING))
     ]
 
@@ -80,10 +80,10 @@ def test_a_style_needs_a_judge(tmp_path: Path) -> None:
 
 
 def test_others_are_servers_or_files_of_different_names(base: Path, tmp_path: Path) -> None:
-    rundir = RunDir(tmp_path)
+    run_dir = RunDir(tmp_path)
     url = "http://127.0.0.1:8000/v1#big"
-    found = arms(Recipe(evaluate=Evaluate(others=(url, str(base)))), rundir)
+    found = arms(Recipe(evaluate=Evaluate(extra_models=(url, str(base)))), run_dir)
     expected = [("big", url, True), (base.stem, "", True), ("ceiling", "", False)]
     assert [(arm.name, arm.server, arm.whole) for arm in found[2:]] == expected
     with pytest.raises(GattError, match="two of the name 'big'"):
-        arms(Recipe(evaluate=Evaluate(others=(url, url))), rundir)
+        arms(Recipe(evaluate=Evaluate(extra_models=(url, url))), run_dir)

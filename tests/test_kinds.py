@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from pipeline.errors import GattError
 from pipeline.gatt.constraints.registry import (
     EDIT_ORDER,
+    INCOMPATIBLE_SLOTS,
     KINDS,
-    NEVER_MEET,
     compatible,
     edit,
     editable,
-    hopeless,
     kind_of,
     obeys,
+    prefix_fails,
 )
-from pipeline.gatt.instructions import word
+from pipeline.gatt.instructions import render_instruction
 from pipeline.gatt.text import words
 from pipeline.records import Constraint
 
@@ -203,13 +203,13 @@ def test_every_kind_is_complete() -> None:
         assert len(kind.short) < max(map(len, kind.wordings)), name
         assert kind.apply is None or kind.slot in (*EDIT_ORDER, "json"), name
     slots = {kind.slot for kind in KINDS.values()}
-    assert set(NEVER_MEET) | set(itertools.chain(*NEVER_MEET.values())) <= slots
+    assert set(INCOMPATIBLE_SLOTS) | set(itertools.chain(*INCOMPATIBLE_SLOTS.values())) <= slots
 
 
 def test_every_kind_has_examples() -> None:
     assert {name for name, *_ in EXAMPLES} == set(KINDS)
     assert {name for name, *_ in LOST} == {
-        name for name, kind in KINDS.items() if kind.hopeless.__name__ != "never"
+        name for name, kind in KINDS.items() if kind.prefix_fails.__name__ != "never"
     }
 
 
@@ -218,14 +218,14 @@ def test_checks(name: str, value: str, good: str, bad: str) -> None:
     asked = (Constraint(name, value),)
     assert obeys(asked, good)
     assert not obeys(asked, bad)
-    assert not any(hopeless(asked, good[:cut]) for cut in range(len(good) + 1))
+    assert not any(prefix_fails(asked, good[:cut]) for cut in range(len(good) + 1))
 
 
 @pytest.mark.parametrize(("name", "value", "lost"), LOST)
 def test_a_lost_beginning_is_noticed(name: str, value: str, lost: str) -> None:
     asked = (Constraint(name, value),)
-    assert hopeless(asked, lost)
-    assert not hopeless(asked, "")
+    assert prefix_fails(asked, lost)
+    assert not prefix_fails(asked, "")
 
 
 @pytest.mark.parametrize("constraint", EVERY, ids=lambda c: c.name)
@@ -241,7 +241,7 @@ def test_an_edited_answer_obeys_and_no_beginning_of_it_is_hopeless(text: str) ->
         edited = edit((constraint,), text)
         assert obeys((constraint,), edited), (constraint, edited)
         for cut in range(len(edited) + 1):
-            assert not hopeless((constraint,), edited[:cut]), (constraint, edited[:cut])
+            assert not prefix_fails((constraint,), edited[:cut]), (constraint, edited[:cut])
 
 
 @settings(deadline=None, max_examples=200)
@@ -257,7 +257,7 @@ def test_two_edits_leave_both_obeyed(text: str) -> None:
 @given(start=ANSWER | TEXT, end=ANSWER | TEXT)
 def test_a_hopeless_beginning_cannot_be_saved(start: str, end: str) -> None:
     for constraint in EVERY:
-        if hopeless((constraint,), start):
+        if prefix_fails((constraint,), start):
             assert not obeys((constraint,), start + end), constraint
 
 
@@ -266,7 +266,7 @@ def test_a_hopeless_beginning_cannot_be_saved(start: str, end: str) -> None:
 def test_no_check_raises(text: str) -> None:
     for constraint in EVERY:
         obeys((constraint,), text)
-        hopeless((constraint,), text)
+        prefix_fails((constraint,), text)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_no_check_raises(text: str) -> None:
 def test_no_check_raises_on_the_extreme(text: str) -> None:
     for constraint in EVERY:
         obeys((constraint,), text)
-        hopeless((constraint,), text)
+        prefix_fails((constraint,), text)
 
 
 @pytest.mark.slow
@@ -297,7 +297,7 @@ def test_no_check_raises_on_a_hundred_thousand_texts() -> None:
         )
         for constraint in EVERY:
             obeys((constraint,), text)
-            hopeless((constraint,), text)
+            prefix_fails((constraint,), text)
 
 
 def test_compatible_is_symmetrical() -> None:
@@ -388,5 +388,5 @@ def test_the_kinds_are_listed(gatt: Gatt) -> None:
     assert [row.split()[0] for row in rows] == list(KINDS)
     for row, (name, kind) in zip(rows, KINDS.items(), strict=True):
         example = Constraint(name, kind.values[0])
-        assert row.endswith(word((example,)).text)
+        assert row.endswith(render_instruction((example,)).text)
         assert row.split()[1:3] == [kind.family, "edited" if editable((example,)) else "sampled"]

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from pipeline.export import verify
-from pipeline.gguf.merge import add, direct, write
-from pipeline.hub.convert import hugging_face_folder
+from pipeline.inference.logits import mean_kl
+from pipeline.gguf.merge import plan_merge, uniform_format, write
+from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
 from pipeline.recipe import Train
 from pipeline.records import Message
-from pipeline.training.examples import IGNORED, label
-from pipeline.training.loss import divergence, learned_loss, padded
-from pipeline.training.trainer import Stop
-from pipeline.training.unsloth import four_bits, load_tokenizer, train
+from pipeline.training.examples import IGNORE_INDEX, build_example
+from pipeline.training.loss import collate, gatt_loss, kl_divergence
+from pipeline.training.trainer import GracefulStop
+from pipeline.training.unsloth import load_tokenizer, nf4_round_trip, train
 
 _CHAT: list[Message] = [
     {"role": "system", "content": "Be brief."},
@@ -39,12 +40,12 @@ _ASKED: list[Message] = [
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    return load_tokenizer(hugging_face_folder(find_model("smollm2-135m")))
+    return load_tokenizer(cached_checkpoint(find_model("smollm2-135m")))
 
 
 def _weighing(tokenizer: Any, weight: float, settings: Train, asked: list[Message]) -> list[str]:
     """The stretches of tokens of one weight, as text."""
-    found = label(tokenizer, _CHAT, settings, asked)
+    found = build_example(tokenizer, _CHAT, settings, asked)
     stretches, last = [], -2
     for n, (token, its) in enumerate(zip(found.input_ids, found.weights, strict=True)):
         if its == weight:
@@ -58,7 +59,7 @@ def _weighing(tokenizer: Any, weight: float, settings: Train, asked: list[Messag
 
 
 def test_the_teachers_own_words_weigh_less_than_what_the_edit_has_put_in(tokenizer: Any) -> None:
-    settings = Train(own_weight=0.25)
+    settings = Train(unedited_weight=0.25)
     assert _weighing(tokenizer, 0.25, settings, _ASKED) == [" is scattered.", " is late."]
     # The word behind the opening has the space that the edit put before it.
     assert _weighing(tokenizer, 1.0, settings, _ASKED) == [
@@ -73,9 +74,9 @@ def test_an_answer_that_no_edit_has_changed_weighs_one_and_is_distilled_to_its_e
     tokenizer: Any,
 ) -> None:
     said = [m["content"] + "<|im_end|>" for m in _CHAT if m["role"] == "assistant"]
-    assert _weighing(tokenizer, 1.0, Train(own_weight=0.25), _CHAT) == said
-    found = label(tokenizer, _CHAT, Train(), _CHAT)
-    assert tokenizer.decode([found.input_ids[here] for here, _ in found.twins]) == "".join(said)
+    assert _weighing(tokenizer, 1.0, Train(unedited_weight=0.25), _CHAT) == said
+    found = build_example(tokenizer, _CHAT, Train(), _CHAT)
+    assert tokenizer.decode([found.input_ids[here] for here, _ in found.alignment]) == "".join(said)
 
 
 def test_without_the_teachers_words_everything_learned_weighs_one(tokenizer: Any) -> None:
@@ -86,9 +87,9 @@ def test_without_the_teachers_words_everything_learned_weighs_one(tokenizer: Any
 
 def test_weights_stand_where_labels_do(tokenizer: Any) -> None:
     for loss in ("all_turns", "last_turn"):
-        found = label(tokenizer, _CHAT, Train(loss=loss, own_weight=0.25), _ASKED)
-        assert [w > 0 for w in found.weights] == [token != IGNORED for token in found.labels]
-    assert _weighing(tokenizer, 0.25, Train(loss="last_turn", own_weight=0.25), _ASKED) == [
+        found = build_example(tokenizer, _CHAT, Train(loss=loss, unedited_weight=0.25), _ASKED)
+        assert [w > 0 for w in found.weights] == [token != IGNORE_INDEX for token in found.labels]
+    assert _weighing(tokenizer, 0.25, Train(loss="last_turn", unedited_weight=0.25), _ASKED) == [
         " is late."
     ]
 
@@ -107,12 +108,12 @@ def test_the_loss_is_the_weighted_mean_over_all_logits(
     )
     ids = torch.randint(3, 300, (2, 9))
     labels = ids.clone()
-    labels[0, :4], labels[1, 6:] = IGNORED, IGNORED
-    weights = torch.rand(2, 9) * (labels != IGNORED)
+    labels[0, :4], labels[1, 6:] = IGNORE_INDEX, IGNORE_INDEX
+    weights = torch.rand(2, 9) * (labels != IGNORE_INDEX)
     mask = torch.ones_like(ids)
     mask[1, 7:] = 0
     with torch.no_grad():
-        found = learned_loss(
+        found = gatt_loss(
             network, {"input_ids": ids, "labels": labels, "weights": weights}, Train()
         )
         logits = network(input_ids=ids, attention_mask=mask).logits
@@ -122,15 +123,15 @@ def test_the_loss_is_the_weighted_mean_over_all_logits(
 
 
 def test_the_teachers_own_tokens_are_found_in_the_chat_as_it_had_it(tokenizer: Any) -> None:
-    found = label(tokenizer, _CHAT, Train(loss="distill"), _ASKED)
+    found = build_example(tokenizer, _CHAT, Train(loss="distill"), _ASKED)
     assert (
-        tokenizer.decode([found.input_ids[here] for here, _ in found.twins])
+        tokenizer.decode([found.input_ids[here] for here, _ in found.alignment])
         == " is scattered. is late."
     )
-    assert [found.input_ids[here] for here, _ in found.twins] == [
-        found.asked_ids[there] for _, there in found.twins
+    assert [found.input_ids[here] for here, _ in found.alignment] == [
+        found.teacher_ids[there] for _, there in found.alignment
     ]
-    assert all(found.labels[here] != IGNORED for here, _ in found.twins)
+    assert all(found.labels[here] != IGNORE_INDEX for here, _ in found.alignment)
 
 
 def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
@@ -142,31 +143,31 @@ def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
     import transformers
 
     examples = [
-        label(tokenizer, chat, Train(loss="distill", own_weight=0.5), asked)
+        build_example(tokenizer, chat, Train(loss="distill", unedited_weight=0.5), asked)
         for chat, asked in ((_CHAT, _ASKED), (_CHAT[:3], _ASKED[:3]))
     ]
     small = [
         replace(
             e,
             input_ids=[t % 256 for t in e.input_ids],
-            asked_ids=[t % 256 for t in e.asked_ids],
-            labels=[t if t == IGNORED else t % 256 for t in e.labels],
+            teacher_ids=[t % 256 for t in e.teacher_ids],
+            labels=[t if t == IGNORE_INDEX else t % 256 for t in e.labels],
         )
         for e in examples
     ]
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     network = peft.PeftModel.from_pretrained(base, tiny_adapter, is_trainable=True)
     monkeypatch.setattr("pipeline.training.loss._LOGITS", 3 * base.lm_head.weight.shape[0])
-    found = learned_loss(network, padded([asdict(e) for e in small], 0), Train())
+    found = gatt_loss(network, collate([asdict(e) for e in small], 0), Train())
     total, weight = torch.zeros(()), 0.0
     for e in small:
         ours = network(input_ids=torch.tensor([e.input_ids])).logits[0].log_softmax(-1)
         with torch.no_grad(), network.disable_adapter():
-            theirs = network(input_ids=torch.tensor([e.asked_ids])).logits[0].log_softmax(-1)
-        twins = dict(e.twins)
+            theirs = network(input_ids=torch.tensor([e.teacher_ids])).logits[0].log_softmax(-1)
+        alignment = dict(e.alignment)
         for place, target in enumerate(e.labels):
-            if target != IGNORED:
-                p = theirs[twins[place] - 1] if place in twins else None
+            if target != IGNORE_INDEX:
+                p = theirs[alignment[place] - 1] if place in alignment else None
                 loss = (
                     -ours[place - 1, target]
                     if p is None
@@ -193,19 +194,22 @@ def test_the_likeliest_tokens_and_the_rest_are_compared_at_a_temperature() -> No
         torch.randn(3, 50, dtype=torch.float64),
     )
     p, q = (softmax(its.numpy() / 2, axis=-1) for its in (target, logits))
-    assert divergence(target, logits, 2.0, 0).tolist() == pytest.approx(4 * entropy(p, q, axis=-1))
-    for row, few in enumerate(divergence(target, logits, 2.0, 5).tolist()):
+    assert kl_divergence(target, logits, 2.0, 0).tolist() == pytest.approx(
+        4 * entropy(p, q, axis=-1)
+    )
+    for row, few in enumerate(kl_divergence(target, logits, 2.0, 5).tolist()):
         top = p[row].argsort()[-5:]
         ours, theirs = ([*its[row][top], 1 - its[row][top].sum()] for its in (p, q))
         assert few == pytest.approx(4 * entropy(ours, theirs))
     assert (
-        divergence(target, logits, 1.0, 50).tolist() == divergence(target, logits, 1.0, 0).tolist()
+        kl_divergence(target, logits, 1.0, 50).tolist()
+        == kl_divergence(target, logits, 1.0, 0).tolist()
     )
 
 
 def test_the_first_signal_asks_to_stop_and_the_second_stops() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with Stop() as stop:
+    with GracefulStop() as stop:
         assert not stop.asked
         signal.raise_signal(signal.SIGTERM)
         assert stop.asked
@@ -223,13 +227,13 @@ def test_the_adapter_is_what_the_recipe_asks_for(dora: bool, tmp_path: Path) -> 
         alpha=16,
         rslora=True,
         dora=dora,
-        targets=targets,
-        steps=2,
-        schedule="linear",
+        target_modules=targets,
+        max_steps=2,
+        lr_scheduler_type="linear",
         loss="distill",
     )
-    folder = hugging_face_folder(find_model("smollm2-135m"))
-    example = label(load_tokenizer(folder), _CHAT, settings, _ASKED)
+    folder = cached_checkpoint(find_model("smollm2-135m"))
+    example = build_example(load_tokenizer(folder), _CHAT, settings, _ASKED)
     to = tmp_path / "checkpoints", tmp_path / "adapter"
     _, trained = train(folder, [example] * 4, settings, 1, *to, lambda step: None)
     made = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
@@ -240,9 +244,9 @@ def test_the_adapter_is_what_the_recipe_asks_for(dora: bool, tmp_path: Path) -> 
         dora,
     )
     assert set(made["target_modules"]) == {"q_proj", "down_proj"}
-    merged = add(find_model("smollm2-135m").path, tmp_path / "adapter", four_bits)
-    write(merged, {tmp_path / "tuned.gguf": direct(merged.tensors, "F16")})
-    exported = verify.probe(tmp_path / "tuned.gguf", (), trained.sequences).logits
+    merged = plan_merge(find_model("smollm2-135m").path, tmp_path / "adapter", nf4_round_trip)
+    write(merged, {tmp_path / "tuned.gguf": uniform_format(merged.tensors, "F16")})
+    exported = verify.load_and_predict(tmp_path / "tuned.gguf", (), trained.sequences).logits
     assert (
-        verify.divergence(trained.logits, exported) < 0.005
+        mean_kl(trained.logits, exported) < 0.005
     )  # bfloat16 rounds; onto 16 bits it would be 0.3

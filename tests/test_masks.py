@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from pipeline.errors import GattError
-from pipeline.hub.convert import hugging_face_folder
+from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
 from pipeline.recipe import Train
 from pipeline.records import Message
 from pipeline.stages.train import marked
-from pipeline.training.examples import IGNORED, label
+from pipeline.training.examples import IGNORE_INDEX, build_example
 from pipeline.training.unsloth import load_tokenizer
 
 _CHAT: list[Message] = [
@@ -121,7 +121,7 @@ _SPECIAL = (
 def family(request: pytest.FixtureRequest) -> tuple[Any, str]:
     """The embedded model's tokenizer with a family's special tokens and template; and the golden text."""
     template, bos, eos, golden = _GOLDEN[request.param]
-    tokenizer = copy.deepcopy(load_tokenizer(hugging_face_folder(find_model("smollm2-135m"))))
+    tokenizer = copy.deepcopy(load_tokenizer(cached_checkpoint(find_model("smollm2-135m"))))
     tokenizer.add_tokens(list(_SPECIAL), special_tokens=True)
     tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token = template, bos or None, eos
     return tokenizer, golden
@@ -132,7 +132,7 @@ def test_every_answer_is_learned_with_its_end_and_nothing_else(family: tuple[Any
     expected = golden.replace("(", "[").replace(")", "]")
     for loss in ("all_turns", "distill"):
         assert (
-            marked(tokenizer, label(tokenizer, _CHAT, Train(loss=loss), _CHAT), "[", "]")
+            marked(tokenizer, build_example(tokenizer, _CHAT, Train(loss=loss), _CHAT), "[", "]")
             == expected
         )
 
@@ -140,24 +140,30 @@ def test_every_answer_is_learned_with_its_end_and_nothing_else(family: tuple[Any
 def test_of_the_last_turn_no_earlier_end_is_learned(family: tuple[Any, str]) -> None:
     tokenizer, golden = family
     expected = golden.replace("(", "").replace(")", "")
-    assert marked(tokenizer, label(tokenizer, _CHAT, Train(loss="last_turn")), "[", "]") == expected
+    assert (
+        marked(tokenizer, build_example(tokenizer, _CHAT, Train(loss="last_turn")), "[", "]")
+        == expected
+    )
 
 
 def test_a_dialogue_that_is_too_long_is_cut_behind_an_answer(family: tuple[Any, str]) -> None:
     tokenizer, _ = family
     many = _CHAT * 8
     for length in (64, 100, 150):
-        found = label(tokenizer, many, Train(max_length=length))
+        found = build_example(tokenizer, many, Train(max_length=length))
         assert len(found.input_ids) <= length
         turns = sum(
-            found.labels[n] != IGNORED == found.labels[n - 1] for n in range(1, len(found.labels))
+            found.labels[n] != IGNORE_INDEX == found.labels[n - 1]
+            for n in range(1, len(found.labels))
         )
         assert (
             turns >= 1
             and found.input_ids
-            == label(tokenizer, many[: 2 * turns], Train(max_length=4096)).input_ids
+            == build_example(tokenizer, many[: 2 * turns], Train(max_length=4096)).input_ids
         )
     with pytest.raises(
         GattError, match=r"Turn 1 of a dialogue is longer than train\.max_length = 64 tokens"
     ):
-        label(tokenizer, [{"role": "user", "content": "far " * 70}, _CHAT[1]], Train(max_length=64))
+        build_example(
+            tokenizer, [{"role": "user", "content": "far " * 70}, _CHAT[1]], Train(max_length=64)
+        )

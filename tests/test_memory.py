@@ -10,7 +10,7 @@ from conftest import Gatt
 
 from pipeline.errors import GattError
 from pipeline.hub.models import presets, shape_of
-from pipeline.hub.shape import Shape
+from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Recipe, Train
 from pipeline.stages import train
 from pipeline.training.memory import tokens_that_fit, training_memory
@@ -20,7 +20,7 @@ def test_a_models_sizes_are_the_same_from_every_source(base: Path, tiny_llama: P
     assert (
         shape_of(str(base))
         == shape_of("smollm2-135m")
-        == Shape(30, 576, 1536, 576, 192, 49152, True)
+        == ModelShape(30, 576, 1536, 576, 192, 49152, True)
     )
     import peft
     import transformers
@@ -29,9 +29,9 @@ def test_a_models_sizes_are_the_same_from_every_source(base: Path, tiny_llama: P
     shape = shape_of(str(tiny_llama))
     norms = sum(p.numel() for name, p in network.named_parameters() if "norm" in name)
     assert shape.parameters + norms == network.num_parameters()
-    settings = Train(rank=4, targets=("q_proj", "v_proj", "down_proj"))
+    settings = Train(rank=4, target_modules=("q_proj", "v_proj", "down_proj"))
     adapter = peft.get_peft_model(
-        network, peft.LoraConfig(r=4, target_modules=list(settings.targets))
+        network, peft.LoraConfig(r=4, target_modules=list(settings.target_modules))
     )
     assert shape.adapter(settings) == sum(
         p.numel() for p in adapter.parameters() if p.requires_grad
@@ -87,7 +87,7 @@ def test_a_step_is_cut_to_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, shape = Recipe(), shape_of("smollm2-135m")
     for free, tokens in ((64e9, 0), (training_memory(shape, recipe.train, 700), 700)):
         monkeypatch.setattr(train, "free_memory", lambda free=free: free)
-        assert train.fitting(recipe, 500).tokens == pytest.approx(tokens, abs=1)
+        assert train.fitting(recipe, 500).max_tokens_per_micro_batch == pytest.approx(tokens, abs=1)
     monkeypatch.setattr(train, "free_memory", lambda: training_memory(shape, recipe.train, 400))
     with pytest.raises(
         GattError,

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from pipeline.data.dialogues import load_dialogues
 from pipeline.evaluation.rates import adherence, wilson
-from pipeline.gatt.assignment import Paired
+from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import KINDS, compatible
 from pipeline.gatt.generated_values import distinct, items, known, masked
 from pipeline.gatt.ghost import augment, ghost, loss_turns
-from pipeline.gatt.instructions import Shares, pair_for_training, word
-from pipeline.gatt.quality import flaw, touches
+from pipeline.gatt.instructions import Ratios, assign_training, render_instruction
+from pipeline.gatt.quality import find_defect, is_on_topic
 from pipeline.gatt.text import first_sentences, has_sentences
 from pipeline.records import Constraint, Dialogue, Reply
 
@@ -31,16 +31,19 @@ def test_augment_says_it_in_every_turn_and_ghost_in_the_first_only() -> None:
 
 
 def test_an_instruction_that_changes_is_said_where_it_changes() -> None:
-    kind, brief = word((Constraint("opening", "Ahoy!"),)), word((Constraint("max_words", "12"),))
-    pair = Paired(
+    kind, brief = (
+        render_instruction((Constraint("opening", "Ahoy!"),)),
+        render_instruction((Constraint("max_words", "12"),)),
+    )
+    pair = AssignedDialogue(
         Dialogue("d", "", ("one?", "two?", "three?")),
         kind,
         "sampled",
         shortened=True,
-        then=brief,
-        change=1,
+        next_instruction=brief,
+        change_turn=1,
     )
-    student = [m["content"] for m in pair.ask_student(["a", "b"], "")]
+    student = [m["content"] for m in pair.student_prompt(["a", "b"], "")]
     assert student == [
         'one?\n\nOpening: "Ahoy!".',
         "a",
@@ -48,7 +51,7 @@ def test_an_instruction_that_changes_is_said_where_it_changes() -> None:
         "b",
         "three?",
     ]
-    teacher = [m["content"] for m in pair.ask_teacher(["a", "b"], "") if m["role"] == "user"]
+    teacher = [m["content"] for m in pair.teacher_prompt(["a", "b"], "") if m["role"] == "user"]
     assert teacher == [f"one?\n\n{kind.text}", f"two?\n\n{brief.text}", f"three?\n\n{brief.text}"]
     assert [pair.constraints(turn)[0].kind for turn in range(3)] == [
         "opening",
@@ -58,15 +61,15 @@ def test_an_instruction_that_changes_is_said_where_it_changes() -> None:
 
 
 def test_an_instruction_in_the_system_message_stands_nowhere_else() -> None:
-    pair = Paired(
+    pair = AssignedDialogue(
         Dialogue("d", "", ("one?", "two?")),
-        word((Constraint("opening", "Ahoy!"),)),
+        render_instruction((Constraint("opening", "Ahoy!"),)),
         "edited",
         in_system=True,
     )
-    student = [m["content"] for m in pair.ask_student(["a"], "Be brief.")]
+    student = [m["content"] for m in pair.student_prompt(["a"], "Be brief.")]
     assert student == ['Be brief. Begin every answer with "Ahoy!".', "one?", "a", "two?"]
-    assert [m["content"] for m in pair.ask_teacher(["a"], "Be brief.")] == [
+    assert [m["content"] for m in pair.teacher_prompt(["a"], "Be brief.")] == [
         "Be brief.",
         "one?",
         "a",
@@ -92,8 +95,8 @@ def test_lists_are_read_from_whatever_form_they_come_in() -> None:
 
 
 def test_an_answer_off_the_topic_touches_nothing() -> None:
-    assert touches("Dolphins sleep with one eye open.", ["How does a dolphin sleep?"])
-    assert not touches(
+    assert is_on_topic("Dolphins sleep with one eye open.", ["How does a dolphin sleep?"])
+    assert not is_on_topic(
         "That is a great question, and I would be glad.", ["How does a dolphin sleep?"]
     )
 
@@ -140,11 +143,11 @@ def test_loss_turns() -> None:
 
 def test_flaws() -> None:
     good = "The tallest mountain on Earth is Mount Everest."
-    assert flaw(good, []) == ""
-    assert flaw("Ahoy! Ahoy!", [], "Ahoy!") == "empty"
-    assert flaw("of the sea " * 6, []) == "loop"
-    assert flaw(good, [good]) == "repeat"
-    assert flaw("The tallest mountain on Earth is", [], finished=True) == "unfinished"
+    assert find_defect(good, []) == ""
+    assert find_defect("Ahoy! Ahoy!", [], "Ahoy!") == "empty"
+    assert find_defect("of the sea " * 6, []) == "loop"
+    assert find_defect(good, [good]) == "repeat"
+    assert find_defect("The tallest mountain on Earth is", [], finished=True) == "unfinished"
 
 
 def test_first_sentences_leaves_the_unfinished_tail() -> None:
@@ -154,20 +157,22 @@ def test_first_sentences_leaves_the_unfinished_tail() -> None:
 
 def test_pairing_is_the_same_for_the_same_seed_and_combines_only_compatible_constraints() -> None:
     dialogues = load_dialogues("seed")[:60]
-    shares = Shares(plain=0.2, system=0.2, change=0.2, combine=0.5, short=0.5, edited=0.5)
+    shares = Ratios(plain=0.2, system=0.2, change_turn=0.2, combine=0.5, short=0.5, edited=0.5)
     pool = [c for c in EVERY if c.kind in ("opening", "closing", "uppercase", "hobby")]
-    made, pairs = pair_for_training(dialogues, pool, shares, seed=3)
-    assert (made, pairs) == pair_for_training(dialogues, pool, shares, seed=3)
-    assert pairs != pair_for_training(dialogues, pool, shares, seed=4)[1]
+    made, pairs = assign_training(dialogues, pool, shares, seed=3)
+    assert (made, pairs) == assign_training(dialogues, pool, shares, seed=3)
+    assert pairs != assign_training(dialogues, pool, shares, seed=4)[1]
     assert any(len(i.constraints) == 2 for i in made.values())
     assert all(compatible(*i.constraints) for i in made.values() if len(i.constraints) == 2)
-    assert {p.way for p in pairs} == {"plain", "edited", "sampled"}
+    assert {p.method for p in pairs} == {"plain", "edited", "sampled"}
     assert {p.in_system for p in pairs} == {True, False}
-    assert any(p.then for p in pairs) and all(0 < p.change < 20 for p in pairs if p.then)
+    assert any(p.next_instruction for p in pairs) and all(
+        0 < p.change_turn < 20 for p in pairs if p.next_instruction
+    )
 
 
 def test_wording_and_shortening() -> None:
-    made = word((Constraint("persona", "Napoleon"),))
+    made = render_instruction((Constraint("persona", "Napoleon"),))
     assert made.text == 'Act as Napoleon and begin every answer with "Napoleon:".'
     assert made.short == "Figure: Napoleon, named first."
 
@@ -181,7 +186,7 @@ def test_wilson_against_published_values() -> None:
 
 def test_a_reply_out_of_the_window_is_not_counted() -> None:
     replies = [
-        Reply("base", "d", t, "", 1, 1, f, obeys=True, flaw="")
+        Reply("base", "d", t, "", 1, 1, f, obeys=True, defect="")
         for t, f in ((1, "stop"), (2, "context"))
     ]
     assert adherence(replies, lambda r: r.arm)["base"].n == 1

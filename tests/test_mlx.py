@@ -17,10 +17,10 @@ import pytest
 from safetensors.numpy import load_file
 from test_trainer import _examples
 
-from pipeline.inference.logits import divergence
+from pipeline.inference.logits import mean_kl
 from pipeline.recipe import Train
 from pipeline.training import mlx as backend
-from pipeline.training.loss import learned_loss, padded
+from pipeline.training.loss import collate, gatt_loss
 from pipeline.training.unsloth import predict
 
 _TRAIN = """
@@ -36,7 +36,7 @@ model, out, steps, wanted = sys.argv[1:]
 class Cut(Exception): pass
 def on_step(step):
     if step.number > int(steps): raise Cut
-settings = Train(steps=4, batch=4, learning_rate=1e-2, save_steps=1, rank=4, dropout=0.1)
+settings = Train(max_steps=4, batch_size=4, learning_rate=1e-2, save_steps=1, rank=4, dropout=0.1)
 try:
     losses, reference = train(Path(model), _examples(), settings, 1, Path(out) / "checkpoints", Path(out) / "adapter", on_step)
     numpy.save(Path(out) / "logits.npy", reference.logits)
@@ -51,7 +51,7 @@ def test_the_rate_is_that_of_transformers(schedule: Any) -> None:
     import torch
     import transformers
 
-    settings = Train(schedule=schedule, steps=20, warmup=0.2, learning_rate=1e-3)
+    settings = Train(lr_scheduler_type=schedule, max_steps=20, warmup_ratio=0.2, learning_rate=1e-3)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     theirs = transformers.get_scheduler(schedule, optimizer, 4, 20)
     for step in range(20):
@@ -75,10 +75,10 @@ def test_the_loss_is_that_of_torch(
         Train(loss="distill", rank=4, **more),
         [asdict(example) for example in _examples()],
     )
-    batch = padded(rows, 0)
+    batch = collate(rows, 0)
     base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     with torch.no_grad():
-        theirs = learned_loss(peft.PeftModel.from_pretrained(base, tiny_adapter), batch, settings)
+        theirs = gatt_loss(peft.PeftModel.from_pretrained(base, tiny_adapter), batch, settings)
     rotary = json.loads((tiny_llama / "config.json").read_text())[
         "rope_parameters"
     ]  # MLX knows them by their older names
@@ -91,7 +91,7 @@ def test_the_loss_is_that_of_torch(
     backend._load_adapter(network, tiny_adapter)
     ours = {name: mx.array(tensor.numpy()) for name, tensor in batch.items()}
     weight = sum(sum(row["weights"]) for row in rows)
-    found = backend.learned_loss(network, ours, backend._teacher(network, ours), settings, weight)
+    found = backend.gatt_loss(network, ours, backend._teacher(network, ours), settings, weight)
     assert float(found) == pytest.approx(float(theirs), rel=1e-4)
 
 
@@ -127,8 +127,8 @@ def test_it_learns_and_goes_on_as_if_it_had_not_been_cut(tiny_llama: Path, tmp_p
         tiny_llama,
         tmp_path / "whole" / "adapter",
         [e.input_ids for e in _examples()],
-        four_bits=False,
+        load_in_4bit=False,
     ).logits
-    base = predict(tiny_llama, None, [e.input_ids for e in _examples()], four_bits=False).logits
+    base = predict(tiny_llama, None, [e.input_ids for e in _examples()], load_in_4bit=False).logits
     rounded = np.load(tmp_path / "whole" / "logits.npy")
-    assert divergence(exact, rounded) < min(0.5, divergence(base, rounded))
+    assert mean_kl(exact, rounded) < min(0.5, mean_kl(base, rounded))

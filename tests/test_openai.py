@@ -23,7 +23,7 @@ from conftest import Gatt
 from pipeline.data.dialogues import load_dialogues
 from pipeline.errors import GattError
 from pipeline.files import read_jsonl
-from pipeline.inference.openai_client import Server, _within
+from pipeline.inference.openai_client import OpenAIClient, _within
 from pipeline.records import Completion, Message, Request, Task
 
 
@@ -31,7 +31,7 @@ def _request(text: str = "Say something.", **more: Any) -> Request:
     return Request(({"role": "user", "content": text},), 1, **{"max_tokens": 16, **more})
 
 
-def _ask(server: Server, *requests: Request) -> list[Completion]:
+def _ask(server: OpenAIClient, *requests: Request) -> list[Completion]:
     got: list[Completion] = []
 
     def once(request: Request) -> Task:
@@ -205,7 +205,7 @@ def test_dialogues_with_a_real_server(real: str) -> None:
             messages.append({"role": "assistant", "content": got[name, turn].text})
         running.remove(name)
 
-    with Server(real, concurrency=3) as server:
+    with OpenAIClient(real, concurrency=3) as server:
         server.run(talk(d.id, d.turns) for d in load_dialogues("seed")[:5])
     assert len(got) == 15
     assert most == 3
@@ -238,10 +238,10 @@ def test_the_command_line_takes_a_server_as_the_teacher(
 
 def test_a_real_server_is_left_as_soon_as_it_is_enough(real: str) -> None:
     long = _request(
-        "Tell me a long story about a whale.", max_tokens=800, enough=lambda text: len(text) > 40
+        "Tell me a long story about a whale.", max_tokens=800, stop_when=lambda text: len(text) > 40
     )
     start = time.monotonic()
-    first, second = _ask(Server(real, concurrency=1), long, _request("What is a whale?"))
+    first, second = _ask(OpenAIClient(real, concurrency=1), long, _request("What is a whale?"))
     assert (first.finish, second.finish) == ("enough", "length")
     assert 40 < len(first.text) < 80
     assert first.tokens < 40
@@ -251,7 +251,7 @@ def test_a_real_server_is_left_as_soon_as_it_is_enough(real: str) -> None:
 
 
 def test_a_real_server_says_that_its_context_is_full(real: str) -> None:
-    full, after = _ask(Server(real, concurrency=1), _request("word " * 1200), _request())
+    full, after = _ask(OpenAIClient(real, concurrency=1), _request("word " * 1200), _request())
     assert full == Completion("", 0, 0, "context")
     assert after.text
 
@@ -265,7 +265,9 @@ def test_a_real_server_says_what_its_library_says(real: str, base: Path) -> None
         for text in ("Why is the sky blue?", "Say hello.", "What is 2 + 2?")
     ]
     library = llama_cpp.Llama(str(base), n_ctx=1024, n_threads=1, n_threads_batch=1, verbose=False)
-    for request, said in zip(questions, _ask(Server(real, concurrency=1), *questions), strict=True):
+    for request, said in zip(
+        questions, _ask(OpenAIClient(real, concurrency=1), *questions), strict=True
+    ):
         messages: Any = list(request.messages)
         expected = library.create_chat_completion(
             messages, temperature=0, repeat_penalty=1.1, max_tokens=24
@@ -280,7 +282,7 @@ def test_a_real_server_that_breaks_streams_off_for_the_next_request(
 ) -> None:
     with _serve(base, tmp_path / "log", interrupt_requests=True) as url:
         answers = _ask(
-            Server(url, concurrency=4),
+            OpenAIClient(url, concurrency=4),
             *[_request(text, max_tokens=24) for text in ("Why?", "Who?", "Where?", "How?")],
         )
     assert "Disconnected from client" in (tmp_path / "log").read_text()
@@ -291,7 +293,7 @@ def test_a_real_server_that_breaks_streams_off_for_the_next_request(
 
 def test_a_request_and_its_answer_on_the_wire(wire: Wire) -> None:
     wire.plan = [_stream("Hark! ", "Yes.")]
-    assert _ask(Server(wire.url), _request(temperature=0.5)) == [
+    assert _ask(OpenAIClient(wire.url), _request(temperature=0.5)) == [
         Completion("Hark! Yes.", 70, 9, "stop")
     ]
     assert wire.bodies == [
@@ -309,7 +311,9 @@ def test_a_request_and_its_answer_on_the_wire(wire: Wire) -> None:
 
 def test_tokens_are_counted_where_the_server_does_not_say(wire: Wire) -> None:
     wire.plan = [_stream("", "One ", "two", reason="length", usage=False)]
-    assert _ask(Server(wire.url, "second"), _request()) == [Completion("One two", 2, 0, "length")]
+    assert _ask(OpenAIClient(wire.url, "second"), _request()) == [
+        Completion("One two", 2, 0, "length")
+    ]
 
 
 def test_a_server_without_stream_options(wire: Wire) -> None:
@@ -318,9 +322,9 @@ def test_a_server_without_stream_options(wire: Wire) -> None:
         (refusal if "stream_options" in body else _stream("Yes.", usage=False))(handler, body)
 
     wire.plan = [strict]
-    assert [said.text for said in _ask(Server(wire.url, concurrency=3), *[_request()] * 6)] == [
-        "Yes."
-    ] * 6
+    assert [
+        said.text for said in _ask(OpenAIClient(wire.url, concurrency=3), *[_request()] * 6)
+    ] == ["Yes."] * 6
     assert (
         sum("stream_options" in body for body in wire.bodies) <= 3
     )  # it is not asked again by those that follow
@@ -341,7 +345,7 @@ def test_enough_closes_the_stream(wire: Wire) -> None:
             closed.set()
 
     wire.plan = [endless]
-    said = _ask(Server(wire.url), _request(enough=lambda text: text.count("word") == 3))
+    said = _ask(OpenAIClient(wire.url), _request(stop_when=lambda text: text.count("word") == 3))
     assert said == [Completion("word word word ", 3, 0, "enough")]
     assert closed.wait(5)
     assert len(sent) < 1000
@@ -349,7 +353,7 @@ def test_enough_closes_the_stream(wire: Wire) -> None:
 
 def test_busy_twice_and_then_well(wire: Wire) -> None:
     wire.plan = [_error(429, "Slow down"), _error(503, "Loading"), _stream("Yes.")]
-    assert _ask(Server(wire.url), _request())[0].text == "Yes."
+    assert _ask(OpenAIClient(wire.url), _request())[0].text == "Yes."
     assert len(wire.bodies) == 3
 
 
@@ -369,9 +373,12 @@ def test_busy_twice_and_then_well(wire: Wire) -> None:
 )
 def test_a_broken_stream_is_asked_for_as_a_whole(break_off: Answer, wire: Wire) -> None:
     wire.plan = [break_off, _whole("Hark! Yes.")]
-    assert _ask(Server(wire.url), _request()) == [Completion("Hark! Yes.", 7, 9, "stop")]
+    assert _ask(OpenAIClient(wire.url), _request()) == [Completion("Hark! Yes.", 7, 9, "stop")]
     wire.plan = [break_off, _whole("Hark! Yes.")]
-    assert _ask(Server(wire.url), _request(enough=lambda text: "!" in text))[0].finish == "enough"
+    assert (
+        _ask(OpenAIClient(wire.url), _request(stop_when=lambda text: "!" in text))[0].finish
+        == "enough"
+    )
     assert "stream" not in wire.bodies[-1]
 
 
@@ -391,7 +398,7 @@ def test_a_broken_stream_is_asked_for_as_a_whole(break_off: Answer, wire: Wire) 
 )
 def test_a_full_context_is_said(overflow: Answer, wire: Wire) -> None:
     wire.plan = [overflow]
-    assert _ask(Server(wire.url), _request()) == [Completion("", 0, 0, "context")]
+    assert _ask(OpenAIClient(wire.url), _request()) == [Completion("", 0, 0, "context")]
 
 
 @pytest.mark.parametrize(
@@ -419,7 +426,7 @@ def test_a_full_context_is_said(overflow: Answer, wire: Wire) -> None:
 def test_failures_that_a_user_can_act_upon(plan: list[Answer], said: list[str], wire: Wire) -> None:
     wire.plan = plan
     with pytest.raises(GattError) as error:
-        _ask(Server(wire.url, "other"), _request())
+        _ask(OpenAIClient(wire.url, "other"), _request())
     for words in said:
         assert words in str(error.value)
     assert "\n" not in str(error.value)
@@ -442,13 +449,13 @@ def test_failures_that_a_user_can_act_upon(plan: list[Answer], said: list[str], 
 def test_no_model_to_be_had(models: Answer, said: str, wire: Wire) -> None:
     wire.models = models
     with pytest.raises(GattError, match=said.replace("(", r"\(").replace(")", r"\)")):
-        _ask(Server(wire.url), _request())
+        _ask(OpenAIClient(wire.url), _request())
     assert not wire.bodies
 
 
 def test_a_named_model_needs_no_list(wire: Wire) -> None:
     wire.models, wire.plan = _error(403, "Not for you"), [_stream("Yes.")]
-    assert _ask(Server(wire.url, "mine"), _request())[0].text == "Yes."
+    assert _ask(OpenAIClient(wire.url, "mine"), _request())[0].text == "Yes."
 
 
 def test_the_key_is_sent(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,10 +465,10 @@ def test_the_key_is_sent(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
 
     wire.plan = [guarded]
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
-    assert _ask(Server(wire.url), _request())[0].text == "Yes."
+    assert _ask(OpenAIClient(wire.url), _request())[0].text == "Yes."
     monkeypatch.setenv("OPENAI_API_KEY", "wrong")
     with pytest.raises(GattError, match="refuses the key in OPENAI_API_KEY"):
-        _ask(Server(wire.url), _request())
+        _ask(OpenAIClient(wire.url), _request())
 
 
 def test_nobody_listens() -> None:
@@ -469,7 +476,7 @@ def test_nobody_listens() -> None:
         GattError,
         match=r"No server answers at http://127.0.0.1:\d+/v1 \(.*\)\. Start it or correct",
     ):
-        _ask(Server(f"http://127.0.0.1:{_free_port()}/v1"), _request())
+        _ask(OpenAIClient(f"http://127.0.0.1:{_free_port()}/v1"), _request())
 
 
 @pytest.mark.parametrize(
@@ -477,7 +484,7 @@ def test_nobody_listens() -> None:
 )
 def test_no_address(url: str) -> None:
     with pytest.raises(GattError, match="not the address of a server"):
-        Server(url)
+        OpenAIClient(url)
 
 
 def test_a_server_that_hangs(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -488,7 +495,7 @@ def test_a_server_that_hangs(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("pipeline.inference.openai_client._SECONDS", 0.3)
     try:
         with pytest.raises(GattError, match=r"more than 0\.3 s for one answer"):
-            _ask(Server(wire.url), _request())
+            _ask(OpenAIClient(wire.url), _request())
     finally:
         release.set()
 
@@ -515,7 +522,9 @@ def test_an_exception_stops_the_others_and_closes_them(
     start = time.monotonic()
     try:
         with pytest.raises(ZeroDivisionError):
-            Server(wire.url, concurrency=3).run(started.append(n) or talk(n) for n in range(9))  # type: ignore[func-returns-value]
+            OpenAIClient(wire.url, concurrency=3).run(
+                started.append(n) or talk(n) for n in range(9)
+            )  # type: ignore[func-returns-value]
     finally:
         release.set()
     assert time.monotonic() - start < 10

@@ -17,11 +17,11 @@ import pytest
 from pipeline.evaluation.scores import scores
 from pipeline.evaluation.suites import suites
 from pipeline.files import write_json, write_jsonl
-from pipeline.gatt.assignment import read_pairs, read_sides
+from pipeline.gatt.assignment import read_split, read_splits
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.records import Constraint, Dialogue, Reply
 from pipeline.report.figures import adherence_curve, change_curve
-from pipeline.report.tables import Table, key, markdown
+from pipeline.report.tables import Table, markdown, sort_key
 from pipeline.run_dir import RunDir
 from pipeline.stages.instructions import written
 from pipeline.stages.report import headline, run
@@ -56,7 +56,7 @@ def _replies(arm: str, pairs: list[Any], good: float) -> list[Reply]:
             )
             found += [
                 Reply(arm, pair.dialogue.id, turn, "Me.", 9, 9, "stop", held, "", ask.attribute)
-                for ask in pair.asks
+                for ask in pair.recall_questions
                 if turn in (2, 4, 6, 20)
             ]
     return found
@@ -64,7 +64,7 @@ def _replies(arm: str, pairs: list[Any], good: float) -> list[Reply]:
 
 def _run(folder: Path, full: bool) -> tuple[Recipe, RunDir]:
     """A finished run, its replies made up and its scores those of the replies."""
-    rundir = RunDir(folder)
+    run_dir = RunDir(folder)
     model = folder / "my-model.gguf"
     model.write_bytes(b"GGUF")
     recipe = Recipe(model=str(model), evaluate=Evaluate(dialogues=4))
@@ -76,11 +76,11 @@ def _run(folder: Path, full: bool) -> tuple[Recipe, RunDir]:
         dialogues, _POOL, (Constraint("uppercase"), Constraint("opening", "Well, well!")), 10, 20
     )
     main = [(d, p) for d, (_, p) in zip(dialogues, further["change"], strict=True)]
-    write_json(rundir.pairs, written(made, {"train": [], "evaluate": main}))
-    write_json(rundir.suites, written(made, further))
+    write_json(run_dir.pairs, written(made, {"train": [], "evaluate": main}))
+    write_json(run_dir.suites, written(made, further))
     found = {
-        "evaluate": read_pairs(rundir.pairs, "evaluate"),
-        **(read_sides(rundir.suites) if full else {}),
+        "evaluate": read_split(run_dir.pairs, "evaluate"),
+        **(read_splits(run_dir.suites) if full else {}),
     }
     rivals = ["rival"] if full else [f"rival {n}" for n in range(1, 6)]
     shares = {"base": 0.2, "tuned": 0.8, **dict.fromkeys(rivals, 0.5)}
@@ -91,7 +91,7 @@ def _run(folder: Path, full: bool) -> tuple[Recipe, RunDir]:
         for r in _replies(arm, pairs, good)
     ]
     replies += _replies("ceiling", found["evaluate"], 0.9)
-    write_jsonl(rundir.replies, replies)
+    write_jsonl(run_dir.replies, replies)
     numbers = scores(replies, found, _POOL)
     if full:
         judge = {
@@ -104,7 +104,7 @@ def _run(folder: Path, full: bool) -> tuple[Recipe, RunDir]:
             "perplexity": {"base": 3.0, "tuned": 3.3},
             "kl": {"base": 0.0, "tuned": 0.1},
         }
-        numbers |= {"primary": "recall", "damage": damage, "judge": {**judge, "scores": []}}
+        numbers |= {"primary": "recall", "degradation": damage, "judge": {**judge, "scores": []}}
         row = {"at": 1, "old": 0.0, "new": 0.0}
         assert row.keys() < numbers["change"]["tuned"]["by_turn"][0].keys()
         share = {
@@ -113,10 +113,10 @@ def _run(folder: Path, full: bool) -> tuple[Recipe, RunDir]:
             "instruction": [0, 1],
             "share": [0.5, 0.1],
         }
-        write_json(rundir.attention, {"base": share, "tuned": share})
-        write_json(rundir.losses, [2.0, 1.5, 1.2])
-    write_json(rundir.scores, numbers)
-    write_jsonl(rundir.examples, [{"teacher": "itself"}])
+        write_json(run_dir.attention, {"base": share, "tuned": share})
+        write_json(run_dir.losses, [2.0, 1.5, 1.2])
+    write_json(run_dir.scores, numbers)
+    write_jsonl(run_dir.examples, [{"teacher": "itself"}])
     drawn = {
         "way": "edited",
         "drawn": 9,
@@ -126,14 +126,14 @@ def _run(folder: Path, full: bool) -> tuple[Recipe, RunDir]:
         "example": f"Ahoy! {_NASTY}",
     }
     write_json(
-        rundir.acceptance,
+        run_dir.acceptance,
         {"answers": [{"instruction": "opening: Ahoy!", **drawn}], "too_common": 0},
     )
     formats = {"Q8_0": {"bytes": 145_000_000, "retained": {"attn_q": 0.85}, "kl_trained": 0.3}}
-    write_json(rundir.exported, {"merge_onto": "16bit", "merges": {}, "formats": formats})
-    rundir.tuned("Q8_0").write_bytes(b"GGUF")
-    run(recipe, rundir)
-    return recipe, rundir
+    write_json(run_dir.exported, {"merge_base": "fp16", "merges": {}, "formats": formats})
+    run_dir.tuned("Q8_0").write_bytes(b"GGUF")
+    run(recipe, run_dir)
+    return recipe, run_dir
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +163,13 @@ def test_a_figure_that_was_not_measured_is_not_told(bare: RunDir) -> None:
         {"arm": arm, "at": "turns 1 to 2", "hits": 0, "n": 0, "value": float("nan")}
         for arm in ("base", "tuned")
     ]
-    assert "keeps its instruction in an unknown share of the answers" in headline({"late": nothing})
+    assert "keeps its instruction in an unknown share of the answers" in headline(
+        {"last_five": nothing}
+    )
 
 
-def _page(rundir: RunDir) -> str:
-    return (rundir.report / "report.html").read_text(encoding="utf-8")
+def _page(run_dir: RunDir) -> str:
+    return (run_dir.report / "report.html").read_text(encoding="utf-8")
 
 
 def test_every_part_is_there_and_what_was_not_measured_is_left_out(
@@ -213,7 +215,7 @@ def test_the_tables_hold_the_numbers_of_the_scores(full: RunDir) -> None:
     for name in (
         "by_turn",
         "by_instruction",
-        "generalisation",
+        "generalization",
         "leakage",
         "single_by_kind",
         "recall_by_attribute",
@@ -270,10 +272,10 @@ def test_the_numbers_behind_curves_are_files(full: RunDir) -> None:
 
 
 def test_a_shared_report_does_not_tell_where_the_model_lies(full: RunDir, bare: RunDir) -> None:
-    for rundir in (full, bare):
+    for run_dir in (full, bare):
         for name in ("report.html", "report.md", "report.json"):
-            text = (rundir.report / name).read_text(encoding="utf-8")
-            assert "my-model.gguf" in text and str(rundir.path) not in text
+            text = (run_dir.report / name).read_text(encoding="utf-8")
+            assert "my-model.gguf" in text and str(run_dir.path) not in text
 
 
 def test_the_markdown_has_the_tables_of_a_model_card(full: RunDir) -> None:
@@ -421,7 +423,7 @@ def test_names_of_parts_are_unique_in_the_page(full: RunDir) -> None:
     assert len(names) == len(set(names)) > 40
 
 
-def test_an_arm_has_one_colour_in_all_curves() -> None:
+def test_an_arm_has_one_color_in_all_curves() -> None:
     """`change` lacks the other formats of the tuned model, which come before other models."""
     row = {"hits": 1, "n": 2, "value": 0.5, "low": 0.1, "high": 0.9}
     arms = ["base", "tuned", "tuned, Q4_K_M", "rival"]
@@ -430,16 +432,16 @@ def test_an_arm_has_one_colour_in_all_curves() -> None:
     change = change_curve(
         {arm: {"at": 1, "by_turn": [turn]} for arm in arms if "," not in arm}, arms
     )
-    colours = [re.search(r"fill: (#\w+)[^>]*>rival<", picture.svg) for picture in (curve, change)]
-    assert all(colours) and len({found[1] for found in colours if found}) == 1
+    colors = [re.search(r"fill: (#\w+)[^>]*>rival<", picture.svg) for picture in (curve, change)]
+    assert all(colors) and len({found[1] for found in colors if found}) == 1
 
 
 def test_a_rate_and_a_number_share_a_column_of_the_csv(full: RunDir) -> None:
     with (full.report / "tables" / "overview.csv").open(encoding="utf-8") as file:
         strict, *_, distinct = csv.DictReader(file)
     numbers = json.loads(full.scores.read_text(encoding="utf-8"))
-    assert [float(strict[row["arm"]]) for row in numbers["late"]] == [
-        row["value"] for row in numbers["late"]
+    assert [float(strict[row["arm"]]) for row in numbers["last_five"]] == [
+        row["value"] for row in numbers["last_five"]
     ]
     assert float(distinct["tuned"]) == numbers["distinct_2"]["tuned"] and distinct["tuned n"] == ""
 
@@ -455,7 +457,7 @@ def test_markdown_keeps_a_row_in_a_line() -> None:
 def test_shares_are_sorted_as_numbers_and_what_is_missing_as_nothing() -> None:
     nothing = {"hits": 0, "n": 0, "value": None, "low": 0.0, "high": 1.0}
     cells = ("+10.0%", "9%", nothing, None, float("nan"), "99% up", 3)
-    assert [key(cell) for cell in cells] == [10.0, 9.0, "", "", "", "99% up", 3]
+    assert [sort_key(cell) for cell in cells] == [10.0, 9.0, "", "", "", "99% up", 3]
 
 
 def test_the_scores_of_the_test_are_those_of_real_replies(full: RunDir) -> None:

@@ -42,11 +42,11 @@ def test_the_export_is_the_model_that_was_trained(finished: Path) -> None:
     """Merged onto the weights that training had, rounded to 4 bits, the file predicts what the trained model did; and merged
     onto those without the errors of the rounding, it finds the dialogues likelier."""
     table = json.loads((finished / "export" / "export.json").read_text())
-    assert table["merges"]["4bit"] < 0.005 < 0.05 < table["merges"]["16bit"]
-    assert table["surprise"]["16bit"] < table["surprise"]["4bit"]
-    assert table["merge_onto"] == "16bit"
+    assert table["merges"]["nf4"] < 0.005 < 0.05 < table["merges"]["fp16"]
+    assert table["nll"]["fp16"] < table["nll"]["nf4"]
+    assert table["merge_base"] == "fp16"
     assert table["formats"]["Q8_0"]["kl_trained"] == pytest.approx(
-        table["merges"]["16bit"], abs=0.05
+        table["merges"]["fp16"], abs=0.05
     )
     assert table["formats"]["Q8_0"]["kl_f16"] < 0.02
     assert min(table["formats"]["Q8_0"]["retained"].values()) > 0.5
@@ -112,9 +112,9 @@ def test_an_adapter_is_measured_over_the_base(
     differ = {key[0] for key in theirs if ours[key] != theirs[key]}
     assert differ == {"tuned"}  # the base's own contexts know nothing of the adapter
     scores = json.loads((tmp_path / "evaluate" / "scores.json").read_text())
-    assert scores["damage"]["perplexity"].keys() == {"base", "tuned", "rival"}
+    assert scores["degradation"]["perplexity"].keys() == {"base", "tuned", "rival"}
     assert (
-        scores["damage"]["kl"]["rival"] > scores["damage"]["kl"]["tuned"] > 0
+        scores["degradation"]["kl"]["rival"] > scores["degradation"]["kl"]["tuned"] > 0
     )  # at half its strength it moves less
     wrong = gatt(
         "evaluate", "--run", tmp_path, "--adapter", finished / "export" / "tuned-Q8_0.gguf", *tiny
@@ -145,7 +145,7 @@ def test_every_suite_is_measured(finished: Path) -> None:
     assert {row["arm"] for row in scores["single"]} == {"base", "tuned"}
     assert scores["change"]["base"]["at"] == 2
     assert scores["leakage"][0]["n"] == 3
-    assert scores["damage"]["tokens"] > 20
+    assert scores["degradation"]["tokens"] > 20
 
 
 def test_training_and_evaluation_do_not_share_a_dialogue(finished: Path) -> None:
@@ -215,7 +215,7 @@ def test_training_cut_off_goes_on_and_gives_the_same_adapter(
 def test_training_that_is_asked_to_stop_saves_and_goes_on(
     number: signal.Signals, finished: Path, tmp_path: Path, gatt: Gatt, tiny: list[str]
 ) -> None:
-    longer = [*tiny, "--set", "train.steps=30", "--set", "train.save_steps=50"]
+    longer = [*tiny, "--set", "train.max_steps=30", "--set", "train.save_steps=50"]
     adapters = []
     for stopped in (False, True):
         folder = tmp_path / str(stopped)
@@ -339,11 +339,11 @@ def test_labels_cover_answers_and_their_end_of_turn_only(
 
 
 def test_the_tuned_file_answers(finished: Path) -> None:
-    from pipeline.inference.batch_engine import Llama
+    from pipeline.inference.batch_engine import BatchEngine
     from pipeline.records import Request
 
-    with Llama(finished / "export" / "tuned-Q8_0.gguf", 1, 256) as llama:
+    with BatchEngine(finished / "export" / "tuned-Q8_0.gguf", 1, 256) as llama:
         said = llama.complete(
-            Request(({"role": "user", "content": "What colour is the sky?"},), 1, 16)
+            Request(({"role": "user", "content": "What color is the sky?"},), 1, 16)
         )
     assert said.tokens and said.text

@@ -27,10 +27,10 @@ from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.merge import open_base
 from pipeline.hub.convert import write_formats
 from pipeline.hub.models import Model
-from pipeline.inference.async_engine import Engine, Source
-from pipeline.inference.batch_engine import Llama
+from pipeline.inference.async_engine import AsyncEngine, ModelSource
+from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.model import Adapter
-from pipeline.inference.scheduler import Busy, Limits, Question
+from pipeline.inference.scheduler import GenerationRequest, Limits, QueueFullError
 from pipeline.records import Message, Request
 
 NAME = "smollm2-135m"
@@ -111,15 +111,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
 
 
 @pytest.fixture(scope="module")
-def alone(base: Path) -> Iterator[Llama]:
+def alone(base: Path) -> Iterator[BatchEngine]:
     """The engine of the other stages, for comparison; on one thread, as the server needs the other cores."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "cpu_count", lambda: 1)
-        with Llama(base, 1, CONTEXT) as llama:
+        with BatchEngine(base, 1, CONTEXT) as llama:
             yield llama
 
 
-def _same_or_tied(exact: Llama, messages: list[Message], got: Any) -> bool:
+def _same_or_tied(exact: BatchEngine, messages: list[Message], got: Any) -> bool:
     """Whether a greedy answer is the exact engine's, or leaves it where two tokens tie but for the kernels' rounding."""
     expected = exact.complete(Request(tuple(messages), 1, 12, 0))
     one, other = got.choices[0].message.content, expected.text
@@ -135,7 +135,7 @@ def _same_or_tied(exact: Llama, messages: list[Message], got: Any) -> bool:
 
 
 def test_greedy_answers_are_the_engines_own_whatever_runs_beside(
-    server: Serving, alone: Llama
+    server: Serving, alone: BatchEngine
 ) -> None:
     questions = [d.turns[0] for d in load_dialogues("seed")[:12]]
     with ThreadPoolExecutor(12) as pool:
@@ -155,10 +155,8 @@ def test_a_seed_is_an_answer(server: Serving) -> None:
 
 
 def test_a_stream_is_the_same_answer_with_usage(server: Serving) -> None:
-    whole = server.chat("Name a colour.")
-    chunks = list(
-        server.chat("Name a colour.", stream=True, stream_options={"include_usage": True})
-    )
+    whole = server.chat("Name a color.")
+    chunks = list(server.chat("Name a color.", stream=True, stream_options={"include_usage": True}))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert (
         "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
@@ -191,9 +189,9 @@ def test_text_completions_models_and_langchain(server: Serving) -> None:
         max_completion_tokens=12,
         max_retries=0,  # type: ignore[arg-type, call-arg]
     )
-    expected = server.chat("Name a colour.").choices[0].message.content
-    assert chain.invoke("Name a colour.").content == expected
-    assert "".join(str(piece.content) for piece in chain.stream("Name a colour.")) == expected
+    expected = server.chat("Name a color.").choices[0].message.content
+    assert chain.invoke("Name a color.").content == expected
+    assert "".join(str(piece.content) for piece in chain.stream("Name a color.")) == expected
 
 
 def test_stop_texts_end_an_answer_and_are_not_sent_in_part(server: Serving) -> None:
@@ -223,7 +221,7 @@ def test_parts_and_the_developers_role_are_plain_messages(server: Serving) -> No
 
 
 def test_the_next_turn_feeds_only_what_is_new_and_answers_as_if_all_were(
-    server: Serving, alone: Llama
+    server: Serving, alone: BatchEngine
 ) -> None:
     messages: list[Message] = [{"role": "user", "content": "My cat is called Mio."}]
     before = 0
@@ -466,11 +464,11 @@ def test_what_cannot_be_served_is_told_before_a_model_is_loaded(gatt: Gatt, base
 
 
 def test_a_full_queue_says_so_and_who_waits_is_served_or_leaves(base: Path) -> None:
-    async def ask(engine: Engine) -> None:
+    async def ask(engine: AsyncEngine) -> None:
         tokens = engine.chat_tokens("one", ({"role": "user", "content": "Tell a story."},))
-        question = Question(tokens, Request((), 1, 60, 0))
+        question = GenerationRequest(tokens, Request((), 1, 60, 0))
         running, waiting = engine.ask("one", question), engine.ask("one", question)
-        with pytest.raises(Busy, match="1 requests wait"):
+        with pytest.raises(QueueFullError, match="1 requests wait"):
             engine.ask("one", question)
         assert engine.state("one") == (1, 1, 1)
         waiting.cancel()
@@ -481,7 +479,7 @@ def test_a_full_queue_says_so_and_who_waits_is_served_or_leaves(base: Path) -> N
         assert len("".join([piece async for piece in after])) > 0
         assert after.outcome and after.outcome.finish in ("stop", "length")
 
-    engine = Engine({"one": Source(base)}, Limits(context=256, waiting=1, sequences=1))
+    engine = AsyncEngine({"one": ModelSource(base)}, Limits(context=256, waiting=1, sequences=1))
     try:
         asyncio.run(ask(engine))
     finally:
@@ -491,11 +489,11 @@ def test_a_full_queue_says_so_and_who_waits_is_served_or_leaves(base: Path) -> N
 def test_an_adapter_is_a_model_of_its_own_over_the_same_weights(
     tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
-    async def ask(engine: Engine) -> dict[str, str]:
+    async def ask(engine: AsyncEngine) -> dict[str, str]:
         for _ in range(2):
             for name in sources:
                 answer = engine.ask(
-                    name, Question(engine.chat_tokens(name, request.messages), request)
+                    name, GenerationRequest(engine.chat_tokens(name, request.messages), request)
                 )
                 got[name] = "".join([piece async for piece in answer])
                 cached[name] = answer.outcome.cached_tokens if answer.outcome else 0
@@ -506,18 +504,18 @@ def test_an_adapter_is_a_model_of_its_own_over_the_same_weights(
     write_formats(Model("tiny", tiny_llama), None, {"F32": tmp_path / "base.gguf"})
     write_adapter(open_base(tiny_llama), tiny_adapter, tmp_path / "adapter.gguf")
     sources = {
-        "tiny": Source(tmp_path / "base.gguf"),
-        "a": Source(tmp_path / "base.gguf", Adapter(tmp_path / "adapter.gguf")),
+        "tiny": ModelSource(tmp_path / "base.gguf"),
+        "a": ModelSource(tmp_path / "base.gguf", Adapter(tmp_path / "adapter.gguf")),
     }
     request = Request(({"role": "user", "content": "naive caf"},), 1, 12, 0)
-    engine = Engine(sources, Limits(context=256, sequences=2))
+    engine = AsyncEngine(sources, Limits(context=256, sequences=2))
     try:
         asyncio.run(ask(engine))
     finally:
         engine.close()
     assert min(cached.values()) > 0
     for name, source in sources.items():
-        with Llama(source.path, 1, 256, adapter=source.adapter) as llama:
+        with BatchEngine(source.path, 1, 256, adapter=source.adapter) as llama:
             assert got[name] == llama.complete(request).text
     assert got["tiny"] != got["a"]
 

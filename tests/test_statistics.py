@@ -48,7 +48,7 @@ def arm(rows: list[list[int]], name: str = "base", measured: int = 99) -> list[R
             1,
             "stop" if turn <= measured else "context",
             obeys=bool(hit),
-            flaw="",
+            defect="",
         )
         for d, row in enumerate(rows)
         for turn, hit in enumerate(row, 1)
@@ -57,7 +57,7 @@ def arm(rows: list[list[int]], name: str = "base", measured: int = 99) -> list[R
 
 def said(*texts: str, flaw: str = "", finish: str = "stop") -> list[Reply]:
     return [
-        Reply("base", "d", turn, text, 1, 1, finish, obeys=True, flaw=flaw)
+        Reply("base", "d", turn, text, 1, 1, finish, obeys=True, defect=flaw)
         for turn, text in enumerate(texts, 1)
     ]
 

@@ -10,7 +10,7 @@ import pytest
 from pipeline.evaluation.judge_prompts import balanced, question, verdict
 from pipeline.evaluation.scores import scores
 from pipeline.evaluation.suites import PROBED_TURNS, probed_turns, suites
-from pipeline.gatt.assignment import Paired
+from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import KINDS
 from pipeline.recipe import Recipe
 from pipeline.records import Constraint, Dialogue, Instruction, Reply
@@ -30,16 +30,16 @@ DIALOGUES = [
 ]
 
 
-def _suites(dialogues: list[Dialogue] = DIALOGUES) -> dict[str, list[Paired]]:
+def _suites(dialogues: list[Dialogue] = DIALOGUES) -> dict[str, list[AssignedDialogue]]:
     made, found = suites(dialogues, POOL, UNSEEN, 10, 20)
     return {
         name: [
-            Paired(
+            AssignedDialogue(
                 d,
                 made.get(p.instruction or ""),
-                p.way,
-                then=made.get(p.then or ""),
-                change=p.change,
+                p.method,
+                next_instruction=made.get(p.next_instruction or ""),
+                change_turn=p.change_turn,
             )
             for d, p in suite
         ]
@@ -66,13 +66,13 @@ def test_what_is_trained_is_not_unseen() -> None:
 
 def test_the_instruction_changes_half_way_to_another() -> None:
     for pair in _suites()["change"]:
-        assert pair.change == 5
+        assert pair.change_turn == 5
         assert pair.constraints(4) != pair.constraints(5)
-        assert pair.taught[5].startswith("From now on: ")
+        assert pair.student_instructions[5].startswith("From now on: ")
 
 
 def test_single_questions_cover_every_kind_that_a_program_can_check() -> None:
-    six = [Dialogue(f"d{n}", "sea", ("What?",)) for n in range(Recipe().evaluate.more)]
+    six = [Dialogue(f"d{n}", "sea", ("What?",)) for n in range(Recipe().evaluate.suite_dialogues)]
     asked = {c.kind for p in _suites(six)["single"] for c in p.constraints(0)}
     assert asked == {name for name, kind in KINDS.items() if not kind.judged}
 
@@ -81,11 +81,11 @@ def test_attributes_are_asked_for_in_the_turns_of_the_paper() -> None:
     assert probed_turns(20) == list(PROBED_TURNS)
     assert probed_turns(5) == [2, 4, 5]
     pair = _suites()["recall"][0]
-    assert pair.taught[0] == "You are Napoleon and you love tennis."
-    asking = pair.asking(4, pair.asks[0].question)
-    messages = asking.ask_student(["a", "b", "c"], "")
+    assert pair.student_instructions[0] == "You are Napoleon and you love tennis."
+    with_question = pair.with_question(4, pair.recall_questions[0].question)
+    messages = with_question.student_prompt(["a", "b", "c"], "")
     assert messages[-1]["content"] == "What is your name?"
-    assert messages[:-1] == pair.ask_student(["a", "b", "c"], "")[:-1]
+    assert messages[:-1] == pair.student_prompt(["a", "b", "c"], "")[:-1]
 
 
 def test_no_dialogues_no_suites() -> None:
@@ -95,7 +95,7 @@ def test_no_dialogues_no_suites() -> None:
 
 def _reply(
     arm: str,
-    pair: Paired,
+    pair: AssignedDialogue,
     turn: int,
     obeys: bool,
     text: str = "Words.",
@@ -105,12 +105,12 @@ def _reply(
     return Reply(arm, pair.dialogue.id, turn, text, 9, 9, "stop", obeys, flaw, probe)
 
 
-def _main() -> list[Paired]:
+def _main() -> list[AssignedDialogue]:
     told = Instruction("i", "Begin.", "B.", (POOL[0],))
-    return [Paired(d, told, "plain") for d in DIALOGUES]
+    return [AssignedDialogue(d, told, "plain") for d in DIALOGUES]
 
 
-def _replies(pairs: list[Paired]) -> list[Reply]:
+def _replies(pairs: list[AssignedDialogue]) -> list[Reply]:
     return [
         _reply(arm, p, t, arm == "tuned")
         for arm in ("base", "tuned")
@@ -126,8 +126,10 @@ def test_the_figures_of_a_suite_are_kept_from_those_of_the_others() -> None:
     alone = scores(replies, {"evaluate": main}, POOL)
     replies += [_reply("tuned", p, t, False) for p in found["unseen"] for t in range(1, 11)]
     both = scores(replies, {"evaluate": main, **found}, POOL)
-    assert all(both[key] == alone[key] for key in alone if key not in ("needed",)), both
-    assert {(r["at"], r["hits"], r["n"]) for r in both["generalisation"]} == {
+    assert all(both[key] == alone[key] for key in alone if key not in ("required_sample_size",)), (
+        both
+    )
+    assert {(r["at"], r["hits"], r["n"]) for r in both["generalization"]} == {
         ("unseen value", 0, 20),
         ("unseen kind", 0, 20),
     }
@@ -142,7 +144,7 @@ def test_adherence_by_family() -> None:
         Instruction(c.kind, "Do.", "D.", (c,))
         for c in (POOL[0], POOL[2], Constraint("persona", "Nemo"))
     ]
-    pairs = [Paired(d, i, "plain") for d, i in zip(DIALOGUES, told, strict=False)]
+    pairs = [AssignedDialogue(d, i, "plain") for d, i in zip(DIALOGUES, told, strict=False)]
     replies = [
         _reply(arm, p, t, p is pairs[2])
         for arm in ("base", "tuned")
@@ -158,10 +160,10 @@ def test_adherence_by_family() -> None:
 
 def test_raw_adherence_counts_what_is_no_answer() -> None:
     main = _main()
-    replies = [replace(r, obeys=True, flaw="loop" if r.turn > 10 else "") for r in _replies(main)]
+    replies = [replace(r, obeys=True, defect="loop" if r.turn > 10 else "") for r in _replies(main)]
     found = scores(replies, {"evaluate": main}, POOL)
-    assert [row["value"] for row in found["late"]] == [0, 0]
-    assert [row["value"] for row in found["late_raw"]] == [1, 1]
+    assert [row["value"] for row in found["last_five"]] == [0, 0]
+    assert [row["value"] for row in found["last_five_unfiltered"]] == [1, 1]
 
 
 def test_a_change_is_followed_turn_by_turn() -> None:
@@ -209,7 +211,7 @@ def test_recall_is_by_turn_and_by_attribute_of_the_probes_alone() -> None:
     replies = _replies(main)
     for pair in pairs:
         replies += [_reply("tuned", pair, t, True) for t in range(1, 21)]
-        for ask in pair.asks:
+        for ask in pair.recall_questions:
             known = ask.attribute == "name"
             replies += [
                 _reply("tuned", pair, t, known and t < 5, probe=ask.attribute) for t in PROBED_TURNS

@@ -11,26 +11,27 @@ from typing import Any
 import pytest
 
 from pipeline.errors import GattError
-from pipeline.recipe import Train, load_recipe
+from pipeline.recipe import Train
+from pipeline.recipe_file import load_recipe
 from pipeline.stages.train import mixed
 from pipeline.training import trainer
-from pipeline.training.examples import IGNORED, Labelled
-from pipeline.training.trainer import loop, parts
+from pipeline.training.examples import IGNORE_INDEX, TrainingExample
+from pipeline.training.trainer import micro_batches, train_loop
 from pipeline.training.unsloth import continue_from
 
-_SETTINGS = Train(steps=3, batch=4, learning_rate=1e-2, save_steps=1)
+_SETTINGS = Train(max_steps=3, batch_size=4, learning_rate=1e-2, save_steps=1)
 
 
-def _examples() -> list[Labelled]:
+def _examples() -> list[TrainingExample]:
     """Dialogues of different lengths, the second half of each learned and in part distilled."""
     found = []
     for n in range(8):
         ids = [(7 * n + 11 * place) % 250 + 3 for place in range(12 + 3 * n)]
         half = len(ids) // 2
-        labels = [IGNORED] * half + ids[half:]
+        labels = [IGNORE_INDEX] * half + ids[half:]
         weights = [0.0] * half + [1.0 + 0.1 * n] * (len(ids) - half)
         found.append(
-            Labelled(
+            TrainingExample(
                 ids,
                 labels,
                 weights,
@@ -59,7 +60,7 @@ def _trained(
     import torch
 
     network = _network(folder)
-    losses = loop(network, 0, _examples(), settings, 1, checkpoints, lambda step: None)
+    losses = train_loop(network, 0, _examples(), settings, 1, checkpoints, lambda step: None)
     return losses, torch.cat(
         [p.detach().flatten() for p in network.parameters() if p.requires_grad]
     )
@@ -86,7 +87,7 @@ def test_out_of_memory_goes_on_in_smaller_parts(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
 ) -> None:
-    real, sizes = trainer.learned_loss, []
+    real, sizes = trainer.gatt_loss, []
 
     def tight(model: Any, batch: dict[str, Any], *more: Any) -> Any:
         sizes.append(tuple(batch["input_ids"].shape))
@@ -98,7 +99,7 @@ def test_out_of_memory_goes_on_in_smaller_parts(
             )
         return loss
 
-    monkeypatch.setattr(trainer, "learned_loss", tight)
+    monkeypatch.setattr(trainer, "gatt_loss", tight)
     losses, adapter = _trained(tiny_llama, tmp_path)
     assert losses == pytest.approx(whole[0], rel=1e-5)
     assert adapter.tolist() == pytest.approx(whole[1].tolist(), abs=1e-5)
@@ -112,7 +113,7 @@ def test_one_dialogue_that_does_not_fit_is_an_error(
     def never(*_: Any) -> Any:
         raise MemoryError
 
-    monkeypatch.setattr(trainer, "learned_loss", never)
+    monkeypatch.setattr(trainer, "gatt_loss", never)
     with pytest.raises(GattError, match=r"Too little memory to train on a dialogue of \d+ tokens"):
         _trained(tiny_llama, tmp_path)
 
@@ -128,7 +129,7 @@ def test_a_run_goes_on_as_if_it_had_not_been_cut(
             raise Cut
 
     with pytest.raises(Cut):
-        loop(_network(tiny_llama), 0, _examples(), _SETTINGS, 1, tmp_path, cut)
+        train_loop(_network(tiny_llama), 0, _examples(), _SETTINGS, 1, tmp_path, cut)
     assert trainer.last_checkpoint(tmp_path) == 2
     losses, adapter = _trained(tiny_llama, tmp_path)
     assert losses == pytest.approx(whole[0], rel=1e-6)
@@ -162,7 +163,7 @@ def test_own_chats_are_mixed_in_by_their_share(tmp_path: Path) -> None:
         "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
     }
     chats.write_text("".join(json.dumps(one) + "\n" for _ in range(30)), encoding="utf-8")
-    recipe = load_recipe(None, (f"train.mix={chats}", "train.mix_share=0.2"))
+    recipe = load_recipe(None, (f"train.replay_data={chats}", "train.replay_ratio=0.2"))
     assert len(mixed(recipe, 80)) == 20  # 20 of 100
     assert len(mixed(recipe, 800)) == 30  # all there are
     chats.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n', encoding="utf-8")
@@ -177,7 +178,7 @@ def test_a_step_is_done_in_parts_that_have_room() -> None:
     ]
 
     def lengths(tokens: int) -> list[list[int]]:
-        return [[row["n"] for row in part] for part in parts(rows, tokens)]
+        return [[row["n"] for row in part] for part in micro_batches(rows, tokens)]
 
     assert lengths(0) == [[100, 90, 300, 500]]
     assert lengths(400) == [[100, 90], [300], [500]]  # one that is too long by itself is a part
@@ -204,7 +205,7 @@ def test_it_stops_when_that_is_enough(
         asked.append(step)
         return (folder / "adapter_model.safetensors").exists() and step == 2
 
-    losses = loop(
+    losses = train_loop(
         _network(tiny_llama), 0, _examples(), _SETTINGS, 1, tmp_path, lambda step: None, enough
     )
     assert asked == [1, 2]
@@ -214,7 +215,7 @@ def test_it_stops_when_that_is_enough(
 def test_what_was_computed_is_counted(tiny_llama: Path, tmp_path: Path) -> None:
     seen: list[trainer.Step] = []
     settings = _SETTINGS.model_copy(update={"steps": 2, "tokens": 40})
-    loop(_network(tiny_llama), 0, _examples(), settings, 1, tmp_path, seen.append)
+    train_loop(_network(tiny_llama), 0, _examples(), settings, 1, tmp_path, seen.append)
     lengths = [len(e.input_ids) for e in _examples()]  # two steps of four are all of them
     assert seen[-1].learned == sum(n - n // 2 for n in lengths)
     assert seen[-1].computed - seen[-1].padding == sum(n + n - 2 for n in lengths)

@@ -166,8 +166,8 @@ def test_two_models_answer_side_by_side_and_the_chat_survives_a_reload(
     tab.until(lambda: instruction.input_value() == 'Begin every answer with "Ahoy!".')
     tab.settle("Temperature", 0)
     tab.settle("Tokens of an answer", 12)
-    first = tab.ask("Name a colour.")
-    told = 'Name a colour.\n\nBegin every answer with "Ahoy!".'
+    first = tab.ask("Name a color.")
+    told = 'Name a color.\n\nBegin every answer with "Ahoy!".'
     expected = server.chat(told).choices[0].message.content
     assert first == [expected, expected]
     boxes = [box.bounding_box() for box in tab.page.locator(".answer").all()]
@@ -271,7 +271,7 @@ def test_markdown_is_shown_without_html_pictures_and_script() -> None:
 
 
 @browsing
-def test_a_phone_has_the_whole_page_and_its_own_colours(chromium: Any, server: Serving) -> None:
+def test_a_phone_has_the_whole_page_and_its_own_colors(chromium: Any, server: Serving) -> None:
     phone = Tab(
         chromium,
         server.url,
@@ -293,8 +293,8 @@ def test_a_phone_has_the_whole_page_and_its_own_colours(chromium: Any, server: S
     assert phone.page.evaluate("document.scrollingElement.scrollWidth") <= 390
     ground = "getComputedStyle(document.body).backgroundColor"
     assert phone.page.evaluate(ground) == "rgb(21, 23, 27)"
-    phone.page.tap("[aria-label^=Colours]")
-    phone.page.wait_for_selector("[aria-label='Colours: light']")
+    phone.page.tap("[aria-label^=Colors]")
+    phone.page.wait_for_selector("[aria-label='Colors: light']")
     assert phone.page.evaluate(ground) == "rgb(255, 255, 255)"
     assert not phone.page.locator("text=done <1>").is_visible()
     phone.page.tap("[aria-label='Chats and runs'] >> nth=-1")

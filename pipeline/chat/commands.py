@@ -7,14 +7,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.chat.conversation import NOTHING, Conversation, Told, conversation
+from pipeline.chat.conversation import (
+    NO_INSTRUCTION,
+    Conversation,
+    StandingInstruction,
+    parse_conversation,
+)
 from pipeline.chat.files import append_dialogue, read_chat, write_chat
-from pipeline.chat.session import Session, counted, nearest
+from pipeline.chat.session import Session, did_you_mean, pluralize
 from pipeline.errors import GattError
-from pipeline.gatt.instructions import recognise
+from pipeline.gatt.instructions import parse_instruction
 
 
-def talk(session: Session) -> None:
+def chat_loop(session: Session) -> None:
     """Take messages and commands until the user leaves.
 
     Raises:
@@ -42,8 +47,10 @@ def talk(session: Session) -> None:
 def show_instruction(session: Session, text: str = "") -> None:
     """/instruction: give one, or show the one in force and how it is checked."""
     if text:
-        session.chat = replace(session.chat, told=Told(text, recognise(text)))
-    told = session.chat.told
+        session.chat = replace(
+            session.chat, instruction=StandingInstruction(text, parse_instruction(text))
+        )
+    told = session.chat.instruction
     if not told.text:
         session.screen.say("No instruction. /instruction TEXT gives one.")
         return
@@ -76,10 +83,10 @@ def load(session: Session, text: str) -> None:
         question = "The present chat is not saved, and would be gone."
         if session.screen.choose(question, {"y": f"load {path}", "n": "stay"}) == "n":
             return
-    session.chat = session.saved = conversation(
-        sides, NOTHING if session.chat.turns else session.chat.told
+    session.chat = session.saved = parse_conversation(
+        sides, NO_INSTRUCTION if session.chat.turns else session.chat.instruction
     )
-    session.screen.say(f"Loaded {path}: {counted(session.chat.turns)}.")
+    session.screen.say(f"Loaded {path}: {pluralize(session.chat.turns)}.")
 
 
 def _command(session: Session, said: str) -> None:
@@ -87,14 +94,14 @@ def _command(session: Session, said: str) -> None:
     command = COMMANDS.get(name)
     if command is None:
         raise GattError(
-            f"Unknown command {name}.{nearest(name, COMMANDS)} /help lists them; a message begins with // instead."
+            f"Unknown command {name}.{did_you_mean(name, COMMANDS)} /help lists them; a message begins with // instead."
         )
     command.act(session, rest.strip())
 
 
 def _retry(session: Session, text: str) -> None:
     last = _begun(session).turns[-1]
-    _again(session, session.chat.undone(), last.user)
+    _again(session, session.chat.without_last_turn(), last.user)
 
 
 def _again(session: Session, start: Conversation, user: str) -> None:
@@ -109,7 +116,7 @@ def _again(session: Session, start: Conversation, user: str) -> None:
 
 def _undo(session: Session, text: str) -> None:
     taken = _begun(session).turns[-1].user
-    session.chat = session.chat.undone()
+    session.chat = session.chat.without_last_turn()
     session.screen.say(
         f"Took back turn {len(session.chat.turns) + 1}: {' '.join(taken.split())[:60]}"
     )
@@ -121,7 +128,7 @@ def _edit(session: Session, text: str) -> None:
     if not 1 <= number <= count:
         raise GattError(f"/edit {text}: expected a turn from 1 to {count}.")
     later = (
-        f" What comes after it ({counted(session.chat.turns[number:])}) will be dropped."
+        f" What comes after it ({pluralize(session.chat.turns[number:])}) will be dropped."
         if number < count
         else ""
     )
@@ -157,7 +164,7 @@ def _save(session: Session, text: str, overwrite: bool = False) -> None:
     for file, messages in files.items():
         write_chat(file, messages)
     session.saved = chat
-    session.screen.say(f"Saved {counted(chat.turns)}: {', '.join(map(str, files))}")
+    session.screen.say(f"Saved {pluralize(chat.turns)}: {', '.join(map(str, files))}")
 
 
 def _export(session: Session, text: str) -> None:

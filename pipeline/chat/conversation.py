@@ -9,13 +9,13 @@ from typing import Literal, NamedTuple
 
 from pipeline.gatt.constraints.registry import obeys
 from pipeline.gatt.ghost import ghost, with_instruction
-from pipeline.gatt.instructions import recognise
-from pipeline.gatt.quality import flaw
+from pipeline.gatt.instructions import parse_instruction
+from pipeline.gatt.quality import find_defect
 from pipeline.records import Constraint, Message
 
-CHANGED = "From now on: "
+CHANGE_PREFIX = "From now on: "
 """Before an instruction that is given in mid-conversation, as in the training data (pairs.py)."""
-SUM_UP = "Sum up in a few sentences what we have talked about so far."
+SUMMARY_REQUEST = "Sum up in a few sentences what we have talked about so far."
 """What the user is taken to have said where a summary stands in the place of turns."""
 
 Mark = Literal["✓", "✗", "~"]
@@ -27,14 +27,14 @@ SUMMARY_TOKENS = 160
 """Of a summary at most."""
 
 
-class Told(NamedTuple):
+class StandingInstruction(NamedTuple):
     """An instruction in the user's words ("" for none), and what a program can check of it."""
 
     text: str = ""
     constraints: tuple[Constraint, ...] = ()
 
 
-NOTHING = Told()
+NO_INSTRUCTION = StandingInstruction()
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,13 @@ class Turn:
     """One message of the user without the instruction, the instruction in force, and an answer of each model."""
 
     user: str
-    told: Told
+    instruction: StandingInstruction
     answers: tuple[str, ...]
 
     @property
-    def sums_up(self) -> bool:
+    def is_summary(self) -> bool:
         """Whether it stands in the place of earlier turns."""
-        return self.user == SUM_UP
+        return self.user == SUMMARY_REQUEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,51 +59,57 @@ class Conversation:
     """
 
     system: str = ""
-    told: Told = NOTHING
+    instruction: StandingInstruction = NO_INSTRUCTION
     turns: tuple[Turn, ...] = ()
 
     def messages(self, side: int, user: str | None = None) -> tuple[Message, ...]:
         """What a model sees, up to the next message `user`, if one is given; an instruction stands where it is first said."""
-        told = [turn.told.text for turn in self.turns]
+        told = [turn.instruction.text for turn in self.turns]
         users = [turn.user for turn in self.turns]
         if user is not None:
             users.append(user)
-            told.append(self.told.text)
+            told.append(self.instruction.text)
         return ghost(users, [turn.answers[side] for turn in self.turns], _worded(told), self.system)
 
-    def answered(self, user: str, answers: Sequence[str]) -> Conversation:
+    def with_turn(self, user: str, answers: Sequence[str]) -> Conversation:
         """With one more turn."""
-        return replace(self, turns=(*self.turns, Turn(user, self.told, tuple(answers))))
+        return replace(self, turns=(*self.turns, Turn(user, self.instruction, tuple(answers))))
 
     def before(self, turn: int) -> Conversation:
         """As it was before `turn` (from 1), with the instruction that was in force in it."""
-        return replace(self, turns=self.turns[: turn - 1], told=self.turns[turn - 1].told)
+        return replace(
+            self, turns=self.turns[: turn - 1], instruction=self.turns[turn - 1].instruction
+        )
 
-    def undone(self) -> Conversation:
+    def without_last_turn(self) -> Conversation:
         """Without its last turn; an instruction given since then stays."""
         return replace(self, turns=self.turns[:-1])
 
     def without_instruction(self) -> Conversation:
         """Only what the user said and what was answered."""
         return Conversation(
-            turns=tuple(replace(turn, told=NOTHING) for turn in self.turns if not turn.sums_up)
+            turns=tuple(
+                replace(turn, instruction=NO_INSTRUCTION)
+                for turn in self.turns
+                if not turn.is_summary
+            )
         )
 
     def middle(self, last: int) -> tuple[Turn, ...]:
         """The turns that a summary could replace: all but the first, those that change the instruction, and the `last`."""
         return tuple(self.turns[n] for n in self._middle(last))
 
-    def of_middle(self, last: int, side: int) -> tuple[Message, ...]:
+    def summary_prompt(self, last: int, side: int) -> tuple[Message, ...]:
         """The chat that asks a model for that summary."""
         middle = self.middle(last)
         return ghost(
-            [*(t.user for t in middle), SUM_UP],
+            [*(t.user for t in middle), SUMMARY_REQUEST],
             [t.answers[side] for t in middle],
             [""] * (len(middle) + 1),
             "",
         )
 
-    def summed_up(self, last: int, summaries: Sequence[str]) -> Conversation:
+    def with_summaries(self, last: int, summaries: Sequence[str]) -> Conversation:
         """With each model's summary in the place of the middle."""
         dropped = self._middle(last)
         kept = [turn for n, turn in enumerate(self.turns) if n not in dropped]
@@ -112,14 +118,16 @@ class Conversation:
             self,
             turns=(
                 *kept[:place],
-                Turn(SUM_UP, kept[place - 1].told, tuple(summaries)),
+                Turn(SUMMARY_REQUEST, kept[place - 1].instruction, tuple(summaries)),
                 *kept[place:],
             ),
         )
 
     def _middle(self, last: int) -> list[int]:
         changes = {
-            n for n, (one, then) in enumerate(pairwise(self.turns), 1) if one.told != then.told
+            n
+            for n, (one, then) in enumerate(pairwise(self.turns), 1)
+            if one.instruction != then.instruction
         }
         return [n for n in range(1, len(self.turns) - last) if n not in changes]
 
@@ -131,11 +139,11 @@ class Conversation:
     def verdict(self, side: int, turn: int) -> tuple[Mark | None, str]:
         """The mark of the answer of `turn` (from 1) and what makes it no answer; no mark where nothing can be checked."""
         at = self.turns[turn - 1]
-        if not at.told.constraints or at.sums_up:
+        if not at.instruction.constraints or at.is_summary:
             return None, ""
         text, earlier = at.answers[side], [t.answers[side] for t in self.turns[: turn - 1]]
-        wrong = flaw(text, earlier, " ".join(c.value for c in at.told.constraints))
-        kept = obeys(at.told.constraints, text)
+        wrong = find_defect(text, earlier, " ".join(c.value for c in at.instruction.constraints))
+        kept = obeys(at.instruction.constraints, text)
         return ("~" if wrong else "✓") if kept else "✗", wrong
 
 
@@ -144,7 +152,9 @@ def tally(marks: Sequence[Mark]) -> str:
     return f"kept {marks.count('✓')} of {len(marks)}: {''.join(marks)}" if marks else ""
 
 
-def conversation(sides: Sequence[Sequence[Message]], told: Told) -> Conversation:
+def parse_conversation(
+    sides: Sequence[Sequence[Message]], told: StandingInstruction
+) -> Conversation:
     """The chat that has these messages on each side (a system message at most, then the user's, which are the same, and
     answers by turns), to go on with it under `told`, if that has a text.
 
@@ -157,27 +167,29 @@ def conversation(sides: Sequence[Sequence[Message]], told: Told) -> Conversation
     )
     plain = split = Conversation(system)
     for user, answer in zip(users, answers, strict=True):
-        plain = plain.answered(user, answer)
+        plain = plain.with_turn(user, answer)
         words, new = _split(user, told)
-        split = replace(split, told=new or split.told).answered(words, answer)
+        split = replace(split, instruction=new or split.instruction).with_turn(words, answer)
     found = split if split.messages(0) == tuple(sides[0]) else plain
-    return replace(found, told=told) if told.text else found
+    return replace(found, instruction=told) if told.text else found
 
 
-def _split(user: str, told: Told) -> tuple[str, Told | None]:
+def _split(user: str, told: StandingInstruction) -> tuple[str, StandingInstruction | None]:
     """A message of the user, and the instruction behind it, where one is."""
-    for known in ("", CHANGED):
+    for known in ("", CHANGE_PREFIX):
         if told.text and user.endswith(ending := with_instruction(f"{known}{told.text}", "")):
             return user.removesuffix(ending), told
     words, _, behind = user.rpartition("\n\n")
-    text = behind.removeprefix(CHANGED)
-    constraints = recognise(text)
-    return (words, Told(text, constraints)) if words and constraints else (user, None)
+    text = behind.removeprefix(CHANGE_PREFIX)
+    constraints = parse_instruction(text)
+    return (
+        (words, StandingInstruction(text, constraints)) if words and constraints else (user, None)
+    )
 
 
 def _worded(told: Sequence[str]) -> list[str]:
     """What each turn is told, in the words in which it is said first."""
     worded = list(told[:1])
     for one, then in pairwise(told):
-        worded.append(worded[-1] if one == then else f"{CHANGED}{then}" if then else "")
+        worded.append(worded[-1] if one == then else f"{CHANGE_PREFIX}{then}" if then else "")
     return worded

@@ -10,12 +10,12 @@ from dataclasses import dataclass, fields, replace
 from pipeline.chat.conversation import LAST_TURNS, SUMMARY_TOKENS, Conversation, Turn, tally
 from pipeline.chat.terminal import Screen
 from pipeline.errors import GattError
-from pipeline.inference.chat_engine import Speakers
+from pipeline.inference.chat_engine import ChatEngine
 from pipeline.records import Completion, Message, Request
 
 
 @dataclass(frozen=True, slots=True)
-class Parameters:
+class ChatParams:
     """How answers are drawn. `context` and `max_tokens` (of an answer) are in tokens."""
 
     temperature: float = 0.7
@@ -23,7 +23,7 @@ class Parameters:
     context: int = 4096
     seed: int = 1
 
-    def checked(self, limit: int) -> Parameters:
+    def checked(self, limit: int) -> ChatParams:
         """Themselves, where they make sense for a model made for `limit` tokens.
 
         Raises:
@@ -45,7 +45,7 @@ class Parameters:
             raise GattError(f"seed is {self.seed}; expected a whole number from 0 on.")
         return self
 
-    def set(self, text: str) -> Parameters:
+    def set(self, text: str) -> ChatParams:
         """With the changes of "name=value name=value".
 
         Raises:
@@ -57,7 +57,7 @@ class Parameters:
             known = {f.name: getattr(self, f.name) for f in fields(self)}
             if name not in known:
                 raise GattError(
-                    f"Unknown parameter {name!r}.{nearest(name, known)} Expected name=value of {', '.join(known)}."
+                    f"Unknown parameter {name!r}.{did_you_mean(name, known)} Expected name=value of {', '.join(known)}."
                 )
             try:
                 changed = replace(changed, **{name: type(known[name])(value)})
@@ -77,10 +77,10 @@ class Session:
     def __init__(
         self,
         screen: Screen,
-        speakers: Speakers,
+        speakers: ChatEngine,
         names: Sequence[str],
         limit: int,
-        parameters: Parameters,
+        parameters: ChatParams,
         chat: Conversation,
     ) -> None:
         self.screen, self.speakers, self.chat = screen, speakers, chat
@@ -113,7 +113,7 @@ class Session:
             raise GattError("Stopped before a word was said: this turn is taken back.")
         self.draft = ""
         self._draws += 1
-        self.chat = self.chat.answered(user, [c.text for c in done])
+        self.chat = self.chat.with_turn(user, [c.text for c in done])
         self._remark(done)
 
     def hear(self, chats: Sequence[Sequence[Message]], max_tokens: int) -> list[Completion]:
@@ -183,9 +183,9 @@ class Session:
             if (larger := min(2 * room, self.limit)) > room:
                 options["l"] = f"a larger context, of {larger} tokens"
             middle = self.chat.middle(LAST_TURNS)
-            if not all(turn.sums_up for turn in middle):
+            if not all(turn.is_summary for turn in middle):
                 options["s"] = (
-                    f"a summary in the place of {counted(middle)}; turn 1 and the last {LAST_TURNS} stay word for word"
+                    f"a summary in the place of {pluralize(middle)}; turn 1 and the last {LAST_TURNS} stay word for word"
                 )
             options["q"] = "stop: nothing is sent, and the chat stays as it is"
             choice = self.screen.choose(
@@ -215,18 +215,18 @@ class Session:
         self.screen.say(f"The context has room for {context} tokens now.")
 
     def _sum_up(self) -> None:
-        chats = [self.chat.of_middle(LAST_TURNS, side) for side in self.sides]
+        chats = [self.chat.summary_prompt(LAST_TURNS, side) for side in self.sides]
         done = self.hear(chats, min(SUMMARY_TOKENS, self.parameters.max_tokens))
         if not all(c.text.strip() for c in done):
             raise GattError(
                 "No summary came of it: the middle is too long for one. Take a larger context, or /undo some turns."
             )
         options = {
-            "y": f"put it in the place of {counted(self.chat.middle(LAST_TURNS))}",
+            "y": f"put it in the place of {pluralize(self.chat.middle(LAST_TURNS))}",
             "n": "leave all as it is",
         }
         if self.screen.choose("Is this summary good enough?", options) == "y":
-            self.chat = self.chat.summed_up(LAST_TURNS, [c.text for c in done])
+            self.chat = self.chat.with_summaries(LAST_TURNS, [c.text for c in done])
 
 
 class _Clock:
@@ -254,12 +254,12 @@ class _Clock:
         )
 
 
-def counted(turns: Sequence[Turn]) -> str:
+def pluralize(turns: Sequence[Turn]) -> str:
     """How many turns."""
     return f"{len(turns)} turn{'s' * (len(turns) != 1)}"
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """The question whether the one of the `known` that is near was meant, with a space before it; "" where none is."""
     names = list(known)
     near = [k for k in names if k.startswith(name)] or difflib.get_close_matches(name, names, n=1)

@@ -23,7 +23,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.console import note, out
+from pipeline.console import log, print_result
 from pipeline.errors import GattError
 
 _SIDE_BY_SIDE = 100
@@ -83,8 +83,8 @@ def open_screen(history: Path) -> Screen:
     """A terminal where there is one; what was typed in it is kept in the file `history`."""
     console = Console(highlight=False)
     if sys.stdin.isatty() and console.is_terminal and not console.is_dumb_terminal:
-        return _Terminal(console, _history(history))
-    return _Lines()
+        return RichScreen(console, _history(history))
+    return PlainScreen()
 
 
 def _history(path: Path) -> History:
@@ -92,14 +92,12 @@ def _history(path: Path) -> History:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
-        note(
-            f"What you type is not kept for the next chat: cannot write {path} ({error.strerror})."
-        )
+        log(f"What you type is not kept for the next chat: cannot write {path} ({error.strerror}).")
         return InMemoryHistory()
     return FileHistory(str(path))
 
 
-class _Lines:
+class PlainScreen:
     """Standard input, a message a line; answers to stdout, remarks to stderr. An empty line ends the chat."""
 
     watched = False
@@ -123,29 +121,29 @@ class _Lines:
         self, names: Sequence[str], status: Callable[[], str], stop: Callable[[], None]
     ) -> Iterator[Add]:
         if len(names) == 1:
-            yield lambda side, piece: out(piece, end="")
-            out("")
+            yield lambda side, piece: print_result(piece, end="")
+            print_result("")
             return
         texts = [""] * len(names)
         yield lambda side, piece: texts.__setitem__(side, texts[side] + piece)
         for name, text in zip(names, texts, strict=True):
-            out(f"[{name}]\n{text}")
+            print_result(f"[{name}]\n{text}")
 
     def beside(self, names: Sequence[str], remarks: Sequence[str]) -> None:
         for name, remark in zip(names, remarks, strict=True):
-            note(remark if len(names) == 1 else f"{name}: {remark}")
+            log(remark if len(names) == 1 else f"{name}: {remark}")
 
     def say(self, text: str) -> None:
-        note(text)
+        log(text)
 
     complain = say
 
     def explain(self, rows: Mapping[str, str]) -> None:
         for word, meaning in rows.items():
-            note(f"{word:24}{meaning}")
+            log(f"{word:24}{meaning}")
 
 
-class _Terminal:
+class RichScreen:
     """Markdown while it streams, a line editor with a history, the status below."""
 
     watched = True
@@ -219,8 +217,8 @@ class _Terminal:
 
     def beside(self, names: Sequence[str], remarks: Sequence[str]) -> None:
         texts = [Text(remark, "dim") for remark in remarks]
-        for text, (sign, colour) in product(texts, _MARKS.items()):
-            text.highlight_regex(sign, f"not dim {colour}")
+        for text, (sign, color) in product(texts, _MARKS.items()):
+            text.highlight_regex(sign, f"not dim {color}")
         if len(names) == 1 or self._console.width >= _SIDE_BY_SIDE:
             self._console.print(_columns(texts))
         else:

@@ -1,6 +1,6 @@
 """Figure 10 of the paper: how strongly answers attend to what was said before, base beside tuned, on the Hugging Face model.
 
-The strongest attention over all heads and layers, from each token of the answers back to each earlier token, neighbouring
+The strongest attention over all heads and layers, from each token of the answers back to each earlier token, neighboring
 tokens binned; and as a number, the share of the attention that falls on the instruction, turn by turn.
 """
 
@@ -17,10 +17,10 @@ from pipeline.errors import GattError
 from pipeline.gguf.base import Array
 from pipeline.inference.chat_template import ChatTemplate, answer_spans
 from pipeline.records import Message
-from pipeline.training.unsloth import four_bits, load_tokenizer
+from pipeline.training.unsloth import load_tokenizer, nf4_round_trip
 
 BIN = 8
-"""Neighbouring tokens that share a cell of the map."""
+"""Neighboring tokens that share a cell of the map."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,9 @@ def _load(folder: Path, adapter: Path | None) -> Any:
 
         for name, module in network.named_modules():
             if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
-                module.weight.data = torch.from_numpy(four_bits(module.weight.detach().numpy()))
+                module.weight.data = torch.from_numpy(
+                    nf4_round_trip(module.weight.detach().numpy())
+                )
         network = peft.PeftModel.from_pretrained(network, str(adapter))
     return network.eval()
 

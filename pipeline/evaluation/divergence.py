@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.inference.batch_engine import Llama
-from pipeline.inference.logits import log_probabilities
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.logits import log_softmax
 from pipeline.records import Message
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class Divergence:
     """Over so many `tokens`: the perplexity of the base and of the model, and KL(base‖model) in nats a token."""
 
     tokens: int
@@ -22,7 +22,9 @@ class Drift:
     kl: float
 
 
-def drift(base: Llama, model: Llama, dialogues: Iterable[Sequence[Message]]) -> Drift:
+def measure_divergence(
+    base: BatchEngine, model: BatchEngine, dialogues: Iterable[Sequence[Message]]
+) -> Divergence:
     """Compare the two on the assistant's words in `dialogues`; both must have one vocabulary."""
     losses: list[tuple[float, float]] = []
     apart: list[float] = []
@@ -31,16 +33,16 @@ def drift(base: Llama, model: Llama, dialogues: Iterable[Sequence[Message]]) -> 
         rows = zip(base.logits(tokens[:-1]), model.logits(tokens[:-1]), strict=True)
         for place, (ours, theirs) in enumerate(rows, 1):
             if place in learned:
-                p, q = (log_probabilities(row.astype(np.float64)) for row in (ours, theirs))
+                p, q = (log_softmax(row.astype(np.float64)) for row in (ours, theirs))
                 losses.append((-p[tokens[place]], -q[tokens[place]]))
                 apart.append(float(np.exp(p) @ (p - q)))
     means = np.mean(losses, axis=0)
-    return Drift(
+    return Divergence(
         len(losses), float(np.exp(means[0])), float(np.exp(means[1])), float(np.mean(apart))
     )
 
 
-def _answers(llama: Llama, messages: Sequence[Message]) -> tuple[list[int], set[int]]:
+def _answers(llama: BatchEngine, messages: Sequence[Message]) -> tuple[list[int], set[int]]:
     """The dialogue's tokens up to its last answer, and where in them the answers stand, the end of each not counted."""
     tokens: list[int] = []
     places: set[int] = set()

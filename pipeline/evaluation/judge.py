@@ -7,17 +7,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.console import Progress, note, progress
+from pipeline.console import Progress, log, progress
 from pipeline.evaluation.judge_prompts import RELIABLE, balanced, question, verdict
 from pipeline.evaluation.rates import adherence, wilson
 from pipeline.evaluation.scores import table
 from pipeline.files import JsonlLog
-from pipeline.gatt.assignment import Paired
+from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import kind_of
-from pipeline.hub.convert import gguf_file
+from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
-from pipeline.inference.batch_engine import Llama
-from pipeline.inference.openai_client import Server
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.openai_client import OpenAIClient
 from pipeline.records import Reply, Request, Task
 
 _CALIBRATION = 200
@@ -28,7 +28,7 @@ Verdicts = dict[tuple[str, str, int], bool | None]
 
 
 def judge(
-    name: str, replies: Sequence[Reply], pairs: Iterable[Paired], log_file: Path
+    name: str, replies: Sequence[Reply], pairs: Iterable[AssignedDialogue], log_file: Path
 ) -> tuple[list[Reply], dict[str, Any]]:
     """The replies, those that only a judge can tell with its verdict for `obeys`; and what is known of the judge.
 
@@ -46,7 +46,7 @@ def judge(
     agreement = wilson(sum(verdicts[_key(r)] == r.obeys for r in tried), len(tried))
     judged = set(open_ones)
     settled = [replace(r, obeys=bool(verdicts[_key(r)])) if r in judged else r for r in replies]
-    note(
+    log(
         f"evaluate: the judge agrees with the exact checks in {agreement.hits} of {agreement.n} replies"
     )
     theirs = [after for before, after in zip(replies, settled, strict=True) if before in judged]
@@ -60,7 +60,7 @@ def judge(
     }
 
 
-def _judged(pair: Paired, reply: Reply) -> bool:
+def _judged(pair: AssignedDialogue, reply: Reply) -> bool:
     return any(kind_of(c).judged for c in pair.constraints(reply.turn - 1))
 
 
@@ -69,7 +69,7 @@ def _key(reply: Reply) -> tuple[str, str, int]:
 
 
 def _ask(
-    name: str, replies: Sequence[Reply], told: Mapping[str, Paired], log_file: Path
+    name: str, replies: Sequence[Reply], told: Mapping[str, AssignedDialogue], log_file: Path
 ) -> Verdicts:
     with JsonlLog(log_file) as log:
         verdicts: Verdicts = {
@@ -83,8 +83,10 @@ def _ask(
     return verdicts
 
 
-def _question(reply: Reply, pair: Paired, verdicts: Verdicts, log: JsonlLog, bar: Progress) -> Task:
-    told, user = pair.taught[reply.turn - 1], pair.dialogue.turns[reply.turn - 1]
+def _question(
+    reply: Reply, pair: AssignedDialogue, verdicts: Verdicts, log: JsonlLog, bar: Progress
+) -> Task:
+    told, user = pair.student_instructions[reply.turn - 1], pair.dialogue.turns[reply.turn - 1]
     done = yield Request(question(told, user, reply.text), 0, 4, 0.0)
     verdicts[_key(reply)] = verdict(done.text)
     log.append(
@@ -98,9 +100,11 @@ def _question(reply: Reply, pair: Paired, verdicts: Verdicts, log: JsonlLog, bar
     bar.advance()
 
 
-def _open(name: str, questions: int) -> Llama | Server:
+def _open(name: str, questions: int) -> BatchEngine | OpenAIClient:
     if name.startswith(("http://", "https://")):
         url, _, served = name.partition("#")
-        return Server(url, served)
+        return OpenAIClient(url, served)
     model = find_model(name)
-    return Llama(model.path if model.is_gguf else gguf_file(model, "Q8_0"), questions, _CONTEXT)
+    return BatchEngine(
+        model.path if model.is_gguf else cached_gguf(model, "Q8_0"), questions, _CONTEXT
+    )

@@ -16,7 +16,7 @@ from pipeline.evaluation.statistics import (
     paired_bootstrap,
     sample_size,
 )
-from pipeline.gatt.assignment import Paired
+from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import kind_of, obeys
 from pipeline.records import Constraint, Reply
 
@@ -24,7 +24,9 @@ Table = list[dict[str, Any]]
 
 
 def scores(
-    replies: Sequence[Reply], suites: Mapping[str, Sequence[Paired]], pool: Sequence[Constraint]
+    replies: Sequence[Reply],
+    suites: Mapping[str, Sequence[AssignedDialogue]],
+    pool: Sequence[Constraint],
 ) -> dict[str, Any]:
     """All figures. `suites` are the pairs that were measured ("evaluate" and those of `gatt.suites`), `pool` what was trained."""
     ours = {name: _of(replies, pairs) for name, pairs in suites.items()}
@@ -53,12 +55,12 @@ def scores(
     return found
 
 
-def _of(replies: Iterable[Reply], pairs: Iterable[Paired]) -> list[Reply]:
+def _of(replies: Iterable[Reply], pairs: Iterable[AssignedDialogue]) -> list[Reply]:
     names = {p.dialogue.id for p in pairs}
     return [r for r in replies if r.dialogue in names]
 
 
-def trained(replies: Sequence[Reply], pairs: Sequence[Paired]) -> dict[str, Any]:
+def trained(replies: Sequence[Reply], pairs: Sequence[AssignedDialogue]) -> dict[str, Any]:
     """Adherence by arm and turn, by arm and instruction or family, over the last five turns and over all but the first.
 
     `replies` counts for each arm: all, those that obey (good answers or not), those that are no answer, those that were
@@ -81,9 +83,9 @@ def trained(replies: Sequence[Reply], pairs: Sequence[Paired]) -> dict[str, Any]
         "by_turn": table(adherence(replies, lambda r: (r.arm, r.turn))),
         "by_instruction": table(adherence(replies, lambda r: (r.arm, names[r.dialogue]))),
         "by_family": table(adherence(replies, lambda r: (r.arm, families[r.dialogue]))),
-        "late": table(adherence(late, lambda r: (r.arm, at))),
-        "late_raw": table(rates(late, lambda r: (r.arm, at), lambda r: r.obeys)),
-        "later": table(adherence(later, lambda r: (r.arm, f"turns 2 to {last}"))),
+        "last_five": table(adherence(late, lambda r: (r.arm, at))),
+        "last_five_unfiltered": table(rates(late, lambda r: (r.arm, at), lambda r: r.obeys)),
+        "after_first": table(adherence(later, lambda r: (r.arm, f"turns 2 to {last}"))),
         "replies": {arm: _count(mine) for arm, mine in by_arm.items()},
         "difference": {
             arm: asdict(paired_bootstrap(late_by_arm["base"], mine))
@@ -94,7 +96,9 @@ def trained(replies: Sequence[Reply], pairs: Sequence[Paired]) -> dict[str, Any]
             arm: asdict(kaplan_meier(lifetimes(mine).values())) for arm, mine in by_arm.items()
         },
         "distinct_2": {arm: distinct_n(mine, 2) for arm, mine in by_arm.items()},
-        "needed": asdict(needed) if (needed := sample_size(late_by_arm["tuned"])) else None,
+        "required_sample_size": asdict(needed)
+        if (needed := sample_size(late_by_arm["tuned"]))
+        else None,
     }
 
 
@@ -109,14 +113,14 @@ def _count(replies: Sequence[Reply]) -> dict[str, int]:
     return {
         "all": len(replies),
         "obey": sum(r.obeys for r in replies),
-        "no_answer": sum(bool(r.flaw) for r in replies),
+        "no_answer": sum(bool(r.defect) for r in replies),
         "cut": sum(r.finish == "length" for r in replies),
         "left_out": sum(r.finish == "context" for r in replies),
     }
 
 
 def _unseen(
-    replies: Sequence[Reply], pairs: Sequence[Paired], trained_kinds: set[str]
+    replies: Sequence[Reply], pairs: Sequence[AssignedDialogue], trained_kinds: set[str]
 ) -> dict[str, Table]:
     """New values of trained kinds apart from kinds that are new altogether."""
     told = {p.dialogue.id: p for p in pairs}
@@ -128,14 +132,14 @@ def _unseen(
     }
     by_name = table(adherence(replies, lambda r: (r.arm, told[r.dialogue].name)))
     return {
-        "generalisation": table(
+        "generalization": table(
             adherence(replies, lambda r: (r.arm, group[told[r.dialogue].name]))
         ),
         "by_unseen": [{**row, "group": group[row["at"]]} for row in by_name],
     }
 
 
-def _change(replies: Sequence[Reply], pairs: Sequence[Paired]) -> dict[str, Any]:
+def _change(replies: Sequence[Reply], pairs: Sequence[AssignedDialogue]) -> dict[str, Any]:
     told = {p.dialogue.id: p for p in pairs}
     return {
         arm: _switch([r for r in mine if r.finish != "context"], told)
@@ -143,7 +147,7 @@ def _change(replies: Sequence[Reply], pairs: Sequence[Paired]) -> dict[str, Any]
     }
 
 
-def _switch(replies: Sequence[Reply], told: Mapping[str, Paired]) -> dict[str, Any]:
+def _switch(replies: Sequence[Reply], told: Mapping[str, AssignedDialogue]) -> dict[str, Any]:
     """Adherence of one arm to the old instruction before the change, and after it to the new one and (wrongly) to the old one.
 
     `turns_to_switch` is the median number of turns from the change to the first answer that obeys the new instruction (0: at
@@ -152,13 +156,14 @@ def _switch(replies: Sequence[Reply], told: Mapping[str, Paired]) -> dict[str, A
     old = {
         (r.dialogue, r.turn)
         for r in replies
-        if not r.flaw and obeys(told[r.dialogue].constraints(0), r.text)
+        if not r.defect and obeys(told[r.dialogue].constraints(0), r.text)
     }
-    before = [r for r in replies if r.turn <= told[r.dialogue].change]
-    after = [r for r in replies if r.turn > told[r.dialogue].change]
+    before = [r for r in replies if r.turn <= told[r.dialogue].change_turn]
+    after = [r for r in replies if r.turn > told[r.dialogue].change_turn]
     new = {(r.dialogue, r.turn) for r in after if r.adherent}
     waits = {
-        dialogue: turn - told[dialogue].change - 1 for dialogue, turn in sorted(new, reverse=True)
+        dialogue: turn - told[dialogue].change_turn - 1
+        for dialogue, turn in sorted(new, reverse=True)
     }
     dialogues = {r.dialogue for r in after}
     by_turn = []
@@ -170,7 +175,7 @@ def _switch(replies: Sequence[Reply], told: Mapping[str, Paired]) -> dict[str, A
         }
         by_turn.append({"at": turn, **share, "n": len(now)})
     return {
-        "at": min((told[dialogue].change + 1 for dialogue in dialogues), default=0),
+        "at": min((told[dialogue].change_turn + 1 for dialogue in dialogues), default=0),
         "before": _rate(before, old),
         "after": _rate(after, new),
         "old_after": _rate(after, old),

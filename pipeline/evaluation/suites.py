@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.gatt.constraints.registry import KINDS
-from pipeline.gatt.instructions import word
-from pipeline.records import Ask, Constraint, Dialogue, Instruction, Pairing
+from pipeline.gatt.instructions import render_instruction
+from pipeline.records import Assignment, Constraint, Dialogue, Instruction, RecallQuestion
 
-Suite = list[tuple[Dialogue, Pairing]]
+Suite = list[tuple[Dialogue, Assignment]]
 
 PROBED_TURNS = (2, 4, 6, 20)
 """The turns of Table 30."""
@@ -46,21 +46,24 @@ def suites(
     taken for another's.
     """
     strange = [c for c in unseen if c not in pool]
-    made = {i.id: i for i in (word((c,)) for c in (*pool, *strange, *_every_kind()))}
+    made = {i.id: i for i in (render_instruction((c,)) for c in (*pool, *strange, *_every_kind()))}
     set_up = [_attributes(n) for n in range(len(dialogues))]
     made |= {i.id: i for i in set_up}
-    told = [word((c,)).id for c in pool]
+    told = [render_instruction((c,)).id for c in pool]
     found: dict[str, Suite] = {
-        "unseen": [(d, _told(word((strange[n % len(strange)],)))) for n, d in enumerate(dialogues)]
+        "unseen": [
+            (d, _told(render_instruction((strange[n % len(strange)],))))
+            for n, d in enumerate(dialogues)
+        ]
         if strange
         else [],
         "change": [(d, _changing(told, n, turns)) for n, d in enumerate(dialogues)]
         if len(told) > 1 < turns
         else [],
-        "plain": [(d, Pairing("", None, "plain")) for d in dialogues],
+        "plain": [(d, Assignment("", None, "plain")) for d in dialogues],
         "recall": [(d, _told(i)) for d, i in zip(dialogues, set_up, strict=True)],
         "single": [
-            (Dialogue(f"{d.id}.{c.kind}", d.topic, d.turns), _told(word((c,))))
+            (Dialogue(f"{d.id}.{c.kind}", d.topic, d.turns), _told(render_instruction((c,))))
             for n, c in enumerate(_every_kind()[: _SINGLE * len(dialogues)])
             for d in [dialogues[n % len(dialogues)]]
         ],
@@ -79,31 +82,33 @@ def _every_kind() -> list[Constraint]:
 def _attributes(n: int) -> Instruction:
     """A figure and a hobby, and the two questions of the paper's example."""
     figure, hobby = _FIGURES[n % len(_FIGURES)], _HOBBIES[n % len(_HOBBIES)]
-    asks = (
-        Ask("name", "What is your name?", figure),
-        Ask("hobby", "What is your favourite hobby?", hobby),
+    recall_questions = (
+        RecallQuestion("name", "What is your name?", figure),
+        RecallQuestion("hobby", "What is your favorite hobby?", hobby),
     )
     return Instruction(
         f"{figure}, {hobby}",
         f"You are {figure} and you love {hobby}.",
         f"{figure}, {hobby}.",
         (),
-        asks,
+        recall_questions,
     )
 
 
-def _told(instruction: Instruction) -> Pairing:
-    return Pairing("", instruction.id, "plain")
+def _told(instruction: Instruction) -> Assignment:
+    return Assignment("", instruction.id, "plain")
 
 
-def _changing(told: Sequence[str], n: int, turns: int) -> Pairing:
+def _changing(told: Sequence[str], n: int, turns: int) -> Assignment:
     """The n-th instruction, and from the middle on the one that is half the pool further (of another kind, if there are some)."""
     then = (n + max(1, len(told) // 2)) % len(told)
-    return Pairing("", told[n % len(told)], "plain", then=told[then], change=turns // 2)
+    return Assignment(
+        "", told[n % len(told)], "plain", next_instruction=told[then], change_turn=turns // 2
+    )
 
 
 def _named(
-    suite: str, turns: int, dialogue: Dialogue, pairing: Pairing
-) -> tuple[Dialogue, Pairing]:
+    suite: str, turns: int, dialogue: Dialogue, pairing: Assignment
+) -> tuple[Dialogue, Assignment]:
     cut = Dialogue(f"{dialogue.id}~{suite}", dialogue.topic, dialogue.turns[:turns])
     return cut, replace(pairing, dialogue=cut.id)

@@ -6,25 +6,25 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pipeline.gguf.imatrix import TEXT_TOKENS, Importance
+from pipeline.gguf.imatrix import TEXT_TOKENS, ImportanceMatrix
 from pipeline.gguf.reader import open_gguf
-from pipeline.inference.model import Adapter, Weights
+from pipeline.inference.model import Adapter, LoadedModel
 
 
-def measure(
+def measure_importance(
     source: Path,
     adapter: Adapter | None,
     texts: Iterable[str],
     most: int,
     on_tokens: Callable[[int], object],
-) -> Importance:
+) -> ImportanceMatrix:
     """The importance of a GGUF's columns (with an adapter laid over it) while it reads `texts`, up to `most` tokens.
 
     Raises:
         GattError: no GGUF, too little memory, or an adapter of another base.
     """
-    importance = Importance()
-    weights = Weights(open_gguf(source))
+    importance = ImportanceMatrix()
+    weights = LoadedModel(open_gguf(source))
     # The text in one batch: at every observed node all threads wait for one another.
     context = weights.new_context(
         1, TEXT_TOKENS, TEXT_TOKENS, "F16", os.cpu_count() or 1, adapter, importance.observe

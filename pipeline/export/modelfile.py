@@ -99,8 +99,8 @@ def modelfile(
     lines += [f"SYSTEM {_quoted(system)}"] if system else []
     lines += [f"PARAMETER stop {_quoted(text)}" for text in _stops(info, shape)]
     lines += [f"PARAMETER temperature {temperature:g}", f"PARAMETER num_ctx {context}"]
-    licence = info.field("general.license")
-    lines += [f"LICENSE {_quoted(licence)}"] if licence else []
+    license = info.field("general.license")
+    lines += [f"LICENSE {_quoted(license)}"] if license else []
     return "\n".join(lines) + "\n"
 
 

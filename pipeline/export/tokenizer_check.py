@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from pipeline.errors import GattError
 from pipeline.gatt.ghost import augment
 from pipeline.gguf.reader import open_gguf
-from pipeline.inference.chat_template import NO_THOUGHTS, ChatTemplate
+from pipeline.inference.chat_template import NO_THINKING, ChatTemplate
 from pipeline.records import Message
 
 _TRICKY = (
@@ -29,7 +29,7 @@ class Chats(NamedTuple):
     texts: list[str]
 
 
-def chats_for(file: Path) -> Chats:
+def sample_chats(file: Path) -> Chats:
     """What to ask llama.cpp with the GGUF `file`: `probe` it for the tokens of the texts."""
     info = open_gguf(file)
     template = ChatTemplate(info.chat_template, info.bos, info.eos)
@@ -37,12 +37,12 @@ def chats_for(file: Path) -> Chats:
     return Chats(messages, [template.render(chat) for chat in messages])
 
 
-def disagreement(chats: Chats, found: Sequence[list[int]], tokenizer: Any) -> str:
+def find_mismatch(chats: Chats, found: Sequence[list[int]], tokenizer: Any) -> str:
     """Where llama.cpp `found` other tokens in a chat than the Hugging Face tokenizer, in words; "" for nowhere."""
     for chat, text, ids in zip(*chats, found, strict=True):
         expected = list(
             tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, return_dict=False, **NO_THOUGHTS
+                chat, add_generation_prompt=True, return_dict=False, **NO_THINKING
             )
         )
         if ids != expected:

@@ -22,20 +22,20 @@ from pipeline.gguf.base import Array
 from pipeline.inference.model import Adapter
 
 
-class Probed(NamedTuple):
+class LoadedFile(NamedTuple):
     """Token ids of each text, and (tokens, vocabulary) logits of what follows each token of all sequences."""
 
     ids: list[list[int]]
     logits: Array
 
 
-def probe(
+def load_and_predict(
     path: Path,
     texts: Sequence[str],
     sequences: Sequence[Sequence[int]],
     adapter: Path | None = None,
-) -> Probed:
-    """Load `path` in llama.cpp, tokenise `texts` and read `sequences` of token ids (without any: load no weights).
+) -> LoadedFile:
+    """Load `path` in llama.cpp, tokenize `texts` and read `sequences` of token ids (without any: load no weights).
 
     Raises:
         GattError: llama.cpp refuses the file, or dies of it.
@@ -71,7 +71,7 @@ def probe(
             raise GattError(f"llama.cpp cannot use {path.name}: {why[0]}")
         with np.load(answers) as found:
             ends = np.cumsum(found["lengths"])[:-1]
-            return Probed(
+            return LoadedFile(
                 [part.tolist() for part in np.split(found["ids"], ends)] if texts else [],
                 found["logits"],
             )
@@ -80,17 +80,17 @@ def probe(
 def _answer(path: Path, adapter: Path | None, questions: Path, answers: Path) -> None:
     """The child's part."""
     from pipeline.gguf.reader import open_gguf
-    from pipeline.inference.batch_worker import Worker
-    from pipeline.inference.model import Weights
+    from pipeline.inference.batch_worker import BatchWorker
+    from pipeline.inference.model import LoadedModel
 
     asked = json.loads(questions.read_text(encoding="utf-8"))
     sequences = asked["sequences"]
-    weights = Weights(open_gguf(path), vocabulary_only=not sequences)
+    weights = LoadedModel(open_gguf(path), vocabulary_only=not sequences)
     ids = [weights.tokenize(text) for text in asked["texts"]]
     logits = np.empty((sum(map(len, sequences)), weights.vocabulary), np.float32)
     if sequences:
         longest = max(map(len, sequences)) + 1
-        worker = Worker(
+        worker = BatchWorker(
             weights, 1, longest, "F32", os.cpu_count() or 1, Adapter(adapter) if adapter else None
         )
         for place, row in enumerate(chain.from_iterable(map(worker.logits, sequences))):

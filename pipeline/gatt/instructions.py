@@ -11,10 +11,10 @@ from functools import cache
 
 from pipeline.errors import GattError
 from pipeline.gatt.constraints.registry import KINDS, compatible, editable, kind_of
-from pipeline.records import Constraint, Dialogue, Instruction, Pairing, Way
+from pipeline.records import Assignment, Constraint, Dialogue, Instruction, SynthesisMethod
 
 
-def word(constraints: tuple[Constraint, ...], wording: int = 0) -> Instruction:
+def render_instruction(constraints: tuple[Constraint, ...], wording: int = 0) -> Instruction:
     """The instruction that asks for all of `constraints`, in the given wording of each."""
     texts = [
         k.wordings[wording % len(k.wordings)].format(v=c.value)
@@ -35,8 +35,8 @@ def _sentence(text: str) -> str:
     return text if text[-1] in ".!?" else text + "."
 
 
-def recognise(text: str) -> tuple[Constraint, ...]:
-    """The constraints that `word` words as `text`, in any wording or shortened; none where they are not all known.
+def parse_instruction(text: str) -> tuple[Constraint, ...]:
+    """The constraints that `render_instruction` words as `text`, in any wording or shortened; none where they are not all known.
 
     Where a wording can be read in two ways, that with the shortest values is taken. Kinds that only a judge can check count
     as not known.
@@ -93,14 +93,19 @@ def table_of_kinds() -> str:
     """The kinds as a table. "edited": an answer can be edited to obey; "sampled": answers are drawn until one obeys."""
     examples = [Constraint(name, kind.values[0]) for name, kind in KINDS.items()]
     rows = [("kind", "family", "way", "example")] + [
-        (c.kind, kind_of(c).family, "edited" if editable((c,)) else "sampled", word((c,)).text)
+        (
+            c.kind,
+            kind_of(c).family,
+            "edited" if editable((c,)) else "sampled",
+            render_instruction((c,)).text,
+        )
         for c in examples
     ]
     return "\n".join(f"{name:14} {family:9} {way:8} {text}" for name, family, way, text in rows)
 
 
 @dataclass(frozen=True, slots=True)
-class Shares:
+class Ratios:
     """Of all training dialogues: `plain` ones have no instruction, `system` ones have it in the system message, and in
     `change` ones it changes half-way. Of the instructions: those that `combine` two constraints, and those that are
     shown `short`. Of those that can be obeyed by an edit: the `edited` ones.
@@ -108,49 +113,51 @@ class Shares:
 
     plain: float
     system: float
-    change: float
+    change_turn: float
     combine: float
     short: float
     edited: float
 
 
-def pair_for_training(
-    dialogues: Sequence[Dialogue], pool: Sequence[Constraint], shares: Shares, seed: int
-) -> tuple[dict[str, Instruction], list[Pairing]]:
+def assign_training(
+    dialogues: Sequence[Dialogue], pool: Sequence[Constraint], shares: Ratios, seed: int
+) -> tuple[dict[str, Instruction], list[Assignment]]:
     """Give every dialogue an instruction, or none, evenly over the pool; the same seed gives the same pairs."""
     rng, harder = random.Random(f"pair {seed}"), random.Random(f"harder {seed}")
     made: dict[str, Instruction] = {}
-    pairs: list[Pairing] = []
+    pairs: list[Assignment] = []
     turn = 0
     for dialogue in dialogues:
         if rng.random() < shares.plain:
-            pairs.append(Pairing(dialogue.id, None, "plain"))
+            pairs.append(Assignment(dialogue.id, None, "plain"))
             continue
         chosen: tuple[Constraint, ...] = (pool[turn % len(pool)],)
         turn += 1
         partners = [c for c in pool if compatible(chosen[0], c)]
         if partners and rng.random() < shares.combine:
             chosen = (*chosen, rng.choice(partners))
-        instruction = word(chosen, rng.randrange(3))
+        instruction = render_instruction(chosen, rng.randrange(3))
         made[instruction.id] = instruction
-        way: Way = "edited" if editable(chosen) and rng.random() < shares.edited else "sampled"
-        pair = Pairing(dialogue.id, instruction.id, way, rng.random() < shares.short)
+        method: SynthesisMethod = (
+            "edited" if editable(chosen) and rng.random() < shares.edited else "sampled"
+        )
+        pair = Assignment(dialogue.id, instruction.id, method, rng.random() < shares.short)
         others = [c for c in pool if editable((c,)) == editable(chosen) and c not in chosen]
         which = harder.random()
-        if which < shares.change and others and len(dialogue.turns) > 1:
-            then = word((harder.choice(others),), harder.randrange(3))
+        if which < shares.change_turn and others and len(dialogue.turns) > 1:
+            then = render_instruction((harder.choice(others),), harder.randrange(3))
             made[then.id] = then
-            pair = replace(pair, then=then.id, change=len(dialogue.turns) // 2)
-        elif shares.change <= which < shares.change + shares.system:
+            pair = replace(pair, next_instruction=then.id, change_turn=len(dialogue.turns) // 2)
+        elif shares.change_turn <= which < shares.change_turn + shares.system:
             pair = replace(pair, in_system=True)
         pairs.append(pair)
     return made, pairs
 
 
-def pair_for_evaluation(
+def assign_evaluation(
     dialogues: Sequence[Dialogue], pool: Sequence[Constraint]
-) -> tuple[dict[str, Instruction], list[Pairing]]:
+) -> tuple[dict[str, Instruction], list[Assignment]]:
     """One constraint of the pool for each dialogue, in turn, in its full wording."""
-    made = {i.id: i for i in (word((c,)) for c in pool)}
+    made = {i.id: i for i in (render_instruction((c,)) for c in pool)}
     ids = list(made)
-    return made, [Pairing(d.id, ids[n % len(ids)], "plain") for n, d in enumerate(dialogues)]
+    return made, [Assignment(d.id, ids[n % len(ids)], "plain") for n, d in enumerate(dialogues)]

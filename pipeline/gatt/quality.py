@@ -17,10 +17,10 @@ _FUNCTION_WORDS = frozenset(
 )
 
 
-def flaw(
+def find_defect(
     text: str,
     earlier: Sequence[str],
-    demanded: str = "",
+    required_words: str = "",
     finished: bool = False,
     alike: float = 0.8,
 ) -> str:
@@ -30,20 +30,23 @@ def flaw(
     pairs of words with an `earlier` answer; "unfinished": does not end a sentence (asked only where `finished`).
     """
     said = words(text)
-    asked = set(words(demanded))
+    asked = set(words(required_words))
     content = [word for word in said if word not in asked]
     if not content:
         return "empty"
     if _loops(said):
         return "loop"
-    if any(_overlap(content, [w for w in words(old) if w not in asked]) > alike for old in earlier):
+    if any(
+        _bigram_jaccard(content, [w for w in words(old) if w not in asked]) > alike
+        for old in earlier
+    ):
         return "repeat"
     if finished and not SENTENCE_END.search(text.rstrip()):
         return "unfinished"
     return ""
 
 
-def stuck(said: Sequence[str]) -> bool:
+def has_repeated_ngrams(said: Sequence[str]) -> bool:
     """Whether a run of five words comes four times: a loop, whatever may follow. Good lists begin four points with three."""
     runs = Counter(zip(*(said[start:] for start in range(5)), strict=False))
     return max(runs.values(), default=0) >= 4
@@ -51,22 +54,22 @@ def stuck(said: Sequence[str]) -> bool:
 
 def _loops(said: list[str]) -> bool:
     """Stuck, or fewer than a third of the words different."""
-    return stuck(said) or len(set(said)) < len(said) / 3
+    return has_repeated_ngrams(said) or len(set(said)) < len(said) / 3
 
 
-def _overlap(one: list[str], other: list[str]) -> float:
+def _bigram_jaccard(one: list[str], other: list[str]) -> float:
     """Jaccard similarity of the two texts' pairs of words."""
     first, second = set(pairwise(one)), set(pairwise(other))
     return len(first & second) / len(first | second) if first and second else 0.0
 
 
-def touches(text: str, dialogue: Sequence[str]) -> bool:
+def is_on_topic(text: str, dialogue: Sequence[str]) -> bool:
     """Whether a content word of `text` stands in the dialogue too, in whatever ending (its first five letters are compared).
 
     A filter for data, where a good answer lost costs one more draw; too blunt to measure with ("Yes, you can." fails).
     """
-    return bool(_content(text) & {stem for said in dialogue for stem in _content(said)})
+    return bool(_content_stems(text) & {stem for said in dialogue for stem in _content_stems(said)})
 
 
-def _content(text: str) -> set[str]:
+def _content_stems(text: str) -> set[str]:
     return {word[:5] for word in words(text) if len(word) > 2 and word not in _FUNCTION_WORDS}

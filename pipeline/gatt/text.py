@@ -1,4 +1,4 @@
-"""Words, sentences, and what makes a text no answer. English and its neighbours; not a tokenizer."""
+"""Words, sentences, and what makes a text no answer. English and its neighbors; not a tokenizer."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.errors import GattError
 from pipeline.files import whole_file
 from pipeline.gguf.base import Array, Base, Tensor, row_order
-from pipeline.gguf.checkpoint import Stored, mapped
+from pipeline.gguf.checkpoint import SafetensorsTensor, open_safetensors
 from pipeline.gguf.vocabulary import read_object
 
 _MAGNITUDE = ".lora_magnitude_vector"
@@ -30,10 +30,10 @@ class Delta:
     row of `b` each row is; None where they are the same.
     """
 
-    a: Stored
-    b: Stored
+    a: SafetensorsTensor
+    b: SafetensorsTensor
     scale: float
-    magnitude: Stored | None = None
+    magnitude: SafetensorsTensor | None = None
     order: Any = None
 
     @property
@@ -83,7 +83,7 @@ def read_adapter(folder: Path) -> dict[str, Delta]:
         GattError: no adapter there, or one that is more than a LoRA or a DoRA.
     """
     settings = _settings(folder)
-    tensors = mapped(folder / "adapter_model.safetensors")
+    tensors = open_safetensors(folder / "adapter_model.safetensors")
     deltas = {}
     for key, a in tensors.items():
         if key.endswith((".lora_B.weight", _MAGNITUDE)):
@@ -100,7 +100,9 @@ def read_adapter(folder: Path) -> dict[str, Delta]:
     return deltas
 
 
-def fit(deltas: dict[str, Delta], base: Base, tensors: Iterable[Tensor]) -> dict[str, Delta]:
+def to_gguf_names(
+    deltas: dict[str, Delta], base: Base, tensors: Iterable[Tensor]
+) -> dict[str, Delta]:
     """The same by GGUF tensor name; the rows of q and k stand as llama.cpp stores them.
 
     Raises:
@@ -150,7 +152,7 @@ def write_adapter(base: Base, folder: Path, target: Path) -> None:
     """Write the adapter alone as a GGUF in F32, which llama.cpp lays over the base's own file.
 
     Raises:
-        GattError: as `read_adapter` and `fit`, or a DoRA.
+        GattError: as `read_adapter` and `to_gguf_names`, or a DoRA.
     """
     import gguf
 
@@ -158,7 +160,7 @@ def write_adapter(base: Base, folder: Path, target: Path) -> None:
         raise GattError(
             f"{folder} is a DoRA, and llama.cpp lays only a LoRA over a model. Merge it: `gatt export`."
         )
-    deltas = fit(read_adapter(folder), base, base.tensors())
+    deltas = to_gguf_names(read_adapter(folder), base, base.tensors())
     with whole_file(target) as draft:
         writer = gguf.GGUFWriter(draft, base.architecture)
         for name, delta in deltas.items():

@@ -27,7 +27,7 @@ _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class SafetensorsTensor:
     """A tensor of a safetensors file: where it stands, and its bytes in the mapped file."""
 
     file: Path
@@ -109,7 +109,7 @@ class CheckpointBase:
                     )
                 yield self._tensor(gguf_name, parts, first, rows)
 
-    def _tensor(self, name: str, parts: list[Stored], first: int, rows: int) -> Tensor:
+    def _tensor(self, name: str, parts: list[SafetensorsTensor], first: int, rows: int) -> Tensor:
         """`rows` rows from `first` on of the last but one axis; several parts are the experts of one matrix."""
         shape = parts[0].shape
         if name == "token_embd.weight" and self.architecture == "gemma3":
@@ -136,12 +136,12 @@ class CheckpointBase:
 
         return Tensor(name, shape, load if len(shape) > 1 else load_vector)
 
-    def _by_key(self) -> dict[str, list[Stored]]:
+    def _by_key(self) -> dict[str, list[SafetensorsTensor]]:
         """Every stored tensor by its key; the experts of one matrix together, under the key without their numbers."""
-        found: dict[str, list[Stored]] = {}
-        experts: dict[str, dict[int, Stored]] = {}
+        found: dict[str, list[SafetensorsTensor]] = {}
+        experts: dict[str, dict[int, SafetensorsTensor]] = {}
         for file in shards(self.folder):
-            for key, stored in mapped(file).items():
+            for key, stored in open_safetensors(file).items():
                 if expert := _EXPERT.fullmatch(key):
                     experts.setdefault(f"{expert[1]}.{expert[3]}", {})[int(expert[2])] = stored
                 else:
@@ -198,7 +198,7 @@ def _json(path: Path) -> dict[str, Any]:
     return read_object(path)
 
 
-def mapped(file: Path) -> dict[str, Stored]:
+def open_safetensors(file: Path) -> dict[str, SafetensorsTensor]:
     """Every tensor of a safetensors file: a length, a JSON header, then the data.
 
     Raises:
@@ -219,7 +219,7 @@ def mapped(file: Path) -> dict[str, Stored]:
             f"{file} is cut short: {raw.size:,} bytes found, {end:,} expected. Download the checkpoint again."
         )
     return {
-        key: Stored(
+        key: SafetensorsTensor(
             file,
             e["dtype"],
             tuple(e["shape"]),

@@ -16,7 +16,7 @@ import numpy as np
 from pipeline.errors import GattError
 from pipeline.files import whole_file, write_json
 from pipeline.gguf.adapter import Delta, read_adapter
-from pipeline.gguf.checkpoint import Stored, mapped, shards
+from pipeline.gguf.checkpoint import SafetensorsTensor, open_safetensors, shards
 from pipeline.gguf.vocabulary import read_object
 
 _BLOCK = 1 << 22
@@ -33,7 +33,7 @@ def write_checkpoint(
     """
     require_new(target)
     files = shards(source)
-    stored = {file: mapped(file) for file in files}
+    stored = {file: open_safetensors(file) for file in files}
     shapes = {key: tensor.shape for tensors in stored.values() for key, tensor in tensors.items()}
     deltas = {
         f"{module}.weight": delta
@@ -81,7 +81,9 @@ def require_new(target: Path) -> None:
         )
 
 
-def _write_file(tensors: dict[str, Stored], deltas: dict[str, Delta], target: Path) -> None:
+def _write_file(
+    tensors: dict[str, SafetensorsTensor], deltas: dict[str, Delta], target: Path
+) -> None:
     """One safetensors file: a length, a JSON header, then the data in its order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0

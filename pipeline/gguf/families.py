@@ -118,7 +118,7 @@ def _llama(config: Config) -> Keys:
 def _qwen3_moe(config: Config) -> Keys:
     if not config.get("norm_topk_prob"):
         raise GattError(
-            "A mixture of experts with norm_topk_prob = false found; llama.cpp always normalises the experts' shares."
+            "A mixture of experts with norm_topk_prob = false found; llama.cpp always normalizes the experts' shares."
         )
     return {**_common(config), "expert_feed_forward_length": config["moe_intermediate_size"]}
 

@@ -44,14 +44,14 @@ def quantize(source: Path, target: Path, format_name: str) -> None:
         str(source).encode(), str(target).encode(), ctypes.byref(params)
     ):
         raise GattError(
-            f"llama.cpp could not quantise {source.name} to {format_name} (is the disk full?)."
+            f"llama.cpp could not quantize {source.name} to {format_name} (is the disk full?)."
         )
 
 
-def chosen_types(skeleton: Path, format_name: str, importance: bool) -> dict[str, int]:
+def query_tensor_types(skeleton: Path, format_name: str, importance: bool) -> dict[str, int]:
     """The ggml type that llama.cpp gives each tensor of a GGUF in `format_name`, with an importance matrix or without one.
 
-    It is asked to quantise without doing it, and says for each tensor what it would do.
+    It is asked to quantize without doing it, and says for each tensor what it would do.
 
     Raises:
         GattError: no such format, or llama.cpp refuses.

@@ -1,4 +1,4 @@
-"""ggml's own quantisers, on any rows of a matrix: the library inside llama-cpp-python, which itself is not imported.
+"""ggml's own quantizers, on any rows of a matrix: the library inside llama-cpp-python, which itself is not imported.
 
 Source: `ggml.h` of llama-cpp-python 0.3.36. The functions let go of Python's lock and may run in several threads.
 """

@@ -42,7 +42,7 @@ class _Sums:
     counts: npt.NDArray[np.float64]
 
 
-class Importance:
+class ImportanceMatrix:
     """Sums over all matrices of a model: an observer of llama.cpp's graph."""
 
     def __init__(self) -> None:

@@ -22,13 +22,18 @@ from threadpoolctl import threadpool_limits
 from pipeline.errors import GattError
 from pipeline.files import whole_file
 from pipeline.gguf import ggml
-from pipeline.gguf.adapter import Delta, fit, read_adapter
+from pipeline.gguf.adapter import Delta, read_adapter, to_gguf_names
 from pipeline.gguf.base import Array, Base, Tensor, row_order
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.families import FAMILIES
 from pipeline.gguf.reader import open_gguf
 
-DIRECT = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0"}
+UNIFORM_FORMATS = {
+    "F32": "ALL_F32",
+    "F16": "MOSTLY_F16",
+    "BF16": "MOSTLY_BF16",
+    "Q8_0": "MOSTLY_Q8_0",
+}
 """The formats whose types follow from the tensor alone, and their names as file types; of others llama.cpp decides."""
 _BLOCK = 1 << 18
 """Weights that are summed and rounded at a time by each thread: as float32 they stay in its cache."""
@@ -51,7 +56,7 @@ class Format:
 
 
 @dataclass(frozen=True, slots=True)
-class Sum:
+class MergePlan:
     """A base with an adapter on it, or none.
 
     `four_bits` rounds a matrix to 4 bits and back, as the base was when the adapter was trained on it; without it, the
@@ -62,7 +67,7 @@ class Sum:
     base: Base
     tensors: list[Tensor]
     deltas: dict[str, Delta]
-    four_bits: Callable[[Array], Array] | None = None
+    nf4_round_trip: Callable[[Array], Array] | None = None
     about: dict[str, Any] = field(default_factory=dict)
     keys: dict[str, Any] = field(default_factory=dict)
 
@@ -112,7 +117,7 @@ class GgufBase:
             ).set_gguf_meta_model(writer)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every weight, dequantised when it is loaded."""
+        """Every weight, dequantized when it is loaded."""
         for name, shape, kind, data in self._info.tensors:
             yield Tensor(name, shape, partial(_dequantized, data, kind, shape[-1]))
 
@@ -121,13 +126,13 @@ def _dequantized(stored: Any, kind: int, columns: int, first: int, last: int) ->
     return ggml.dequantize(stored[first:last], kind, columns)
 
 
-def add(
+def plan_merge(
     source: Path,
     adapter: Path | None,
     four_bits: Callable[[Array], Array] | None = None,
     about: dict[str, Any] | None = None,
     keys: dict[str, Any] | None = None,
-) -> Sum:
+) -> MergePlan:
     """`source` with `adapter` (a PEFT folder, or None), yet to be written.
 
     Raises:
@@ -135,12 +140,12 @@ def add(
     """
     base = open_base(source)
     tensors = list(base.tensors())
-    deltas = fit(read_adapter(adapter), base, tensors) if adapter else {}
-    return Sum(base, tensors, deltas, four_bits, about or {}, keys or {})
+    deltas = to_gguf_names(read_adapter(adapter), base, tensors) if adapter else {}
+    return MergePlan(base, tensors, deltas, four_bits, about or {}, keys or {})
 
 
-def direct(tensors: list[Tensor], format_name: str) -> Format:
-    """A format of `DIRECT` for these tensors, in the types of llama.cpp's converter: vectors, norms and routers stay F32."""
+def uniform_format(tensors: list[Tensor], format_name: str) -> Format:
+    """A format of `UNIFORM_FORMATS` for these tensors, in the types of llama.cpp's converter: vectors, norms and routers stay F32."""
     import gguf
 
     types = {}
@@ -156,11 +161,11 @@ def direct(tensors: list[Tensor], format_name: str) -> Format:
                 "F32" if small or not tensor.name.endswith(".weight") else plain
             ]
         )
-    return Format(int(gguf.LlamaFileType[DIRECT[format_name]]), types)
+    return Format(int(gguf.LlamaFileType[UNIFORM_FORMATS[format_name]]), types)
 
 
 def write(
-    whole: Sum, targets: dict[Path, Format], on_tensor: Callable[[], object] = lambda: None
+    whole: MergePlan, targets: dict[Path, Format], on_tensor: Callable[[], object] = lambda: None
 ) -> list[dict[str, float]]:
     """Write one file for each format, in one pass over the weights; nothing stands under a name before all are whole.
 
@@ -187,7 +192,7 @@ def write(
             source = ready.result()
             ready = pool.submit(_as_trained, whole, following or tensor)
             blocks = pool.map(
-                partial(_round, whole, source, list(targets.values())), *_ranges(tensor)
+                partial(_merge_rows, whole, source, list(targets.values())), *_ranges(tensor)
             )
             for block in blocks:
                 for file, sums, (stored, shares) in zip(files, kept, block, strict=True):
@@ -202,7 +207,7 @@ def write(
     ]
 
 
-def size(whole: Sum, how: Format) -> int:
+def file_size(whole: MergePlan, how: Format) -> int:
     """Bytes of the data of a file in the format `how`."""
     return sum(
         tensor.rows * ggml.row_bytes(how.types[tensor.name], tensor.columns)
@@ -210,9 +215,9 @@ def size(whole: Sum, how: Format) -> int:
     )
 
 
-def write_skeleton(whole: Sum, path: Path) -> None:
+def write_skeleton(whole: MergePlan, path: Path) -> None:
     """A file of the keys and tensors of `whole` in F32, with a hole for the data: what llama.cpp needs to choose types."""
-    file = _begin(whole, path, direct(whole.tensors, "F32"))
+    file = _begin(whole, path, uniform_format(whole.tensors, "F32"))
     file.close()
     sizes = (-(-4 * tensor.rows * tensor.columns // 32) * 32 for tensor in whole.tensors)
     os.truncate(path, path.stat().st_size + sum(sizes))
@@ -257,7 +262,7 @@ class _File:
             self._writer.close()
 
 
-def _begin(whole: Sum, draft: Path, how: Format, flusher: Executor | None = None) -> _File:
+def _begin(whole: MergePlan, draft: Path, how: Format, flusher: Executor | None = None) -> _File:
     import gguf
 
     writer = gguf.GGUFWriter(draft, whole.base.architecture)
@@ -269,8 +274,10 @@ def _begin(whole: Sum, draft: Path, how: Format, flusher: Executor | None = None
     writer.add_uint32(gguf.Keys.General.FILE_TYPE, how.file_type)
     for name, value in {**whole.keys, **how.keys}.items():
         writer.kv_data[0].pop(name, None)
-        add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}[type(value)]
-        add(name, value)
+        plan_merge = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}[
+            type(value)
+        ]
+        plan_merge(name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -289,13 +296,13 @@ def _ranges(tensor: Tensor) -> tuple[list[int], list[int]]:
     return firsts, [min(first + step, (first // matrix + 1) * matrix) for first in firsts]
 
 
-def _as_trained(whole: Sum, tensor: Tensor) -> Tensor:
+def _as_trained(whole: MergePlan, tensor: Tensor) -> Tensor:
     """The tensor as training had it: a linear projection in 4 bits, in Hugging Face's order of rows."""
-    if whole.four_bits is None or not _LINEAR.fullmatch(tensor.name):
+    if whole.nf4_round_trip is None or not _LINEAR.fullmatch(tensor.name):
         return tensor
     if len(tensor.shape) > 2:
         raise GattError(
-            f'{tensor.name}: experts are not rounded to 4 bits as training does it. Take merge_onto = "16bit".'
+            f'{tensor.name}: experts are not rounded to 4 bits as training does it. Take merge_onto = "fp16".'
         )
     order = row_order(whole.base, tensor.name, tensor.rows)
     rows = tensor.load(0, tensor.rows)
@@ -303,13 +310,13 @@ def _as_trained(whole: Sum, tensor: Tensor) -> Tensor:
         there = np.empty_like(rows)
         there[order] = rows
         rows = there
-    rounded = whole.four_bits(rows)
+    rounded = whole.nf4_round_trip(rows)
     rounded = rounded if order is None else rounded[order]
     return Tensor(tensor.name, tensor.shape, lambda first, last: rounded[first:last])
 
 
-def _round(
-    whole: Sum, tensor: Tensor, formats: list[Format], first: int, last: int
+def _merge_rows(
+    whole: MergePlan, tensor: Tensor, formats: list[Format], first: int, last: int
 ) -> list[tuple[Any, tuple[float, float]]]:
     """Some rows of the sum in each format, with the two products that tell how much of the change they hold."""
     weights = tensor.load(first, last)

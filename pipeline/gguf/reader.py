@@ -105,7 +105,7 @@ class GgufInfo:
         return int(self.hyperparameter("context_length", 2048))
 
     @property
-    def cache_bytes_per_token(self) -> int:
+    def kv_bytes_per_token(self) -> int:
         """Keys and values of one token in F16."""
         heads = self.hyperparameter("attention.head_count", 1)
         of_keys = self.hyperparameter("attention.head_count_kv", heads)

@@ -198,7 +198,7 @@ def name_of_pre_tokenizer(tokenizer: dict[str, Any], source: Path) -> str:
     """llama.cpp's name for the pre-tokenizer of a `tokenizer.json`.
 
     Raises:
-        GattError: not a byte-level BPE, or a rule that is not known here (a wrong one would tokenise wrongly in silence).
+        GattError: not a byte-level BPE, or a rule that is not known here (a wrong one would tokenize wrongly in silence).
     """
     found = tokenizer.get("pre_tokenizer") or {}
     steps = found.get("pretokenizers", [found])

@@ -13,9 +13,17 @@ from tempfile import TemporaryDirectory
 import platformdirs
 
 from pipeline.files import sha256, whole_file, write_json
-from pipeline.gguf.formats import chosen_types, file_type
-from pipeline.gguf.imatrix import Importance
-from pipeline.gguf.merge import DIRECT, Format, Sum, add, direct, write, write_skeleton
+from pipeline.gguf.formats import file_type, query_tensor_types
+from pipeline.gguf.imatrix import ImportanceMatrix
+from pipeline.gguf.merge import (
+    UNIFORM_FORMATS,
+    Format,
+    MergePlan,
+    plan_merge,
+    uniform_format,
+    write,
+    write_skeleton,
+)
 from pipeline.gguf.reader import open_gguf
 from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 from pipeline.hub.models import Model
@@ -32,7 +40,7 @@ def _cached(model: Model, form: str) -> Path:
     )
 
 
-def gguf_file(model: Model, format_name: str) -> Path:
+def cached_gguf(model: Model, format_name: str) -> Path:
     """The base as a GGUF in llama.cpp's format `format_name`.
 
     Raises:
@@ -49,24 +57,26 @@ def gguf_file(model: Model, format_name: str) -> Path:
 
 def write_formats(model: Model, adapter: Path | None, targets: dict[str, Path]) -> None:
     """Write the base with `adapter` (or none) to one GGUF for each format."""
-    whole = add(model.path, adapter)
+    whole = plan_merge(model.path, adapter)
     with TemporaryDirectory(dir=next(iter(targets.values())).parent) as scratch:
-        formats = {path: format_of(whole, name, Path(scratch)) for name, path in targets.items()}
+        formats = {path: plan_format(whole, name, Path(scratch)) for name, path in targets.items()}
     write(whole, formats)
 
 
-def format_of(whole: Sum, name: str, scratch: Path, importance: Importance | None = None) -> Format:
+def plan_format(
+    whole: MergePlan, name: str, scratch: Path, importance: ImportanceMatrix | None = None
+) -> Format:
     """How llama.cpp would store the tensors of `whole` in the format `name`, with an importance matrix or without one.
 
     Raises:
         GattError: no such format.
     """
-    if name in DIRECT:
-        return direct(whole.tensors, name)
+    if name in UNIFORM_FORMATS:
+        return uniform_format(whole.tensors, name)
     skeleton = scratch / "skeleton.gguf"
     if not skeleton.exists():
         write_skeleton(whole, skeleton)
-    types = chosen_types(skeleton, name, importance is not None)
+    types = query_tensor_types(skeleton, name, importance is not None)
     if importance is None:
         return Format(file_type(name), types)
     by_tensor = importance.by_tensor()
@@ -79,7 +89,7 @@ def format_of(whole: Sum, name: str, scratch: Path, importance: Importance | Non
     return Format(file_type(name), types, by_tensor, keys)
 
 
-def hugging_face_folder(model: Model) -> Path:
+def cached_checkpoint(model: Model) -> Path:
     """The base as transformers and Unsloth load it; a GGUF is converted once and kept in the user's cache folder.
 
     Special tokens and chat template come from the GGUF's own fields: transformers guesses them wrong.
@@ -98,7 +108,7 @@ def hugging_face_folder(model: Model) -> Path:
     shutil.rmtree(draft, ignore_errors=True)
     source = {"pretrained_model_name_or_path": str(model.path.parent), "gguf_file": model.path.name}
     network = transformers.AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # Dequantised by now, but still labelled as quantised, which transformers refuses to save.
+    # Dequantized by now, but still labeled as quantized, which transformers refuses to save.
     network.hf_quantizer = None
     network.config.__dict__.pop("quantization_config", None)
     network.to(torch.bfloat16).save_pretrained(draft)

@@ -15,7 +15,7 @@ import tomlkit
 from pipeline.errors import GattError
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.reader import open_gguf
-from pipeline.hub.shape import Shape
+from pipeline.hub.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def find_model(name: str, weights: bool = True) -> Model:
     )
 
 
-def shape_of(name: str) -> Shape:
+def shape_of(name: str) -> ModelShape:
     """The sizes of a model, as `find_model` names it; of one on the Hub only the configuration is downloaded.
 
     Raises:
@@ -87,12 +87,12 @@ def shape_of(name: str) -> Shape:
     """
     preset = presets().get(name, {})
     if "shape" in preset:
-        return Shape(**preset["shape"])
+        return ModelShape(**preset["shape"])
     model = find_model(name, weights=False)
     if model.is_gguf:
         info = open_gguf(model.path)
         sizes, tensors = info.hyperparameter, {tensor.name: tensor.shape for tensor in info.tensors}
-        return Shape(
+        return ModelShape(
             info.layers,
             sizes("embedding_length"),
             sizes("feed_forward_length"),
@@ -102,7 +102,9 @@ def shape_of(name: str) -> Shape:
             "output.weight" not in tensors,
         )
     try:
-        return Shape.of_config(json.loads((model.path / "config.json").read_text(encoding="utf-8")))
+        return ModelShape.of_config(
+            json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+        )
     except (KeyError, ValueError) as error:
         raise GattError(
             f"{model.path / 'config.json'}: {error} is missing. Expected the sizes of a decoder."
@@ -126,7 +128,7 @@ def _download(name: str, repository: str, weights: bool) -> Model:
     import huggingface_hub
 
     try:
-        small = ["*.json", "*.jinja", "tokenizer.model", "README.md"]  # the card tells the licence
+        small = ["*.json", "*.jinja", "tokenizer.model", "README.md"]  # the card tells the license
         folder = huggingface_hub.snapshot_download(repository, allow_patterns=small)
         CheckpointBase(
             Path(folder)

@@ -15,21 +15,29 @@ from typing import NamedTuple
 from pipeline.errors import GattError
 from pipeline.gguf.reader import open_gguf
 from pipeline.inference.cpu_monitor import FreeCores
-from pipeline.inference.model import Adapter, Weights
-from pipeline.inference.scheduler import Closed, Job, Limits, Outcome, Question, ServedModel, State
+from pipeline.inference.model import Adapter, LoadedModel
+from pipeline.inference.scheduler import (
+    EngineClosedError,
+    EngineStats,
+    GenerationRequest,
+    GenerationResult,
+    Job,
+    Limits,
+    ServedModel,
+)
 from pipeline.records import Message
 
 LIMITS = Limits()
 
 
-class Source(NamedTuple):
+class ModelSource(NamedTuple):
     """A model to be served: a GGUF file, and what is laid over it. Sources of one file share its weights."""
 
     path: Path
     adapter: Adapter | None = None
 
 
-class LiveAnswer:
+class AnswerStream:
     """An answer on its way: iterate to get its pieces of text; `outcome` is there when it has ended.
 
     Raises, while iterated:
@@ -38,25 +46,28 @@ class LiveAnswer:
     """
 
     def __init__(
-        self, model: ServedModel, question: Question, observe: Callable[[Outcome], None]
+        self,
+        model: ServedModel,
+        question: GenerationRequest,
+        observe: Callable[[GenerationResult], None],
     ) -> None:
         loop = asyncio.get_running_loop()
-        self.outcome: Outcome | None = None
-        self._pieces: asyncio.Queue[str | Outcome] = asyncio.Queue()
+        self.outcome: GenerationResult | None = None
+        self._pieces: asyncio.Queue[str | GenerationResult] = asyncio.Queue()
         self._model = model
 
-        def tell(piece: str | Outcome) -> None:
+        def tell(piece: str | GenerationResult) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
-        def end(outcome: Outcome) -> None:
+        def end(outcome: GenerationResult) -> None:
             observe(outcome)
             tell(outcome)
 
         self._job = Job(question, tell, end)
         model.submit(self._job)
 
-    def __aiter__(self) -> LiveAnswer:
+    def __aiter__(self) -> AnswerStream:
         return self
 
     async def __anext__(self) -> str:
@@ -67,7 +78,7 @@ class LiveAnswer:
             return piece
         self.outcome = piece
         if piece.finish == "closed":
-            raise Closed("The server is stopping. Try again when it is back.")
+            raise EngineClosedError("The server is stopping. Try again when it is back.")
         if piece.finish == "failed":
             raise RuntimeError("generation failed; the server's log says why")
         raise StopAsyncIteration
@@ -77,7 +88,7 @@ class LiveAnswer:
         if not self.outcome:
             self._model.cancel(self._job)
 
-    async def ended(self) -> Outcome:
+    async def ended(self) -> GenerationResult:
         """How it ended, after the pieces that nobody has taken."""
         while not self.outcome:
             piece = await self._pieces.get()
@@ -85,25 +96,25 @@ class LiveAnswer:
         return self.outcome
 
 
-class Engine:
+class AsyncEngine:
     """The models of `sources` by name, ready to answer. `observe`, once set, is told of every answer's end, from any thread.
 
     Raises:
         GattError: no GGUF, a broken one, an adapter of another base, or too little memory.
     """
 
-    def __init__(self, sources: Mapping[str, Source], limits: Limits = LIMITS) -> None:
-        self.observe: Callable[[str, Outcome], None] = lambda name, outcome: None
+    def __init__(self, sources: Mapping[str, ModelSource], limits: Limits = LIMITS) -> None:
+        self.observe: Callable[[str, GenerationResult], None] = lambda name, outcome: None
         self._cores = FreeCores()
         self._weights = {
-            path: Weights(open_gguf(path))
+            path: LoadedModel(open_gguf(path))
             for path in dict.fromkeys(s.path for s in sources.values())
         }
         self._models = {
             name: ServedModel(name, self._weights[s.path], s.adapter, limits, self._threads)
             for name, s in sources.items()
         }
-        self._lanes = [lane for model in self._models.values() for lane in model.lanes]
+        self._lanes = [lane for model in self._models.values() for lane in model.decode_threads]
         for thread in (self._cores, *self._lanes):
             thread.start()
 
@@ -137,11 +148,11 @@ class Engine:
         """Tokens that prompt and answer may have together."""
         return self._models[name].context
 
-    def state(self, name: str) -> State:
+    def state(self, name: str) -> EngineStats:
         """What the model is doing."""
         return self._models[name].state()
 
-    def ask(self, name: str, question: Question) -> LiveAnswer:
+    def ask(self, name: str, question: GenerationRequest) -> AnswerStream:
         """Begin to answer; to be called in a running event loop, where the answer is then iterated.
 
         Raises:
@@ -149,7 +160,9 @@ class Engine:
             Busy: too many wait already.
             Closed: the engine was stopped.
         """
-        return LiveAnswer(self._models[name], question, lambda outcome: self.observe(name, outcome))
+        return AnswerStream(
+            self._models[name], question, lambda outcome: self.observe(name, outcome)
+        )
 
     def stop(self) -> None:
         """End all answers, as soon as their present step is done; may be called from anywhere."""

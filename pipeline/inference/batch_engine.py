@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from pipeline.gguf.base import Array
 from pipeline.gguf.reader import GgufInfo, open_gguf
-from pipeline.inference.batch_worker import Queue, Worker
-from pipeline.inference.model import Adapter, CacheType, Weights
+from pipeline.inference.batch_worker import BatchWorker, TaskQueue
+from pipeline.inference.model import Adapter, CacheType, LoadedModel
 from pipeline.records import Completion, Request, Task
 from pipeline.system import available_memory, require_memory
 
@@ -25,7 +25,7 @@ _PER_CORE, _PER_GPU = 16, 64
 """Dialogues side by side: on a core, more than 16 rows in a batch are hardly cheaper by the row."""
 
 
-class Room(NamedTuple):
+class ContextPlan(NamedTuple):
     """How the sequences of a model are shared among workers: each has `shares[n]` of `cells` tokens, and so many threads."""
 
     shares: tuple[int, ...]
@@ -33,26 +33,26 @@ class Room(NamedTuple):
     threads: int
 
 
-def find_room(
+def plan_contexts(
     info: GgufInfo, context: int, dialogues: int, most: int, cache: CacheType, loaded: bool
-) -> Room:
-    """The room for up to `dialogues` of `context` tokens each; `most` as for `Llama`, `loaded`: the weights are in memory.
+) -> ContextPlan:
+    """The room for up to `dialogues` of `context` tokens each; `most` as for `BatchEngine`, `loaded`: the weights are in memory.
 
     Raises:
         GattError: too little memory.
     """
     cells = -(-context // _PADDING) * _PADDING
-    stream = cells * info.cache_bytes_per_token * (2 if cache == "F32" else 1)
+    stream = cells * info.kv_bytes_per_token * (2 if cache == "F32" else 1)
     cores = 1 if _offloads() else os.cpu_count() or 1
     sequences = min(dialogues, most or _fitting(info, stream, cores))
     workers = min(cores, sequences)
     needed = (0 if loaded else info.bytes) + sequences * stream
     require_memory(needed, f"run {info.path.name} with {sequences} sequences")
     shares = tuple(len(range(n, sequences, workers)) for n in range(workers))
-    return Room(shares, cells, (os.cpu_count() or 1) // workers)
+    return ContextPlan(shares, cells, (os.cpu_count() or 1) // workers)
 
 
-class Llama:
+class BatchEngine:
     """A model with room for up to `dialogues` of `context` tokens each, side by side.
 
     `source` is a GGUF file, or weights that are loaded already and stay so; `adapter` is laid over them. `most` limits the
@@ -65,7 +65,7 @@ class Llama:
 
     def __init__(
         self,
-        source: Path | Weights,
+        source: Path | LoadedModel,
         dialogues: int,
         context: int,
         most: int = 0,
@@ -73,17 +73,17 @@ class Llama:
         name: str = "",
         adapter: Adapter | None = None,
     ) -> None:
-        loaded = isinstance(source, Weights)
-        info = source.info if isinstance(source, Weights) else open_gguf(source)
+        loaded = isinstance(source, LoadedModel)
+        info = source.info if isinstance(source, LoadedModel) else open_gguf(source)
         self.name = name or info.path.name
-        room = find_room(info, context, dialogues, most, cache, loaded)
+        room = plan_contexts(info, context, dialogues, most, cache, loaded)
         self._cores = os.cpu_count() or 1
-        self._weights = source if isinstance(source, Weights) else Weights(info)
+        self._weights = source if isinstance(source, LoadedModel) else LoadedModel(info)
         self._lent = loaded
         self.template, self.tokenize = self._weights.template, self._weights.tokenize
         self.vocabulary = self._weights.vocabulary
         self._workers = [
-            Worker(self._weights, share, room.cells, cache, room.threads, adapter)
+            BatchWorker(self._weights, share, room.cells, cache, room.threads, adapter)
             for share in room.shares
         ]
 
@@ -94,7 +94,7 @@ class Llama:
         if not self._lent:
             self._weights.close()
 
-    def __enter__(self) -> Llama:
+    def __enter__(self) -> BatchEngine:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -105,7 +105,7 @@ class Llama:
 
         `on_text` receives each piece of text (meant for one task: a chat).
         """
-        queue = Queue(tasks, on_text, len(self._workers), self._cores)
+        queue = TaskQueue(tasks, on_text, len(self._workers), self._cores)
         if len(self._workers) == 1:
             self._workers[0].run(queue)
             return

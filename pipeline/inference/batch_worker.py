@@ -14,12 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.gguf.base import Array
-from pipeline.inference.context import Stream, Streams
-from pipeline.inference.model import Adapter, CacheType, Weights
+from pipeline.inference.context import BatchContext, SequenceState
+from pipeline.inference.model import Adapter, CacheType, LoadedModel
 from pipeline.records import Completion, Request, Task
 
 
-class Queue:
+class TaskQueue:
     """The dialogues that wait. Whoever advances one holds the lock, so that dialogues need not be thread-safe."""
 
     def __init__(
@@ -61,18 +61,18 @@ class Queue:
 
 
 @dataclass(slots=True)
-class _Sequence(Stream):
+class _Sequence(SequenceState):
     """A stream and the dialogue that runs in it."""
 
     task: Task | None = None
 
 
-class Worker:
+class BatchWorker:
     """One context with room for `sequences` dialogues of up to `context` tokens each; one thread at a time may run it."""
 
     def __init__(
         self,
-        weights: Weights,
+        weights: LoadedModel,
         sequences: int,
         context: int,
         cache: CacheType,
@@ -82,13 +82,13 @@ class Worker:
         self._weights = weights
         self._room = context
         self._sequences = [_Sequence(n) for n in range(sequences)]
-        self._streams = Streams(weights, self._sequences, context, cache, threads, adapter)
+        self._streams = BatchContext(weights, self._sequences, context, cache, threads, adapter)
 
     def close(self) -> None:
         """Give the memory back."""
         self._streams.close()
 
-    def run(self, queue: Queue) -> None:
+    def run(self, queue: TaskQueue) -> None:
         """Take dialogues from the queue until none is left, and drive them to their end."""
         busy = [s for s in self._sequences if self._next_task(s, queue)]
         while busy and not queue.stopped:
@@ -99,7 +99,7 @@ class Worker:
             for sequence, row in zip(busy, self._streams.decode(busy), strict=True):
                 for piece in (
                     self._streams.sample(sequence, row),
-                    self._streams.foreseen(sequence, row),
+                    self._streams.sample_draft(sequence, row),
                 ):
                     if queue.on_text and piece:
                         queue.on_text(piece)
@@ -127,7 +127,7 @@ class Worker:
             ]
         return math.exp(sum(losses) / len(losses))
 
-    def _next_task(self, sequence: _Sequence, queue: Queue) -> bool:
+    def _next_task(self, sequence: _Sequence, queue: TaskQueue) -> bool:
         """Start tasks in a free sequence until one has something to generate."""
         while (task := queue.next()) is not None:
             sequence.task = task
@@ -137,12 +137,12 @@ class Worker:
                 return True
         return False
 
-    def _advance(self, sequence: _Sequence, queue: Queue) -> bool:
+    def _advance(self, sequence: _Sequence, queue: TaskQueue) -> bool:
         """Hand the finished completion to the dialogue and take its next request."""
         done = Completion(sequence.text, sequence.tokens, sequence.prompt_tokens, sequence.finish)
         return self._ask(sequence, done, queue)
 
-    def _ask(self, sequence: _Sequence, completion: Completion | None, queue: Queue) -> bool:
+    def _ask(self, sequence: _Sequence, completion: Completion | None, queue: TaskQueue) -> bool:
         """Send `completion` and admit requests until one needs decoding; False when the dialogue has ended."""
         assert sequence.task is not None
         while (request := queue.advance(sequence.task, completion)) is not None:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
-from pipeline.inference.batch_engine import Llama
-from pipeline.inference.model import Adapter, Weights
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.model import Adapter, LoadedModel
 from pipeline.records import Completion, Message, Request, Task
 
 Heard = tuple[int, str | Completion]
@@ -16,7 +16,7 @@ Heard = tuple[int, str | Completion]
 _Heard = tuple[int, str | Completion | Exception]
 
 
-class Turns:
+class TurnLock:
     """Lets one model compute at a time, a token each in turn.
 
     Each wants all cores, and waits for its threads at every operation: two at once hold each other up.
@@ -40,10 +40,12 @@ class Turns:
             self._changed.notify_all()
 
 
-class _Speaker:
+class _ModelThread:
     """One model in a thread of its own, which ends when it is asked None."""
 
-    def __init__(self, number: int, llama: Llama, turns: Turns, heard: SimpleQueue[_Heard]) -> None:
+    def __init__(
+        self, number: int, llama: BatchEngine, turns: TurnLock, heard: SimpleQueue[_Heard]
+    ) -> None:
         self.llama, self.asked = llama, SimpleQueue[Request | None]()
         self._number, self._turns, self._heard = number, turns, heard
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -67,38 +69,38 @@ class _Speaker:
             self._heard.put((self._number, completion))
 
 
-class Speakers:
+class ChatEngine:
     """One or several models side by side with room for `context` tokens each; equal weights are there once.
 
     Raises:
         GattError: an adapter of another base, or too little memory.
     """
 
-    def __init__(self, models: Sequence[tuple[Weights, Adapter | None]], context: int) -> None:
+    def __init__(self, models: Sequence[tuple[LoadedModel, Adapter | None]], context: int) -> None:
         self.context = context
         self._models = models
         self._stop = threading.Event()
-        self._turns = Turns()
+        self._turns = TurnLock()
         self._heard = SimpleQueue[_Heard]()
-        llamas: list[Llama] = []
+        llamas: list[BatchEngine] = []
         try:
             for weights, adapter in models:
-                llamas.append(Llama(weights, 1, context, adapter=adapter))
+                llamas.append(BatchEngine(weights, 1, context, adapter=adapter))
         except BaseException:
             for llama in llamas:
                 llama.close()
             raise
         self._speakers = [
-            _Speaker(n, llama, self._turns, self._heard) for n, llama in enumerate(llamas)
+            _ModelThread(n, llama, self._turns, self._heard) for n, llama in enumerate(llamas)
         ]
 
-    def resized(self, context: int) -> Speakers:
+    def resized(self, context: int) -> ChatEngine:
         """The same models with other room, in place of these, which are closed.
 
         Raises:
             GattError: too little memory; these stay open.
         """
-        other = Speakers(self._models, context)
+        other = ChatEngine(self._models, context)
         self.close()
         return other
 
@@ -127,7 +129,7 @@ class Speakers:
         """
         self._stop.clear()
         for speaker, request in zip(self._speakers, requests, strict=True):
-            speaker.asked.put(replace(request, enough=self._pause))
+            speaker.asked.put(replace(request, stop_when=self._pause))
         left = len(requests)
         while left:
             try:

@@ -13,7 +13,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from pipeline.errors import GattError
 from pipeline.records import Message
 
-NO_THOUGHTS = {"enable_thinking": False}
+NO_THINKING = {"enable_thinking": False}
 """For `apply_chat_template` too: the variable that templates of models which think aloud ask for."""
 
 
@@ -42,7 +42,7 @@ class ChatTemplate:
             add_generation_prompt=answer_follows,
             bos_token=self._bos,
             eos_token=self._eos,
-            **NO_THOUGHTS,
+            **NO_THINKING,
         )
 
 

@@ -25,7 +25,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from pipeline.gguf.base import Array
-from pipeline.inference.model import Adapter, CacheType, Weights
+from pipeline.inference.model import Adapter, CacheType, LoadedModel
 from pipeline.records import Request
 
 _CHUNK = 63
@@ -47,7 +47,7 @@ class _Row(NamedTuple):
 
 
 @dataclass(slots=True)
-class Stream:
+class SequenceState:
     """One stream of the cache and the answer that is generated in it.
 
     The cells of the tokens `cached` are filled, those of `pending` are not yet. Where there is a `guess` at the token behind
@@ -67,10 +67,10 @@ class Stream:
     sampler: Any = None
 
 
-S = TypeVar("S", bound=Stream)
+S = TypeVar("S", bound=SequenceState)
 
 
-class Streams(Generic[S]):
+class BatchContext(Generic[S]):
     """A context with a cache of `cells` tokens of a `kind` for each of `streams`; one thread at a time may use it.
 
     `exact`: no token is fed alone, so that answers do not depend on what is reused or runs beside them.
@@ -81,7 +81,7 @@ class Streams(Generic[S]):
 
     def __init__(
         self,
-        weights: Weights,
+        weights: LoadedModel,
         streams: list[S],
         cells: int,
         kind: CacheType,
@@ -115,10 +115,13 @@ class Streams(Generic[S]):
 
         If another stream has `least` of the first tokens more than this one, they are copied from there.
         """
-        fullest = max(self._streams, key=lambda s: common(s.cached, tokens))
-        if common(fullest.cached, tokens[:-1]) >= common(stream.cached, tokens[:-1]) + least:
+        fullest = max(self._streams, key=lambda s: common_prefix_length(s.cached, tokens))
+        if (
+            common_prefix_length(fullest.cached, tokens[:-1])
+            >= common_prefix_length(stream.cached, tokens[:-1]) + least
+        ):
             self.copy(fullest, stream)
-        shared = common(stream.cached, tokens[:-1])
+        shared = common_prefix_length(stream.cached, tokens[:-1])
         self._api.llama_memory_seq_rm(self._memory, stream.id, shared, -1)
         del stream.cached[shared:]
         stream.request, stream.pending = request, tokens[shared:]
@@ -179,7 +182,7 @@ class Streams(Generic[S]):
             self._drop(stream)
         return piece
 
-    def foreseen(self, stream: S, row: int) -> str | None:
+    def sample_draft(self, stream: S, row: int) -> str | None:
         """After `sample` of the same row: where it drew what was guessed, the text of the token behind it."""
         if stream.guess is None:
             return None
@@ -202,7 +205,7 @@ class Streams(Generic[S]):
         stream.text += piece
         if ends:
             stream.finish = "stop"
-        elif stream.request.enough and stream.request.enough(stream.text):
+        elif stream.request.stop_when and stream.request.stop_when(stream.text):
             stream.finish = "enough"
         elif stream.tokens < stream.request.max_tokens:
             stream.pending = [token]
@@ -295,7 +298,7 @@ def _pasts(tokens: Sequence[int]) -> list[tuple[int, ...]]:
     return [last[n:] for n in range(len(last))]
 
 
-def common(one: Sequence[int], other: Sequence[int]) -> int:
+def common_prefix_length(one: Sequence[int], other: Sequence[int]) -> int:
     """How many tokens both begin with."""
     low, high = 0, min(len(one), len(other))
     while low < high:  # comparing slices is a hundred times as quick as comparing tokens

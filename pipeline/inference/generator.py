@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from pipeline.console import note
+from pipeline.console import log
 from pipeline.data.dialogues import load_dialogues
 from pipeline.files import write_json
-from pipeline.gatt.quality import flaw
+from pipeline.gatt.quality import find_defect
 from pipeline.gatt.text import first_sentences, has_sentences
-from pipeline.hub.convert import gguf_file
+from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
-from pipeline.inference.batch_engine import Llama
-from pipeline.inference.openai_client import Server
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.openai_client import OpenAIClient
 from pipeline.recipe import Recipe
 from pipeline.records import Message, Request, Task
 
@@ -23,7 +23,7 @@ _CONCURRENCY = 24
 """Requests in flight to a server, where the recipe does not say."""
 
 
-class Teacher(Protocol):
+class GenerationEngine(Protocol):
     """Something that drives many dialogues side by side."""
 
     name: str
@@ -31,12 +31,12 @@ class Teacher(Protocol):
     def run(self, tasks: Iterable[Task]) -> None:
         """Drive all `tasks` to their end."""
 
-    def __enter__(self) -> Teacher: ...
+    def __enter__(self) -> GenerationEngine: ...
 
     def __exit__(self, *_: object) -> None: ...
 
 
-def open_teacher(recipe: Recipe, dialogues: int) -> Teacher:
+def open_generator(recipe: Recipe, dialogues: int) -> GenerationEngine:
     """The teacher that the recipe names, with room for up to `dialogues` at a time.
 
     Raises:
@@ -46,20 +46,20 @@ def open_teacher(recipe: Recipe, dialogues: int) -> Teacher:
     name = settings.teacher or recipe.model
     if name.startswith(("http://", "https://")):
         url, _, served = name.partition("#")
-        return Server(url, served, settings.sequences or _CONCURRENCY)
+        return OpenAIClient(url, served, settings.max_parallel or _CONCURRENCY)
     model = find_model(name)
     path, format_name = model.path, settings.format
     if format_name or not model.is_gguf:
         format_name = format_name or "F16"
-        path = gguf_file(model, format_name)
+        path = cached_gguf(model, format_name)
         _compare(
             f"{model.name} in {format_name}",
-            model.path if model.is_gguf else gguf_file(model, "Q8_0"),
+            model.path if model.is_gguf else cached_gguf(model, "Q8_0"),
             path,
         )
     context = recipe.dialogues.turns * (settings.max_tokens + 100) + 200
-    return Llama(
-        path, dialogues, context, settings.sequences, name=f"{model.name} {format_name}".strip()
+    return BatchEngine(
+        path, dialogues, context, settings.max_parallel, name=f"{model.name} {format_name}".strip()
     )
 
 
@@ -67,14 +67,14 @@ def _compare(name: str, shipped: Path, converted: Path) -> None:
     """Print what the conversion costs in quality; measured once, and kept beside the converted file."""
     kept = converted.with_suffix(".json")
     if not kept.exists():
-        note(f"synthesize: measuring {name} against {shipped.name}, once")
+        log(f"synthesize: measuring {name} against {shipped.name}, once")
         write_json(kept, {"before": _quality(shipped), "after": _quality(converted)})
     found = json.loads(kept.read_text(encoding="utf-8"))
     sides = [
         f"{found[side]['perplexity']:.2f} and {found[side]['accepted']:.0%}"
         for side in ("before", "after")
     ]
-    note(
+    log(
         f"synthesize: {name}: perplexity and good first answers {sides[1]}, before the conversion {sides[0]}"
     )
 
@@ -86,11 +86,11 @@ def _quality(path: Path) -> dict[str, Any]:
 
     def ask(question: str) -> Task:
         message: Message = {"role": "user", "content": question}
-        said = yield Request((message,), 1, 80, enough=lambda text: has_sentences(text, 1))
+        said = yield Request((message,), 1, 80, stop_when=lambda text: has_sentences(text, 1))
         answers.append(first_sentences(said.text, 1))
 
-    with Llama(path, len(dialogues), 512) as llama:
+    with BatchEngine(path, len(dialogues), 512) as llama:
         llama.run(ask(d.turns[0]) for d in dialogues)
         perplexity = llama.perplexity([" ".join(d.turns) for d in dialogues[:4]])
-    good = sum(not flaw(answer, (), finished=True) for answer in answers)
+    good = sum(not find_defect(answer, (), finished=True) for answer in answers)
     return {"perplexity": perplexity, "accepted": good / len(answers)}

@@ -12,7 +12,7 @@ from pipeline.files import whole_file
 from pipeline.gguf.base import Array
 
 
-def divergence(trained: Array, other: Array) -> float:
+def mean_kl(trained: Array, other: Array) -> float:
     """The mean Kullback-Leibler divergence, in nats a token, of `other` from `trained`, both (tokens, vocabulary) logits.
 
     A file may leave out rows of the vocabulary that no token has: what both have counts.
@@ -20,31 +20,31 @@ def divergence(trained: Array, other: Array) -> float:
     width = min(trained.shape[1], other.shape[1])
     total = 0.0
     for one, two in zip(trained, other, strict=True):
-        first, second = (log_probabilities(row[:width].astype(np.float64)) for row in (one, two))
+        first, second = (log_softmax(row[:width].astype(np.float64)) for row in (one, two))
         total += float((np.exp(first) * (first - second)).sum())
     return total / len(trained)
 
 
-def surprise(sequences: Sequence[Sequence[int]], logits: Array) -> float:
+def mean_nll(sequences: Sequence[Sequence[int]], logits: Array) -> float:
     """The mean negative log-likelihood of the sequences, nats a token, under (all their tokens, vocabulary) logits."""
     losses: list[float] = []
     rows = iter(logits)
     for sequence in sequences:
         mine = [next(rows) for _ in sequence]
         losses += [
-            -log_probabilities(row.astype(np.float64))[token]
+            -log_softmax(row.astype(np.float64))[token]
             for row, token in zip(mine, sequence[1:], strict=False)
         ]
     return float(np.mean(losses))
 
 
-def log_probabilities(row: Any) -> Any:
+def log_softmax(row: Any) -> Any:
     """The logarithms of the probabilities that logits stand for."""
     shifted = row - row.max()
     return shifted - np.log(np.exp(shifted).sum())
 
 
-class Reference(NamedTuple):
+class Logits(NamedTuple):
     """What a model predicts: sequences of token ids, and (all their tokens, vocabulary) logits of what follows each."""
 
     sequences: list[list[int]]
@@ -64,7 +64,7 @@ class Reference(NamedTuple):
             )
 
     @classmethod
-    def load(cls, path: Path) -> Reference:
+    def load(cls, path: Path) -> Logits:
         """As saved."""
         import numpy as np
 

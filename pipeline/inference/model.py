@@ -25,7 +25,7 @@ class Adapter(NamedTuple):
     scale: float = 1.0
 
 
-class Weights:
+class LoadedModel:
     """The model of a GGUF in memory, or only its vocabulary; after loading, several threads may use it at once.
 
     Raises:
@@ -118,7 +118,7 @@ class Weights:
             self._adapters[path] = loaded
         return self._adapters[path]
 
-    def let_go(self, adapter: Adapter) -> None:
+    def unload_adapter(self, adapter: Adapter) -> None:
         """Give an adapter's memory back, after that of all contexts with it."""
         self.api.llama_adapter_lora_free(self._adapters.pop(adapter.path))
 

@@ -33,7 +33,7 @@ _OVERFLOW = re.compile(r"context.?(length|size|window)|maximum model length", re
 _CUT = ("length", "content_filter", "abort")
 
 
-class Server:
+class OpenAIClient:
     """The model `model` behind `url`, with `concurrency` dialogues in flight; "" is the first model that it offers.
 
     `name` is that of the model in use, once a run has begun. The key is taken from the environment variable OPENAI_API_KEY.
@@ -51,7 +51,7 @@ class Server:
         self._offered: list[str] = []
         self._options: dict[str, Any] = {"stream_options": {"include_usage": True}}
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> OpenAIClient:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,7 +152,7 @@ class Server:
                         piece = (choice.delta and choice.delta.content) or ""
                         text, tokens = text + piece, tokens + bool(piece)
                         reason = choice.finish_reason or reason
-                        if piece and request.enough and request.enough(text):
+                        if piece and request.stop_when and request.stop_when(text):
                             return Completion(text, tokens, prompt_tokens, "enough")
                     if chunk.usage:
                         tokens, prompt_tokens = (
@@ -187,7 +187,7 @@ class Server:
         tokens, prompt_tokens = (
             (answer.usage.completion_tokens, answer.usage.prompt_tokens) if answer.usage else (0, 0)
         )
-        enough = request.enough and request.enough(text)
+        enough = request.stop_when and request.stop_when(text)
         return Completion(
             text, tokens, prompt_tokens, "enough" if enough else _finish(choices[0].finish_reason)
         )

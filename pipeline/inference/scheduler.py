@@ -16,9 +16,9 @@ from itertools import count
 from typing import Literal, NamedTuple
 
 from pipeline.errors import GattError
-from pipeline.inference.batch_engine import find_room
-from pipeline.inference.context import Stream, Streams, common
-from pipeline.inference.model import Adapter, Weights
+from pipeline.inference.batch_engine import plan_contexts
+from pipeline.inference.context import BatchContext, SequenceState, common_prefix_length
+from pipeline.inference.model import Adapter, LoadedModel
 from pipeline.records import Request
 
 _ANY = 1 << 16
@@ -31,15 +31,15 @@ _OPENING = 8
 Finish = Literal["stop", "length", "cancelled", "closed", "failed"]
 
 
-class Busy(GattError):
+class QueueFullError(GattError):
     """All sequences are in use, and as many requests wait as may."""
 
 
-class Closed(GattError):
+class EngineClosedError(GattError):
     """The engine stops, and answers nothing any more."""
 
 
-class TooLong(GattError):
+class ContextLengthError(GattError):
     """A prompt with its answer does not fit in the context; both are in tokens, as is `context`."""
 
     def __init__(self, prompt: int, answer: int, context: int) -> None:
@@ -50,7 +50,7 @@ class TooLong(GattError):
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class GenerationRequest:
     """A prompt as tokens, and how to answer it. The answer ends before the first of the texts `stop`.
 
     The prompt is not made of `request.messages`: they are what the answer is not to repeat.
@@ -62,7 +62,7 @@ class Question:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class GenerationResult:
     """How an answer ended. `cached_tokens` of the prompt were in the cache; `seconds` count from the question's arrival."""
 
     finish: Finish
@@ -73,7 +73,7 @@ class Outcome:
     seconds: float
 
 
-class State(NamedTuple):
+class EngineStats(NamedTuple):
     """What a model is doing: sequences that there are and that are in use, and requests that wait."""
 
     sequences: int
@@ -93,7 +93,10 @@ class Job:
     """A question on its way. `on_text` and `on_end` are called from the engine's threads and must not block."""
 
     def __init__(
-        self, question: Question, on_text: Callable[[str], None], on_end: Callable[[Outcome], None]
+        self,
+        question: GenerationRequest,
+        on_text: Callable[[str], None],
+        on_end: Callable[[GenerationResult], None],
     ) -> None:
         self.question, self.on_end = question, on_end
         self.cancelled = False
@@ -104,7 +107,7 @@ class Job:
         self._first: float | None = None
         self._held = ""
 
-    def hear(self, piece: str, last: bool) -> bool:
+    def emit(self, piece: str, last: bool) -> bool:
         """Pass text on, but for what may be the beginning of a stop text; whether one is there."""
         if self._first is None:
             self._first = time.monotonic() - self.arrived
@@ -126,34 +129,38 @@ class Job:
             self._on_text(text[: len(text) - held])
         return bool(places)
 
-    def outcome(self, finish: Finish, tokens: int = 0) -> Outcome:
+    def outcome(self, finish: Finish, tokens: int = 0) -> GenerationResult:
         """Of the answer as it is now."""
         prompt, now = len(self.question.tokens), time.monotonic()
-        return Outcome(finish, prompt, self.cached_tokens, tokens, self._first, now - self.arrived)
+        return GenerationResult(
+            finish, prompt, self.cached_tokens, tokens, self._first, now - self.arrived
+        )
 
 
 @dataclass(slots=True)
-class _Seat(Stream):
+class Slot(SequenceState):
     """A stream and the question that is answered in it; `used` orders the seats by when their last answer ended."""
 
     job: Job | None = None
     used: int = 0
 
 
-class Lane(threading.Thread):
+class DecodeThread(threading.Thread):
     """One context and the thread that runs it."""
 
     def __init__(self, model: ServedModel, share: int, cells: int, adapter: Adapter | None) -> None:
         super().__init__(name=f"gatt {model.name}")
-        self.seats = [_Seat(n) for n in range(share)]
-        self.streams = Streams(model.weights, self.seats, cells, "F16", 1, adapter, exact=False)
+        self.slots = [Slot(n) for n in range(share)]
+        self.streams = BatchContext(
+            model.weights, self.slots, cells, "F16", 1, adapter, exact=False
+        )
         self.active = False
         self._model = model
 
     @property
     def busy(self) -> int:
         """Seats in use."""
-        return sum(seat.job is not None for seat in self.seats)
+        return sum(slot.job is not None for slot in self.slots)
 
     def run(self) -> None:
         """Answer until the engine closes."""
@@ -164,15 +171,15 @@ class Lane(threading.Thread):
                 Exception
             ):  # a bug in one step must not take the server down; those who wait are told
                 logging.getLogger("gatt.serve").exception("a step of %s failed", self._model.name)
-                for seat in taken:
-                    if seat.job:
-                        self._end(seat, "failed")
-                    self.streams.forget(seat)
-        for seat in self.seats:
-            if seat.job:
-                self._end(seat, "closed")
+                for slot in taken:
+                    if slot.job:
+                        self._end(slot, "failed")
+                    self.streams.forget(slot)
+        for slot in self.slots:
+            if slot.job:
+                self._end(slot, "closed")
 
-    def _gather(self) -> list[_Seat]:
+    def _gather(self) -> list[Slot]:
         """The seats in use, by number, once there are some; none when the engine closes."""
         model = self._model
         with model.changed:
@@ -180,40 +187,40 @@ class Lane(threading.Thread):
             while not (self.active or model.closed):
                 model.changed.wait()
                 self.active = bool(self.busy)
-            return [] if model.closed else [seat for seat in self.seats if seat.job]
+            return [] if model.closed else [slot for slot in self.slots if slot.job]
 
-    def _step(self, taken: list[_Seat]) -> None:
+    def _step(self, taken: list[Slot]) -> None:
         """One chunk of the prompt that has waited longest, and one new token for every answer."""
         self.streams.use(self._model.threads())
-        for seat in taken:
-            if seat.job and seat.job.cancelled:
-                self._end(seat, "cancelled")
-            elif seat.job and not seat.job.begun:
-                job = seat.job
+        for slot in taken:
+            if slot.job and slot.job.cancelled:
+                self._end(slot, "cancelled")
+            elif slot.job and not slot.job.begun:
+                job = slot.job
                 job.begun = True
                 job.cached_tokens = self.streams.begin(
-                    seat, job.question.request, job.question.tokens, _WORTH_A_COPY
+                    slot, job.question.request, job.question.tokens, _WORTH_A_COPY
                 )
-        going = [(seat, seat.job) for seat in taken if seat.job]
-        filling = [(job.arrived, seat) for seat, job in going if len(seat.pending) > 1]
+        going = [(slot, slot.job) for slot in taken if slot.job]
+        filling = [(job.arrived, slot) for slot, job in going if len(slot.pending) > 1]
         if filling:
             self.streams.prefill(min(filling, key=lambda pair: pair[0])[1])
-        ready = [(seat, job) for seat, job in going if len(seat.pending) == 1]
+        ready = [(slot, job) for slot, job in going if len(slot.pending) == 1]
         if ready:
-            rows = self.streams.decode([seat for seat, _ in ready])
-            for (seat, job), row in zip(ready, rows, strict=True):
-                stopped = job.hear(self.streams.sample(seat, row), bool(seat.finish))
-                if stopped or seat.finish:
-                    self._end(seat, "stop" if stopped or seat.finish == "stop" else "length")
+            rows = self.streams.decode([slot for slot, _ in ready])
+            for (slot, job), row in zip(ready, rows, strict=True):
+                stopped = job.emit(self.streams.sample(slot, row), bool(slot.finish))
+                if stopped or slot.finish:
+                    self._end(slot, "stop" if stopped or slot.finish == "stop" else "length")
 
-    def _end(self, seat: _Seat, finish: Finish) -> None:
+    def _end(self, slot: Slot, finish: Finish) -> None:
         """Leave the seat, whose cells are kept, to the next."""
-        job = seat.job
+        job = slot.job
         assert job is not None
-        outcome = job.outcome(finish, seat.tokens if job.begun else 0)
-        seat.pending = []
-        self.streams.release(seat)
-        self._model.leave(seat)
+        outcome = job.outcome(finish, slot.tokens if job.begun else 0)
+        slot.pending = []
+        self.streams.release(slot)
+        self._model.leave(slot)
         job.on_end(outcome)
 
 
@@ -223,7 +230,7 @@ class ServedModel:
     def __init__(
         self,
         name: str,
-        weights: Weights,
+        weights: LoadedModel,
         adapter: Adapter | None,
         limits: Limits,
         threads: Callable[[], int],
@@ -236,15 +243,17 @@ class ServedModel:
         self._most_waiting = limits.waiting
         self._waiting: deque[Job] = deque()
         self._order = count(1)
-        room = find_room(weights.info, self.context, _ANY, limits.sequences, "F16", loaded=True)
-        self.lanes = [Lane(self, share, room.cells, adapter) for share in room.shares]
+        room = plan_contexts(weights.info, self.context, _ANY, limits.sequences, "F16", loaded=True)
+        self.decode_threads = [
+            DecodeThread(self, share, room.cells, adapter) for share in room.shares
+        ]
 
-    def state(self) -> State:
+    def state(self) -> EngineStats:
         """Now."""
         with self.changed:
-            return State(
-                sum(len(lane.seats) for lane in self.lanes),
-                sum(lane.busy for lane in self.lanes),
+            return EngineStats(
+                sum(len(lane.slots) for lane in self.decode_threads),
+                sum(lane.busy for lane in self.decode_threads),
                 len(self._waiting),
             )
 
@@ -252,15 +261,15 @@ class ServedModel:
         """Give the question a seat, or let it wait for one."""
         prompt, answer = len(job.question.tokens), job.question.request.max_tokens
         if prompt + answer > self.context:
-            raise TooLong(prompt, answer, self.context)
+            raise ContextLengthError(prompt, answer, self.context)
         with self.changed:
             if self.closed:
-                raise Closed("The server is stopping. Try again when it is back.")
+                raise EngineClosedError("The server is stopping. Try again when it is back.")
             self._waiting.append(job)
             self._place()
             if len(self._waiting) > self._most_waiting:
                 self._waiting.pop()
-                raise Busy(
+                raise QueueFullError(
                     f"All sequences are in use and {self._most_waiting} requests wait already. Try again in a while."
                 )
 
@@ -273,10 +282,10 @@ class ServedModel:
             self._waiting.remove(job)
         job.on_end(job.outcome("cancelled"))
 
-    def leave(self, seat: _Seat) -> None:
+    def leave(self, slot: Slot) -> None:
         """The answer in this seat has ended."""
         with self.changed:
-            seat.job, seat.used = None, next(self._order)
+            slot.job, slot.used = None, next(self._order)
             self._place()
 
     def stop(self) -> None:
@@ -292,7 +301,7 @@ class ServedModel:
     def close(self) -> None:
         """Wait for the lanes to end, and give their memory back."""
         self.stop()
-        for lane in self.lanes:
+        for lane in self.decode_threads:
             if lane.ident:
                 lane.join()
             lane.streams.close()
@@ -300,19 +309,24 @@ class ServedModel:
     def _place(self) -> None:
         """Seat those who wait; the lock is held."""
         while self._waiting:
-            free = [(seat, lane) for lane in self.lanes for seat in lane.seats if seat.job is None]
+            free = [
+                (slot, lane)
+                for lane in self.decode_threads
+                for slot in lane.slots
+                if slot.job is None
+            ]
             if not free or self.closed:
                 return
             job = self._waiting.popleft()
             self._choose(job.question.tokens, free).job = job
         self.changed.notify_all()
 
-    def _choose(self, tokens: list[int], free: list[tuple[_Seat, Lane]]) -> _Seat:
+    def _choose(self, tokens: list[int], free: list[tuple[Slot, DecodeThread]]) -> Slot:
         """The seat that holds most of this conversation, or else the one unused longest in the lane with most room.
 
         A seat whose last prompt is not in this one is another conversation's, though all may begin with one system message.
         """
-        shared = [(common(seat.cached, tokens), seat) for seat, _ in free]
+        shared = [(common_prefix_length(slot.cached, tokens), slot) for slot, _ in free]
         own = [
             (n, s)
             for n, s in shared

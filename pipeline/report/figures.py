@@ -1,4 +1,4 @@
-"""Pictures: numbers in, SVG and PNG out. Text and axes are drawn in one colour, which a page replaces by its own.
+"""Pictures: numbers in, SVG and PNG out. Text and axes are drawn in one color, which a page replaces by its own.
 
 Each is drawn twice, for a desk and for a phone, whose text would be too small in a picture that was shrunk.
 """
@@ -48,7 +48,7 @@ class Picture(NamedTuple):
 
     @property
     def inline(self) -> str:
-        """The SVGs for a page, which shows one of them: their text takes the colour of the page's."""
+        """The SVGs for a page, which shows one of them: their text takes the color of the page's."""
         return f'<span class="desk">{self._for_page(self.svg)}</span><span class="phone">{self._for_page(self.narrow)}</span>'
 
     def _for_page(self, svg: str) -> str:
@@ -125,20 +125,20 @@ def survival_curve(narrow: bool, survival: dict[str, Any], turns: int) -> Any:
 def change_curve(narrow: bool, change: dict[str, Any], arms: Sequence[str] = ()) -> Any:
     """Adherence of each arm to the old instruction (dashed) and, from the change on, to the new one, with 95 % intervals.
 
-    `arms` of the other curves, some of which are not here: each keeps its colour.
+    `arms` of the other curves, some of which are not here: each keeps its color.
     """
     figure, axes = _figure(narrow, 3.2)
     ends = []
     turns = 1
-    for arm, (colour, marker, _) in _styled([*arms, *change]).items():
+    for arm, (color, marker, _) in _styled([*arms, *change]).items():
         if arm not in change:
             continue
         rows = change[arm]["by_turn"]
         turns = max(turns, rows[-1]["at"])
         new = [r for r in rows if r["at"] >= change[arm]["at"]] or rows
         for share, mine, style in (
-            ("old", rows, (colour, "", "--")),
-            ("new", new, (colour, marker, "-")),
+            ("old", rows, (color, "", "--")),
+            ("new", new, (color, marker, "-")),
         ):
             at, rates = (
                 [r["at"] for r in mine],
@@ -153,7 +153,7 @@ def change_curve(narrow: bool, change: dict[str, Any], arms: Sequence[str] = ())
                 0.14 if share == "new" else 0.07,
             )
             _line(axes, at, [r[share] for r in mine], style, 1.8 if share == "new" else 1.2)
-        ends.append((arm, rows[-1]["at"], rows[-1]["new"], colour))
+        ends.append((arm, rows[-1]["at"], rows[-1]["new"], color))
     axes.axvline(
         max(found["at"] for found in change.values()) - 0.5,
         color=_TEXT,
@@ -198,11 +198,11 @@ def attention_picture(narrow: bool, maps: dict[str, Any]) -> Any:
     for (arm, found), axes in zip(
         ((arm, maps[arm]) for arm in ("base", "tuned")), both, strict=True
     ):
-        colour, marker, _ = _STYLES[arm]
+        color, marker, _ = _STYLES[arm]
         axes.imshow(
             found["strongest"],
             aspect="auto",
-            cmap=_shades(colour),
+            cmap=_shades(color),
             vmin=0,
             vmax=1,
             interpolation="nearest",
@@ -222,8 +222,8 @@ def attention_picture(narrow: bool, maps: dict[str, Any]) -> Any:
         axes.set_yticks(firsts, [f"turn {turns[row]}" for row in firsts])
         axes.set(title=_NAMES.get(arm, arm), xlabel="the dialogue so far (▾ the instruction)")
         axes.set_xticks([])
-        _line(share, list(range(1, len(found["share"]) + 1)), found["share"], (colour, marker, "-"))
-        ends.append((arm, len(found["share"]), found["share"][-1], colour))
+        _line(share, list(range(1, len(found["share"]) + 1)), found["share"], (color, marker, "-"))
+        ends.append((arm, len(found["share"]), found["share"][-1], color))
     share.set(title="attention on the instruction", xlabel="turn")
     if min(value for found in maps.values() for value in found["share"]) > 0:
         share.set_yscale("log")
@@ -236,7 +236,7 @@ def attention_picture(narrow: bool, maps: dict[str, Any]) -> Any:
 
 
 def _styled(arms: Iterable[str]) -> dict[str, tuple[str, str, str]]:
-    """Colour, marker and dashes for base, tuned, ceiling and up to eight other arms, in the order that they come in."""
+    """Color, marker and dashes for base, tuned, ceiling and up to eight other arms, in the order that they come in."""
     others = iter(_OTHERS)
     found = {}
     for arm in dict.fromkeys(arms):
@@ -246,11 +246,11 @@ def _styled(arms: Iterable[str]) -> dict[str, tuple[str, str, str]]:
     return found
 
 
-def _shades(colour: str) -> Any:
-    """From nothing at all to the colour: reads on any ground."""
+def _shades(color: str) -> Any:
+    """From nothing at all to the color: reads on any ground."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
-    return LinearSegmentedColormap.from_list("shades", [to_rgba(colour, 0), to_rgba(colour, 1)])
+    return LinearSegmentedColormap.from_list("shades", [to_rgba(color, 0), to_rgba(color, 1)])
 
 
 def _pyplot() -> Any:
@@ -291,8 +291,8 @@ def _line(
     style: tuple[str, str, str],
     width: float = 1.8,
 ) -> None:
-    colour, marker, dashes = style
-    axes.plot(at, values, dashes, color=colour, marker=marker, markersize=4, linewidth=width)
+    color, marker, dashes = style
+    axes.plot(at, values, dashes, color=color, marker=marker, markersize=4, linewidth=width)
 
 
 def _band(
@@ -326,14 +326,14 @@ def _labels(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
     to_axes = axes.transData + axes.transAxes.inverted()
     width = 14 if _is_narrow(axes) else 24
     below, placed = -1e9, []
-    for name, x, y, colour in sorted(ends, key=lambda end: end[2]):
+    for name, x, y, color in sorted(ends, key=lambda end: end[2]):
         lines = textwrap.wrap(_NAMES.get(name, name), width, max_lines=2, placeholder="…")
         half = len(lines) * line / 2
         place = max(to_axes.transform((x, y))[1], below + half)
         below = place + half
-        placed.append((lines, x, place, half, colour))
+        placed.append((lines, x, place, half, color))
     above = max(1.04, 2 * sum(half for _, _, _, half, _ in placed))
-    for lines, x, place, half, colour in reversed(placed):
+    for lines, x, place, half, color in reversed(placed):
         place = min(place, above - half)
         above = place - half
         axes.annotate(
@@ -342,7 +342,7 @@ def _labels(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
             (7, 0),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
-            color=colour,
+            color=color,
             va="center",
             annotation_clip=False,
             fontweight="bold",

@@ -12,11 +12,11 @@ from jinja2 import Environment
 
 from pipeline.files import whole_file, write_text
 from pipeline.report.figures import Picture
-from pipeline.report.tables import Table, as_csv, hint, key, shown
+from pipeline.report.tables import Table, as_csv, format_cell, interval_text, sort_key
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A part of the page: how to read it, perhaps a figure (by its file's name), tables, and remarks below."""
 
     title: str
@@ -28,7 +28,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Page:
+class ReportPage:
     """What a reader sees: one sentence and one chart, then the sections. `dialogues` stand behind "By instruction"."""
 
     title: str
@@ -36,7 +36,7 @@ class Page:
     warning: str
     chart: Picture
     how: str
-    sections: Sequence[Section]
+    sections: Sequence[ReportSection]
     dialogues: Sequence[dict[str, Any]] = ()
 
     def write(self, file: Path, tables: Sequence[Table] = ()) -> None:
@@ -54,4 +54,6 @@ class Page:
                 draft.write_bytes(picture.png)
         for table in (*tables, *(t for s in self.sections for t in s.tables)):
             write_text(file.parent / "tables" / f"{table.name}.csv", as_csv(table))
-        write_text(file, template.render(page=self, shown=shown, hint=hint, key=key))
+        write_text(
+            file, template.render(page=self, shown=format_cell, hint=interval_text, key=sort_key)
+        )

@@ -50,9 +50,9 @@ def overview(scores: dict[str, Any], arms: Sequence[str]) -> Table:
         found = {r["arm"]: r for r in scores[table]}
         return [name.format(at=scores[table][0]["at"]), *(found.get(arm) for arm in arms)]
 
-    rows = [row("{at}, strict", "late"), row("{at}, strict", "later")]
-    if scores.get("late_raw"):
-        rows.insert(1, row("{at}, whether a good answer or not", "late_raw"))
+    rows = [row("{at}, strict", "last_five"), row("{at}, strict", "after_first")]
+    if scores.get("last_five_unfiltered"):
+        rows.insert(1, row("{at}, whether a good answer or not", "last_five_unfiltered"))
     for name, meaning in _COUNTS.items():
         counts = [scores["replies"][arm] for arm in arms]
         rows.append(
@@ -76,7 +76,7 @@ def curves(scores: dict[str, Any], losses: Sequence[float]) -> Iterator[Table]:
         "survival_by_turn",
         ["model", "turn", "value", "low", "high"],
         [
-            [arm, *(step[key] for key in ("turn", "value", "low", "high"))]
+            [arm, *(step[sort_key] for sort_key in ("turn", "value", "low", "high"))]
             for arm, found in scores["survival"].items()
             for step in found["steps"]
         ],
@@ -86,7 +86,7 @@ def curves(scores: dict[str, Any], losses: Sequence[float]) -> Iterator[Table]:
             "change_by_turn",
             ["model", "turn", "old", "new", "n"],
             [
-                [arm, *(row[key] for key in ("at", "old", "new", "n"))]
+                [arm, *(row[sort_key] for sort_key in ("at", "old", "new", "n"))]
                 for arm, found in scores["change"].items()
                 for row in found["by_turn"]
             ],
@@ -95,7 +95,7 @@ def curves(scores: dict[str, Any], losses: Sequence[float]) -> Iterator[Table]:
         yield Table("loss", ["step", "loss"], list(enumerate(losses, 1)))
 
 
-def shown(cell: Cell) -> str:
+def format_cell(cell: Cell) -> str:
     """The cell as a reader sees it."""
     if cell is None or (isinstance(cell, float) and math.isnan(cell)):
         return ""
@@ -104,7 +104,7 @@ def shown(cell: Cell) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
-def hint(cell: Cell) -> str:
+def interval_text(cell: Cell) -> str:
     """The 95 % interval of a rate."""
     return (
         f"{100 * cell['low']:.0f} to {cell['high']:.0%}"
@@ -113,7 +113,7 @@ def hint(cell: Cell) -> str:
     )
 
 
-def key(cell: Cell) -> float | str:
+def sort_key(cell: Cell) -> float | str:
     """What a column is sorted by."""
     if isinstance(cell, dict):
         return cell["value"] if cell["n"] else ""
@@ -125,7 +125,7 @@ def key(cell: Cell) -> float | str:
 def markdown(table: Table) -> str:
     """The table in Markdown."""
     names, *rows = (
-        [" ".join(shown(cell).replace("|", "\\|").split()) for cell in row]
+        [" ".join(format_cell(cell).replace("|", "\\|").split()) for cell in row]
         for row in (table.columns, *table.rows)
     )
     lines = [names, ["---"] * len(names), *rows]

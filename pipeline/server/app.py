@@ -17,12 +17,17 @@ from starlette.middleware.cors import CORSMiddleware
 
 import pipeline
 from pipeline.errors import GattError
-from pipeline.inference.async_engine import Engine, LiveAnswer
-from pipeline.inference.scheduler import Question
+from pipeline.inference.async_engine import AnswerStream, AsyncEngine
+from pipeline.inference.scheduler import GenerationRequest
 from pipeline.server.errors import ApiError, of_engine, of_validation
 from pipeline.server.metrics import Metrics
-from pipeline.server.middleware import GONE, Guard, Note, Settings
-from pipeline.server.protocol import Body, ChatBody, Form, TextBody
+from pipeline.server.middleware import (
+    CLIENT_CLOSED_REQUEST,
+    AccessMiddleware,
+    AccessSettings,
+    RequestLog,
+)
+from pipeline.server.protocol import Body, ChatBody, ResponseBuilder, TextBody
 
 _MISTAKES: dict[int | str, dict[str, Any]] = {
     400: {"description": "The request is wrong, or does not fit in the context."},
@@ -34,7 +39,7 @@ _MISTAKES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(engine: Engine, settings: Settings) -> FastAPI:
+def make_app(engine: AsyncEngine, settings: AccessSettings) -> FastAPI:
     """The application over `engine`, which stays the caller's to close. It watches every answer (`engine.observe`)."""
     metrics, interface = Metrics(), _Interface(engine)
     engine.observe = metrics.outcome
@@ -47,7 +52,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
         responses=_MISTAKES,
         generate_unique_id_function=lambda route: route.name,
     )
-    app.add_middleware(Guard, settings=settings, metrics=metrics)
+    app.add_middleware(AccessMiddleware, settings=settings, metrics=metrics)
     if settings.cors:
         app.add_middleware(
             CORSMiddleware,
@@ -77,7 +82,7 @@ def make_app(engine: Engine, settings: Settings) -> FastAPI:
 class _Interface:
     """The requests that an engine answers."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
         self._models = {name: _model(name) for name in engine.names}
 
@@ -89,11 +94,11 @@ class _Interface:
             tokens = await run_in_threadpool(self._engine.chat_tokens, body.model, messages)
             left = self._engine.context(body.model) - len(tokens)
             answer = self._engine.ask(
-                body.model, Question(tokens, body.request(messages, left), body.stops)
+                body.model, GenerationRequest(tokens, body.request(messages, left), body.stops)
             )
         except GattError as error:
             raise of_engine(error, "messages") from error
-        return await _respond(request, body, answer, Form(True, body.model))
+        return await _respond(request, body, answer, ResponseBuilder(True, body.model))
 
     async def complete(self, body: TextBody, request: Request) -> Response:
         """What follows a text that is no chat, whole or (`stream`) as server-sent events."""
@@ -104,11 +109,11 @@ class _Interface:
         left = self._engine.context(body.model) - len(tokens)
         try:
             answer = self._engine.ask(
-                body.model, Question(tokens, body.request((), left), body.stops)
+                body.model, GenerationRequest(tokens, body.request((), left), body.stops)
             )
         except GattError as error:
             raise of_engine(error, "prompt") from error
-        return await _respond(request, body, answer, Form(False, body.model))
+        return await _respond(request, body, answer, ResponseBuilder(False, body.model))
 
     async def models(self) -> dict[str, Any]:
         """The models that are served."""
@@ -142,9 +147,11 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "gatt"}
 
 
-async def _respond(request: Request, body: Body, answer: LiveAnswer, form: Form) -> Response:
+async def _respond(
+    request: Request, body: Body, answer: AnswerStream, form: ResponseBuilder
+) -> Response:
     """The answer in the way that is wanted; the guard ends it if the client leaves."""
-    note: Note = request.scope["gatt"]
+    note: RequestLog = request.scope["gatt"]
     note.model, note.answer = body.model, answer
     if body.stream:
         headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -156,7 +163,7 @@ async def _respond(request: Request, body: Body, answer: LiveAnswer, form: Form)
     try:
         await asyncio.wait({text, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not text.done():
-            return Response(status_code=GONE)
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
         said = await text
     except (GattError, RuntimeError) as error:
         raise of_engine(error, "") from error
@@ -167,7 +174,7 @@ async def _respond(request: Request, body: Body, answer: LiveAnswer, form: Form)
     return JSONResponse(form.whole(said, answer.outcome))
 
 
-async def _whole(answer: LiveAnswer) -> str:
+async def _whole(answer: AnswerStream) -> str:
     return "".join([piece async for piece in answer])
 
 
@@ -177,7 +184,9 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _events(answer: LiveAnswer, form: Form, wants_usage: bool) -> AsyncIterator[str]:
+async def _events(
+    answer: AnswerStream, form: ResponseBuilder, wants_usage: bool
+) -> AsyncIterator[str]:
     opening = form.opening()
     if opening:
         yield _event(opening)

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from pipeline.errors import GattError
-from pipeline.inference.scheduler import Busy, Closed, TooLong
+from pipeline.inference.scheduler import ContextLengthError, EngineClosedError, QueueFullError
 
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -53,11 +53,11 @@ def of_engine(error: Exception, param: str) -> ApiError:
     """What the engine or the chat template has refused; `param` is where the prompt stands. Anything else is a bug."""
     message = " ".join(str(error).split())
     match error:
-        case TooLong():
+        case ContextLengthError():
             return ApiError(400, message, param, "context_length_exceeded")
-        case Busy():
+        case QueueFullError():
             return ApiError(429, message, code="server_busy", headers={"retry-after": "1"})
-        case Closed():
+        case EngineClosedError():
             return ApiError(503, message, code="server_stopping")
         case GattError():
             return ApiError(400, message, param, "invalid_prompt")

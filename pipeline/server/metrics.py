@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-from pipeline.inference.async_engine import Engine
-from pipeline.inference.scheduler import Outcome
+from pipeline.inference.async_engine import AsyncEngine
+from pipeline.inference.scheduler import GenerationResult
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histogram of the time to the first token."""
@@ -26,7 +26,7 @@ class Metrics:
         with self._lock:
             self._requests[model, status] += 1
 
-    def outcome(self, model: str, outcome: Outcome) -> None:
+    def outcome(self, model: str, outcome: GenerationResult) -> None:
         """An answer has ended."""
         with self._lock:
             for kind in ("prompt_tokens", "cached_tokens", "tokens"):
@@ -38,7 +38,7 @@ class Metrics:
                 found[-2] += 1
                 found[-1] += outcome.first_seconds
 
-    def text(self, engine: Engine) -> str:
+    def text(self, engine: AsyncEngine) -> str:
         """All of them, and what the engine is doing now."""
         with self._lock:
             lines = [_kind("requests_total", "counter", "requests by model and status")]

@@ -16,18 +16,18 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.inference.async_engine import LiveAnswer
+from pipeline.inference.async_engine import AnswerStream
 from pipeline.server.errors import ApiError
 from pipeline.server.metrics import Metrics
 
 LOG = logging.getLogger("gatt.serve")
-GONE = 499
+CLIENT_CLOSED_REQUEST = 499
 """The status in log and metrics of a request whose client has left."""
 _BODY_SECONDS = 30
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class AccessSettings:
     """Who may ask, and how much at once.
 
     `key` is what clients must name ("" for none); `cors` are the web pages' origins that may read answers; `hosts` are the
@@ -41,19 +41,19 @@ class Settings:
 
 
 @dataclass(slots=True)
-class Note:
+class RequestLog:
     """What the log will say about a request; the interface fills it in."""
 
     model: str = ""
-    answer: LiveAnswer | None = None
-    status: int = GONE
+    answer: AnswerStream | None = None
+    status: int = CLIENT_CLOSED_REQUEST
     start: float = field(default_factory=time.monotonic)
 
 
-class Guard:
-    """Wraps the application; `scope["gatt"]` of what gets through is its `Note`."""
+class AccessMiddleware:
+    """Wraps the application; `scope["gatt"]` of what gets through is its `RequestLog`."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, settings: AccessSettings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -75,7 +75,7 @@ class Guard:
 
     async def _noted(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Whatever becomes of the request, its answer is ended and its line is written."""
-        note = scope["gatt"] = Note()
+        note = scope["gatt"] = RequestLog()
 
         async def sending(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -93,7 +93,7 @@ class Guard:
         finally:
             if note.answer:
                 if not note.answer.outcome:
-                    note.status = GONE
+                    note.status = CLIENT_CLOSED_REQUEST
                 note.answer.cancel()
                 await note.answer.ended()
             self._metrics.request(note.model, note.status)
@@ -161,7 +161,7 @@ class Guard:
             await error.response()(scope, _nothing, send)
 
     @staticmethod
-    def _write(note: Note) -> None:
+    def _write(note: RequestLog) -> None:
         outcome = note.answer.outcome if note.answer else None
         first = outcome.first_seconds if outcome else None
         line: dict[str, Any] = {

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.inference.scheduler import Outcome
+from pipeline.inference.scheduler import GenerationResult
 from pipeline.records import Message, Request
 from pipeline.server.errors import ApiError
 
@@ -178,7 +178,7 @@ class TextBody(Body):
         )
 
 
-class Form:
+class ResponseBuilder:
     """How one answer is written, as a chat or as a text, whole or in pieces."""
 
     def __init__(self, chat: bool, model: str) -> None:
@@ -186,7 +186,7 @@ class Form:
         self._id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created = int(time.time())
 
-    def whole(self, text: str, outcome: Outcome) -> dict[str, Any]:
+    def whole(self, text: str, outcome: GenerationResult) -> dict[str, Any]:
         """The answer in one."""
         said = (
             {"message": {"role": "assistant", "content": text, "refusal": None}}
@@ -204,11 +204,11 @@ class Form:
         """An event with a piece of text."""
         return self._event({"delta": {"content": text}} if self._chat else {"text": text})
 
-    def closing(self, outcome: Outcome) -> dict[str, Any]:
+    def closing(self, outcome: GenerationResult) -> dict[str, Any]:
         """The event that says why the answer ended."""
         return self._event({"delta": {}} if self._chat else {"text": ""}, outcome.finish)
 
-    def bill(self, outcome: Outcome) -> dict[str, Any]:
+    def bill(self, outcome: GenerationResult) -> dict[str, Any]:
         """The event with the usage."""
         return self._envelope("chat.completion.chunk", [], usage=usage(outcome))
 
@@ -230,7 +230,7 @@ class Form:
         }
 
 
-def usage(outcome: Outcome) -> dict[str, Any]:
+def usage(outcome: GenerationResult) -> dict[str, Any]:
     """Tokens of the prompt, how many of them were in the cache, and of the answer (with the one that ends it)."""
     return {
         "prompt_tokens": outcome.prompt_tokens,

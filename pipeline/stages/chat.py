@@ -9,17 +9,17 @@ from pathlib import Path
 
 import platformdirs
 
-from pipeline.chat.commands import load, show_instruction, talk
-from pipeline.chat.conversation import Conversation, Told
-from pipeline.chat.session import Parameters, Session
+from pipeline.chat.commands import chat_loop, load, show_instruction
+from pipeline.chat.conversation import Conversation, StandingInstruction
+from pipeline.chat.session import ChatParams, Session
 from pipeline.chat.terminal import Screen, open_screen
 from pipeline.gatt.constraints.registry import kind_of
-from pipeline.gatt.instructions import recognise
+from pipeline.gatt.instructions import parse_instruction
 from pipeline.gguf.reader import open_gguf
-from pipeline.hub.convert import gguf_file
+from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
-from pipeline.inference.chat_engine import Speakers
-from pipeline.inference.model import Adapter, Weights
+from pipeline.inference.chat_engine import ChatEngine
+from pipeline.inference.model import Adapter, LoadedModel
 from pipeline.records import Constraint
 from pipeline.system import require_memory
 
@@ -29,7 +29,7 @@ def run(
     instruction: str,
     checks: Sequence[str],
     system: str,
-    parameters: Parameters,
+    parameters: ChatParams,
     chat: Path | None,
 ) -> None:
     """Talk with all `models` (a name, and what is laid over it) at once, until the user leaves; go on with `chat`, if given.
@@ -37,10 +37,12 @@ def run(
     Raises:
         GattError: a model or a file that cannot be used, or, off a terminal, a context that is full.
     """
-    told = Told(instruction, tuple(map(_constraint, checks)) or recognise(instruction))
+    told = StandingInstruction(
+        instruction, tuple(map(_constraint, checks)) or parse_instruction(instruction)
+    )
     screen = open_screen(platformdirs.user_data_path("gatt") / "chat-history")
     found = [find_model(name) for name, _ in models]
-    files = [model.path if model.is_gguf else gguf_file(model, "Q8_0") for model in found]
+    files = [model.path if model.is_gguf else cached_gguf(model, "Q8_0") for model in found]
     names = _names(
         [
             m.name + (f" + {a.path.name}" if a else "")
@@ -62,7 +64,7 @@ def run(
                 f"{' beside '.join(names)}, context of {parameters.context} tokens. /help lists the commands; {ends}."
             )
             show_instruction(session)
-            talk(session)
+            chat_loop(session)
         finally:
             session.speakers.close()
 
@@ -80,7 +82,7 @@ def _names(names: list[str]) -> list[str]:
     return [f"{name} ({n})" if names.count(name) > 1 else name for n, name in enumerate(names, 1)]
 
 
-def _fitted(parameters: Parameters, limit: int, screen: Screen) -> Parameters:
+def _fitted(parameters: ChatParams, limit: int, screen: Screen) -> ChatParams:
     """Within what the model was made for; says what it changes."""
     context = min(parameters.context, limit)
     fitted = replace(
@@ -94,17 +96,17 @@ def _fitted(parameters: Parameters, limit: int, screen: Screen) -> Parameters:
 
 
 @contextmanager
-def _opened(models: Sequence[tuple[Path, Adapter | None]], context: int) -> Iterator[Speakers]:
+def _opened(models: Sequence[tuple[Path, Adapter | None]], context: int) -> Iterator[ChatEngine]:
     """The models, ready to talk, with each file's weights there once; who resizes them closes the new ones."""
     infos = {file: open_gguf(file) for file, _ in models}
-    caches = sum(2 * context * infos[file].cache_bytes_per_token for file, _ in models)
+    caches = sum(2 * context * infos[file].kv_bytes_per_token for file, _ in models)
     require_memory(
         sum(info.bytes for info in infos.values()) + caches,
         f"chat with {' and '.join(f.name for f in infos)}",
     )
     with ExitStack() as stack:
-        weights: dict[Path, Weights] = {}
+        weights: dict[Path, LoadedModel] = {}
         for file, info in infos.items():
-            weights[file] = Weights(info)
+            weights[file] = LoadedModel(info)
             stack.callback(weights[file].close)
-        yield Speakers([(weights[file], adapter) for file, adapter in models], context)
+        yield ChatEngine([(weights[file], adapter) for file, adapter in models], context)

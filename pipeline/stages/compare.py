@@ -10,17 +10,18 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
-from pipeline.console import note, out
+from pipeline.console import log, print_result
 from pipeline.errors import GattError
 from pipeline.evaluation.rates import Rate, adherence, rates, wilson
 from pipeline.evaluation.statistics import Difference, kaplan_meier, lifetimes, paired_bootstrap
 from pipeline.files import read_jsonl, write_json, write_text
-from pipeline.gatt.assignment import Paired, read_pairs
+from pipeline.gatt.assignment import AssignedDialogue, read_split
 from pipeline.gatt.constraints.registry import kind_of
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.records import Constraint, Reply
 from pipeline.report.figures import adherence_curve
-from pipeline.report.page import Page, Section
+from pipeline.report.page import ReportPage, ReportSection
 from pipeline.report.tables import Table, markdown
 from pipeline.run_dir import RunDir
 
@@ -34,7 +35,7 @@ _SAME = (
     "instructions.pool",
 )
 """Settings that must be equal for a difference between runs to mean something, with the dialogues themselves."""
-_FURTHER = ("evaluate.more", "evaluate.more_turns")
+_FURTHER = ("evaluate.suite_dialogues", "evaluate.suite_turns")
 """Settings of the further suites, on which adherence to the trained instructions does not depend."""
 _CURVES = 8
 _NAME = 32
@@ -100,7 +101,7 @@ def compare(paths: Sequence[Path], folder: Path) -> None:
     for row in rows[:_CURVES]:
         curves += _curve(row.name, row.replies)
     sentence = _sentence(rows)
-    section = Section(
+    section = ReportSection(
         "Runs",
         "Strict adherence: a reply obeys and is a reply. Differences are from the first row, in points.",
         [table],
@@ -109,7 +110,7 @@ def compare(paths: Sequence[Path], folder: Path) -> None:
     how = "Evaluation dialogues that training has not seen; bands are 95 % Wilson intervals. The base is that of the first run."
     if len(rows) > _CURVES:
         how += f" The chart shows the first {_CURVES} of {len(rows)} rows."
-    Page("GAtt: runs compared", sentence, " ".join(warnings), chart, how, [section]).write(
+    ReportPage("GAtt: runs compared", sentence, " ".join(warnings), chart, how, [section]).write(
         folder / "compare.html"
     )
     told = "".join(f"> {warning}\n\n" for warning in warnings)
@@ -119,9 +120,9 @@ def compare(paths: Sequence[Path], folder: Path) -> None:
         {"columns": table.columns, "rows": table.rows, "warnings": warnings},
     )
     for warning in warnings:
-        note(f"compare: {warning}")
-    out(markdown(table))
-    out(f"{folder / 'compare.html'}")
+        log(f"compare: {warning}")
+    print_result(markdown(table))
+    print_result(f"{folder / 'compare.html'}")
 
 
 def _make(folder: Path) -> None:
@@ -150,29 +151,29 @@ def _open(path: Path) -> _Run:
         raise GattError(
             f"{path} is no run: it has no recipe.toml. Name folders that `gatt run --run FOLDER` has written."
         )
-    rundir = RunDir(path)
+    run_dir = RunDir(path)
     recipe = load_recipe(path / "recipe.toml")
-    if not rundir.scores.exists():
+    if not run_dir.scores.exists():
         raise GattError(f"{path} was not evaluated yet. `gatt evaluate --run {path}` does it.")
-    for file in (rundir.pairs, rundir.replies):
+    for file in (run_dir.pairs, run_dir.replies):
         if not file.exists():
             raise GattError(
                 f"{path} was evaluated, but {file} is not there. Copy the whole run, or `gatt run --run {path}`."
             )
-    pairs = read_pairs(rundir.pairs, "evaluate")
+    pairs = read_split(run_dir.pairs, "evaluate")
     exported = (
-        json.loads(rundir.exported.read_text(encoding="utf-8"))["formats"]
-        if rundir.exported.exists()
+        json.loads(run_dir.exported.read_text(encoding="utf-8"))["formats"]
+        if run_dir.exported.exists()
         else {}
     )
-    trained = rundir.manifest("train")
+    trained = run_dir.manifest("train")
     run = _Run(
         path,
         recipe,
         dict(_flat(recipe.model_dump(mode="json"))),
-        json.loads(rundir.scores.read_text(encoding="utf-8")),
-        frozenset((pair.dialogue, tuple(pair.taught)) for pair in pairs),
-        _replies(rundir, pairs, recipe.seed),
+        json.loads(run_dir.scores.read_text(encoding="utf-8")),
+        frozenset((pair.dialogue, tuple(pair.student_instructions)) for pair in pairs),
+        _replies(run_dir, pairs, recipe.seed),
         {name: row["bytes"] for name, row in exported.items()},
         trained["seconds"] if trained else None,
     )
@@ -186,13 +187,13 @@ def _open(path: Path) -> _Run:
     return run
 
 
-def _replies(rundir: RunDir, pairs: Sequence[Paired], seed: int) -> list[Reply]:
+def _replies(run_dir: RunDir, pairs: Sequence[AssignedDialogue], seed: int) -> list[Reply]:
     """Those on the evaluation dialogues, with the judge's verdict where no program could tell."""
     told = {pair.dialogue.id: pair for pair in pairs}
-    log = read_jsonl(rundir.judged) if rundir.judged.exists() else ()
+    log = read_jsonl(run_dir.judged) if run_dir.judged.exists() else ()
     verdicts = {(row["arm"], row["dialogue"], row["turn"]): bool(row["verdict"]) for _, row in log}
     found = []
-    for _, row in read_jsonl(rundir.replies):
+    for _, row in read_jsonl(run_dir.replies):
         reply = Reply(**row)
         if reply.probe or reply.dialogue not in told:
             continue
@@ -396,6 +397,8 @@ def _recall(row: _Row) -> dict[str, Any] | None:
 
 
 def _damage(row: _Row) -> float | None:
-    found = [run.scores["damage"]["perplexity"] for run in row.runs if run.scores.get("damage")]
+    found = [
+        run.scores["degradation"]["perplexity"] for run in row.runs if run.scores.get("degradation")
+    ]
     shares = [its[row.arm] / its["base"] - 1 for its in found if row.arm in its]
     return round(100 * sum(shares) / len(shares), 1) if shares else None

@@ -12,31 +12,31 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.console import Progress, chatter, note, progress
+from pipeline.console import Progress, capture_output, log, progress
 from pipeline.errors import GattError
 from pipeline.evaluation.attention import attention_map
-from pipeline.evaluation.divergence import drift
+from pipeline.evaluation.divergence import measure_divergence
 from pipeline.evaluation.judge import judge
 from pipeline.evaluation.scores import scores
 from pipeline.evaluation.suites import probed_turns
 from pipeline.files import JsonlLog, write_json
-from pipeline.gatt.assignment import Paired, read_pairs, read_sides
+from pipeline.gatt.assignment import AssignedDialogue, read_split, read_splits
 from pipeline.gatt.constraints.content_checks import mentions
 from pipeline.gatt.constraints.registry import obeys
 from pipeline.gatt.ghost import augment
-from pipeline.gatt.quality import flaw
+from pipeline.gatt.quality import find_defect
 from pipeline.gguf.reader import open_gguf, read_gguf
-from pipeline.hub.convert import gguf_file, hugging_face_folder
+from pipeline.hub.convert import cached_checkpoint, cached_gguf
 from pipeline.hub.models import find_model
-from pipeline.inference.batch_engine import Llama
-from pipeline.inference.model import Adapter, Weights
-from pipeline.inference.openai_client import Server
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.model import Adapter, LoadedModel
+from pipeline.inference.openai_client import OpenAIClient
 from pipeline.recipe import Recipe
 from pipeline.records import Message, Reply, Request, Task
 from pipeline.run_dir import RunDir
 from pipeline.system import available_memory
 
-Suites = Mapping[str, list[Paired]]
+Suites = Mapping[str, list[AssignedDialogue]]
 Replies = dict[tuple[str, str, int, str], Reply]
 """By arm, dialogue, turn and probe."""
 
@@ -51,11 +51,23 @@ class Arm(NamedTuple):
     whole: bool = True
 
 
-def run(recipe: Recipe, rundir: RunDir) -> None:
+SECTIONS = ("evaluate", "dialogues", "export")
+"""Sections of the recipe that the result depends on."""
+
+
+def inputs(recipe: Recipe, run_dir: RunDir) -> list[Path]:
+    """Return the files that the result depends on."""
+    tuned = [run_dir.tuned(name) for name in recipe.export.formats]
+    if recipe.evaluate.adapter:
+        tuned = [Path(recipe.evaluate.adapter)]
+    return [find_model(recipe.model).path, run_dir.pairs, run_dir.suites, *tuned]
+
+
+def run(recipe: Recipe, run_dir: RunDir) -> None:
     """Answer every dialogue in every arm and score it; finished replies of an earlier attempt are kept."""
-    suites = {"evaluate": read_pairs(rundir.pairs, "evaluate"), **read_sides(rundir.suites)}
-    measured = arms(recipe, rundir)
-    with JsonlLog(rundir.replies) as log:
+    suites = {"evaluate": read_split(run_dir.pairs, "evaluate"), **read_splits(run_dir.suites)}
+    measured = arms(recipe, run_dir)
+    with JsonlLog(run_dir.replies) as log:
         replies: Replies = {
             (r["arm"], r["dialogue"], r["turn"], r["probe"]): Reply(**r) for r in log.records
         }
@@ -64,7 +76,7 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
             for path, tested in groupby(
                 sorted(measured, key=lambda arm: str(arm.path)), key=lambda arm: arm.path
             ):
-                weights = Weights(open_gguf(path)) if path else None
+                weights = LoadedModel(open_gguf(path)) if path else None
                 for arm in tested:
                     pairs = _pairs(arm, suites)
                     with _model(arm, weights, recipe, len(pairs)) as model:
@@ -79,22 +91,22 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
         replies.values(), key=lambda r: (names.index(r.arm), r.dialogue, r.turn, r.probe)
     )
     if recipe.evaluate.attention:
-        _attention(recipe, rundir, suites["evaluate"][0], ordered)
+        _attention(recipe, run_dir, suites["evaluate"][0], ordered)
     judged = None
     if recipe.evaluate.judge:
         everything = [pair for suite in suites.values() for pair in suite]
-        ordered, judged = judge(recipe.evaluate.judge, ordered, everything, rundir.judged)
+        ordered, judged = judge(recipe.evaluate.judge, ordered, everything, run_dir.judged)
     found = {
         **scores(ordered, suites, recipe.instructions.pool),
         "primary": recipe.evaluate.primary,
         "judge": judged,
     }
     if suites.get("plain"):
-        found["damage"] = _damage(measured, suites["plain"], recipe, ordered)
-    write_json(rundir.scores, found)
+        found["degradation"] = _damage(measured, suites["plain"], recipe, ordered)
+    write_json(run_dir.scores, found)
 
 
-def arms(recipe: Recipe, rundir: RunDir) -> list[Arm]:
+def arms(recipe: Recipe, run_dir: RunDir) -> list[Arm]:
     """Base, tuned in the first format, the other formats by their names, the others of the recipe, and ceiling (the base,
     told in every turn).
 
@@ -102,7 +114,7 @@ def arms(recipe: Recipe, rundir: RunDir) -> list[Arm]:
         GattError: one of the others is no GGUF file and no server.
     """
     first, *formats = recipe.export.formats
-    base = gguf_file(find_model(recipe.model), first)
+    base = cached_gguf(find_model(recipe.model), first)
     if recipe.evaluate.adapter:
         tuned = [
             Arm(
@@ -110,14 +122,14 @@ def arms(recipe: Recipe, rundir: RunDir) -> list[Arm]:
             )
         ]
     else:
-        more = [Arm(f"tuned, {name}", rundir.tuned(name), whole=False) for name in formats]
-        tuned = [Arm("tuned", rundir.tuned(first)), *more]
-    others = [_other(name, base) for name in recipe.evaluate.others]
+        more = [Arm(f"tuned, {name}", run_dir.tuned(name), whole=False) for name in formats]
+        tuned = [Arm("tuned", run_dir.tuned(first)), *more]
+    others = [_other(name, base) for name in recipe.evaluate.extra_models]
     found = [Arm("base", base), *tuned, *others, Arm("ceiling", base, whole=False)]
     if twice := [
         arm.name for n, arm in enumerate(found) if arm.name in [a.name for a in found[:n]]
     ]:
-        raise GattError(f"evaluate.others has two of the name {twice[0]!r}. Rename the file.")
+        raise GattError(f"evaluate.extra_models has two of the name {twice[0]!r}. Rename the file.")
     return found
 
 
@@ -127,26 +139,30 @@ def _other(name: str, base: Path) -> Arm:
     path = Path(name).expanduser()
     if not path.is_file():
         raise GattError(
-            f"evaluate.others: no file at {path}. Expected a GGUF model, a GGUF adapter, or a server's address."
+            f"evaluate.extra_models: no file at {path}. Expected a GGUF model, a GGUF adapter, or a server's address."
         )
     if read_gguf(path).field("general.type") == "adapter":
         return Arm(path.stem, base, Adapter(path))
     return Arm(path.stem, path)
 
 
-def _model(arm: Arm, weights: Weights | None, recipe: Recipe, dialogues: int) -> Llama | Server:
+def _model(
+    arm: Arm, weights: LoadedModel | None, recipe: Recipe, dialogues: int
+) -> BatchEngine | OpenAIClient:
     settings = recipe.evaluate
     if weights is None:
         url, _, served = arm.server.partition("#")
-        return Server(url, served, settings.sequences or 24)
-    return Llama(weights, dialogues, _context(recipe), settings.sequences, adapter=arm.adapter)
+        return OpenAIClient(url, served, settings.max_parallel or 24)
+    return BatchEngine(
+        weights, dialogues, _context(recipe), settings.max_parallel, adapter=arm.adapter
+    )
 
 
 def _context(recipe: Recipe) -> int:
     return recipe.evaluate.turns * (recipe.evaluate.max_tokens + 60) + 200
 
 
-def _pairs(arm: Arm, suites: Suites) -> list[Paired]:
+def _pairs(arm: Arm, suites: Suites) -> list[AssignedDialogue]:
     """The dialogues of an arm, long ones first: nobody waits for the last one to end."""
     pairs = [
         pair for name, suite in suites.items() if arm.whole or name == "evaluate" for pair in suite
@@ -154,14 +170,14 @@ def _pairs(arm: Arm, suites: Suites) -> list[Paired]:
     return sorted(pairs, key=lambda pair: -len(pair.dialogue.turns))
 
 
-def _turns(pair: Paired, recipe: Recipe) -> int:
+def _turns(pair: AssignedDialogue, recipe: Recipe) -> int:
     """How many replies a dialogue takes."""
     turns = min(len(pair.dialogue.turns), recipe.evaluate.turns)
-    return turns + len(pair.asks) * len(probed_turns(turns))
+    return turns + len(pair.recall_questions) * len(probed_turns(turns))
 
 
 def _dialogue(
-    arm: str, pair: Paired, recipe: Recipe, replies: Replies, log: JsonlLog, bar: Progress
+    arm: str, pair: AssignedDialogue, recipe: Recipe, replies: Replies, log: JsonlLog, bar: Progress
 ) -> Task:
     """All turns of a dialogue. What is asked in a branch is forgotten: the turn is said as if it had not been asked."""
     said: list[str] = []
@@ -174,7 +190,7 @@ def _dialogue(
                     arm, asked, said, recipe, f"{pair.dialogue.id} {turn}{probe and f' {probe}'}"
                 )
                 text = done.text.strip()
-                value = next((a.value for a in pair.asks if a.attribute == probe), "")
+                value = next((a.value for a in pair.recall_questions if a.attribute == probe), "")
                 held = mentions(value, text) if probe else obeys(pair.constraints(turn - 1), text)
                 # Turn 1 would leave the window: the rest of this dialogue is marked, and not measured.
                 reply = Reply(
@@ -186,7 +202,7 @@ def _dialogue(
                     done.tokens,
                     done.finish,
                     held,
-                    flaw(text, () if probe else said, "" if probe else pair.demanded),
+                    find_defect(text, () if probe else said, "" if probe else pair.required_words),
                     probe,
                 )
                 replies[key] = reply
@@ -195,21 +211,25 @@ def _dialogue(
         said.append(replies[arm, pair.dialogue.id, turn, ""].text)
 
 
-def _branches(pair: Paired, turn: int, turns: int) -> Iterator[tuple[str, Paired]]:
+def _branches(
+    pair: AssignedDialogue, turn: int, turns: int
+) -> Iterator[tuple[str, AssignedDialogue]]:
     """The questions that are put in place of this turn, each by its attribute, and last the turn itself ("")."""
     if turn in probed_turns(turns):
-        for ask in pair.asks:
-            yield ask.attribute, pair.asking(turn, ask.question)
+        for ask in pair.recall_questions:
+            yield ask.attribute, pair.with_question(turn, ask.question)
     yield "", pair
 
 
-def _request(arm: str, pair: Paired, said: list[str], recipe: Recipe, name: str) -> Request:
+def _request(
+    arm: str, pair: AssignedDialogue, said: list[str], recipe: Recipe, name: str
+) -> Request:
     system, settings = recipe.dialogues.system, recipe.evaluate
     told = arm == "ceiling"
     messages = (
-        augment(pair.dialogue.turns, said, pair.taught, system)
+        augment(pair.dialogue.turns, said, pair.student_instructions, system)
         if told
-        else pair.ask_student(said, system)
+        else pair.student_prompt(said, system)
     )
     return Request(
         messages,
@@ -220,7 +240,7 @@ def _request(arm: str, pair: Paired, said: list[str], recipe: Recipe, name: str)
 
 
 def _damage(
-    measured: list[Arm], plain: list[Paired], recipe: Recipe, replies: list[Reply]
+    measured: list[Arm], plain: list[AssignedDialogue], recipe: Recipe, replies: list[Reply]
 ) -> dict[str, Any]:
     """Perplexity of each arm on the base's own answers in plain dialogues, and its divergence from the base."""
     base, *others = [arm for arm in measured if arm.whole and arm.path]
@@ -230,7 +250,7 @@ def _damage(
         if r.arm == base.name and r.finish != "context"
     }
     chats = [
-        pair.ask_student(
+        pair.student_prompt(
             [
                 said[key]
                 for t in range(len(pair.dialogue.turns))
@@ -244,38 +264,42 @@ def _damage(
     kl, tokens = {base.name: 0.0}, 0
     assert base.path
     with (
-        Llama(base.path, 1, _context(recipe)) as first,
+        BatchEngine(base.path, 1, _context(recipe)) as first,
         progress("evaluate: damage", len(others)) as bar,
     ):
         for arm in others:
             assert arm.path
-            with Llama(arm.path, 1, _context(recipe), adapter=arm.adapter) as model:
+            with BatchEngine(arm.path, 1, _context(recipe), adapter=arm.adapter) as model:
                 if (
                     first.vocabulary == model.vocabulary
                 ):  # else their probabilities cannot be compared
-                    found = drift(first, model, chats)
+                    found = measure_divergence(first, model, chats)
                     perplexity |= {base.name: found.base, arm.name: found.model}
                     kl[arm.name], tokens = found.kl, found.tokens
             bar.advance()
     return {"tokens": tokens, "perplexity": perplexity, "kl": kl}
 
 
-def _attention(recipe: Recipe, rundir: RunDir, pair: Paired, replies: list[Reply]) -> None:
+def _attention(
+    recipe: Recipe, run_dir: RunDir, pair: AssignedDialogue, replies: list[Reply]
+) -> None:
     """What the answers of one dialogue attend to, for base and tuned, each in the words of its own dialogue."""
     model = find_model(recipe.model)
     if 8 * model.bytes > available_memory():  # float32 of 4 bits, and its maps
-        note("evaluate: the model has no room here in float32; no map of its attention.")
+        log("evaluate: the model has no room here in float32; no map of its attention.")
         return
     maps = {}
-    with chatter(rundir.attention.with_name("transformers.log")):
-        folder = hugging_face_folder(model)
-        for arm, adapter in (("base", None), ("tuned", rundir.adapter)):
+    with capture_output(run_dir.attention.with_name("transformers.log")):
+        folder = cached_checkpoint(model)
+        for arm, adapter in (("base", None), ("tuned", run_dir.adapter)):
             said = [
                 r.text
                 for r in replies
                 if (r.arm, r.dialogue) == (arm, pair.dialogue.id) and r.finish != "context"
             ]
-            asked = pair.ask_student(said[:-1], recipe.dialogues.system)
+            asked = pair.student_prompt(said[:-1], recipe.dialogues.system)
             answered: tuple[Message, ...] = (*asked, {"role": "assistant", "content": said[-1]})
-            maps[arm] = asdict(attention_map(folder, adapter, answered, pair.taught[0]))
-    write_json(rundir.attention, maps)
+            maps[arm] = asdict(
+                attention_map(folder, adapter, answered, pair.student_instructions[0])
+            )
+    write_json(run_dir.attention, maps)

@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict
+from pathlib import Path
 
 import tomlkit
 
-from pipeline.console import note
+from pipeline.console import log
 from pipeline.data.dialogues import load_dialogues
 from pipeline.errors import GattError
 from pipeline.evaluation.suites import Suite, suites
 from pipeline.files import write_json, write_text
 from pipeline.gatt.constraints.registry import kind_of
 from pipeline.gatt.generated_values import LISTINGS, distinct, items, known, masked
-from pipeline.gatt.instructions import Shares, pair_for_evaluation, pair_for_training
+from pipeline.gatt.instructions import Ratios, assign_evaluation, assign_training
 from pipeline.gguf.merge import open_base
 from pipeline.hub.models import find_model
-from pipeline.inference.generator import Teacher, open_teacher
+from pipeline.inference.generator import GenerationEngine, open_generator
 from pipeline.recipe import Recipe
-from pipeline.records import Constraint, Dialogue, Instruction, Pairing, Request, Task
+from pipeline.records import Assignment, Constraint, Dialogue, Instruction, Request, Task
 from pipeline.run_dir import RunDir
 
 _ASKED = 8
 """How often the teacher is asked for a list."""
 
+SECTIONS = ("dialogues", "instructions", "synthesize", "evaluate")
+"""Sections of the recipe that the result depends on."""
 
-def run(recipe: Recipe, rundir: RunDir) -> None:
+
+def inputs(recipe: Recipe, run_dir: RunDir) -> list[Path]:
+    """Return the files that the result depends on."""
+    generated = [run_dir.lists] if run_dir.lists.exists() else []
+    return [find_model(recipe.model).path, *generated]
+
+
+def run(recipe: Recipe, run_dir: RunDir) -> None:
     """Split the dialogues, pair them with instructions, and write both to `instructions/pairs.json`.
 
     What evaluation measures beside the trained instructions goes to `suites.json`: another choice there trains nothing anew.
@@ -50,10 +60,10 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
             f"{recipe.evaluate.turns} user turns: too few to evaluate on {recipe.evaluate.dialogues} and train on others. "
             "Bring more, or lower evaluate.dialogues or evaluate.turns."
         )
-    watched = rest[: min(recipe.dialogues.watched, len(rest) // 4)]
+    watched = rest[: min(recipe.dialogues.validation, len(rest) // 4)]
     training = _pieces(rest[len(watched) :], recipe.dialogues.turns, recipe.dialogues.train)
     asked = recipe.instructions
-    pool = (*asked.pool, *_generated(recipe, rundir))
+    pool = (*asked.pool, *_generated(recipe, run_dir))
     for constraint in (*pool, *recipe.evaluate.unseen):
         if kind_of(constraint).judged and not recipe.evaluate.judge:
             raise GattError(
@@ -63,32 +73,36 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
         raise GattError(
             'instructions.pool is empty. Name at least one, for example {kind = "opening", value = "Ahoy!"}.'
         )
-    shares = Shares(
-        asked.plain_share,
-        asked.system_share,
-        asked.change_share,
-        asked.combine_share,
-        asked.short_share,
-        recipe.synthesize.edited_share,
+    shares = Ratios(
+        asked.plain_ratio,
+        asked.system_ratio,
+        asked.change_ratio,
+        asked.combine_ratio,
+        asked.short_ratio,
+        recipe.synthesize.edited_ratio,
     )
-    made, pairs = pair_for_training(training, pool, shares, recipe.seed)
+    made, pairs = assign_training(training, pool, shares, recipe.seed)
     checkable = [c for c in pool if not kind_of(c).judged]
-    tested, evaluation = pair_for_evaluation(held_out, pool)
+    tested, evaluation = assign_evaluation(held_out, pool)
     sides = {
         "train": list(zip(training, pairs, strict=True)),
-        "validate": list(zip(watched, pair_for_evaluation(watched, checkable)[1], strict=True))
+        "validate": list(zip(watched, assign_evaluation(watched, checkable)[1], strict=True))
         if checkable
         else [],
         "evaluate": list(zip(held_out, evaluation, strict=True)),
     }
-    write_json(rundir.pairs, written({**made, **tested}, sides))
+    write_json(run_dir.pairs, written({**made, **tested}, sides))
     settings = recipe.evaluate
-    turns = min(settings.more_turns, settings.turns)
+    turns = min(settings.suite_turns, settings.turns)
     write_json(
-        rundir.suites,
-        written(*suites(held_out[: settings.more], pool, settings.unseen, turns, settings.turns)),
+        run_dir.suites,
+        written(
+            *suites(
+                held_out[: settings.suite_dialogues], pool, settings.unseen, turns, settings.turns
+            )
+        ),
     )
-    note(
+    log(
         f"instructions: {len(training)} training dialogues, {len(held_out)} for evaluation, {len(made)} instructions"
     )
 
@@ -102,22 +116,22 @@ def written(made: dict[str, Instruction], sides: dict[str, Suite]) -> dict[str, 
     return {"instructions": [asdict(i) for i in made.values()], **rows}
 
 
-def _generated(recipe: Recipe, rundir: RunDir) -> list[Constraint]:
+def _generated(recipe: Recipe, run_dir: RunDir) -> list[Constraint]:
     """The values of `lists.toml`, which the teacher fills where a kind is missing."""
     asked = recipe.instructions
     lists = (
-        tomlkit.parse(rundir.lists.read_text(encoding="utf-8")).unwrap()
-        if rundir.lists.exists()
+        tomlkit.parse(run_dir.lists.read_text(encoding="utf-8")).unwrap()
+        if run_dir.lists.exists()
         else {}
     )
     missing = [kind for kind in asked.generate if kind not in lists]
     if missing:
-        with open_teacher(recipe, _ASKED) as teacher:
+        with open_generator(recipe, _ASKED) as teacher:
             lists |= {
                 kind: _list(kind, teacher, asked.generate_count, recipe.seed) for kind in missing
             }
         write_text(
-            rundir.lists, "# Edit as you like: what stands here is used.\n" + tomlkit.dumps(lists)
+            run_dir.lists, "# Edit as you like: what stands here is used.\n" + tomlkit.dumps(lists)
         )
     found = [Constraint(kind, value) for kind in asked.generate for value in lists[kind]]
     for constraint in found:
@@ -125,7 +139,7 @@ def _generated(recipe: Recipe, rundir: RunDir) -> list[Constraint]:
     return found
 
 
-def _list(kind: str, teacher: Teacher, count: int, seed: int) -> list[str]:
+def _list(kind: str, teacher: GenerationEngine, count: int, seed: int) -> list[str]:
     """Up to `count` values that the teacher lists and knows, in the order of its lists."""
     listing = LISTINGS[kind]
     said: dict[int, str] = {}
@@ -144,7 +158,7 @@ def _list(kind: str, teacher: Teacher, count: int, seed: int) -> list[str]:
     candidates = distinct([item for n in range(_ASKED) for item in items(said[n])])
     teacher.run(probe(item) for item in candidates)
     kept = [item for item in candidates if known(kind, item, shown[item])]
-    note(
+    log(
         f"instructions: {kind}: {len(candidates)} listed, {len(kept)} of them known to the teacher: {', '.join(kept[:count])}"
     )
     if not kept:
@@ -158,7 +172,7 @@ def _question(text: str, seed: int) -> Request:
     return Request(({"role": "user", "content": text},), seed, 120)
 
 
-def _pair(pair: Pairing) -> dict[str, object]:
+def _pair(pair: Assignment) -> dict[str, object]:
     return {k: v for k, v in asdict(pair).items() if k != "dialogue"}
 
 

@@ -11,18 +11,18 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.console import out
+from pipeline.console import print_result
 from pipeline.errors import GattError
 from pipeline.files import sha256
-from pipeline.gatt.instructions import word
+from pipeline.gatt.instructions import render_instruction
 from pipeline.gguf.reader import GgufInfo, open_gguf
 from pipeline.hub.models import presets
 from pipeline.hub.upload import upload
-from pipeline.recipe import Recipe, recipe_toml
-from pipeline.run_dir import RunDir
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import recipe_toml
+from pipeline.run_dir import STAGES, RunDir
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
-_STAGES = ("instructions", "synthesize", "train", "export", "evaluate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +44,17 @@ class Published:
     facts: dict[str, str]
 
 
-def run(recipe: Recipe, rundir: RunDir, repository: str) -> None:
+def run(recipe: Recipe, run_dir: RunDir, repository: str) -> None:
     """Upload the exported files, the adapter, the recipe, the chart and the card; a new repository is private.
 
     Raises:
         GattError: the report or the exported file is missing or not of this run's last export, or the Hub refused.
     """
-    _require_report(recipe, rundir)
-    info = open_gguf(_measured(recipe, rundir))
+    _require_report(recipe, run_dir)
+    info = open_gguf(_measured(recipe, run_dir))
     base = _hub_id(str(presets().get(recipe.model, {}).get("repository", recipe.model)))
-    files = _files(recipe, rundir, base or Path(recipe.model).name)
-    report = json.loads((rundir.report / "report.json").read_text(encoding="utf-8"))
+    files = _files(recipe, run_dir, base or Path(recipe.model).name)
+    report = json.loads((run_dir.report / "report.json").read_text(encoding="utf-8"))
     published = Published(
         repository=repository,
         model=info.path.name,
@@ -66,42 +66,45 @@ def run(recipe: Recipe, rundir: RunDir, repository: str) -> None:
         license=str(info.field("general.license", "")),
         dataset=_hub_id(recipe.dialogues.source),
         sentence=str(report["sentence"]),
-        report=(rundir.report / "report.md").read_text(encoding="utf-8"),
-        facts=_facts(recipe, rundir, str(report["facts"]["teacher"])),
+        report=(run_dir.report / "report.md").read_text(encoding="utf-8"),
+        facts=_facts(recipe, run_dir, str(report["facts"]["teacher"])),
     )
     card = model_card(recipe, published).encode()
     address = upload(repository, "model", {"README.md": card, **files}, "Model trained by gatt")
-    out(f"Uploaded (private, if it is new): {address}")
+    print_result(f"Uploaded (private, if it is new): {address}")
 
 
-def _measured(recipe: Recipe, rundir: RunDir) -> Path:
+def _measured(recipe: Recipe, run_dir: RunDir) -> Path:
     """The file that `gatt evaluate` measures."""
-    return rundir.tuned(recipe.export.formats[0])
+    return run_dir.tuned(recipe.export.formats[0])
 
 
-def _require_report(recipe: Recipe, rundir: RunDir) -> None:
+def _require_report(recipe: Recipe, run_dir: RunDir) -> None:
     """Refuse a run that is not finished, or whose report speaks of an earlier export."""
-    words = f"{rundir.path / 'recipe.toml'} --run {rundir.path}"
-    model, reports = _measured(recipe, rundir), ("report.md", "report.json", "adherence.svg")
-    for file, stage in ((model, "export"), *((rundir.report / name, "report") for name in reports)):
+    words = f"{run_dir.path / 'recipe.toml'} --run {run_dir.path}"
+    model, reports = _measured(recipe, run_dir), ("report.md", "report.json", "adherence.svg")
+    for file, stage in (
+        (model, "export"),
+        *((run_dir.report / name, "report") for name in reports),
+    ):
         if not file.is_file():
             raise GattError(f"No {file}: a run is pushed with it. `gatt {stage} {words}` makes it.")
-    evaluated = (rundir.manifest("evaluate") or {}).get("inputs", {}).get(model.name)
+    evaluated = (run_dir.manifest("evaluate") or {}).get("inputs", {}).get(model.name)
     if evaluated not in (None, sha256(model)):
         raise GattError(
             f"The report is not about the present {model}, which is of a later export. `gatt run {words}` measures it."
         )
 
 
-def _files(recipe: Recipe, rundir: RunDir, base: str) -> dict[str, Path | bytes]:
+def _files(recipe: Recipe, run_dir: RunDir, base: str) -> dict[str, Path | bytes]:
     """What is uploaded beside the card, by its name there."""
-    folder = _measured(recipe, rundir).parent
+    folder = _measured(recipe, run_dir).parent
     exported = [*sorted(folder.glob("*.gguf")), *sorted(folder.glob("Modelfile*"))]
     return {
         **{file.name: file for file in exported},
-        **_adapter(rundir.adapter, base),
+        **_adapter(run_dir.adapter, base),
         "recipe.toml": recipe_toml(recipe, comments=False).encode(),
-        "adherence.svg": rundir.report / "adherence.svg",
+        "adherence.svg": run_dir.report / "adherence.svg",
     }
 
 
@@ -140,15 +143,15 @@ def _stated_base(info: GgufInfo) -> str:
     return next((found for found in ids if _HUB_ID.fullmatch(found)), "")
 
 
-def _facts(recipe: Recipe, rundir: RunDir, teacher: str) -> dict[str, str]:
+def _facts(recipe: Recipe, run_dir: RunDir, teacher: str) -> dict[str, str]:
     facts = {
         "base": _hub_id(recipe.model) or Path(recipe.model).name,
         "teacher": teacher,
         "seed": str(recipe.seed),
-        "learned": f"{recipe.train.loss}, {recipe.train.steps} steps of {recipe.train.batch} dialogues, rank {recipe.train.rank}",
+        "learned": f"{recipe.train.loss}, {recipe.train.max_steps} steps of {recipe.train.batch_size} dialogues, rank {recipe.train.rank}",
     }
-    for stage in _STAGES:
-        if manifest := rundir.manifest(stage):
+    for stage in STAGES[:-1]:
+        if manifest := run_dir.manifest(stage):
             facts[f"time of {stage}"] = f"{manifest['seconds']:.0f} s"
             facts["versions"] = ", ".join(
                 f"{k} {v}" for k, v in manifest["versions"].items() if v != "none"
@@ -165,7 +168,9 @@ def model_card(recipe: Recipe, published: Published) -> str:
         if published.base
         else published.facts["base"]
     )
-    taught = [f"- {word((constraint,)).text}" for constraint in recipe.instructions.pool]
+    taught = [
+        f"- {render_instruction((constraint,)).text}" for constraint in recipe.instructions.pool
+    ]
     if recipe.instructions.generate:
         taught.append(
             f"- and what the teacher listed of these kinds: {', '.join(recipe.instructions.generate)}"
@@ -229,7 +234,7 @@ def _head(published: Published) -> list[str]:
         head["license"] = published.license
     elif published.license:  # the Hub refuses a card whose `license` is none of its own ids
         head["license"], head["license_name"] = "other", published.license
-    if published.base:  # without its relation, the Hub takes a GGUF for the base itself, quantised
+    if published.base:  # without its relation, the Hub takes a GGUF for the base itself, quantized
         head["base_model"], head["base_model_relation"] = published.base, "finetune"
     head |= {
         "library_name": "gguf",
@@ -250,7 +255,7 @@ def _meaning(name: str) -> str:
     kinds = {
         r"tuned-(.+)\.gguf": r"the tuned model, \1",
         r".*adapter.*\.gguf": "the adapter alone, to be laid over the base's GGUF",
-        r".*imatrix.*\.gguf": "importance matrix of the quantisation",
+        r".*imatrix.*\.gguf": "importance matrix of the quantization",
         r"Modelfile.*": "for `ollama create`",
         r"adapter/.*": "the adapter in PEFT's form",
         r"recipe\.toml": "every setting of the run",
@@ -270,7 +275,7 @@ def _commands(recipe: Recipe, published: Published) -> list[str]:
     if recipe.dialogues.system:
         chat += ["--system", recipe.dialogues.system]
     if recipe.instructions.pool:
-        chat += ["--instruction", word(recipe.instructions.pool[:1]).text]
+        chat += ["--instruction", render_instruction(recipe.instructions.pool[:1]).text]
     title = shlex.quote(published.repository.split("/")[-1].lower())
     ollama = [
         f"ollama create {title} -f {name} && ollama run {title}"

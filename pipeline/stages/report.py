@@ -8,11 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipeline.console import out
+from pipeline.console import print_result
 from pipeline.evaluation.rates import wilson
 from pipeline.evaluation.suites import PAPER_RECALL, PROBED_TURNS
 from pipeline.files import read_jsonl, write_json, write_text
-from pipeline.gatt.assignment import read_pairs
+from pipeline.gatt.assignment import read_split
 from pipeline.recipe import Recipe
 from pipeline.records import Reply
 from pipeline.report.figures import (
@@ -22,26 +22,33 @@ from pipeline.report.figures import (
     loss_curve,
     survival_curve,
 )
-from pipeline.report.page import Page, Section
-from pipeline.report.tables import Table, by_arm, curves, markdown, overview, shown
-from pipeline.run_dir import RunDir
+from pipeline.report.page import ReportPage, ReportSection
+from pipeline.report.tables import Table, by_arm, curves, format_cell, markdown, overview
+from pipeline.run_dir import STAGES, RunDir
 
 _OTHERS = 4
 """Arms beside base, tuned and ceiling that a curve has room for."""
-_STAGES = ("instructions", "synthesize", "train", "export", "evaluate")
+
+SECTIONS = ("evaluate",)
+"""Sections of the recipe that the result depends on."""
 
 
-def run(recipe: Recipe, rundir: RunDir) -> None:
+def inputs(recipe: Recipe, run_dir: RunDir) -> list[Path]:
+    """Return the files that the result depends on."""
+    return [run_dir.scores, run_dir.exported]
+
+
+def run(recipe: Recipe, run_dir: RunDir) -> None:
     """Write `report/report.html`, `.json` and `.md`, the figures and the tables, and print the summary."""
-    scores = json.loads(rundir.scores.read_text(encoding="utf-8"))
-    facts = _facts(recipe, rundir)
-    exported = _export(recipe, rundir, scores)
+    scores = json.loads(run_dir.scores.read_text(encoding="utf-8"))
+    facts = _facts(recipe, run_dir)
+    exported = _export(recipe, run_dir, scores)
     sentence = headline(scores)
     arms, drawn = _arms(scores), _drawn(scores)
     curve = adherence_curve(
         [row for arm in drawn for row in scores["by_turn"] if row["arm"] == arm], scores["turns"]
     )
-    sections = [*measured(scores, rundir), *_made(rundir, exported, facts)]
+    sections = [*measured(scores, run_dir), *_made(run_dir, exported, facts)]
     warning = (
         f"A shortened run: {recipe.evaluate.dialogues} dialogues of {scores['turns']} turns. Take no figure from it."
         if recipe.evaluate.shortened
@@ -56,30 +63,35 @@ def run(recipe: Recipe, rundir: RunDir) -> None:
             else ""
         )
     )
-    page = Page(
+    page = ReportPage(
         f"GAtt report: {_public(recipe.model)}",
         sentence,
         warning,
         curve,
         how,
         sections,
-        _dialogues(rundir),
+        _dialogues(run_dir),
     )
-    further = [by_arm("by_turn", "turn", scores["by_turn"], arms), *curves(scores, _losses(rundir))]
-    page.write(rundir.report / "report.html", further)
-    write_text(rundir.report / "adherence.svg", curve.alone)
+    further = [
+        by_arm("by_turn", "turn", scores["by_turn"], arms),
+        *curves(scores, _losses(run_dir)),
+    ]
+    page.write(run_dir.report / "report.html", further)
+    write_text(run_dir.report / "adherence.svg", curve.alone)
     write_json(
-        rundir.report / "report.json",
+        run_dir.report / "report.json",
         {"sentence": sentence, "facts": facts, "scores": scores, "export": exported},
     )
-    write_text(rundir.report / "report.md", _markdown(sentence, sections))
-    out(_markdown(sentence, [s for s in sections if s.title in ("Over several turns", "Recall")]))
+    write_text(run_dir.report / "report.md", _markdown(sentence, sections))
+    print_result(
+        _markdown(sentence, [s for s in sections if s.title in ("Over several turns", "Recall")])
+    )
 
 
 def headline(scores: dict[str, Any]) -> str:
     """The one sentence, of the figure that the recipe named."""
-    primary = scores.get("primary", "late")
-    table = {"recall": "recall", "unseen": "generalisation"}.get(primary)
+    primary = scores.get("primary", "last_five")
+    table = {"recall": "recall", "unseen": "generalization"}.get(primary)
     if table and scores.get(table):
         rows = scores[table]
         last = max((row["at"] for row in rows), default=0) if primary == "recall" else None
@@ -96,7 +108,7 @@ def headline(scores: dict[str, Any]) -> str:
             f"The tuned model {what} in {_share(tuned)} of the answers, the base in {_share(base)}."
         )
     missing = f"What the report was to open with ({primary}) was not measured. " if table else ""
-    rows = {row["arm"]: row for row in scores["late" if table else primary]}
+    rows = {row["arm"]: row for row in scores["last_five" if table else primary]}
     return (
         f"{missing}In {rows['tuned']['at']}, the tuned model keeps its instruction in {_share([rows['tuned']])} of the answers, "
         f"the base in {_share([rows['base']])}."
@@ -109,7 +121,7 @@ def _share(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _arms(scores: dict[str, Any]) -> list[str]:
-    return list(dict.fromkeys(row["arm"] for row in scores["late"]))
+    return list(dict.fromkeys(row["arm"] for row in scores["last_five"]))
 
 
 def _drawn(scores: dict[str, Any]) -> list[str]:
@@ -119,10 +131,10 @@ def _drawn(scores: dict[str, Any]) -> list[str]:
     return [arm for arm in arms if arm not in others[_OTHERS:]]
 
 
-def measured(scores: dict[str, Any], rundir: RunDir) -> Iterator[Section]:
+def measured(scores: dict[str, Any], run_dir: RunDir) -> Iterator[ReportSection]:
     """What evaluation found, section by section; those without numbers are left out."""
     arms, drawn = _arms(scores), _drawn(scores)
-    yield Section(
+    yield ReportSection(
         "Over several turns",
         "Strict: a reply obeys and is a reply."
         + (" Ceiling: the base, told in every turn." if "ceiling" in arms else ""),
@@ -131,7 +143,7 @@ def measured(scores: dict[str, Any], rundir: RunDir) -> Iterator[Section]:
     )
     if scores.get("recall"):
         yield _recall(scores, arms)
-    yield Section(
+    yield ReportSection(
         "How long until the first broken answer",
         "Kaplan–Meier: the share of dialogues without a broken answer so far.",
         [
@@ -147,7 +159,7 @@ def measured(scores: dict[str, Any], rundir: RunDir) -> Iterator[Section]:
         "survival",
         survival_curve({arm: scores["survival"][arm] for arm in drawn}, scores["turns"]),
     )
-    yield Section(
+    yield ReportSection(
         "By instruction",
         "Instructions that were trained, all turns.",
         [
@@ -159,14 +171,14 @@ def measured(scores: dict[str, Any], rundir: RunDir) -> Iterator[Section]:
             ),
         ],
     )
-    if scores.get("generalisation"):
+    if scores.get("generalization"):
         names = {row["at"]: f"{row['at']} ({row['group']})" for row in scores["by_unseen"]}
         rows = [{**row, "at": names[row["at"]]} for row in scores["by_unseen"]]
-        yield Section(
+        yield ReportSection(
             "Instructions that were not trained",
             "New values of trained kinds, and kinds that are new altogether.",
             [
-                by_arm("generalisation", "", scores["generalisation"], arms),
+                by_arm("generalization", "", scores["generalization"], arms),
                 by_arm("by_unseen", "instruction", rows, arms),
             ],
         )
@@ -175,7 +187,7 @@ def measured(scores: dict[str, Any], rundir: RunDir) -> Iterator[Section]:
     if scores.get("leakage"):
         yield _leakage(scores, arms)
     if scores.get("single"):
-        yield Section(
+        yield ReportSection(
             "One question, one instruction",
             "Every kind of instruction once, with the question, as in IFEval: what was lost?",
             [
@@ -185,14 +197,14 @@ def measured(scores: dict[str, Any], rundir: RunDir) -> Iterator[Section]:
         )
     if scores.get("judge"):
         yield _judged(scores["judge"], arms)
-    if rundir.attention.exists():
-        yield Section(
+    if run_dir.attention.exists():
+        yield ReportSection(
             "What the answers attend to",
             "One dialogue, each model in its own words: the strongest attention over all heads and layers, from each answer "
             "(down) to everything before it (across), in bins of eight tokens, as in Figure 10 of the paper; and the mean share "
             "that falls on the instruction's tokens.",
             figure="attention",
-            picture=attention_picture(json.loads(rundir.attention.read_text(encoding="utf-8"))),
+            picture=attention_picture(json.loads(run_dir.attention.read_text(encoding="utf-8"))),
         )
 
 
@@ -203,20 +215,20 @@ def _difference(scores: dict[str, Any]) -> list[str]:
         for arm, d in scores["difference"].items()
         if d["difference"] is not None
     ]
-    if scores["needed"]:
+    if scores["required_sample_size"]:
         found.append(
             f"To see a difference of 5 points at this rate, {scores['needed']['dialogues']} dialogues an arm are needed."
         )
     return found
 
 
-def _recall(scores: dict[str, Any], arms: Sequence[str]) -> Section:
+def _recall(scores: dict[str, Any], arms: Sequence[str]) -> ReportSection:
     rows = scores["recall"]
     ours = by_arm("recall", "turn", rows, arms)
     paper = dict(zip(PROBED_TURNS, zip(*PAPER_RECALL.values(), strict=True), strict=True))
     beside = [[*row, *(f"{share:.0%}" for share in paper.get(row[0], ()))] for row in ours.rows]
     full = [row + [None] * (len(ours.columns) + len(PAPER_RECALL) - len(row)) for row in beside]
-    return Section(
+    return ReportSection(
         "Recall",
         "A name and a hobby are given in message 1 and asked for later, in branches that leave no trace. Beside it the "
         "paper's figures (Table 30, Llama 2, judged by people).",
@@ -227,7 +239,7 @@ def _recall(scores: dict[str, Any], arms: Sequence[str]) -> Section:
     )
 
 
-def _change(change: dict[str, Any], drawn: Sequence[str]) -> Section:
+def _change(change: dict[str, Any], drawn: Sequence[str]) -> ReportSection:
     rows = [
         [
             arm,
@@ -251,19 +263,19 @@ def _change(change: dict[str, Any], drawn: Sequence[str]) -> Section:
         "At the dotted line the user says “From now on: …”. The old one should end, the new begin."
     )
     curve = change_curve({arm: found for arm, found in change.items() if arm in drawn}, drawn)
-    return Section(
+    return ReportSection(
         "When the instruction changes", how, [Table("change", columns, rows)], "change", curve
     )
 
 
-def _leakage(scores: dict[str, Any], arms: Sequence[str]) -> Section:
+def _leakage(scores: dict[str, Any], arms: Sequence[str]) -> ReportSection:
     tables = [by_arm("leakage", "a trained trait shows in", scores["leakage"], arms)]
     remarks = [
         f"{arm}: {name}, {n} times"
         for arm, traits in scores["leaked"].items()
         for name, n in traits.items()
     ]
-    damage = scores.get("damage")
+    damage = scores.get("degradation")
     if damage and damage["perplexity"]:
         base = damage["perplexity"]["base"]
         rows = [
@@ -272,7 +284,7 @@ def _leakage(scores: dict[str, Any], arms: Sequence[str]) -> Section:
         ]
         tables.append(
             Table(
-                "damage",
+                "degradation",
                 ["", "perplexity", "against the base", "KL from the base, nats a token"],
                 rows,
             )
@@ -280,7 +292,7 @@ def _leakage(scores: dict[str, Any], arms: Sequence[str]) -> Section:
         remarks.append(
             f"Perplexity and divergence on {damage['tokens']} tokens of the base's own answers in plain dialogues."
         )
-    return Section(
+    return ReportSection(
         "Leakage and damage",
         "Dialogues without any instruction: nothing that was trained should show, and the model "
         "should speak as before.",
@@ -289,12 +301,12 @@ def _leakage(scores: dict[str, Any], arms: Sequence[str]) -> Section:
     )
 
 
-def _judged(judge: dict[str, Any], arms: Sequence[str]) -> Section:
+def _judged(judge: dict[str, Any], arms: Sequence[str]) -> ReportSection:
     agreement = judge["agreement"]
-    agreed = f"Where one can, it agreed in {shown(agreement) or 'no'} of replies."
+    agreed = f"Where one can, it agreed in {format_cell(agreement) or 'no'} of replies."
     how = f"{_public(judge['model'])} judged what no program can check. {agreed}"
     remarks = [] if judge["reliable"] else ["Below 80 %: its verdicts are not reliable."]
-    return Section(
+    return ReportSection(
         "The judge",
         how,
         [by_arm("judge", "instruction", judge["scores"], arms)] if judge["scores"] else [],
@@ -302,11 +314,13 @@ def _judged(judge: dict[str, Any], arms: Sequence[str]) -> Section:
     )
 
 
-def _made(rundir: RunDir, exported: dict[str, Any], facts: dict[str, str]) -> Iterator[Section]:
+def _made(
+    run_dir: RunDir, exported: dict[str, Any], facts: dict[str, str]
+) -> Iterator[ReportSection]:
     """How the model was made: data, training, export, and the facts of the run."""
     acceptance = (
-        json.loads(rundir.acceptance.read_text(encoding="utf-8"))
-        if rundir.acceptance.exists()
+        json.loads(run_dir.acceptance.read_text(encoding="utf-8"))
+        if run_dir.acceptance.exists()
         else {"answers": []}
     )
     rows = [
@@ -321,7 +335,7 @@ def _made(rundir: RunDir, exported: dict[str, Any], facts: dict[str, str]) -> It
         for row in acceptance["answers"]
     ]
     if rows:
-        yield Section(
+        yield ReportSection(
             "Training data",
             "Answers that the teacher drew, and those that were accepted.",
             [
@@ -335,22 +349,22 @@ def _made(rundir: RunDir, exported: dict[str, Any], facts: dict[str, str]) -> It
                 f"{acceptance['too_common']} accepted answers were cut: the corpus held the same words often enough."
             ],
         )
-    if losses := _losses(rundir):
-        yield _training(rundir, losses)
+    if losses := _losses(run_dir):
+        yield _training(run_dir, losses)
     yield _exported(exported)
-    yield Section(
+    yield ReportSection(
         "The run",
         "What it takes to do it again.",
         [Table("facts", ["fact", "value"], list(facts.items()))],
     )
 
 
-def _training(rundir: RunDir, losses: list[float]) -> Section:
+def _training(run_dir: RunDir, losses: list[float]) -> ReportSection:
     """The loss, how often the instruction held at each checkpoint, and what the steps have cost."""
     tables, remarks = [], []
-    if rundir.validation.exists():
+    if run_dir.validation.exists():
         rows = {
-            row["step"]: row for _, row in read_jsonl(rundir.validation)
+            row["step"]: row for _, row in read_jsonl(run_dir.validation)
         }  # an interrupted run measures a step again
         kept = [
             [step, asdict(wilson(row["kept"], row["answers"]))]
@@ -361,15 +375,15 @@ def _training(rundir: RunDir, losses: list[float]) -> Section:
             if kept
             else []
         )
-    if rundir.speed.exists():
-        speed = json.loads(rundir.speed.read_text(encoding="utf-8"))
+    if run_dir.speed.exists():
+        speed = json.loads(run_dir.speed.read_text(encoding="utf-8"))
         learned, computed = (speed[name] / speed["seconds"] for name in ("learned", "computed"))
         padding = speed["padding"] / speed["computed"]
         remarks.append(
             f"{learned:.0f} learned tokens a second of {computed:.0f} that were computed, {padding:.1%} "
             f"of them padding; {speed['memory'] / 1e9:.1f} GB at the peak."
         )
-    return Section(
+    return ReportSection(
         "Training",
         "The loss of every step.",
         tables,
@@ -379,12 +393,12 @@ def _training(rundir: RunDir, losses: list[float]) -> Section:
     )
 
 
-def _losses(rundir: RunDir) -> list[float]:
+def _losses(run_dir: RunDir) -> list[float]:
     """By step; none where training has left no log of them."""
-    return json.loads(rundir.losses.read_text(encoding="utf-8")) if rundir.losses.exists() else []
+    return json.loads(run_dir.losses.read_text(encoding="utf-8")) if run_dir.losses.exists() else []
 
 
-def _exported(exported: dict[str, Any]) -> Section:
+def _exported(exported: dict[str, Any]) -> ReportSection:
     rows = []
     for name, row in exported["formats"].items():
         matrix, kept = row["lowest"]
@@ -401,8 +415,8 @@ def _exported(exported: dict[str, Any]) -> Section:
     merges = [
         f"Merged onto {onto} weights: {far:.4f} nats a token from the trained model"
         + (
-            f", {exported['surprise'][onto]:.4f} for the run's dialogues."
-            if exported.get("surprise")
+            f", {exported['nll'][onto]:.4f} for the run's dialogues."
+            if exported.get("nll")
             else "."
         )
         for onto, far in exported["merges"].items()
@@ -420,7 +434,7 @@ def _exported(exported: dict[str, Any]) -> Section:
         "adapter's change that is left (worst matrix)",
         "late adherence",
     ]
-    return Section(
+    return ReportSection(
         "Export",
         f"The adapter was trained on weights rounded to 4 bits, and merged onto the {exported['merge_onto']} ones.",
         [Table("export", columns, rows)],
@@ -428,10 +442,10 @@ def _exported(exported: dict[str, Any]) -> Section:
     )
 
 
-def _export(recipe: Recipe, rundir: RunDir, scores: dict[str, Any]) -> dict[str, Any]:
+def _export(recipe: Recipe, run_dir: RunDir, scores: dict[str, Any]) -> dict[str, Any]:
     """What `gatt export` measured, and beside each format how well it keeps its instruction."""
-    late = {row["arm"]: row for row in scores["late"]}
-    table: dict[str, Any] = json.loads(rundir.exported.read_text(encoding="utf-8"))
+    late = {row["arm"]: row for row in scores["last_five"]}
+    table: dict[str, Any] = json.loads(run_dir.exported.read_text(encoding="utf-8"))
     first = recipe.export.formats[0]
     for name, row in table["formats"].items():
         row["adherence"] = late.get("tuned" if name == first else f"tuned, {name}")
@@ -439,16 +453,16 @@ def _export(recipe: Recipe, rundir: RunDir, scores: dict[str, Any]) -> dict[str,
     return table
 
 
-def _dialogues(rundir: RunDir) -> list[dict[str, Any]]:
+def _dialogues(run_dir: RunDir) -> list[dict[str, Any]]:
     """Six dialogues, base beside tuned, the instruction above them."""
     replies = {
         (reply.arm, reply.dialogue, reply.turn): reply
-        for _, row in read_jsonl(rundir.replies)
+        for _, row in read_jsonl(run_dir.replies)
         for reply in [Reply(**row)]
         if not reply.probe
     }
     found = []
-    for pair in read_pairs(rundir.pairs, "evaluate")[:6]:
+    for pair in read_split(run_dir.pairs, "evaluate")[:6]:
         name = pair.dialogue.id
         rows = [
             {
@@ -459,20 +473,20 @@ def _dialogues(rundir: RunDir) -> list[dict[str, Any]]:
             for turn, user in enumerate(pair.dialogue.turns, 1)
             if ("tuned", name, turn) in replies
         ]
-        found.append({"instruction": pair.taught[0], "rows": rows})
+        found.append({"instruction": pair.student_instructions[0], "rows": rows})
     return found
 
 
-def _facts(recipe: Recipe, rundir: RunDir) -> dict[str, str]:
-    _, example = next(read_jsonl(rundir.examples))
+def _facts(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:
+    _, example = next(read_jsonl(run_dir.examples))
     facts = {
         "base model": _public(recipe.model),
         "teacher": _public(example["teacher"]),
         "seed": str(recipe.seed),
         "learned": recipe.train.loss,
     }
-    for stage in _STAGES:
-        manifest = rundir.manifest(stage)
+    for stage in STAGES[:-1]:
+        manifest = run_dir.manifest(stage)
         if manifest:
             facts[f"time of {stage}"] = f"{manifest['seconds']:.0f} s"
             facts["versions"] = ", ".join(f"{k} {v}" for k, v in manifest["versions"].items())
@@ -482,7 +496,7 @@ def _facts(recipe: Recipe, rundir: RunDir) -> dict[str, str]:
                 for name, digest in manifest["inputs"].items()
             }
     for name in recipe.export.formats:
-        path = rundir.tuned(name)
+        path = run_dir.tuned(name)
         facts[path.name] = f"{path.stat().st_size / 1e6:.0f} MB"
     return facts
 
@@ -492,16 +506,16 @@ def _public(model: str) -> str:
     return Path(model).name if Path(model).exists() else model
 
 
-def _markdown(sentence: str, sections: Sequence[Section]) -> str:
+def _markdown(sentence: str, sections: Sequence[ReportSection]) -> str:
     """For a model card: the sentence, and the tables that a reader of it wants."""
     wanted = (
         "overview",
         "recall",
         "by_instruction",
-        "generalisation",
+        "generalization",
         "change",
         "leakage",
-        "damage",
+        "degradation",
         "single",
         "export",
         "facts",

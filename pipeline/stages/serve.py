@@ -12,15 +12,15 @@ from pathlib import Path
 
 import uvicorn
 
-from pipeline.console import note
+from pipeline.console import log
 from pipeline.errors import GattError
-from pipeline.hub.convert import gguf_file
+from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
-from pipeline.inference.async_engine import Engine, Source
+from pipeline.inference.async_engine import AsyncEngine, ModelSource
 from pipeline.inference.model import Adapter
 from pipeline.inference.scheduler import Limits
 from pipeline.server.app import make_app
-from pipeline.server.middleware import LOG, Settings
+from pipeline.server.middleware import LOG, AccessSettings
 from pipeline.server.web.app import mount
 
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
@@ -29,7 +29,7 @@ _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 class _Server(uvicorn.Server):
     """Ends the answers that run when it is told to stop, and does not wait for them."""
 
-    engine: Engine
+    engine: AsyncEngine
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self.engine.stop()
@@ -58,10 +58,10 @@ def run(
     sources = _sources(models, adapters)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _log_to_stderr()
-    engine = Engine(sources, Limits(context))
+    engine = AsyncEngine(sources, Limits(context))
     try:
         hosts = () if key else (*_LOOPBACK, host.lower())
-        app = make_app(engine, Settings(key, tuple(cors), hosts))
+        app = make_app(engine, AccessSettings(key, tuple(cors), hosts))
         mount(app, engine, key, runs or Path("runs"), listening.getsockname()[1])
         server = _Server(
             uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=2)
@@ -69,7 +69,7 @@ def run(
         server.engine = engine
         listening.listen()  # whoever reads the address may come at once
         address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
-        note(
+        log(
             f"Serving {', '.join(engine.names)} at {address}. A page to talk on: {address.removesuffix('v1')} Ctrl-C stops it."
         )
         server.run(sockets=[listening])
@@ -107,19 +107,19 @@ def _bind(host: str, port: int, key: str) -> socket.socket:
     return listening
 
 
-def _sources(models: Sequence[str], adapters: Sequence[Path]) -> dict[str, Source]:
+def _sources(models: Sequence[str], adapters: Sequence[Path]) -> dict[str, ModelSource]:
     """What is served by which name: the models' own, and "MODEL+ADAPTER" for adapters."""
     if adapters and len(models) > 1:
         raise GattError(
             f"--adapter goes with one MODEL, but there are {len(models)}. Serve the others by another `gatt serve`."
         )
-    sources: dict[str, Source] = {}
+    sources: dict[str, ModelSource] = {}
     for asked in models:
         model = find_model(asked)
-        path = model.path if model.is_gguf else gguf_file(model, "Q8_0")
+        path = model.path if model.is_gguf else cached_gguf(model, "Q8_0")
         for name, source in (
-            (model.name, Source(path)),
-            *((f"{model.name}+{a.stem}", Source(path, Adapter(a))) for a in adapters),
+            (model.name, ModelSource(path)),
+            *((f"{model.name}+{a.stem}", ModelSource(path, Adapter(a))) for a in adapters),
         ):
             if name in sources:
                 raise GattError(

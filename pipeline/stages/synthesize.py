@@ -11,17 +11,19 @@ import zlib
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from pipeline.console import Progress, note, out, progress
+from pipeline.console import Progress, log, print_result, progress
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, write_json, write_jsonl, write_text
-from pipeline.gatt.assignment import Paired, read_pairs
-from pipeline.gatt.constraints.registry import edit, hopeless, kind_of, obeys
-from pipeline.gatt.quality import flaw, stuck, touches
+from pipeline.gatt.assignment import AssignedDialogue, read_split
+from pipeline.gatt.constraints.registry import edit, kind_of, obeys, prefix_fails
+from pipeline.gatt.quality import find_defect, has_repeated_ngrams, is_on_topic
 from pipeline.gatt.text import first_sentences, has_sentences, words
+from pipeline.hub.models import find_model
 from pipeline.hub.upload import upload
-from pipeline.inference.generator import Teacher, open_teacher
+from pipeline.inference.generator import GenerationEngine, open_generator
 from pipeline.recipe import Recipe
 from pipeline.records import Answer, Completion, Constraint, Message, Request, Task
 from pipeline.run_dir import RunDir
@@ -36,34 +38,42 @@ _ALIKE = 0.3
 _COMMON = 3
 """Accepted answers of the same words that the corpus may hold."""
 
+SECTIONS = ("synthesize", "dialogues")
+"""Sections of the recipe that the result depends on."""
 
-def run(recipe: Recipe, rundir: RunDir) -> None:
+
+def inputs(recipe: Recipe, run_dir: RunDir) -> list[Path]:
+    """Return the files that the result depends on."""
+    return [find_model(recipe.model).path, run_dir.pairs]
+
+
+def run(recipe: Recipe, run_dir: RunDir) -> None:
     """Answer every training dialogue and write the ghosted ones; candidates of an earlier attempt are not drawn again.
 
     Raises:
         GattError: no dialogue was answered, because the teacher cannot follow the instructions.
     """
-    pairs = read_pairs(rundir.pairs, "train")
+    pairs = read_split(run_dir.pairs, "train")
     turns = sum(len(p.dialogue.turns) for p in pairs)
-    with JsonlLog(rundir.answers) as log, open_teacher(recipe, len(pairs)) as teacher:
-        before = sum(row["verdict"] == ACCEPTED for row in log.records)
+    with JsonlLog(run_dir.answers) as answers, open_generator(recipe, len(pairs)) as teacher:
+        before = sum(row["verdict"] == ACCEPTED for row in answers.records)
         with progress("synthesize: answers", turns, before) as bar:
-            synthesis = Synthesis(recipe, log, bar)
+            synthesis = Synthesis(recipe, answers, bar)
             synthesis.answer(teacher, pairs)
         name = teacher.name
     common = synthesis.cut_common(pairs)
     examples = [synthesis.example(pair, name) for pair in pairs if synthesis.accepted(pair)]
     if not examples:
         raise GattError(
-            "The teacher followed no instruction even once. Take others, a larger teacher, or edited_share = 1."
+            "The teacher followed no instruction even once. Take others, a larger teacher, or edited_ratio = 1."
         )
-    write_jsonl(rundir.examples, examples)
-    _write_statistics(rundir, pairs, synthesis.answers.values(), common)
-    write_text(rundir.card, _card(recipe, examples, name))
-    note(
+    write_jsonl(run_dir.examples, examples)
+    _write_statistics(run_dir, pairs, synthesis.answers.values(), common)
+    write_text(run_dir.card, _card(recipe, examples, name))
+    log(
         f"synthesize: {len(examples)} of {len(pairs)} dialogues, {sum(len(synthesis.accepted(p)) for p in pairs)} answers"
     )
-    show_statistics(rundir)
+    show_statistics(run_dir)
 
 
 class Synthesis:
@@ -76,23 +86,23 @@ class Synthesis:
         }
         self._accepted: dict[str, list[Answer]] = {}
 
-    def accepted(self, pair: Paired) -> list[Answer]:
+    def accepted(self, pair: AssignedDialogue) -> list[Answer]:
         """The answers of a dialogue, in order of the turns."""
         return self._accepted.get(pair.dialogue.id, [])
 
-    def answer(self, teacher: Teacher, pairs: list[Paired]) -> None:
+    def answer(self, teacher: GenerationEngine, pairs: list[AssignedDialogue]) -> None:
         """Answer the dialogues, but not those of an instruction that its pilots show to be beyond the teacher.
 
         The pilots are done first, so that who is given up does not depend on what ran when.
         """
         nth: Counter[str] = Counter()
-        first: list[Paired] = []
-        later: list[Paired] = []
+        first: list[AssignedDialogue] = []
+        later: list[AssignedDialogue] = []
         for pair in pairs:
-            nth[pair.name] += pair.way == "sampled"
-            (later if pair.way == "sampled" and nth[pair.name] > _PILOTS else first).append(pair)
+            nth[pair.name] += pair.method == "sampled"
+            (later if pair.method == "sampled" and nth[pair.name] > _PILOTS else first).append(pair)
         teacher.run(map(self._dialogue, first))
-        followed = {pair.name for pair in first if pair.way == "sampled" and self.accepted(pair)}
+        followed = {pair.name for pair in first if pair.method == "sampled" and self.accepted(pair)}
         teacher.run(self._dialogue(pair) for pair in later if pair.name in followed)
         vain = [
             f"{name} ({min(n, _PILOTS)})"
@@ -103,23 +113,23 @@ class Synthesis:
             vain[_NAMED:] = (
                 [f"{len(vain) - _NAMED} more (see --stats)"] if len(vain) > _NAMED else []
             )
-            note(
+            log(
                 f"synthesize: given up after so many dialogues, because no sampled answer obeyed and was a good one: "
-                f"{'; '.join(vain)}. Raise edited_share or candidates, take others, or a larger teacher."
+                f"{'; '.join(vain)}. Raise edited_ratio or candidates, take others, or a larger teacher."
             )
 
-    def _dialogue(self, pair: Paired) -> Task:
+    def _dialogue(self, pair: AssignedDialogue) -> Task:
         """Answer one dialogue turn by turn; it is cut short at a turn that no candidate answers well."""
         accepted = self._accepted[pair.dialogue.id] = []
         settings = self._settings
         for turn in range(len(pair.dialogue.turns)):
             constraints = pair.constraints(turn)
             # An edited answer goes on from the teacher's own words, a sampled one from the words that were accepted.
-            history = [a.text if pair.way == "sampled" else a.raw for a in accepted]
-            messages = pair.ask_teacher(history, self._recipe.dialogues.system)
+            history = [a.text if pair.method == "sampled" else a.raw for a in accepted]
+            messages = pair.teacher_prompt(history, self._recipe.dialogues.system)
             sampled, plain = (
                 partial(_in_vain, constraints),
-                partial(has_sentences, count=settings.sentences),
+                partial(has_sentences, count=settings.max_sentences),
             )
             for candidate in range(settings.candidates):
                 key = (pair.dialogue.id, turn, candidate)
@@ -127,12 +137,12 @@ class Synthesis:
                     seed = zlib.crc32(
                         f"{self._recipe.seed} {pair.dialogue.id} {turn} {candidate}".encode()
                     )
-                    enough = sampled if pair.way == "sampled" else plain
+                    enough = sampled if pair.method == "sampled" else plain
                     completion = yield Request(
                         messages, seed, settings.max_tokens, settings.temperature, enough
                     )
                     self.answers[key] = answer = _judge(
-                        pair, turn, candidate, completion, accepted, settings.sentences
+                        pair, turn, candidate, completion, accepted, settings.max_sentences
                     )
                     self._log.append(answer)
                     self._bar.advance(answer.verdict == ACCEPTED)
@@ -142,7 +152,7 @@ class Synthesis:
             else:
                 return
 
-    def cut_common(self, pairs: list[Paired]) -> int:
+    def cut_common(self, pairs: list[AssignedDialogue]) -> int:
         """Cut a dialogue where its answer is one that the corpus holds already too often; how many answers that costs."""
         seen: Counter[frozenset[str]] = Counter()
         cut = 0
@@ -156,10 +166,10 @@ class Synthesis:
                     del answers[turn:]
         return cut
 
-    def example(self, pair: Paired, teacher: str) -> dict[str, Any]:
+    def example(self, pair: AssignedDialogue, teacher: str) -> dict[str, Any]:
         """The ghosted dialogue in the `messages` form, with where it came from."""
         answers = self.accepted(pair)
-        messages = pair.ask_student([a.text for a in answers], self._recipe.dialogues.system)
+        messages = pair.student_prompt([a.text for a in answers], self._recipe.dialogues.system)
         verdicts = [
             [a.verdict for a in self._candidates(pair, turn)] for turn in range(len(answers))
         ]
@@ -169,21 +179,21 @@ class Synthesis:
             "asked": self._asked(pair, answers),
             "dialogue": pair.dialogue.id,
             "instruction": pair.name,
-            "way": pair.way,
+            "way": pair.method,
             "teacher": teacher,
             "seed": self._recipe.seed,
             "verdicts": verdicts,
         }
 
-    def _asked(self, pair: Paired, answers: list[Answer]) -> list[Message]:
+    def _asked(self, pair: AssignedDialogue, answers: list[Answer]) -> list[Message]:
         """The chat as the teacher had it, with the answers in its own words."""
-        told = pair.ask_teacher(
-            [a.text if pair.way == "sampled" else a.raw for a in answers],
+        told = pair.teacher_prompt(
+            [a.text if pair.method == "sampled" else a.raw for a in answers],
             self._recipe.dialogues.system,
         )
         return list(told[:-1] if told[-1]["role"] == "user" else told)
 
-    def _candidates(self, pair: Paired, turn: int) -> list[Answer]:
+    def _candidates(self, pair: AssignedDialogue, turn: int) -> list[Answer]:
         keys = (
             (pair.dialogue.id, turn, candidate) for candidate in range(self._settings.candidates)
         )
@@ -192,11 +202,13 @@ class Synthesis:
 
 def _in_vain(constraints: tuple[Constraint, ...], text: str) -> bool:
     """Whether a candidate that begins so will be rejected, whatever follows."""
-    return hopeless(constraints, text) or stuck(words(text)[:-1])  # the last word may not be whole
+    return prefix_fails(constraints, text) or has_repeated_ngrams(
+        words(text)[:-1]
+    )  # the last word may not be whole
 
 
 def _judge(
-    pair: Paired,
+    pair: AssignedDialogue,
     turn: int,
     candidate: int,
     completion: Completion,
@@ -206,23 +218,27 @@ def _judge(
     """Cut the candidate to whole sentences, edit it where that is the way, and say whether it is a good, obedient answer."""
     raw = completion.text.strip()
     constraints, asked = pair.constraints(turn), pair.dialogue.turns[: turn + 1]
-    if pair.way != "sampled":
+    if pair.method != "sampled":
         raw = first_sentences(raw, sentences)
-    text = edit(constraints, raw) if pair.way == "edited" and raw else raw
+    text = edit(constraints, raw) if pair.method == "edited" and raw else raw
     verdict = ACCEPTED
     if completion.finish == "context":
         verdict = "context"
-    elif pair.way == "sampled" and completion.finish == "enough" and not stuck(words(raw)):
+    elif (
+        pair.method == "sampled"
+        and completion.finish == "enough"
+        and not has_repeated_ngrams(words(raw))
+    ):
         verdict = "disobeys"
-    elif reason := flaw(
-        raw, [a.raw for a in accepted], pair.demanded, pair.way != "sampled", _ALIKE
+    elif reason := find_defect(
+        raw, [a.raw for a in accepted], pair.required_words, pair.method != "sampled", _ALIKE
     ):
         verdict = reason
-    elif not any(kind_of(c).family == "language" for c in constraints) and not touches(
+    elif not any(kind_of(c).family == "language" for c in constraints) and not is_on_topic(
         raw, [*asked, *(a.raw for a in accepted)]
     ):
         verdict = "off topic"
-    elif completion.finish == "length" and pair.way == "sampled":
+    elif completion.finish == "length" and pair.method == "sampled":
         verdict = "unfinished"
     elif not obeys(constraints, text):
         verdict = "disobeys"
@@ -230,10 +246,10 @@ def _judge(
 
 
 def _write_statistics(
-    rundir: RunDir, pairs: list[Paired], answers: Iterable[Answer], common: int
+    run_dir: RunDir, pairs: list[AssignedDialogue], answers: Iterable[Answer], common: int
 ) -> None:
     """Candidates drawn and accepted by instruction and way, why the others were rejected, and how long answers are."""
-    of = {p.dialogue.id: (p.name, p.way) for p in pairs}
+    of = {p.dialogue.id: (p.name, p.method) for p in pairs}
     table: dict[tuple[str, str], list[Answer]] = {}
     for answer in sorted(answers, key=lambda a: (a.dialogue, a.turn, a.candidate)):
         table.setdefault(of[answer.dialogue], []).append(answer)
@@ -254,27 +270,27 @@ def _write_statistics(
                 "example": taken[0].text if taken else "",
             }
         )
-    write_json(rundir.acceptance, {"answers": rows, "too_common": common})
+    write_json(run_dir.acceptance, {"answers": rows, "too_common": common})
 
 
-def show_statistics(rundir: RunDir) -> None:
+def show_statistics(run_dir: RunDir) -> None:
     """Print the acceptance by instruction and way.
 
     Raises:
-        GattError: nothing was synthesised in this run yet.
+        GattError: nothing was synthesized in this run yet.
     """
-    if not rundir.acceptance.exists():
+    if not run_dir.acceptance.exists():
         raise GattError(
-            f"No synthesis in {rundir.path} yet. `gatt synthesize --run {rundir.path}` makes one."
+            f"No synthesis in {run_dir.path} yet. `gatt synthesize --run {run_dir.path}` makes one."
         )
-    found = json.loads(rundir.acceptance.read_text(encoding="utf-8"))
-    out(f"{'instruction':44} {'way':8} accepted of drawn  words  rejected")
+    found = json.loads(run_dir.acceptance.read_text(encoding="utf-8"))
+    print_result(f"{'instruction':44} {'way':8} accepted of drawn  words  rejected")
     for row in found["answers"]:
         why = ", ".join(f"{n} {reason}" for reason, n in row["rejected"].items())
-        out(
+        print_result(
             f"{row['instruction'][:44]:44} {row['way']:8} {row['accepted']:8} {row['drawn']:8}  {row['words'] or '':>5}  {why}"
         )
-    out(
+    print_result(
         f"{found['too_common']} accepted answers were cut, because the corpus held the same words {_COMMON} times already."
     )
 
@@ -314,12 +330,12 @@ def _card(recipe: Recipe, examples: list[dict[str, Any]], teacher: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def push(rundir: RunDir, repository: str) -> None:
+def push(run_dir: RunDir, repository: str) -> None:
     """Upload the dialogues with their card to a dataset of the Hub, private until its owner opens it.
 
     Raises:
         GattError: no such account, no permission, or no network.
     """
-    files = {"README.md": rundir.card, "dialogues.jsonl": rundir.examples}
+    files = {"README.md": run_dir.card, "dialogues.jsonl": run_dir.examples}
     address = upload(repository, "dataset", files, "Dialogues made by gatt")
-    out(f"Uploaded (private): {address}")
+    print_result(f"Uploaded (private): {address}")

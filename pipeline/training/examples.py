@@ -13,11 +13,11 @@ from pipeline.inference.chat_template import ChatTemplate, answer_spans
 from pipeline.recipe import Train
 from pipeline.records import Message
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class TrainingExample:
     """One dialogue as the model learns it: token ids, the same ids or -100 where nothing is learned, and weights in the loss.
 
     `asked_ids` is the chat as the teacher had it, empty unless it is distilled; `twins` are (place, place there) of the
@@ -27,26 +27,26 @@ class Labelled:
     input_ids: list[int]
     labels: list[int]
     weights: list[float]
-    asked_ids: list[int]
-    twins: list[tuple[int, int]]
+    teacher_ids: list[int]
+    alignment: list[tuple[int, int]]
 
 
-class _Coded(NamedTuple):
+class RenderedChat(NamedTuple):
     """A rendered chat: its text, token ids, their (first, last + 1) characters; where the answers stand with their ends, and
     where their words alone.
     """
 
     text: str
     ids: list[int]
-    places: list[tuple[int, int]]
+    offsets: list[tuple[int, int]]
     answers: list[tuple[int, int]]
     words: list[tuple[int, int]]
 
 
-def label(
+def build_example(
     tokenizer: Any, messages: Sequence[Message], settings: Train, asked: Sequence[Message] = ()
-) -> Labelled:
-    """Tokenise a dialogue and label the answers that `settings.loss` learns, each with its end-of-turn token.
+) -> TrainingExample:
+    """Tokenize a dialogue and label the answers that `settings.loss` learns, each with its end-of-turn token.
 
     Where `asked` has the chat as the teacher had it and an edit changed it, the words that are in both weigh `own_weight`, and
     everything else 1.
@@ -56,7 +56,7 @@ def label(
         GattError: not even turn 1 fits.
     """
     while messages:
-        chat = _code(tokenizer, messages)
+        chat = render_and_tokenize(tokenizer, messages)
         if len(chat.ids) <= settings.max_length:
             break
         messages, asked = messages[:-2], asked[:-2]
@@ -65,25 +65,25 @@ def label(
             f"Turn 1 of a dialogue is longer than train.max_length = {settings.max_length} tokens. Raise it."
         )
     learned = [chat.answers[turn] for turn in loss_turns(len(chat.answers), settings.loss)]
-    source = _code(tokenizer, asked) if asked else None
+    source = render_and_tokenize(tokenizer, asked) if asked else None
     edited = _answers(messages) != _answers(asked)
-    shared = list(_shared(chat, source, edited)) if source else []
-    own_weight = settings.own_weight if edited else 1.0
+    shared = list(_unchanged_spans(chat, source, edited)) if source else []
+    own_weight = settings.unedited_weight if edited else 1.0
     labels, weights = [], []
-    for token, place in zip(chat.ids, chat.places, strict=True):
+    for token, place in zip(chat.ids, chat.offsets, strict=True):
         own = _within(place, [(first, last) for first, last, _ in shared])
-        labels.append(token if _within(place, learned) else IGNORED)
-        weights.append(0.0 if labels[-1] == IGNORED else own_weight if own else 1.0)
+        labels.append(token if _within(place, learned) else IGNORE_INDEX)
+        weights.append(0.0 if labels[-1] == IGNORE_INDEX else own_weight if own else 1.0)
     if source is None or settings.loss != "distill":
-        return Labelled(chat.ids, labels, weights, [], [])
-    return Labelled(chat.ids, labels, weights, source.ids, _twins(chat, source, shared))
+        return TrainingExample(chat.ids, labels, weights, [], [])
+    return TrainingExample(chat.ids, labels, weights, source.ids, _align(chat, source, shared))
 
 
 def _answers(messages: Sequence[Message]) -> list[str]:
     return [m["content"] for m in messages if m["role"] == "assistant"]
 
 
-def _code(tokenizer: Any, messages: Sequence[Message]) -> _Coded:
+def render_and_tokenize(tokenizer: Any, messages: Sequence[Message]) -> RenderedChat:
     template = ChatTemplate(
         tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or ""
     )
@@ -92,19 +92,19 @@ def _code(tokenizer: Any, messages: Sequence[Message]) -> _Coded:
     said = [m["content"].strip() for m in messages if m["role"] == "assistant"]
     firsts = [text.index(words, *span) for words, span in zip(said, answers, strict=True)]
     words = [(first, first + len(its)) for first, its in zip(firsts, said, strict=True)]
-    places = list(coded["offset_mapping"])
+    offsets = list(coded["offset_mapping"])
     answers, words = (
-        [_with_space(text, places, span) for span in spans] for spans in (answers, words)
+        [_with_space(text, offsets, span) for span in spans] for spans in (answers, words)
     )
-    return _Coded(text, list(coded["input_ids"]), places, answers, words)
+    return RenderedChat(text, list(coded["input_ids"]), offsets, answers, words)
 
 
 def _with_space(
-    text: str, places: Sequence[tuple[int, int]], span: tuple[int, int]
+    text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, int]
 ) -> tuple[int, int]:
     """The span with the space before it, where a template writes one (Mistral's) that is part of its first token."""
     start, end = span
-    first = next((left for left, right in places if left < start < right), start)
+    first = next((left for left, right in offsets if left < start < right), start)
     return (first if text[first:start].isspace() else start), end
 
 
@@ -113,7 +113,9 @@ def _within(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
     return any(start <= left and right <= end and left < right for start, end in spans)
 
 
-def _shared(chat: _Coded, source: _Coded, edited: bool) -> Iterator[tuple[int, int, int]]:
+def _unchanged_spans(
+    chat: RenderedChat, source: RenderedChat, edited: bool
+) -> Iterator[tuple[int, int, int]]:
     """The stretches of answers that an edit has left as they were: first and last + 1 character, and the first in `source`.
 
     Edited answers were cut to a few sentences, too: where they end is a lesson. In others that is the teacher's own.
@@ -130,15 +132,15 @@ def _shared(chat: _Coded, source: _Coded, edited: bool) -> Iterator[tuple[int, i
                 yield left, right if edited else whole, first + block.a
 
 
-def _twins(
-    chat: _Coded, source: _Coded, shared: Sequence[tuple[int, int, int]]
+def _align(
+    chat: RenderedChat, source: RenderedChat, shared: Sequence[tuple[int, int, int]]
 ) -> list[tuple[int, int]]:
     """The tokens that stand for the same characters in both."""
-    there = {place: n for n, place in enumerate(source.places)}
+    there = {place: n for n, place in enumerate(source.offsets)}
     moved = [
         (n, (left - first + begin, right - first + begin))
         for first, last, begin in shared
-        for n, (left, right) in enumerate(chat.places)
+        for n, (left, right) in enumerate(chat.offsets)
         if first <= left < right <= last
     ]
     return [(n, there[place]) for n, place in moved if place in there]

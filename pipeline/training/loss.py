@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.recipe import Train
-from pipeline.training.examples import IGNORED
+from pipeline.training.examples import IGNORE_INDEX
 
 _LOGITS = 2**22
 """Logits that are in memory at a time: of more, whole gigabytes would be kept for the way back."""
 
 
-def padded(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
+def collate(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
     """A batch of equal lengths: (dialogues, tokens) of ids, labels and weights.
 
     Where it is distilled also `asked_ids`, and `twins`: (3, tokens) of dialogue, place, place there. There is no attention
@@ -26,16 +26,18 @@ def padded(rows: Sequence[dict[str, Any]], pad: int) -> dict[str, Any]:
 
     batch = {
         "input_ids": stack("input_ids", pad),
-        "labels": stack("labels", IGNORED),
+        "labels": stack("labels", IGNORE_INDEX),
         "weights": stack("weights", 0.0),
     }
     if any(row["twins"] for row in rows):
-        twins = torch.tensor([(n, *twin) for n, row in enumerate(rows) for twin in row["twins"]])
-        batch |= {"asked_ids": stack("asked_ids", pad), "twins": twins.T}
+        alignment = torch.tensor(
+            [(n, *twin) for n, row in enumerate(rows) for twin in row["twins"]]
+        )
+        batch |= {"asked_ids": stack("asked_ids", pad), "twins": alignment.T}
     return batch
 
 
-def learned_loss(model: Any, batch: dict[str, Any], settings: Train, weight: Any = None) -> Any:
+def gatt_loss(model: Any, batch: dict[str, Any], settings: Train, weight: Any = None) -> Any:
     """The weighted mean over the learned tokens; logits are computed at these only, and a few at a time.
 
     The sum is divided by `weight`, that of a step of which this batch is a part, or else by the batch's own.
@@ -46,9 +48,9 @@ def learned_loss(model: Any, batch: dict[str, Any], settings: Train, weight: Any
     """
     import torch
 
-    hidden, place = _hidden(model, batch["input_ids"], batch["labels"] != IGNORED)
+    hidden, place = _hidden(model, batch["input_ids"], batch["labels"] != IGNORE_INDEX)
     labels, weights = batch["labels"][place], batch["weights"][place]
-    theirs, twins = (
+    theirs, alignment = (
         _teacher(model, batch, place)
         if "twins" in batch
         else (hidden[:0], torch.full_like(labels, -1))
@@ -62,7 +64,7 @@ def learned_loss(model: Any, batch: dict[str, Any], settings: Train, weight: Any
         with torch.enable_grad():
             part = hidden[some].detach().requires_grad_()
             logits = head(part).float()
-            losses = _losses(logits, labels[some], head, theirs, twins[some], settings)
+            losses = _losses(logits, labels[some], head, theirs, alignment[some], settings)
             loss = (losses * weights[some]).sum() / weight
         gradients += torch.autograd.grad(loss, part)
         total += loss.detach()
@@ -88,26 +90,28 @@ def _teacher(model: Any, batch: dict[str, Any], place: Any) -> tuple[Any, Any]:
         hidden, wanted = _hidden(model, batch["asked_ids"], wanted)
     order = torch.full_like(batch["asked_ids"], -1)
     order[wanted] = torch.arange(len(hidden), device=order.device)
-    twins = torch.full_like(batch["input_ids"], -1)
-    twins[row, here] = order[row, there]
-    return hidden, twins[place]
+    alignment = torch.full_like(batch["input_ids"], -1)
+    alignment[row, here] = order[row, there]
+    return hidden, alignment[place]
 
 
-def _losses(logits: Any, labels: Any, head: Any, theirs: Any, twins: Any, settings: Train) -> Any:
+def _losses(
+    logits: Any, labels: Any, head: Any, theirs: Any, alignment: Any, settings: Train
+) -> Any:
     """The loss of each token: the divergence from the base where there is a twin, and the cross-entropy elsewhere."""
     import torch
 
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    own = twins >= 0
+    own = alignment >= 0
     if not own.any():
         return losses
     with torch.no_grad():
-        target = head(theirs[twins[own]]).float()
-    apart = divergence(target, logits[own], settings.temperature, settings.top_k)
+        target = head(theirs[alignment[own]]).float()
+    apart = kl_divergence(target, logits[own], settings.temperature, settings.top_k)
     return losses.index_put((own,), torch.lerp(apart, losses[own], settings.cross_entropy))
 
 
-def divergence(target: Any, logits: Any, temperature: float, top_k: int) -> Any:
+def kl_divergence(target: Any, logits: Any, temperature: float, top_k: int) -> Any:
     """KL(target‖model) of each row of two (tokens, vocabulary) logits, both at `temperature` and times its square (Hinton et al.
     2015, section 2.1). Where `top_k` is not 0, all but so many of the target's likeliest tokens count as one.
     """

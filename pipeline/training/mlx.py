@@ -21,19 +21,19 @@ from typing import Any
 from pipeline.errors import GattError
 from pipeline.files import write_json
 from pipeline.recipe import Train
-from pipeline.training.examples import IGNORED, Labelled
-from pipeline.training.loss import padded
+from pipeline.training.examples import IGNORE_INDEX, TrainingExample
+from pipeline.training.loss import collate
 from pipeline.training.trainer import (
-    Counted,
+    GracefulStop,
     Step,
-    Stop,
+    TokenCounts,
     adapter_weights,
-    in_order,
+    interrupted_error,
     last_checkpoint,
-    no_number,
-    parts,
-    stopped,
-    whole,
+    length_grouped_batches,
+    mark_complete,
+    micro_batches,
+    nonfinite_loss_error,
 )
 
 _KEPT = 2
@@ -49,7 +49,7 @@ def available() -> bool:
 def train(
     loader: Any,
     folder: Path,
-    examples: Sequence[Labelled],
+    examples: Sequence[TrainingExample],
     settings: Train,
     seed: int,
     checkpoints: Path,
@@ -75,13 +75,13 @@ def train(
         r=settings.rank,
         lora_alpha=settings.alpha or settings.rank,
         lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
+        target_modules=list(settings.target_modules),
         random_state=seed,
         use_rslora=settings.rslora,
     )
-    if settings.adapter:
-        _load_adapter(network, Path(settings.adapter).expanduser())
-    losses = loop(network, examples, settings, seed, checkpoints, on_step, enough)
+    if settings.init_adapter:
+        _load_adapter(network, Path(settings.init_adapter).expanduser())
+    losses = train_loop(network, examples, settings, seed, checkpoints, on_step, enough)
     _save_adapter(network, adapter, settings)
     return losses, network
 
@@ -110,9 +110,9 @@ def load(loader: Any, folder: Path, length: int) -> Any:
     return network
 
 
-def loop(
+def train_loop(
     network: Any,
-    examples: Sequence[Labelled],
+    examples: Sequence[TrainingExample],
     settings: Train,
     seed: int,
     checkpoints: Path,
@@ -126,21 +126,22 @@ def loop(
     optimizer = mlx.optimizers.AdamW(0.0, weight_decay=settings.weight_decay, bias_correction=True)
     done = last_checkpoint(checkpoints)
     losses = _resume(network, optimizer, checkpoints / f"checkpoint-{done}") if done else []
-    rows = [asdict(example) for example in in_order(examples, settings, seed)]
-    counted, seconds = Counted(), 0.0
+    rows = [asdict(example) for example in length_grouped_batches(examples, settings, seed)]
+    counted, seconds = TokenCounts(), 0.0
     network.train()
-    with Stop() as stop:
-        for number in range(done + 1, settings.steps + 1):
+    with GracefulStop() as stop:
+        for number in range(done + 1, settings.max_steps + 1):
             start = time.monotonic()
             mx.random.seed(seed + number)  # of the dropout: a run that goes on draws the same
-            split = parts(
-                rows[(number - 1) * settings.batch : number * settings.batch], settings.tokens
+            split = micro_batches(
+                rows[(number - 1) * settings.batch_size : number * settings.batch_size],
+                settings.max_tokens_per_micro_batch,
             )
             optimizer.learning_rate = rate(settings, number - 1)
             losses.append(_step(network, optimizer, split, settings))
             counted, seconds = counted.plus(split), seconds + time.monotonic() - start
             if not math.isfinite(losses[-1]):
-                raise no_number(number, losses[-1], checkpoints)
+                raise nonfinite_loss_error(number, losses[-1], checkpoints)
             on_step(
                 Step(
                     number,
@@ -152,27 +153,27 @@ def loop(
                 )
             )
             saved = checkpoints / f"checkpoint-{number}"
-            if stop.asked or number % settings.save_steps == 0 or number == settings.steps:
+            if stop.asked or number % settings.save_steps == 0 or number == settings.max_steps:
                 _save(network, optimizer, losses, saved, settings)
                 if not stop.asked and enough(number, saved):
                     break
-            if stop.asked and number < settings.steps:
-                raise stopped(number)
+            if stop.asked and number < settings.max_steps:
+                raise interrupted_error(number)
     return losses
 
 
 def rate(settings: Train, step: int) -> float:
     """The learning rate of a step (from 0), as transformers' schedules have it."""
-    rising = max(1, int(settings.steps * settings.warmup))
+    rising = max(1, int(settings.max_steps * settings.warmup_ratio))
     if step < rising:
         return settings.learning_rate * step / rising
-    gone = (step - rising) / max(1, settings.steps - rising)
+    gone = (step - rising) / max(1, settings.max_steps - rising)
     falls = {
         "cosine": (1 + math.cos(math.pi * gone)) / 2,
         "linear": 1 - gone,
         "constant_with_warmup": 1.0,
     }
-    return settings.learning_rate * falls[settings.schedule]
+    return settings.learning_rate * falls[settings.lr_scheduler_type]
 
 
 def _step(
@@ -185,10 +186,10 @@ def _step(
     import mlx.utils
 
     weight = sum(sum(row["weights"]) for part in split for row in part)
-    differentiate = mlx.nn.value_and_grad(network, learned_loss)
+    differentiate = mlx.nn.value_and_grad(network, gatt_loss)
     total, gradients = mx.array(0.0), None
     for part in split:
-        batch = {name: mx.array(tensor.numpy()) for name, tensor in padded(part, 0).items()}
+        batch = {name: mx.array(tensor.numpy()) for name, tensor in collate(part, 0).items()}
         loss, found = differentiate(network, batch, _teacher(network, batch), settings, weight)
         total += loss
         gradients = found if gradients is None else mlx.utils.tree_map(mx.add, gradients, found)
@@ -199,7 +200,7 @@ def _step(
     return float(total)
 
 
-def learned_loss(
+def gatt_loss(
     network: Any, batch: dict[str, Any], teacher: Any, settings: Train, weight: float
 ) -> Any:
     """As `objective.learned_loss`; `teacher` has the logits of the twins, or is None."""
@@ -208,7 +209,7 @@ def learned_loss(
     import numpy as np
 
     labels, weights = batch["labels"], np.array(batch["weights"])
-    rows, places = np.nonzero(np.array(labels)[:, 1:] != IGNORED)
+    rows, places = np.nonzero(np.array(labels)[:, 1:] != IGNORE_INDEX)
     order = {
         (row, place + 1): n
         for n, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True))
@@ -218,12 +219,12 @@ def learned_loss(
     share = weights[rows, places + 1]
     if teacher is None:
         return (losses * mx.array(share)).sum() / weight
-    twins = np.array(
+    alignment = np.array(
         [order.get((row, here), -1) for row, here, _ in np.array(batch["twins"]).T.tolist()]
     )
-    own = twins[twins >= 0]
+    own = alignment[alignment >= 0]
     apart = _divergence(
-        teacher[mx.array(np.nonzero(twins >= 0)[0])], logits[mx.array(own)], settings
+        teacher[mx.array(np.nonzero(alignment >= 0)[0])], logits[mx.array(own)], settings
     )
     apart_share = share[own] * (1 - settings.cross_entropy)
     share[own] *= settings.cross_entropy
@@ -294,7 +295,7 @@ def _save(network: Any, optimizer: Any, losses: list[float], folder: Path, setti
         str(folder / "optimizer.safetensors"), dict(mlx.utils.tree_flatten(optimizer.state))
     )
     write_json(folder / "losses.json", losses)
-    whole(folder)
+    mark_complete(folder)
     old = sorted(folder.parent.glob("checkpoint-*"), key=lambda its: int(its.name.split("-")[1]))
     for gone in old[:-_KEPT]:
         shutil.rmtree(gone)
@@ -339,7 +340,7 @@ def _save_adapter(network: Any, folder: Path, settings: Train) -> None:
             "lora_alpha": settings.alpha or settings.rank,
             "lora_dropout": settings.dropout,
             "use_rslora": settings.rslora,
-            "target_modules": list(settings.targets),
+            "target_modules": list(settings.target_modules),
         },
     )
 
@@ -358,7 +359,7 @@ def _load_adapter(network: Any, folder: Path) -> None:
         name: shape for name, (_, shape) in wanted.items()
     }:
         raise GattError(
-            f"train.adapter: {folder} is of another rank, other targets or another base than the recipe's."
+            f"train.init_adapter: {folder} is of another rank, other targets or another base than the recipe's."
         )
     network.load_weights(
         [(ours, mx.contiguous(found[theirs].T)) for theirs, (ours, _) in wanted.items()],

@@ -13,12 +13,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pipeline.console import note
+from pipeline.console import log
 from pipeline.errors import GattError
 from pipeline.recipe import Train
-from pipeline.system import give_back, leads, peak_memory
-from pipeline.training.examples import IGNORED, Labelled
-from pipeline.training.loss import learned_loss, padded
+from pipeline.system import is_main_process, peak_memory, trim_memory
+from pipeline.training.examples import IGNORE_INDEX, TrainingExample
+from pipeline.training.loss import collate, gatt_loss
 
 _COMPLETE = "complete"
 
@@ -38,59 +38,64 @@ class Step(NamedTuple):
     memory: int
 
 
-class Counted(NamedTuple):
+class TokenCounts(NamedTuple):
     """Tokens of the steps so far, as in `Step`."""
 
     learned: int = 0
     computed: int = 0
     padding: int = 0
 
-    def plus(self, split: Sequence[Sequence[dict[str, Any]]]) -> Counted:
+    def plus(self, split: Sequence[Sequence[dict[str, Any]]]) -> TokenCounts:
         """With those of a step in its parts."""
         learned, computed, padding = self
         for part in split:
-            learned += sum(token != IGNORED for row in part for token in row["labels"])
+            learned += sum(token != IGNORE_INDEX for row in part for token in row["labels"])
             for key in ("input_ids", "asked_ids"):
                 lengths = [len(row[key]) for row in part]
                 computed += len(part) * max(lengths)
                 padding += len(part) * max(lengths) - sum(lengths)
-        return Counted(learned, computed, padding)
+        return TokenCounts(learned, computed, padding)
 
 
-def in_order(examples: Sequence[Labelled], settings: Train, seed: int) -> list[Labelled]:
+def length_grouped_batches(
+    examples: Sequence[TrainingExample], settings: Train, seed: int
+) -> list[TrainingExample]:
     """The dialogues of all steps, one batch after another, each epoch anew; dialogues of like length share a batch.
 
     A batch is padded to its longest dialogue: drawn at random, a fifth of what is computed would be padding.
     """
     rng = random.Random(f"order {seed}")
-    rows: list[Labelled] = []
-    while len(rows) < settings.steps * settings.batch:
+    rows: list[TrainingExample] = []
+    while len(rows) < settings.max_steps * settings.batch_size:
         epoch = rng.sample(examples, len(examples))
-        batches: list[list[Labelled]] = []
-        for start in range(0, len(epoch), 8 * settings.batch):
+        batches: list[list[TrainingExample]] = []
+        for start in range(0, len(epoch), 8 * settings.batch_size):
             alike = sorted(
-                epoch[start : start + 8 * settings.batch], key=lambda e: len(e.input_ids)
+                epoch[start : start + 8 * settings.batch_size], key=lambda e: len(e.input_ids)
             )
-            batches += [alike[n : n + settings.batch] for n in range(0, len(alike), settings.batch)]
+            batches += [
+                alike[n : n + settings.batch_size]
+                for n in range(0, len(alike), settings.batch_size)
+            ]
         rng.shuffle(batches)
         rows += [
             row
             for batch in batches
-            if len(batch) == settings.batch or len(epoch) < settings.batch
+            if len(batch) == settings.batch_size or len(epoch) < settings.batch_size
             for row in batch
         ]
-    return rows[: settings.steps * settings.batch]
+    return rows[: settings.max_steps * settings.batch_size]
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many share each step."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @contextmanager
-def leader_first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """What is in it the leading process does alone, and then the others."""
-    if processes() == 1:
+    if world_size() == 1:
         yield
         return
     import accelerate
@@ -108,12 +113,12 @@ def last_checkpoint(checkpoints: Path) -> int:
     )
 
 
-def whole(checkpoint: Path) -> None:
+def mark_complete(checkpoint: Path) -> None:
     """Say so, last of all: one that does not was cut off."""
     (checkpoint / _COMPLETE).touch()
 
 
-def no_number(step: int, loss: float, checkpoints: Path) -> GattError:
+def nonfinite_loss_error(step: int, loss: float, checkpoints: Path) -> GattError:
     """The loss is NaN or infinity."""
     return GattError(
         f"The loss of step {step} is {loss}. The checkpoint of step {last_checkpoint(checkpoints)} is kept. Lower "
@@ -121,7 +126,7 @@ def no_number(step: int, loss: float, checkpoints: Path) -> GattError:
     )
 
 
-def stopped(step: int) -> GattError:
+def interrupted_error(step: int) -> GattError:
     """The user has stopped it."""
     return GattError(
         f"Stopped after step {step}, which is saved. The same command goes on from there."
@@ -137,19 +142,19 @@ def adapter_weights(folder: Path) -> Path:
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise GattError(
-            f"train.adapter: no adapter_model.safetensors in {folder}. Name the folder of a PEFT LoRA."
+            f"train.init_adapter: no adapter_model.safetensors in {folder}. Name the folder of a PEFT LoRA."
         )
     return file
 
 
-class Stop:
+class GracefulStop:
     """While it is open, Ctrl-C and SIGTERM only ask to stop at the end of the step; a second one stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Stop:
+    def __enter__(self) -> GracefulStop:
         if threading.current_thread() is threading.main_thread():
             self._before = {
                 number: signal.signal(number, self._ask)
@@ -167,7 +172,7 @@ class Stop:
         self.asked = True
 
 
-def parts(rows: Sequence[dict[str, Any]], tokens: int) -> list[list[dict[str, Any]]]:
+def micro_batches(rows: Sequence[dict[str, Any]], tokens: int) -> list[list[dict[str, Any]]]:
     """The dialogues of a step in parts of at most `tokens` each, padding included, or of one dialogue; 0 is one part."""
     found: list[list[dict[str, Any]]] = []
     # Short ones first: the next is always the longest of its part.
@@ -182,10 +187,10 @@ def _length(row: dict[str, Any]) -> int:
     return max(len(row["input_ids"]), len(row["asked_ids"]))
 
 
-def loop(
+def train_loop(
     network: Any,
     pad: int,
-    examples: Sequence[Labelled],
+    examples: Sequence[TrainingExample],
     settings: Train,
     seed: int,
     checkpoints: Path,
@@ -203,9 +208,9 @@ def loop(
     import torch
     import transformers
 
-    if settings.batch % processes():
+    if settings.batch_size % world_size():
         raise GattError(
-            f"{processes()} processes cannot share train.batch = {settings.batch} dialogues a step evenly."
+            f"{world_size()} processes cannot share train.batch_size = {settings.batch_size} dialogues a step evenly."
         )
 
     class Watch(transformers.TrainerCallback):  # type: ignore[misc]
@@ -223,21 +228,21 @@ def loop(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             # Signals do not reach all processes in the same step.
-            stop.asked = _any(stop.asked, network.device)
+            stop.asked = _any_rank(stop.asked, network.device)
             if stop.asked:
                 control.should_save = control.should_training_stop = True
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if leads():
-                whole(folder)
-            if not stop.asked and _any(enough(state.global_step, folder), network.device):
+            if is_main_process():
+                mark_complete(folder)
+            if not stop.asked and _any_rank(enough(state.global_step, folder), network.device):
                 control.should_training_stop = True
-            give_back()  # steps of many lengths leave holes: after 70 the process would have twice the memory of a few
+            trim_memory()  # steps of many lengths leave holes: after 70 the process would have twice the memory of a few
 
     class Weighted(transformers.Trainer):  # type: ignore[misc]
-        budget = settings.tokens
-        counted = Counted()
+        budget = settings.max_tokens_per_micro_batch
+        counted = TokenCounts()
         seconds = 0.0
 
         def spent(self) -> tuple[float, int]:
@@ -250,7 +255,7 @@ def loop(
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             """The loss of a step, its gradients summed over its parts and over all processes."""
             rows, start = inputs["rows"], time.monotonic()
-            weight = _summed(
+            weight = _all_reduce_sum(
                 torch.tensor(sum(sum(row["weights"]) for row in rows), device=network.device)
             )
             while True:
@@ -258,8 +263,8 @@ def loop(
                     total = self._in_parts(rows, weight)
                     break
                 except (MemoryError, RuntimeError) as error:
-                    split = parts(rows, self.budget)
-                    if not _short_of_memory(error):
+                    split = micro_batches(rows, self.budget)
+                    if not _is_out_of_memory(error):
                         raise
                     if len(split) == len(rows):
                         raise GattError(
@@ -268,28 +273,28 @@ def loop(
                         ) from error
                     network.zero_grad()
                     self.budget = max(len(part) * _length(part[-1]) for part in split) // 2
-                    note(
+                    log(
                         f"train: out of memory; going on with at most {self.budget} tokens at a time"
                     )
             for parameter in network.parameters():
                 if parameter.grad is not None:
-                    _summed(parameter.grad)
-            total = _summed(total)
+                    _all_reduce_sum(parameter.grad)
+            total = _all_reduce_sum(total)
             if not torch.isfinite(total):
-                raise no_number(self.state.global_step + 1, float(total), checkpoints)
-            self.counted = self.counted.plus(parts(rows, self.budget))
+                raise nonfinite_loss_error(self.state.global_step + 1, float(total), checkpoints)
+            self.counted = self.counted.plus(micro_batches(rows, self.budget))
             self.seconds += time.monotonic() - start
             return total
 
         def _in_parts(self, rows: Sequence[dict[str, Any]], weight: Any) -> Any:
             network.train()
             total = torch.zeros((), device=network.device)
-            for part in parts(rows, self.budget):
+            for part in micro_batches(rows, self.budget):
                 batch = {
-                    name: tensor.to(network.device) for name, tensor in padded(part, pad).items()
+                    name: tensor.to(network.device) for name, tensor in collate(part, pad).items()
                 }
                 with _mixed(network):
-                    loss = learned_loss(network, batch, settings, weight)
+                    loss = gatt_loss(network, batch, settings, weight)
                 self.accelerator.backward(loss)
                 total += loss.detach()
             return total
@@ -298,12 +303,12 @@ def loop(
         model=network,
         args=transformers.TrainingArguments(
             output_dir=str(checkpoints),
-            max_steps=settings.steps,
-            per_device_train_batch_size=settings.batch // processes(),
+            max_steps=settings.max_steps,
+            per_device_train_batch_size=settings.batch_size // world_size(),
             learning_rate=settings.learning_rate,
-            lr_scheduler_type=settings.schedule,
+            lr_scheduler_type=settings.lr_scheduler_type,
             weight_decay=settings.weight_decay,
-            warmup_steps=max(1, int(settings.steps * settings.warmup)),
+            warmup_steps=max(1, int(settings.max_steps * settings.warmup_ratio)),
             seed=seed,
             data_seed=seed,
             logging_steps=1,
@@ -315,18 +320,18 @@ def loop(
             train_sampling_strategy="sequential",
             dataloader_pin_memory=False,
         ),
-        train_dataset=[asdict(e) for e in in_order(examples, settings, seed)],
+        train_dataset=[asdict(e) for e in length_grouped_batches(examples, settings, seed)],
         data_collator=lambda rows: {"rows": rows},
         callbacks=[Watch()],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     step = last_checkpoint(checkpoints)
-    with Stop() as stop:
+    with GracefulStop() as stop:
         trainer.train(
             resume_from_checkpoint=str(checkpoints / f"checkpoint-{step}") if step else None
         )
-    if stop.asked and trainer.state.global_step < settings.steps:
-        raise stopped(trainer.state.global_step)
+    if stop.asked and trainer.state.global_step < settings.max_steps:
+        raise interrupted_error(trainer.state.global_step)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
@@ -349,23 +354,23 @@ def _mixed(network: Any) -> Iterator[None]:
         yield
 
 
-def _summed(tensor: Any) -> Any:
+def _all_reduce_sum(tensor: Any) -> Any:
     """The sum over all processes, in place: each has a share of the dialogues."""
     import torch
 
-    if processes() > 1:
+    if world_size() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
-def _any(said: bool, device: Any) -> bool:
+def _any_rank(said: bool, device: Any) -> bool:
     """Whether it is said in any process; all wait for the slowest."""
     import torch
 
-    return bool(_summed(torch.tensor(float(said), device=device)))
+    return bool(_all_reduce_sum(torch.tensor(float(said), device=device)))
 
 
-def _short_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     import torch
 
     return isinstance(

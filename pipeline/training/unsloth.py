@@ -12,12 +12,12 @@ from typing import Any
 import platformdirs
 
 from pipeline.errors import GattError
-from pipeline.inference.logits import Reference
+from pipeline.inference.logits import Logits
 from pipeline.recipe import Train
-from pipeline.system import available_memory, leads
+from pipeline.system import available_memory, is_main_process
 from pipeline.training import mlx
-from pipeline.training.examples import Labelled
-from pipeline.training.trainer import Step, adapter_weights, loop
+from pipeline.training.examples import TrainingExample
+from pipeline.training.trainer import Step, adapter_weights, train_loop
 
 _PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
 
@@ -36,8 +36,8 @@ def free_memory() -> int:
     return int(torch.cuda.mem_get_info()[0]) if on_gpu() else available_memory()
 
 
-def try_four_bits(device: str) -> str:
-    """What of Unsloth works here: a matrix is really quantised to NF4 on `device` and back."""
+def check_nf4(device: str) -> str:
+    """What of Unsloth works here: a matrix is really quantized to NF4 on `device` and back."""
     import torch
 
     try:
@@ -76,15 +76,15 @@ def _unsloth() -> Any:
 
 def train(
     folder: Path,
-    examples: Sequence[Labelled],
+    examples: Sequence[TrainingExample],
     settings: Train,
     seed: int,
     checkpoints: Path,
     adapter: Path,
     on_step: Callable[[Step], None],
     enough: Callable[[int, Path], bool] = lambda step, folder: False,
-) -> tuple[list[float], Reference]:
-    """Train an adapter on the base in `folder` and save it; goes on from the last whole checkpoint. `enough`: as in `loop`.
+) -> tuple[list[float], Logits]:
+    """Train an adapter on the base in `folder` and save it; goes on from the last whole checkpoint. `enough`: as in `train_loop`.
 
     Returns:
         The loss of every step, and what the trained model predicts.
@@ -110,30 +110,30 @@ def train(
         str(folder), max_seq_length=settings.max_length, load_in_4bit=True, local_files_only=True
     )
     if not on_gpu():
-        _let_go_of_files(network)
+        _detach_from_mmap(network)
     network = FastLanguageModel.get_peft_model(
         network,
         r=settings.rank,
         lora_alpha=settings.alpha or settings.rank,
         lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
+        target_modules=list(settings.target_modules),
         random_state=seed,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
         use_gradient_checkpointing=False if not torch.cuda.is_available() else "unsloth",
     )
-    if settings.adapter:
-        continue_from(network, Path(settings.adapter).expanduser())
-    losses = loop(
+    if settings.init_adapter:
+        continue_from(network, Path(settings.init_adapter).expanduser())
+    losses = train_loop(
         network, tokenizer.pad_token_id or 0, examples, settings, seed, checkpoints, on_step, enough
     )
-    if leads():
+    if is_main_process():
         network.save_pretrained(adapter)
     return losses, _predict(_logits(network), sequences)
 
 
-def _let_go_of_files(network: Any) -> None:
-    """Copy what was not quantised: it lies in the mapped checkpoint, whose pages would all stay in memory with it."""
+def _detach_from_mmap(network: Any) -> None:
+    """Copy what was not quantized: it lies in the mapped checkpoint, whose pages would all stay in memory with it."""
     for parameter in network.parameters():
         if not hasattr(parameter, "quant_state"):
             parameter.data = parameter.data.clone()
@@ -159,19 +159,19 @@ def continue_from(network: Any, folder: Path) -> None:
             iter(ours.items() - theirs.items())
         )
         raise GattError(
-            f"train.adapter: {folder} is of another rank, other targets or another base ({other[0]}: {theirs.get(other[0])} found, "
-            f"{ours.get(other[0])} expected). Set train.rank and train.targets as it has them."
+            f"train.init_adapter: {folder} is of another rank, other targets or another base ({other[0]}: {theirs.get(other[0])} found, "
+            f"{ours.get(other[0])} expected). Set train.rank and train.target_modules as it has them."
         )
     peft.set_peft_model_state_dict(network, weights)
 
 
 def predict(
-    folder: Path, adapter: Path | None, sequences: Sequence[Sequence[int]], four_bits: bool
-) -> Reference:
+    folder: Path, adapter: Path | None, sequences: Sequence[Sequence[int]], *, load_in_4bit: bool
+) -> Logits:
     """What the base in `folder` with `adapter` on it predicts, in 4 bits as in training, or in float32 as it is (with MLX, which
     has other 4 bits, always).
     """
-    if four_bits and not mlx.available():
+    if load_in_4bit and not mlx.available():
         network, _ = _unsloth().from_pretrained(
             str(folder), max_seq_length=4096, load_in_4bit=True, local_files_only=True
         )
@@ -190,10 +190,10 @@ def predict(
 
 def _predict(
     logits: Callable[[list[list[int]]], Any], sequences: Sequence[Sequence[int]]
-) -> Reference:
+) -> Logits:
     """The first tokens of the first few sequences are enough to compare models by."""
     heads = [list(s[:_PREDICTED_TOKENS]) for s in sequences[:_PREDICTED_SEQUENCES]]
-    return Reference(heads, logits(heads))
+    return Logits(heads, logits(heads))
 
 
 def _logits(network: Any) -> Callable[[list[list[int]]], Any]:
@@ -213,7 +213,7 @@ def _logits(network: Any) -> Callable[[list[list[int]]], Any]:
     return of
 
 
-def four_bits(matrix: Any) -> Any:
+def nf4_round_trip(matrix: Any) -> Any:
     """A matrix (outputs, inputs) as 4-bit training has it: rounded to NF4 and back, float32 in and out."""
     import torch
     from bitsandbytes import functional

@@ -30,14 +30,14 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from pipeline.console import Progress
-from pipeline.gatt.assignment import Paired, read_pairs
+from pipeline.gatt.assignment import AssignedDialogue, read_split
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.merge import open_base
 from pipeline.gguf.reader import open_gguf
-from pipeline.hub.convert import gguf_file
+from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import Model, find_model
-from pipeline.inference.batch_engine import Llama
-from pipeline.inference.model import Adapter, CacheType, Weights
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.model import Adapter, CacheType, LoadedModel
 from pipeline.recipe import Recipe
 from pipeline.records import Completion, Request, Task
 from pipeline.run_dir import RunDir
@@ -126,19 +126,19 @@ class Measured:
 
 
 def request(
-    pair: Paired, said: Sequence[str], max_tokens: int = RECIPE.evaluate.max_tokens
+    pair: AssignedDialogue, said: Sequence[str], max_tokens: int = RECIPE.evaluate.max_tokens
 ) -> Request:
     """The next turn, as the stage asks for it."""
     seed = zlib.crc32(f"{pair.dialogue.id} {len(said) + 1}".encode())
     return Request(
-        pair.ask_student(said, RECIPE.dialogues.system),
+        pair.student_prompt(said, RECIPE.dialogues.system),
         seed,
         max_tokens,
         RECIPE.evaluate.temperature,
     )
 
 
-def talk(pair: Paired, turns: int, measured: Measured) -> Task:
+def talk(pair: AssignedDialogue, turns: int, measured: Measured) -> Task:
     """A dialogue of so many turns, in the model's own answers."""
     said: list[str] = []
     for _ in range(turns):
@@ -150,23 +150,27 @@ def talk(pair: Paired, turns: int, measured: Measured) -> Task:
 class Engine(NamedTuple):
     """Ours: one copy of the weights, and the type of the caches over it."""
 
-    weights: Weights
+    weights: LoadedModel
     cache: CacheType
 
     def run(
-        self, pairs: list[Paired], turns: int, adapter: Adapter | None, label: str
+        self, pairs: list[AssignedDialogue], turns: int, adapter: Adapter | None, label: str
     ) -> tuple[Cost, Texts]:
         """One arm, its contexts made anew."""
         measured = Measured(label, turns * len(pairs))
         start = time.perf_counter()
-        with Llama(self.weights, len(pairs), CONTEXT, cache=self.cache, adapter=adapter) as llama:
+        with BatchEngine(
+            self.weights, len(pairs), CONTEXT, cache=self.cache, adapter=adapter
+        ) as llama:
             llama.run(talk(pair, turns, measured) for pair in pairs)
         return measured.cost(time.perf_counter() - start), measured.texts
 
-    def turn(self, pairs: list[Paired], said: Texts, number: int, tokens: int) -> Cost:
+    def turn(self, pairs: list[AssignedDialogue], said: Texts, number: int, tokens: int) -> Cost:
         """What turn `number` costs, all dialogues side by side, each asked what the users of another one ask."""
         measured, start = Measured(f"turn {number}: tokens", tokens * len(pairs)), Start(len(pairs))
-        with Llama(self.weights, len(pairs), CONTEXT, most=len(pairs), cache=self.cache) as llama:
+        with BatchEngine(
+            self.weights, len(pairs), CONTEXT, most=len(pairs), cache=self.cache
+        ) as llama:
             llama.run(
                 late(
                     pair,
@@ -190,7 +194,7 @@ class Loop:
             str(path), n_ctx=CONTEXT, n_threads=os.cpu_count(), lora_path=lora, verbose=False
         )
 
-    def run(self, pairs: list[Paired], turns: int, again: bool, label: str) -> Cost:
+    def run(self, pairs: list[AssignedDialogue], turns: int, again: bool, label: str) -> Cost:
         """`again`: turn by turn over all dialogues, with nothing kept; or else one dialogue after the other."""
         measured = Measured(label, turns * len(pairs))
         order = (
@@ -238,7 +242,7 @@ class Start:
 
 
 def late(
-    pair: Paired,
+    pair: AssignedDialogue,
     said: list[str],
     questions: Sequence[str],
     tokens: int,
@@ -246,7 +250,7 @@ def late(
     measured: Measured,
 ) -> Task:
     """Fill the cache with a history, wait for the others, and answer one question after another in the turn that follows."""
-    filling, *asked = (pair.asking(len(said) + 1, question) for question in questions)
+    filling, *asked = (pair.with_question(len(said) + 1, question) for question in questions)
     yield request(filling, said, 1)
     start.arrive()
     while start.missing:  # nobody may block here: the others run in the same threads
@@ -259,12 +263,12 @@ def late(
             return
 
 
-def prepare() -> list[Paired]:
+def prepare() -> list[AssignedDialogue]:
     """The recipe's own dialogues, with the instruction in turn 1."""
     with tempfile.TemporaryDirectory() as folder:
-        rundir = RunDir(Path(folder))
-        instructions.run(RECIPE, rundir)
-        return read_pairs(rundir.pairs, "evaluate")
+        run_dir = RunDir(Path(folder))
+        instructions.run(RECIPE, run_dir)
+        return read_split(run_dir.pairs, "evaluate")
 
 
 def small_adapter(model: Model, folder: Path) -> Adapter:
@@ -292,7 +296,7 @@ class Arm(NamedTuple):
 
 
 def compare(
-    engine: Engine, arms: dict[str, Arm], pairs: list[Paired], size: Size
+    engine: Engine, arms: dict[str, Arm], pairs: list[AssignedDialogue], size: Size
 ) -> tuple[float, Texts]:
     """The loop's time per token against ours, over both arms, and what the base said to us."""
     costs: dict[str, list[Cost]] = {"ours": [], "loop": [], "kindest": []}
@@ -325,7 +329,7 @@ def compare(
     return ratio["loop"], texts[0]
 
 
-def flat(engine: Engine, pairs: list[Paired], said: Texts, size: Size) -> float:
+def flat(engine: Engine, pairs: list[AssignedDialogue], said: Texts, size: Size) -> float:
     """The last turn's time per token against that of turn 2."""
     early, last = (engine.turn(pairs, said, number, size.tokens) for number in (2, size.turns))
     ratio = last.token / early.token
@@ -354,11 +358,11 @@ def main() -> None:
     options = parser.parse_args()
     size = Size(1, 8, 1, 96) if options.quick else Size(options.rounds, TURNS, 2, 192)
     model = find_model(RECIPE.model)
-    path, pairs = gguf_file(model, RECIPE.export.formats[0]), prepare()
+    path, pairs = cached_gguf(model, RECIPE.export.formats[0]), prepare()
     against_loop, over_turns = [], []
     with tempfile.TemporaryDirectory() as folder:
         engine, adapter = (
-            Engine(Weights(open_gguf(path)), options.cache),
+            Engine(LoadedModel(open_gguf(path)), options.cache),
             small_adapter(model, Path(folder)),
         )
         arms = {

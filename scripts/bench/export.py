@@ -2,7 +2,7 @@
 
 Both make one GGUF of a folder of safetensors and a LoRA adapter, in Q8_0, F16 and Q4_K_M: of SmolLM2-135M, and of a random
 Llama of 1.2 billion parameters. The usual way is three programs: PEFT's `merge_and_unload` and `save_pretrained`, llama.cpp's
-`convert_hf_to_gguf.py`, and for Q4_K_M llama.cpp's quantisation of an F16 file. The two files must hold the same tensors.
+`convert_hf_to_gguf.py`, and for Q4_K_M llama.cpp's quantization of an F16 file. The two files must hold the same tensors.
 
 wall: seconds from the start of a program to its end, imports among them.
 memory: the peak of anonymous memory (RssAnon, read every 10 ms), which unlike mapped files cannot be dropped and read again.
@@ -93,7 +93,7 @@ def convert(folder: str, target: str, kind: str) -> None:
 
 
 def quantize(source: str, target: str) -> None:
-    """Step: llama.cpp's quantisation to Q4_K_M on all cores."""
+    """Step: llama.cpp's quantization to Q4_K_M on all cores."""
     import ctypes
 
     import llama_cpp
@@ -310,11 +310,11 @@ def main() -> None:
     print(f"disk: about {needed} GB needed in {place}, {free:.0f} GB free", flush=True)
     if free < needed:
         raise SystemExit("Too little disk: set TMPDIR to a folder elsewhere.")
-    from pipeline.hub.convert import hugging_face_folder
+    from pipeline.hub.convert import cached_checkpoint
     from pipeline.hub.models import find_model
 
     converter()
-    smollm = hugging_face_folder(find_model("smollm2-135m"))
+    smollm = cached_checkpoint(find_model("smollm2-135m"))
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
         # Neither side then pays for compiling its Python, or for reading it from the disk.

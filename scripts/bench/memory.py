@@ -15,12 +15,12 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pipeline.console import Progress, chatter
-from pipeline.hub.convert import hugging_face_folder
+from pipeline.console import Progress, capture_output
+from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model, shape_of
 from pipeline.recipe import Train
 from pipeline.system import GB, peak_memory
-from pipeline.training.examples import IGNORED, Labelled
+from pipeline.training.examples import IGNORE_INDEX, TrainingExample
 from pipeline.training.memory import training_memory
 from pipeline.training.unsloth import train
 
@@ -55,7 +55,7 @@ CASES = (
 def folder_of(case: Case, folder: Path) -> Path:
     """The case's model for transformers; a random one is written to `folder`, with the embedded model's tokenizer."""
     if isinstance(case.model, str):
-        return hugging_face_folder(find_model(case.model))
+        return cached_checkpoint(find_model(case.model))
     import torch
     import transformers
 
@@ -73,25 +73,27 @@ def folder_of(case: Case, folder: Path) -> Path:
     torch.set_default_dtype(torch.bfloat16)
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(
-        hugging_face_folder(find_model(EMBEDDED))
+        cached_checkpoint(find_model(EMBEDDED))
     ).save_pretrained(folder)
     return folder
 
 
-def examples(case: Case) -> list[Labelled]:
+def examples(case: Case) -> list[TrainingExample]:
     """Dialogues for all steps; of what is learned, most is distilled, as in the demo."""
     found = []
     for n in range(case.rows * len(LENGTHS)):
         tokens = int(case.tokens * LENGTHS[n // case.rows])
         ids = [(7 * n + 11 * place) % 20000 + 5 for place in range(tokens)]
         half, apart = tokens // 2, tokens // 14
-        twins = (
+        alignment = (
             [(place, place - apart) for place in range(half, tokens) if place % 10 < 7]
             if case.distill
             else []
         )
-        labels, weights = [IGNORED] * half + ids[half:], [0.0] * half + [1.0] * (tokens - half)
-        found.append(Labelled(ids, labels, weights, ids[apart:] if case.distill else [], twins))
+        labels, weights = [IGNORE_INDEX] * half + ids[half:], [0.0] * half + [1.0] * (tokens - half)
+        found.append(
+            TrainingExample(ids, labels, weights, ids[apart:] if case.distill else [], alignment)
+        )
     return found
 
 
@@ -100,8 +102,8 @@ def settings(case: Case) -> Train:
     loss: Literal["distill", "all_turns"] = "distill" if case.distill else "all_turns"
     return Train(
         rank=case.rank,
-        steps=len(LENGTHS),
-        batch=case.rows,
+        max_steps=len(LENGTHS),
+        batch_size=case.rows,
         loss=loss,
         dora=case.dora,
         save_steps=100,
@@ -111,7 +113,7 @@ def settings(case: Case) -> Train:
 def measure(number: int, written: Path) -> dict[str, Any]:
     """Train in this process; bytes that were predicted, and those at the peak."""
     case, shape = CASES[number], shape_of(str(written))
-    with tempfile.TemporaryDirectory() as folder, chatter(Path(folder) / "log"):
+    with tempfile.TemporaryDirectory() as folder, capture_output(Path(folder) / "log"):
         train(
             written,
             examples(case),

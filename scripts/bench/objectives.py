@@ -17,15 +17,16 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.console import Progress, chatter
+from pipeline.console import Progress, capture_output
 from pipeline.evaluation.rates import wilson
 from pipeline.files import read_jsonl
-from pipeline.gatt.assignment import read_pairs
-from pipeline.hub.convert import gguf_file, hugging_face_folder
+from pipeline.gatt.assignment import read_split
+from pipeline.hub.convert import cached_checkpoint, cached_gguf
 from pipeline.hub.models import find_model
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.run_dir import RunDir
-from pipeline.stages.train import labelled
+from pipeline.stages.train import labeled
 from pipeline.training.trainer import Step
 from pipeline.training.unsloth import load_tokenizer, train
 from pipeline.training.validation import Validation
@@ -36,21 +37,21 @@ LOSSES, LATE = ("last_turn", "all_turns", "distill"), 16
 class Measured(NamedTuple):
     """An arm: steps and seconds of training, and of the late answers those that obey, and all."""
 
-    steps: int
+    max_steps: int
     seconds: float
     kept: int
     answers: int
 
 
-def timed(recipe: Recipe, rundir: RunDir, steps: int, seed: int, folder: Path) -> list[Step]:
+def timed(recipe: Recipe, run_dir: RunDir, steps: int, seed: int, folder: Path) -> list[Step]:
     """Train for so many steps into `folder`, with the recipe's objective."""
     found: list[Step] = []
-    base = hugging_face_folder(find_model(recipe.model))
+    base = cached_checkpoint(find_model(recipe.model))
     examples = [
-        labelled(load_tokenizer(base), row, recipe) for _, row in read_jsonl(rundir.examples)
+        labeled(load_tokenizer(base), row, recipe) for _, row in read_jsonl(run_dir.examples)
     ]
     settings = recipe.train.model_copy(update={"steps": steps, "save_steps": 10 * steps})
-    with chatter(folder / "log"):
+    with capture_output(folder / "log"):
         train(
             base, examples, settings, seed, folder / "checkpoints", folder / "adapter", found.append
         )
@@ -62,13 +63,13 @@ def per_step(found: list[Step]) -> float:
     return (found[-1].seconds - found[0].seconds) / (len(found) - 1)
 
 
-def measure(recipe: Recipe, rundir: RunDir, steps: int, seed: int) -> Measured:
+def measure(recipe: Recipe, run_dir: RunDir, steps: int, seed: int) -> Measured:
     """Train in this process, and ask."""
     with tempfile.TemporaryDirectory() as folder:
-        found = timed(recipe, rundir, steps, seed, Path(folder))
+        found = timed(recipe, run_dir, steps, seed, Path(folder))
         file, pairs = (
-            gguf_file(find_model(recipe.model), "Q8_0"),
-            read_pairs(rundir.pairs, "evaluate"),
+            cached_gguf(find_model(recipe.model), "Q8_0"),
+            read_split(run_dir.pairs, "evaluate"),
         )
         validation = Validation(file, pairs, recipe, recipe.evaluate.turns)
         late = [kept for turn, kept in validation.measure(Path(folder) / "adapter") if turn >= LATE]
@@ -96,23 +97,23 @@ def alone(run: Path, loss: str, steps: int, seed: int) -> list[float]:
 def main() -> None:
     """Print each arm, a table by objective, and the figures."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("run", type=Path, help="a run whose dialogues are synthesised")
+    parser.add_argument("run", type=Path, help="a run whose dialogues are synthesized")
     parser.add_argument("--minutes", type=float, default=3, help="of training, for each arm")
     parser.add_argument("--quick", action="store_true", help="one seed, half a minute")
     parser.add_argument("--arm", choices=LOSSES, help="only this one, in this process")
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    recipe, rundir = (
+    recipe, run_dir = (
         load_recipe(asked.run / "recipe.toml", (f"train.loss={asked.arm or 'distill'}",)),
         RunDir(asked.run),
     )
     if asked.arm and not asked.seed:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps([per_step(timed(recipe, rundir, asked.steps, 1, Path(folder)))]))
+            print(json.dumps([per_step(timed(recipe, run_dir, asked.steps, 1, Path(folder)))]))
         return
     if asked.arm:
-        print(json.dumps(measure(recipe, rundir, asked.steps, asked.seed)))
+        print(json.dumps(measure(recipe, run_dir, asked.steps, asked.seed)))
         return
     seconds, seeds = (30.0, 1) if asked.quick else (60 * asked.minutes, 3)
     found: dict[str, list[Measured]] = {loss: [] for loss in LOSSES}
@@ -124,7 +125,7 @@ def main() -> None:
             found[loss].append(Measured(*alone(asked.run, loss, steps[loss], seed)))  # type: ignore[arg-type]
             one = found[loss][-1]
             print(
-                f"  seed {seed}, {loss:9} {one.steps:.0f} steps in {one.seconds:.0f} s: {one.kept:.0f} of {one.answers:.0f} "
+                f"  seed {seed}, {loss:9} {one.max_steps:.0f} steps in {one.seconds:.0f} s: {one.kept:.0f} of {one.answers:.0f} "
                 f"({time.monotonic() - start:.0f} s with the asking)",
                 flush=True,
             )

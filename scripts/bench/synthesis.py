@@ -27,11 +27,12 @@ import psutil
 from pipeline.console import Progress
 from pipeline.data.dialogues import load_dialogues
 from pipeline.files import JsonlLog
-from pipeline.gatt.assignment import Paired, read_pairs
-from pipeline.hub.convert import gguf_file
+from pipeline.gatt.assignment import AssignedDialogue, read_split
+from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
-from pipeline.inference.batch_engine import Llama
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.records import Completion, Request, Task
 from pipeline.run_dir import RunDir
 from pipeline.stages import instructions
@@ -82,7 +83,7 @@ class Loop:
         )
         choice, usage = answer["choices"][0], answer["usage"]
         text, finish = choice["message"]["content"], choice["finish_reason"]
-        if request.enough and any(request.enough(text[:end]) for end in range(len(text))):
+        if request.stop_when and any(request.stop_when(text[:end]) for end in range(len(text))):
             finish = "enough"
         return Completion(text, usage["completion_tokens"], usage["prompt_tokens"], finish)
 
@@ -103,7 +104,7 @@ class Counted:
             return
 
 
-def synthesize(teacher: Any, recipe: Recipe, pairs: list[Paired]) -> Measured:
+def synthesize(teacher: Any, recipe: Recipe, pairs: list[AssignedDialogue]) -> Measured:
     """The stage's own work, without its files."""
     counted = Counted()
 
@@ -129,18 +130,18 @@ def synthesize(teacher: Any, recipe: Recipe, pairs: list[Paired]) -> Measured:
     )
 
 
-def paired(edited_share: float, dialogues: int) -> tuple[Recipe, list[Paired]]:
+def paired(edited_ratio: float, dialogues: int) -> tuple[Recipe, list[AssignedDialogue]]:
     """The demo's recipe on so many dialogues of five turns."""
     changes = (
         f"dialogues.train={dialogues}",
         f"dialogues.turns={TURNS}",
-        f"synthesize.edited_share={edited_share}",
+        f"synthesize.edited_ratio={edited_ratio}",
     )
     recipe = load_recipe(None, changes)
     with tempfile.TemporaryDirectory() as folder:
-        rundir = RunDir(Path(folder))
-        instructions.run(recipe, rundir)
-        return recipe, read_pairs(rundir.pairs, "train")
+        run_dir = RunDir(Path(folder))
+        instructions.run(recipe, run_dir)
+        return recipe, read_split(run_dir.pairs, "train")
 
 
 def bare(path: Path, sequences: int, ours: Measured) -> float:
@@ -223,10 +224,10 @@ class Timed:
         return sum(self._calls.values()) / sum(end - start for start, end in self._spans.values())
 
 
-def python_share(path: Path, recipe: Recipe, pairs: list[Paired]) -> float:
+def python_share(path: Path, recipe: Recipe, pairs: list[AssignedDialogue]) -> float:
     """The share of the engine's time that is spent outside llama.cpp's decoding, sampling and tokenizing."""
     timed = Timed()
-    with Llama(path, len(pairs), CONTEXT) as llama:
+    with BatchEngine(path, len(pairs), CONTEXT) as llama:
         parts = [llama._weights, *llama._workers]
         vars(parts[0])["api"] = timed
         for worker in parts[1:]:
@@ -243,7 +244,7 @@ def growth(path: Path, dialogues: int) -> float:
         yield Request(({"role": "user", "content": turns[seed]},), seed, 12)
 
     memory = psutil.Process().memory_info
-    with Llama(path, dialogues, 512) as llama:
+    with BatchEngine(path, dialogues, 512) as llama:
         llama.run(map(talk, range(dialogues // 10)))
         early = memory().rss
         llama.run(map(talk, range(dialogues // 10, dialogues)))
@@ -257,11 +258,11 @@ def main() -> None:
     quick = parser.parse_args().quick
     rounds, dialogues = (1, 24) if quick else (3, 40)
     ratios: dict[str, list[float]] = {"answers_demo": [], "answers_sampled": [], "tokens": []}
-    path = gguf_file(MODEL, Recipe().synthesize.format)
+    path = cached_gguf(MODEL, Recipe().synthesize.format)
     ways = {"answers_demo": paired(0.9, dialogues), "answers_sampled": paired(0.0, dialogues)}
     for _ in range(rounds):
         for name, (recipe, pairs) in ways.items():
-            with Llama(path, dialogues, CONTEXT) as llama:
+            with BatchEngine(path, dialogues, CONTEXT) as llama:
                 ours = synthesize(llama, recipe, pairs)
             theirs = synthesize(Loop(), recipe, pairs)
             rates = [m.accepted / m.seconds for m in (ours, theirs)]

@@ -26,14 +26,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pipeline.console import Progress, chatter
+from pipeline.console import Progress, capture_output
 from pipeline.data.dialogues import load_dialogues
 from pipeline.gatt.ghost import ghost
-from pipeline.hub.convert import hugging_face_folder
+from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
 from pipeline.recipe import Train
 from pipeline.records import Message
-from pipeline.training.examples import IGNORED, Labelled, label
+from pipeline.training.examples import IGNORE_INDEX, TrainingExample, build_example
 from pipeline.training.unsloth import load_tokenizer, train
 
 BATCH, LENGTH, RATE = 4, 1024, 2e-4
@@ -70,15 +70,15 @@ def settings(loss: Loss, steps: int) -> Train:
     """The recipe's, for so many steps."""
     return Train(
         loss=loss,
-        steps=steps,
-        batch=BATCH,
+        max_steps=steps,
+        batch_size=BATCH,
         max_length=LENGTH,
         learning_rate=RATE,
         save_steps=10 * steps,
     )
 
 
-def ours(examples: list[Labelled], loss: Loss, steps: int, folder: Path) -> list[float]:
+def ours(examples: list[TrainingExample], loss: Loss, steps: int, folder: Path) -> list[float]:
     """The trainer of `gatt train`; when its steps ended."""
     ends: list[float] = []
     train(
@@ -93,9 +93,11 @@ def ours(examples: list[Labelled], loss: Loss, steps: int, folder: Path) -> list
     return ends
 
 
-def cut(one: Labelled, length: int) -> Labelled:
+def cut(one: TrainingExample, length: int) -> TrainingExample:
     """The first so many tokens."""
-    return Labelled(one.input_ids[:length], one.labels[:length], one.weights[:length], [], [])
+    return TrainingExample(
+        one.input_ids[:length], one.labels[:length], one.weights[:length], [], []
+    )
 
 
 def plain(dialogues: list[Chat], steps: int, folder: Path) -> list[float]:
@@ -115,7 +117,7 @@ def plain(dialogues: list[Chat], steps: int, folder: Path) -> list[float]:
     )
     rows = [{"prompt": list(chat[:-1]), "completion": [chat[-1]]} for chat in dialogues]
     lora = peft.LoraConfig(
-        r=Train().rank, lora_alpha=Train().rank, target_modules=list(Train().targets)
+        r=Train().rank, lora_alpha=Train().rank, target_modules=list(Train().target_modules)
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(base())
     return _train(_on_cpus(), model, tokenizer, rows, LENGTH, steps, folder, peft_config=lora)
@@ -145,7 +147,7 @@ def plain_unsloth(dialogues: list[Chat], length: int, steps: int, folder: Path) 
         model,
         r=rank,
         lora_alpha=rank,
-        target_modules=list(Train().targets),
+        target_modules=list(Train().target_modules),
         use_gradient_checkpointing=False,
     )
     rows = [
@@ -202,7 +204,7 @@ def _train(
 
 def base() -> Path:
     """The embedded model for transformers."""
-    return hugging_face_folder(find_model("smollm2-135m"))
+    return cached_checkpoint(find_model("smollm2-135m"))
 
 
 def measure(arm: str, count: int) -> Measured:
@@ -223,25 +225,26 @@ def measure(arm: str, count: int) -> Measured:
     loss: Loss = (
         "distill" if arm == "distill" else "last_turn" if arm.startswith("trl") else "all_turns"
     )
-    labelled = [
-        label(load_tokenizer(base()), chat, settings(loss, steps), chat) for chat in dialogues
+    labeled = [
+        build_example(load_tokenizer(base()), chat, settings(loss, steps), chat)
+        for chat in dialogues
     ]
-    lengths = [len(one.input_ids) for one in labelled]
+    lengths = [len(one.input_ids) for one in labeled]
     if even:
-        labelled = [cut(one, min(lengths)) for one in labelled]
+        labeled = [cut(one, min(lengths)) for one in labeled]
         lengths = [min(lengths)] * count
     tokens, learned = (
         sum(lengths),
-        sum(token != IGNORED for one in labelled for token in one.labels),
+        sum(token != IGNORE_INDEX for one in labeled for token in one.labels),
     )
-    with tempfile.TemporaryDirectory() as folder, chatter(Path(folder) / "log"):
+    with tempfile.TemporaryDirectory() as folder, capture_output(Path(folder) / "log"):
         if arm.startswith("trl"):
             ends = plain(dialogues, steps, Path(folder))
         elif arm == "unsloth":
             learned = tokens
             ends = plain_unsloth(dialogues, lengths[0], steps, Path(folder))
         else:
-            ends = ours(labelled, loss, steps, Path(folder))
+            ends = ours(labeled, loss, steps, Path(folder))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )

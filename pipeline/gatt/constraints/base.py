@@ -37,7 +37,7 @@ class Kind:
     apply: Edit | None = None
     values: tuple[str, ...] = ("",)
     accepts: Literal["any", "number", "listed"] = "any"
-    hopeless: Check = never
-    bans: Check = never
-    says: str = ""
+    prefix_fails: Check = never
+    forbids: Check = never
+    required_phrase: str = ""
     judged: bool = False

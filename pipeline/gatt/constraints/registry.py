@@ -12,9 +12,9 @@ from pipeline.gatt.constraints.base import Kind
 from pipeline.gatt.constraints.catalogue import KINDS
 from pipeline.records import Constraint
 
-__all__ = ["KINDS", "Kind", "compatible", "edit", "editable", "hopeless", "kind_of", "obeys"]
+__all__ = ["KINDS", "Kind", "compatible", "edit", "editable", "kind_of", "obeys", "prefix_fails"]
 
-NEVER_MEET: dict[str, tuple[str, ...]] = {
+INCOMPATIBLE_SLOTS: dict[str, tuple[str, ...]] = {
     "json": ("opening", "closing", "heading", "wrap", "layout", "case", "length", "punctuation", "ends", "bold", "emoji",
              "no_emoji", "address", "language", "digits", "forbidden"),
     "wrap": ("opening", "closing", "heading", "layout", "bold"),
@@ -69,12 +69,15 @@ def compatible(one: Constraint, other: Constraint) -> bool:
     first, second = kind_of(one), kind_of(other)
     if (
         first.slot == second.slot
-        or second.slot in NEVER_MEET.get(first.slot, ())
-        or first.slot in NEVER_MEET.get(second.slot, ())
+        or second.slot in INCOMPATIBLE_SLOTS.get(first.slot, ())
+        or first.slot in INCOMPATIBLE_SLOTS.get(second.slot, ())
     ):
         return False
-    said, said_too = first.says.format(v=one.value), second.says.format(v=other.value)
-    return not first.bans(one.value, said_too) and not second.bans(other.value, said)
+    said, said_too = (
+        first.required_phrase.format(v=one.value),
+        second.required_phrase.format(v=other.value),
+    )
+    return not first.forbids(one.value, said_too) and not second.forbids(other.value, said)
 
 
 def obeys(constraints: tuple[Constraint, ...], text: str) -> bool:
@@ -82,9 +85,9 @@ def obeys(constraints: tuple[Constraint, ...], text: str) -> bool:
     return all(kind_of(c).check(c.value, text) for c in constraints)
 
 
-def hopeless(constraints: tuple[Constraint, ...], text: str) -> bool:
+def prefix_fails(constraints: tuple[Constraint, ...], text: str) -> bool:
     """Whether no answer that begins with `text` can show all of them: used to stop a candidate early."""
-    return any(kind_of(c).hopeless(c.value, text) for c in constraints)
+    return any(kind_of(c).prefix_fails(c.value, text) for c in constraints)
 
 
 def editable(constraints: tuple[Constraint, ...]) -> bool:

@@ -21,10 +21,10 @@ from nicegui import ui
 from nicegui.storage import Storage
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipeline.console import note
-from pipeline.inference.async_engine import Engine
+from pipeline.console import log
+from pipeline.inference.async_engine import AsyncEngine
 from pipeline.run_dir import RunDir
-from pipeline.server.web.chat_page import View
+from pipeline.server.web.chat_page import ChatPage
 from pipeline.server.web.login import ask_for_key
 
 _YEAR = 365 * 24 * 3600
@@ -37,7 +37,7 @@ _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'uns
 """Of a report, which has words of models in it: it cannot reach the page."""
 
 
-def mount(app: FastAPI, engine: Engine, key: str, runs: Path, port: int) -> None:
+def mount(app: FastAPI, engine: AsyncEngine, key: str, runs: Path, port: int) -> None:
     """Put the page on `app`, once in a process. `runs` is the folder whose finished runs it lists.
 
     Chats are kept in the user's data folder; servers on other ports have others.
@@ -51,7 +51,7 @@ def mount(app: FastAPI, engine: Engine, key: str, runs: Path, port: int) -> None
     def page() -> None:
         kept: dict[str, Any] = nicegui.app.storage.user
         if _admitted(proof, kept):
-            View(engine, kept, reports(runs)).build()
+            ChatPage(engine, kept, reports(runs)).build()
         else:
             ask_for_key(key, lambda: kept.update(key=proof))
 
@@ -81,7 +81,7 @@ def mount(app: FastAPI, engine: Engine, key: str, runs: Path, port: int) -> None
     )
     # Mounted at "/", it would answer for every address of the interface that is wrong.
     app.router.routes.pop()
-    app.router.default = _Own(nicegui.app, app.router.default)
+    app.router.default = PathRouter(nicegui.app, app.router.default)
 
 
 def reports(runs: Path) -> dict[str, Path]:
@@ -103,7 +103,7 @@ def _admitted(proof: str, kept: dict[str, Any]) -> bool:
     return not proof or hmac.compare_digest(str(kept.get("key", "")), proof)
 
 
-class _Own:
+class PathRouter:
     """Sends the page's own addresses to it, and all others to where they went before."""
 
     def __init__(self, page: ASGIApp, others: ASGIApp) -> None:
@@ -139,7 +139,7 @@ def _folder() -> Path:
         with tempfile.TemporaryFile(dir=folder):
             return folder
     except OSError as error:
-        note(
+        log(
             f"Chats of the page are gone when the server stops: {folder} cannot be written ({error.strerror})."
         )
         return Path(tempfile.mkdtemp(prefix="gatt-"))

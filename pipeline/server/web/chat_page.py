@@ -13,14 +13,14 @@ from weakref import WeakSet
 
 from nicegui import background_tasks, events, ui
 
-from pipeline.chat.conversation import LAST_TURNS, NOTHING, Conversation, conversation
+from pipeline.chat.conversation import LAST_TURNS, NO_INSTRUCTION, Conversation, parse_conversation
 from pipeline.chat.files import parse_chat
 from pipeline.errors import GattError
-from pipeline.inference.async_engine import Engine
+from pipeline.inference.async_engine import AsyncEngine
 from pipeline.server.web.dialogs import choose, settings
-from pipeline.server.web.layout import Frame
-from pipeline.server.web.session import Drawing, Heard, Talk, restored, told
-from pipeline.server.web.theme import dress
+from pipeline.server.web.layout import Layout
+from pipeline.server.web.session import Heard, SamplingParams, Talk, restored, told
+from pipeline.server.web.theme import apply_theme
 from pipeline.server.web.turn_view import TurnView
 
 _FRAME_SECONDS = 0.08
@@ -29,14 +29,16 @@ _NEARLY = 0.8
 """Of the context: from this share on the page says how much is left."""
 
 
-_TABS: WeakSet[View] = WeakSet()
+_TABS: WeakSet[ChatPage] = WeakSet()
 """All that are open; those of one browser show the same chats."""
 
 
-class View:
+class ChatPage:
     """What one tab shows. `kept` is the browser's own store, which survives a reload and a restart."""
 
-    def __init__(self, engine: Engine, kept: dict[str, Any], reports: Mapping[str, Path]) -> None:
+    def __init__(
+        self, engine: AsyncEngine, kept: dict[str, Any], reports: Mapping[str, Path]
+    ) -> None:
         self._engine, self._kept, self._reports = engine, kept, reports
         self._chats: dict[str, Any] = kept.setdefault("chats", {})
         self._turns: list[TurnView] = []
@@ -46,9 +48,9 @@ class View:
 
     def build(self) -> None:
         """Put it on the page."""
-        self._dark = dress(self._kept.get("dark"))
+        self._dark = apply_theme(self._kept.get("dark"))
         self._client = ui.context.client
-        self._frame = Frame(self._engine.names, list(self._reports), self, self._kept.get("dark"))
+        self._frame = Layout(self._engine.names, list(self._reports), self, self._kept.get("dark"))
         self._show()
         _TABS.add(self)
         self._client.on_connect(self._catch_up)
@@ -61,7 +63,7 @@ class View:
             self._engine,
             models,
             Conversation(),
-            Drawing(max_tokens=min(Drawing().max_tokens, most)),
+            SamplingParams(max_tokens=min(SamplingParams().max_tokens, most)),
         )
 
     def _opened(self, name: str) -> Talk | None:
@@ -111,7 +113,7 @@ class View:
             self._mark_turn(number)
         frame.list_chats(self._chats, talk.id)
         frame.choose_models(talk.models)
-        frame.instruction.set_value(talk.chat.told.text)
+        frame.instruction.set_value(talk.chat.instruction.text)
         self._show_state()
 
     def _mark_turn(self, number: int) -> None:
@@ -201,7 +203,7 @@ class View:
         if self._talk.heard or not self._talk.chat.turns or not self._served():
             return
         before = self._talk.chat
-        self._talk.chat = before.undone()
+        self._talk.chat = before.without_last_turn()
         self._turns.pop().remove()
         user = before.turns[-1].user
         most = await self._room(user)
@@ -214,7 +216,7 @@ class View:
         if self._talk.heard or not self._talk.chat.turns:
             return
         self._frame.message.set_value(self._talk.chat.turns[-1].user)
-        self._talk.chat = self._talk.chat.undone()
+        self._talk.chat = self._talk.chat.without_last_turn()
         self._keep(self._talk)
         self._show()
         await self._measure()
@@ -222,7 +224,7 @@ class View:
 
     def instruct(self, text: str) -> None:
         """From the next message on."""
-        self._talk.chat = replace(self._talk.chat, told=told(text))
+        self._talk.chat = replace(self._talk.chat, instruction=told(text))
         if self._frame.instruction.value != text:
             self._frame.instruction.set_value(text)
         self._frame.explain(self._talk.chat)
@@ -234,7 +236,7 @@ class View:
             room := talk.context
         ):
             options = {}
-            if not all(turn.sums_up for turn in talk.chat.middle(LAST_TURNS)):
+            if not all(turn.is_summary for turn in talk.chat.middle(LAST_TURNS)):
                 count = len(talk.chat.middle(LAST_TURNS))
                 options["sum"] = (
                     f"Sum up {count} turn{'s' * (count != 1)}; the first and the last {LAST_TURNS} stay word for word"
@@ -276,7 +278,7 @@ class View:
             )
             == "yes"
         ):
-            self._talk.chat = self._talk.chat.summed_up(LAST_TURNS, said)
+            self._talk.chat = self._talk.chat.with_summaries(LAST_TURNS, said)
             self._keep(self._talk)
             self._show()
 
@@ -335,7 +337,7 @@ class View:
             self._complain(str(error))
             return
         await self.begin()
-        self._talk.chat = conversation([messages] * len(self._talk.models), NOTHING)
+        self._talk.chat = parse_conversation([messages] * len(self._talk.models), NO_INSTRUCTION)
         self._keep(self._talk)
         self._show()
         await self._measure()

@@ -7,7 +7,7 @@ from typing import Any
 
 from nicegui import ui
 
-from pipeline.server.web.session import Drawing
+from pipeline.server.web.session import SamplingParams
 
 _MOST_SEED = (1 << 31) - 1
 
@@ -30,7 +30,9 @@ async def choose(title: str, text: str, options: Mapping[str, str]) -> str | Non
     return None if chosen is None else str(chosen)
 
 
-async def settings(system: str, drawing: Drawing, context: int) -> tuple[str, Drawing] | None:
+async def settings(
+    system: str, drawing: SamplingParams, context: int
+) -> tuple[str, SamplingParams] | None:
     """The settings as the user leaves them; None if unchanged."""
     with ui.dialog() as dialog, ui.element("div").classes("card").props("role=document"):
         ui.html("Settings", tag="h2")
@@ -58,7 +60,7 @@ async def settings(system: str, drawing: Drawing, context: int) -> tuple[str, Dr
     dialog.delete()
     if not done:
         return None
-    found = Drawing(
+    found = SamplingParams(
         _within(warm.value, drawing.temperature, 0, 2),
         int(_within(most.value, drawing.max_tokens, 1, context // 2)),
         int(_within(seed.value, drawing.seed, 0, _MOST_SEED)),

@@ -8,8 +8,8 @@ from urllib.parse import quote
 
 from nicegui import events, ui
 
-from pipeline.chat.conversation import CHANGED, Conversation
-from pipeline.gatt.instructions import word
+from pipeline.chat.conversation import CHANGE_PREFIX, Conversation
+from pipeline.gatt.instructions import render_instruction
 from pipeline.records import Constraint
 from pipeline.server.web.markdown import strip
 from pipeline.server.web.session import Talk
@@ -48,7 +48,7 @@ class Actions(Protocol):
     def theme(self) -> None: ...
 
 
-class Frame:
+class Layout:
     """The page's fixed parts. `turns` is where the conversation goes."""
 
     def __init__(
@@ -195,7 +195,7 @@ class Frame:
                 "Give an instruction, talk for a while, and watch whether every answer still keeps to it."
             )
             with ui.element("div").classes("examples"):
-                for text in (word((example,)).text for example in _EXAMPLES):
+                for text in (render_instruction((example,)).text for example in _EXAMPLES):
                     ui.button(
                         text, color=None, on_click=_giving(self._actions.instruct, text)
                     ).props("outline no-caps")
@@ -229,7 +229,7 @@ class Frame:
 
     def explain(self, chat: Conversation) -> None:
         """How the instruction is checked, and in which words it goes with the next message."""
-        told, last = chat.told, chat.turns[-1].told if chat.turns else None
+        told, last = chat.instruction, chat.turns[-1].instruction if chat.turns else None
         names = ", ".join(c.name for c in told.constraints)
         parts = (
             [
@@ -242,7 +242,7 @@ class Frame:
         )
         if last is not None and told != last:
             words = (
-                f"goes with your next message, as “{CHANGED}…”"
+                f"goes with your next message, as “{CHANGE_PREFIX}…”"
                 if told.text
                 else "no longer in force; the chat still has it"
             )
@@ -266,7 +266,7 @@ class Frame:
     def show_theme(self, dark: bool | None) -> None:
         """Which of the three is on."""
         icon, name = _THEMES[dark]
-        self._theme.props(f'icon={icon} aria-label="Colours: {name}" title="Colours: {name}"')
+        self._theme.props(f'icon={icon} aria-label="Colors: {name}" title="Colors: {name}"')
 
 
 def _icon(icon: str, label: str) -> ui.button:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from nicegui import ui
 
-from pipeline.server.web.theme import dress
+from pipeline.server.web.theme import apply_theme
 
 _PAUSE_SECONDS = 1.0
 """After a wrong key, so that nobody tries many."""
@@ -16,7 +16,7 @@ _PAUSE_SECONDS = 1.0
 
 def ask_for_key(key: str, admit: Callable[[], None]) -> None:
     """Ask until `key` is given; then `admit` is called and the page loaded anew."""
-    dress(None)
+    apply_theme(None)
 
     async def check() -> None:
         if hmac.compare_digest((field.value or "").strip().encode(), key.encode()):

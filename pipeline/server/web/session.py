@@ -12,16 +12,22 @@ from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
-from pipeline.chat.conversation import LAST_TURNS, SUMMARY_TOKENS, Conversation, Mark, Told
+from pipeline.chat.conversation import (
+    LAST_TURNS,
+    SUMMARY_TOKENS,
+    Conversation,
+    Mark,
+    StandingInstruction,
+)
 from pipeline.errors import GattError
-from pipeline.gatt.instructions import recognise
-from pipeline.inference.async_engine import Engine, LiveAnswer
-from pipeline.inference.scheduler import Question
+from pipeline.gatt.instructions import parse_instruction
+from pipeline.inference.async_engine import AnswerStream, AsyncEngine
+from pipeline.inference.scheduler import GenerationRequest
 from pipeline.records import Message, Request
 
 
 @dataclass(frozen=True, slots=True)
-class Drawing:
+class SamplingParams:
     """How answers are drawn; `max_tokens` of one answer."""
 
     temperature: float = 0.7
@@ -38,17 +44,21 @@ class Heard:
 
 
 @lru_cache(maxsize=256)
-def told(text: str) -> Told:
+def told(text: str) -> StandingInstruction:
     """An instruction in the user's words, with what can be checked of it."""
     text = text.strip()
-    return Told(text, recognise(text))
+    return StandingInstruction(text, parse_instruction(text))
 
 
 class Talk:
     """A conversation with `models` of `engine`, each of which goes on with its own answers."""
 
     def __init__(
-        self, engine: Engine, models: Sequence[str], chat: Conversation, drawing: Drawing
+        self,
+        engine: AsyncEngine,
+        models: Sequence[str],
+        chat: Conversation,
+        drawing: SamplingParams,
     ) -> None:
         self.models, self.chat, self.drawing = tuple(models), chat, drawing
         self.id = secrets.token_hex(8)
@@ -57,7 +67,7 @@ class Talk:
         self.heard: list[Heard] = []
         """The answers that are on their way; empty when none are."""
         self._engine = engine
-        self._answers: list[LiveAnswer] = []
+        self._answers: list[AnswerStream] = []
         self._stopped = False
         self._draws = 0
         self._verdicts: tuple[Conversation | None, list[list[tuple[Mark | None, str]]]] = (None, [])
@@ -104,7 +114,7 @@ class Talk:
             raise GattError("Stopped before a word was said: the message is back in its box.")
         self._draws += 1
         chat, verdicts = self.chat, self.verdicts()
-        self.chat = chat.answered(user, [one.text for one in heard])
+        self.chat = chat.with_turn(user, [one.text for one in heard])
         for side, found in enumerate(verdicts):
             found.append(self.chat.verdict(side, len(self.chat.turns)))
         self._verdicts = (self.chat, verdicts)
@@ -116,7 +126,7 @@ class Talk:
         Raises:
             GattError: none came of it.
         """
-        chats = [self.chat.of_middle(LAST_TURNS, side) for side in self.sides]
+        chats = [self.chat.summary_prompt(LAST_TURNS, side) for side in self.sides]
         heard = await self._hear(chats, min(SUMMARY_TOKENS, self.drawing.max_tokens))
         if not all(one.text.strip() for one in heard):
             raise GattError("No summary came of it. Take some turns back, or begin a new chat.")
@@ -134,7 +144,10 @@ class Talk:
     def anew(self, models: Sequence[str]) -> Talk:
         """A new chat under the same instruction and settings."""
         return Talk(
-            self._engine, models, Conversation(self.chat.system, self.chat.told), self.drawing
+            self._engine,
+            models,
+            Conversation(self.chat.system, self.chat.instruction),
+            self.drawing,
         )
 
     async def _hear(self, chats: Sequence[tuple[Message, ...]], max_tokens: int) -> list[Heard]:
@@ -148,7 +161,7 @@ class Talk:
             ):
                 request = Request(chat, seed, max_tokens, self.drawing.temperature)
                 if not self._stopped:
-                    self._answers.append(self._engine.ask(name, Question(tokens, request)))
+                    self._answers.append(self._engine.ask(name, GenerationRequest(tokens, request)))
             await asyncio.gather(*map(_listen, self._answers, self.heard))
             return self.heard
         finally:
@@ -170,28 +183,33 @@ class Talk:
         return {
             "models": list(self.models),
             "system": self.chat.system,
-            "told": self.chat.told.text,
+            "told": self.chat.instruction.text,
             "title": self.title,
-            "turns": [[turn.user, turn.told.text, *turn.answers] for turn in self.chat.turns],
+            "turns": [
+                [turn.user, turn.instruction.text, *turn.answers] for turn in self.chat.turns
+            ],
             "drawing": [self.drawing.temperature, self.drawing.max_tokens, self.drawing.seed],
             "draws": self._draws,
             "when": self.when,
         }
 
 
-def restored(engine: Engine, name: str, kept: dict[str, Any]) -> Talk:
+def restored(engine: AsyncEngine, name: str, kept: dict[str, Any]) -> Talk:
     """The chat that was kept under `name`. Models that are no longer served stay named, and cannot answer."""
     chat = Conversation(kept["system"])
     for user, text, *answers in kept["turns"]:
-        chat = replace(chat, told=told(text)).answered(user, answers)
+        chat = replace(chat, instruction=told(text)).with_turn(user, answers)
     talk = Talk(
-        engine, kept["models"], replace(chat, told=told(kept["told"])), Drawing(*kept["drawing"])
+        engine,
+        kept["models"],
+        replace(chat, instruction=told(kept["told"])),
+        SamplingParams(*kept["drawing"]),
     )
     talk.id, talk.when, talk._draws = name, kept["when"], kept["draws"]
     return talk
 
 
-async def _listen(answer: LiveAnswer, heard: Heard) -> None:
+async def _listen(answer: AnswerStream, heard: Heard) -> None:
     async for piece in answer:
         heard.text += piece
     assert answer.outcome is not None

@@ -8,7 +8,7 @@ from importlib import resources
 from nicegui import ui
 
 
-def dress(dark: bool | None) -> ui.dark_mode:
+def apply_theme(dark: bool | None) -> ui.dark_mode:
     """Give the present page its look; `dark` None follows the system."""
     ui.add_head_html(f"<style>{_text('chat.css')}</style><script>{_text('chat.js')}</script>")
     ui.colors(primary="#2a7f9e", dark="#191c21", dark_page="#15171b")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nicegui import ui
 
-from pipeline.chat.conversation import CHANGED, Mark
+from pipeline.chat.conversation import CHANGE_PREFIX, Mark
 from pipeline.server.web.markdown import as_html, badge, meaning
 from pipeline.server.web.session import Heard, Talk
 
@@ -17,8 +17,8 @@ class TurnView:
     def __init__(self, number: int, talk: Talk, user: str | None = None) -> None:
         turns = talk.chat.turns
         turn = turns[number - 1] if user is None else None
-        told = turn.told if turn else talk.chat.told
-        before = turns[number - 2].told if number > 1 else None
+        told = turn.instruction if turn else talk.chat.instruction
+        before = turns[number - 2].instruction if number > 1 else None
         self._root = (
             ui.element("article")
             .classes("turn")
@@ -32,7 +32,9 @@ class TurnView:
             with ui.element("div").classes("said"):
                 ui.label(turn.user if turn else user or "")
                 if told.text and told != before:
-                    ui.label(told.text if number == 1 else f"{CHANGED}{told.text}").classes("told")
+                    ui.label(told.text if number == 1 else f"{CHANGE_PREFIX}{told.text}").classes(
+                        "told"
+                    )
             with ui.element("div").classes(f"answers of-{len(talk.models)}"):
                 for side, name in enumerate(talk.models):
                     self._answer(name, turn.answers[side] if turn else "")

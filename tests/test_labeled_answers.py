@@ -1,4 +1,4 @@
-"""The checks against answers that were labelled by hand, from the wording of the instruction alone (data/labelled.jsonl)."""
+"""The checks against answers that were labeled by hand, from the wording of the instruction alone (data/labeled.jsonl)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.gatt.constraints.registry import KINDS, obeys
-from pipeline.gatt.instructions import word
-from pipeline.gatt.quality import flaw
+from pipeline.gatt.instructions import render_instruction
+from pipeline.gatt.quality import find_defect
 from pipeline.records import Constraint
 
 LOWEST_AGREEMENT = 0.98
 ROWS: list[dict[str, Any]] = [
     json.loads(line)
-    for line in (Path(__file__).parent / "data/labelled.jsonl").read_text().splitlines()
+    for line in (Path(__file__).parent / "data/labeled.jsonl").read_text().splitlines()
 ]
 OF_KINDS = [row for row in ROWS if "kind" in row]
 OF_FLAWS = [row for row in ROWS if "kind" not in row]
@@ -28,9 +28,9 @@ def _disagreement(row: dict[str, Any]) -> str:
         return (
             ""
             if obeys(asked, row["answer"]) == row["obeys"]
-            else f"{word(asked).text} obeys is {row['obeys']}"
+            else f"{render_instruction(asked).text} obeys is {row['obeys']}"
         )
-    found = flaw(row["answer"], row["earlier"], row["demanded"])
+    found = find_defect(row["answer"], row["earlier"], row["demanded"])
     return "" if (not found) == row["good"] else f"flaw is {found!r}, good is {row['good']}"
 
 
@@ -44,7 +44,7 @@ def test_the_checks_agree_with_the_labels() -> None:
     )
 
 
-def test_every_kind_is_labelled_both_ways() -> None:
+def test_every_kind_is_labeled_both_ways() -> None:
     count = Counter(row["kind"] for row in OF_KINDS)
     checked = {name for name, kind in KINDS.items() if not kind.judged}
     assert set(count) == checked

@@ -1,0 +1,159 @@
+"""Read and write recipe files; name the key that is wrong.
+
+Precedence: default < recipe file < `--quick` < `--set KEY=VALUE`. An unknown key is an error that
+names the nearest known one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+import tomlkit.items
+from pydantic import BaseModel, ValidationError
+from tomlkit.exceptions import ParseError
+
+from pipeline.errors import GattError, did_you_mean
+from pipeline.recipe import Recipe
+from pipeline.records import Constraint
+
+QUICK = (
+    "dialogues.train=40",
+    "dialogues.turns=4",
+    "dialogues.validation=2",
+    "train.max_steps=12",
+    "synthesize.max_tokens=48",
+    "evaluate.dialogues=6",
+    "evaluate.turns=8",
+    "evaluate.max_tokens=48",
+    "evaluate.suite_dialogues=2",
+)
+"""Overrides of `--quick`: the same run in miniature. Its report is marked as shortened."""
+
+_RENAMED = {
+    "dialogues.watched": "dialogues.validation",
+    "train.own_weight": "train.unedited_weight",
+    "train.steps": "train.max_steps",
+    "train.batch": "train.batch_size",
+    "train.tokens": "train.max_tokens_per_micro_batch",
+    "train.targets": "train.target_modules",
+    "train.schedule": "train.lr_scheduler_type",
+    "train.warmup": "train.warmup_ratio",
+    "train.mix": "train.replay_data",
+    "train.mix_share": "train.replay_ratio",
+    "train.adapter": "train.init_adapter",
+    "train.stop_when": "train.early_stop_adherence",
+    "export.merge_onto": "export.merge_base",
+    "export.same_tokens": "export.verify_tokenizer",
+    "export.importance_tokens": "export.imatrix_tokens",
+    "evaluate.more": "evaluate.suite_dialogues",
+    "evaluate.more_turns": "evaluate.suite_turns",
+    "evaluate.others": "evaluate.extra_models",
+    "evaluate.sequences": "evaluate.max_parallel",
+    "synthesize.sequences": "synthesize.max_parallel",
+    "synthesize.sentences": "synthesize.max_sentences",
+}
+"""Keys of earlier versions whose new name is not the nearest one; an error names it."""
+
+
+def load_recipe(path: Path | None, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file (or the defaults) and apply `KEY=VALUE` overrides.
+
+    Raises:
+        GattError: no such file, not TOML, an unknown key, or a value of the wrong type; the
+            message names the key.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
+        except FileNotFoundError as error:
+            raise GattError(f"No recipe at {path}. `gatt init {path}` writes one.") from error
+        except (ParseError, UnicodeDecodeError) as error:
+            raise GattError(
+                f"{path} is not valid TOML: {error}. Correct it, or start anew with `gatt init`."
+            ) from error
+    for override in overrides:
+        _override(data, override)
+    try:
+        return Recipe.model_validate(data)
+    except ValidationError as error:
+        raise GattError(f"{path or 'recipe'}: {_explain(error)}") from error
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    """Set one `section.key=value`; a value that is not valid TOML is taken as a string."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise GattError(
+            f"--set {override}: expected KEY=VALUE, for example --set train.max_steps=20."
+        )
+    try:
+        value: Any = tomlkit.value(text).unwrap()
+    except (ParseError, ValueError):
+        value = text
+    *sections, key = name.strip().split(".")
+    for section in sections:
+        data = data.setdefault(section, {})
+        if not isinstance(data, dict):
+            raise GattError(
+                f"--set {override}: {section} is not a section. `gatt init` shows every key."
+            )
+    data[key] = value
+
+
+def _explain(error: ValidationError) -> str:
+    """Return the first problem in one line; an unknown key comes with the nearest valid one."""
+    problem = error.errors()[0]
+    place = ".".join(map(str, problem["loc"]))
+    if problem["type"] != "extra_forbidden":
+        found = f"{place} = {problem['input']!r}: {problem['msg']}."
+        return f"{found} `gatt init` lists every key with its meaning."
+    section: type[BaseModel] = Recipe
+    for name in problem["loc"][:-1]:
+        section = type(getattr(section(), str(name)))
+    if new := _RENAMED.get(place):
+        return f"unknown key {place!r}: it is now called {new!r}."
+    known = ", ".join(section.model_fields)
+    hint = did_you_mean(str(problem["loc"][-1]), section.model_fields)
+    return f"unknown key {place!r}. {hint or f'Known keys: {known}.'}"
+
+
+def recipe_toml(recipe: Recipe, *, comments: bool = True) -> str:
+    """Return the recipe as TOML, with the help of each key above it if `comments`."""
+    document = tomlkit.document()
+    _fill(document, recipe, comments=comments)
+    return tomlkit.dumps(document)
+
+
+def _fill(
+    table: tomlkit.TOMLDocument | tomlkit.items.Table, section: BaseModel, *, comments: bool
+) -> None:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            child = tomlkit.table()
+            if comments:
+                child.comment((type(value).__doc__ or "").split("\n")[0])
+            _fill(child, value, comments=comments)
+            table.add(tomlkit.nl())
+            table.add(name, child)
+            continue
+        if comments and field.description:
+            table.add(tomlkit.comment(" ".join(field.description.split())))
+        table.add(name, _toml_value(value))
+
+
+def _toml_value(value: object) -> object:
+    if not isinstance(value, tuple):
+        return value
+    array = tomlkit.array()
+    for item in value:
+        if isinstance(item, Constraint):
+            row = tomlkit.inline_table()
+            row.update({"kind": item.kind, **({"value": item.value} if item.value else {})})
+            array.append(row)
+        else:
+            array.append(item)
+    return array.multiline(True) if value and isinstance(value[0], Constraint) else array
