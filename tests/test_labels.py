@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from pipeline.export import verify
-from pipeline.inference.logits import mean_kl
 from pipeline.gguf.merge import plan_merge, uniform_format, write
 from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
+from pipeline.inference.logits import mean_kl
 from pipeline.recipe import Train
 from pipeline.records import Message
 from pipeline.training.examples import IGNORE_INDEX, build_example

@@ -84,7 +84,7 @@ def _attributes(n: int) -> Instruction:
     figure, hobby = _FIGURES[n % len(_FIGURES)], _HOBBIES[n % len(_HOBBIES)]
     recall_questions = (
         RecallQuestion("name", "What is your name?", figure),
-        RecallQuestion("hobby", "What is your favorite hobby?", hobby),
+        RecallQuestion("hobby", "What is your favourite hobby?", hobby),
     )
     return Instruction(
         f"{figure}, {hobby}",
