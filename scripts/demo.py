@@ -1,7 +1,6 @@
-"""The whole job on the embedded model, from nothing: `python3 scripts/demo.py`.
+"""The demo: `python3 scripts/demo.py` installs into `.venv` and runs every stage.
 
-Creates `.venv`, installs, and runs `gatt run`; arguments go to it (`--quick`, `--run DIR`). A second call skips what is
-done.
+Arguments go to `gatt run`: `--quick` is the same in miniature.
 """
 
 from __future__ import annotations
@@ -12,15 +11,18 @@ import sys
 
 from bootstrap import ROOT, bootstrap
 
-if __name__ == "__main__":
+
+def main() -> int | str:
+    """Run the built-in recipe; return the exit status, or what ended it."""
     python = bootstrap()
-    # The embedded model needs no hub, and the demo never asks one.
+    # The embedded model needs no hub, and the demo never contacts one.
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    status = subprocess.call(
-        [python, "-m", "pipeline", "run", *sys.argv[1:]], cwd=ROOT, env=offline
-    )
-    sys.exit(
-        status
-        if status >= 0
-        else f"gatt was ended by signal {-status}. The same command goes on where it was."
-    )
+    command = [str(python), "-m", "pipeline", "run", *sys.argv[1:]]
+    status = subprocess.call(command, cwd=ROOT, env=offline)
+    if status < 0:
+        return f"gatt was ended by signal {-status}. Run the same command again to resume."
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,7 @@
-"""The tests: `python3 scripts/test.py`, with `--all` for the slow ones too. Other arguments go to pytest."""
+"""Check and test: `python3 scripts/test.py`, with `--all` for the slow tests too.
+
+Other arguments go to pytest and skip the checks: `python3 scripts/test.py tests/test_masks.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,25 @@ import sys
 
 from bootstrap import ROOT, bootstrap
 
-if __name__ == "__main__":
+CHECKS = ("ruff check .", "ruff format --check .", "typos", "mypy", "lint-imports")
+REPORT = ("-q", "-rs", "--durations=15")  # names what was skipped and why, and the slowest tests
+
+
+def main() -> int:
+    """Run the checks and pytest; return the exit status."""
     python = bootstrap()
-    arguments = sys.argv[1:]
-    everything = "--all" in arguments
-    chosen = [a for a in arguments if a != "--all"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--all"]
+    for check in () if arguments else CHECKS:
+        name, *options = check.split()
+        print(f"{check}:", flush=True)
+        if subprocess.call([str(python.with_name(name)), *options], cwd=ROOT):
+            print(f"{name} reports something to correct (above).", file=sys.stderr)
+            return 1
+    marks = [] if "--all" in sys.argv else ["-m", "not slow and not gpu"]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    tools = python.parent
-    for check in (
-        ()
-        if chosen
-        else ([tools / "ruff", "check", "."], [tools / "mypy"], [tools / "lint-imports"])
-    ):
-        if subprocess.call(check, cwd=ROOT):
-            sys.exit(f"{check[0].name} found something to correct (above).")
-    marks = [] if everything else ["-m", "not slow and not gpu"]
-    sys.exit(
-        subprocess.call([python, "-m", "pytest", "-q", *marks, *chosen], cwd=ROOT, env=environment)
-    )
+    command = [str(python), "-m", "pytest", *REPORT, *marks, *arguments]
+    return subprocess.call(command, cwd=ROOT, env=environment)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
