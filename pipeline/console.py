@@ -1,50 +1,94 @@
-"""The only place that prints. Progress and remarks go to stderr, results to stdout."""
+"""The only module that prints. Results go to stdout; progress and remarks go to stderr."""
 
 from __future__ import annotations
 
+import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as RichProgress
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_REDRAWS = 0.2
+_NUMERIC = re.compile(r"[+-]?\d.*|-?")
 
 
 class Progress:
-    """A count towards `total` with the time left; one line redrawn on a terminal, a line every ten seconds elsewhere."""
+    """A count toward `total` with the time left: a plain line on stderr every ten seconds."""
+
+    _seconds_between = _SECONDS_BETWEEN_LINES
 
     def __init__(self, label: str, total: int, done: int = 0) -> None:
-        self._label, self._total, self._done, self._before = label, total, done, done
-        self._start = self._shown = time.monotonic()
-        self._stream = (
-            sys.stderr
-        )  # it stays this one where a stage sends a library's chatter elsewhere
+        self._label, self._total, self._done, self._resumed_from = label, total, done, done
+        self._started = self._drawn = time.monotonic()
+        # Bound now: a stage may redirect sys.stderr to a log file while it works.
+        self._stream = sys.stderr
 
     def advance(self, count: int = 1, log: str = "") -> None:
-        """Count `count` more; `log` is shown at the end of the line."""
+        """Add `count` to what is done; `log` is shown at the end of the line."""
         self._done += count
         now = time.monotonic()
-        live = self._stream.isatty()
-        if now - self._shown < (0.2 if live else 10) and self._done < self._total:
-            return
-        self._shown = now
-        fresh = max(1, self._done - self._before)
-        left = (now - self._start) / fresh * max(0, self._total - self._done)
-        line = f"{self._label}: {self._done} of {self._total}, {int(left) // 60}:{int(left) % 60:02} left {log}".rstrip()
-        self._stream.write(f"\r\x1b[K{line}" if live else f"{line}\n")
-        self._stream.flush()
+        if now - self._drawn >= self._seconds_between or self._done >= self._total:
+            self._drawn = now
+            self._draw(log)
+
+    def _draw(self, log: str) -> None:
+        seconds_each = (time.monotonic() - self._started) / max(1, self._done - self._resumed_from)
+        minutes, seconds = divmod(int(seconds_each * max(0, self._total - self._done)), 60)
+        line = f"{self._label}: {self._done} of {self._total}, {minutes}:{seconds:02} left {log}"
+        print(line.rstrip(), file=self._stream, flush=True)
+
+
+class _ProgressBar(Progress):
+    """A count toward `total` as a bar that is redrawn in place.
+
+    It is redrawn from `advance` and not by a thread, because some libraries fork while it is shown.
+    """
+
+    _seconds_between = _SECONDS_BETWEEN_REDRAWS
+
+    def __init__(self, bar: RichProgress, label: str, total: int, done: int) -> None:
+        super().__init__(label, total, done)
+        self._bar = bar
+        self._task = bar.add_task(label, total=total, completed=done, log="")
+
+    def _draw(self, log: str) -> None:
+        self._bar.update(self._task, completed=self._done, log=log, refresh=True)
 
 
 @contextmanager
 def progress(label: str, total: int, done: int = 0) -> Iterator[Progress]:
-    """Show a `Progress` and close its line."""
-    yield Progress(label, total, done)
-    if sys.stderr.isatty():
-        sys.stderr.write("\n")
+    """Show a progress bar on a terminal, and plain lines elsewhere, until the block ends."""
+    if not sys.stderr.isatty():
+        yield Progress(label, total, done)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[log]}", markup=False),
+    )
+    console = Console(file=sys.stderr)
+    with RichProgress(*columns, console=console, auto_refresh=False, redirect_stdout=False) as bar:
+        yield _ProgressBar(bar, label, total, done)
 
 
 @contextmanager
 def capture_output(log: Path) -> Iterator[None]:
-    """Send what libraries print to the file `log`. It stays open: their loggers keep it for the rest of the process."""
+    """Redirect what libraries print to the file `log`.
+
+    The file stays open, because their loggers hold it for the rest of the process.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     stream = log.open("a", encoding="utf-8", buffering=1)
     with redirect_stdout(stream), redirect_stderr(stream):
@@ -52,10 +96,35 @@ def capture_output(log: Path) -> Iterator[None]:
 
 
 def log(text: str) -> None:
-    """A remark for the person who watches."""
+    """Print a remark for the user to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def print_result(text: str, end: str = "\n") -> None:
-    """A result."""
+    """Print a result to stdout."""
     print(text, end=end, flush=True)
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table to stdout: fitted to a terminal, or as aligned plain text elsewhere.
+
+    Columns of numbers, with or without a unit, are aligned right. None is an empty cell.
+    """
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    is_terminal = sys.stdout.isatty()
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    table = Table(box=box.SIMPLE_HEAD if is_terminal else None, pad_edge=False, padding=(0, 1))
+    for name, *texts in zip(columns, *cells, strict=True):
+        numeric = any(texts) and all(map(_NUMERIC.fullmatch, texts))
+        table.add_column(Text(name), justify="right" if numeric else "left")
+    for texts in cells:
+        table.add_row(*map(Text, texts))
+    console = Console(file=sys.stdout, width=None if is_terminal else 10_000)
+    with console.capture() as rendered:
+        console.print(table)
+    lines = [line.rstrip() for line in rendered.get().splitlines()]
+    print_result("\n".join(lines).strip("\n"))

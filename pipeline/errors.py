@@ -15,6 +15,8 @@ class GattError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "Did you mean 'NEAREST'?", or "" if no known name is near."""
-    nearest = difflib.get_close_matches(name, list(known), n=1)
+    """Return "Did you mean 'NEAREST'?", or "" if no known name is near; an abbreviation is."""
+    names = list(known)
+    nearest = [known_name for known_name in names if name and known_name.startswith(name)]
+    nearest = nearest or difflib.get_close_matches(name, names, n=1)
     return f"Did you mean {nearest[0]!r}?" if nearest else ""

@@ -71,7 +71,7 @@ class Instructions(Section):
     the first turn.
     """
     change_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Fraction of the instructed dialogues in which another instruction replaces the first half-way
+    """Fraction of the instructed dialogues in which another instruction replaces the first halfway
     ("From now on: ...").
     """
 
@@ -87,7 +87,7 @@ class Synthesize(Section):
     """Who answers: "" is the base model; another model, as in `model`; or an OpenAI-compatible
     server, "http://host:port/v1" or "http://host:port/v1#model-name"."""
     format: str = "Q4_0"
-    """llama.cpp format of a local teacher; Q4_0 is the fastest on a CPU. "" uses a GGUF as it is."""
+    """llama.cpp format of a local teacher; Q4_0 is the fastest on a CPU. "" keeps a GGUF's own."""
     candidates: int = Field(default=4, ge=1)
     """Answers sampled for one turn before the dialogue is cut there."""
     max_tokens: int = Field(default=80, ge=8)
@@ -125,7 +125,7 @@ class Train(Section):
     alpha: float = Field(default=0.0, ge=0)
     """LoRA alpha: the adapter is scaled by alpha / rank; 0 means alpha = rank."""
     rslora: bool = False
-    """Scale by alpha / sqrt(rank), which keeps large ranks learning (rsLoRA, Kalajdzievski 2023)."""
+    """Scale by alpha / sqrt(rank), so that large ranks learn, too (rsLoRA, Kalajdzievski 2023)."""
     dora: bool = False
     """Learn magnitudes and directions apart (DoRA, Liu et al. 2024). Slower, and llama.cpp can only
     load the merged file.
@@ -155,7 +155,7 @@ class Train(Section):
     """Tokens computed at a time: a step is split into micro-batches with the same gradient. 0 takes
     the whole step, or what fits in memory."""
     max_length: int = Field(default=1024, ge=64)
-    """Maximum tokens of a dialogue; a longer one is cut at a turn boundary and never loses turn 1."""
+    """Maximum tokens of a dialogue; a longer one is cut at a turn boundary, after turn 1."""
     save_steps: int = Field(default=10, ge=1)
     """Steps between checkpoints."""
     replay_data: str = ""
@@ -223,7 +223,7 @@ class Evaluate(Section):
     were not trained."""
     suite_dialogues: int = Field(default=6, ge=0)
     """Dialogues of each further suite, in all arms but the ceiling and the other formats: `unseen`
-    instructions, a change of instruction half-way, no instruction (leakage, degradation), and
+    instructions, a change of instruction halfway, no instruction (leakage, degradation), and
     recall of attributes (Table 30). 0 skips them."""
     suite_turns: int = Field(default=10, ge=2)
     """Turns of these dialogues; recall uses `turns`."""

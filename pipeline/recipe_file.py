@@ -108,8 +108,8 @@ def _explain(error: ValidationError) -> str:
     problem = error.errors()[0]
     place = ".".join(map(str, problem["loc"]))
     if problem["type"] != "extra_forbidden":
-        found = f"{place} = {problem['input']!r}: {problem['msg']}."
-        return f"{found} `gatt init` lists every key with its meaning."
+        message = f"{place} = {problem['input']!r}: {problem['msg']}."
+        return f"{message} `gatt init` lists every key with its meaning."
     section: type[BaseModel] = Recipe
     for name in problem["loc"][:-1]:
         section = type(getattr(section(), str(name)))
@@ -156,4 +156,4 @@ def _toml_value(value: object) -> object:
             array.append(row)
         else:
             array.append(item)
-    return array.multiline(True) if value and isinstance(value[0], Constraint) else array
+    return array.multiline(multiline=bool(value) and isinstance(value[0], Constraint))

@@ -1,21 +1,28 @@
-"""What the stages exchange: messages, dialogues, instructions, answers.
+"""What the parts exchange: messages, dialogues, instructions, requests, answers.
 
-Plain, frozen values that turn into JSON and back. No behavior beyond that, and no import from the project.
+Plain, frozen values that turn into JSON and back, without imports from the project.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 Role = Literal["system", "user", "assistant"]
 SynthesisMethod = Literal["sampled", "edited", "plain"]
-"""How an answer came to obey: drawn until its check passed, edited so that it does, or no instruction at all."""
+"""How answers are made to obey: sampled until a check passes, edited, or not at all ("plain")."""
+
+FinishReason = Literal["stop", "stop_when", "length", "context", "cancelled"]
+"""Why an answer ended.
+
+"stop": the model ended its turn. "stop_when": the request's function. "length": `max_tokens`.
+"context": the prompt does not fit. "cancelled": by the user of a chat.
+"""
 
 
 class Message(TypedDict):
-    """One message of a chat, in the form that chat templates and `datasets` take."""
+    """One message of a chat, as chat templates and `datasets` take it."""
 
     role: Role
     content: str
@@ -23,7 +30,7 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """The user's side of one conversation: `turns[k]` is what the user says in turn k + 1."""
+    """The user's side of a conversation: `turns[k]` is the user message of turn k + 1."""
 
     id: str
     topic: str
@@ -32,20 +39,20 @@ class Dialogue:
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """One thing that every answer must show: a kind of `gatt.kinds.KINDS` and its value ("opening", "Ahoy!")."""
+    """A verifiable requirement on every answer: a kind of `registry.KINDS`, and its value."""
 
     kind: str
     value: str = ""
 
     @property
     def name(self) -> str:
-        """The constraint as tables show it."""
+        """Return the constraint as tables show it: "opening: Ahoy!"."""
         return f"{self.kind}: {self.value}" if self.value else self.kind
 
 
 @dataclass(frozen=True, slots=True)
 class RecallQuestion:
-    """A question about what message 1 has set: a good answer to "What is your name?" has the value "Napoleon" in it."""
+    """A question about an attribute that turn 1 has set; a correct answer mentions `value`."""
 
     attribute: str
     question: str
@@ -54,42 +61,24 @@ class RecallQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """What the user asks for in message 1 and expects to hold to the end (paper, section 3.3).
+    """What the user asks for in turn 1 and expects of every answer (paper, section 3.3).
 
-    `text` is the full wording; `short` the shortened one ("Figure: Napoleon."), which the paper puts in its place half
-    of the time. Every answer is to show the `constraints`; the `asks` are put later, to see what is still known.
+    `text` is the full wording, `short` the shortened one ("Figure: Napoleon."). Answers have to
+    meet the `constraints`; `recall_questions` test later what is remembered.
     """
 
-    id: str
     text: str
     short: str
     constraints: tuple[Constraint, ...]
     recall_questions: tuple[RecallQuestion, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
-    """A dialogue with the instruction that it is to keep, and the way to an obedient answer.
-
-    `instruction` is None for a plain dialogue, from which the model learns not to invent one. `shortened` says that
-    the training data show `Instruction.short`, `in_system` that it stands in the system message. From turn `change`
-    (counted from 0) on, the instruction `then` takes its place, if there is one.
-    """
-
-    dialogue: str
-    instruction: str | None
-    method: SynthesisMethod
-    shortened: bool = False
-    in_system: bool = False
-    next_instruction: str | None = None
-    change_turn: int = 0
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """One candidate for an assistant message in synthesis, accepted or not.
+    """One candidate for an answer in synthesis; turns and candidates are counted from 0.
 
-    `raw` is what the teacher said, `text` the same after editing. `verdict` is "accepted", or why it was not.
+    `raw` is what the teacher generated, `text` the same after editing. `verdict` is "accepted",
+    or why it was not.
     """
 
     dialogue: str
@@ -101,13 +90,30 @@ class Answer:
     verdict: str
 
 
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """One assistant message of an evaluated model. `finish` is "stop", "length" (of the answer) or "context".
+class SynthesizedDialogue(TypedDict):
+    """A row of `dialogues.jsonl`: the ghosted chat, and where it came from.
 
-    `obeys` is the instruction's own check. `flaw` names what makes the reply no reply at all (a loop, a repeat, empty),
-    or is "". A reply is *adherent* when it obeys and has no flaw. `probe` names the attribute that was asked for in place
-    of the turn's own message; "" in the dialogue itself.
+    `asked` is the chat as the teacher had it, `way` the method. `verdicts` are those on all
+    candidates of each turn; the last candidate was accepted.
+    """
+
+    messages: Sequence[Message]
+    asked: Sequence[Message]
+    dialogue: str
+    instruction: str
+    way: SynthesisMethod
+    teacher: str
+    seed: int
+    verdicts: list[list[str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """One answer of an evaluated model; turns are counted from 1.
+
+    `obeys` is the result of the instruction's check. `defect` is "", or why the reply is not a
+    valid answer (a loop, a repeat, empty). `recall_attribute` is the attribute that a recall
+    question asked for instead of the turn's own message, or "".
     """
 
     arm: str
@@ -116,22 +122,23 @@ class Reply:
     text: str
     prompt_tokens: int
     tokens: int
-    finish: str
+    finish: FinishReason
     obeys: bool
     defect: str
-    probe: str = ""
+    recall_attribute: str = ""
 
     @property
     def adherent(self) -> bool:
-        """Obeys the instruction, and is a reply."""
+        """Return whether the reply obeys and has no defect."""
         return self.obeys and not self.defect
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """Ask a model for the next assistant message after `messages`. Equal requests get equal completions.
+    """A request for the assistant message that follows `messages`.
 
-    The answer is cut off as soon as `enough` holds of its text: what would follow is not wanted.
+    Equal requests get equal completions. Generation stops as soon as `stop_when` is true of the
+    text so far.
     """
 
     messages: tuple[Message, ...]
@@ -144,13 +151,15 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What the model said, and why it stopped: "stop" (its own end), "enough", "length" (`max_tokens`) or "context"."""
+    """What a model generated, and why it stopped."""
 
     text: str
     tokens: int
     prompt_tokens: int
-    finish: str
+    finish: FinishReason
 
 
 Task = Generator[Request, Completion, None]
-"""A dialogue as an engine drives it: yields requests, receives completions, keeps its own results."""
+"""A dialogue as an engine runs it: yields requests, receives completions, keeps its results."""
+RunTasks = Callable[[Iterable[Task]], None]
+"""Runs tasks to their end, in any order: `GenerationEngine.run`."""

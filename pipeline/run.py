@@ -1,4 +1,4 @@
-"""Run the stages of a recipe, each only if its recipe sections or its inputs have changed.
+"""Run the stages of a recipe, each only if its settings or its inputs have changed.
 
 From Python, a stage with its caching is two lines:
 
@@ -29,7 +29,7 @@ def open_run(
     *,
     reuse_recipe: bool = True,
 ) -> tuple[Recipe, RunDir]:
-    """Resolve the recipe, save it in the run folder and log what was overridden.
+    """Resolve the recipe, save it in the run folder, and log what was overridden.
 
     Without a `recipe_file`, the recipe saved in the folder is used, or the defaults if there is
     none; with `reuse_recipe=False` always the defaults.
@@ -37,11 +37,10 @@ def open_run(
     Raises:
         GattError: no such recipe, an error in it, or a folder that cannot be written.
     """
-    saved = folder / "recipe.toml"
-    if recipe_file is None and reuse_recipe and saved.is_file():
-        recipe_file = saved
-    recipe = load_recipe(recipe_file, tuple(overrides))
     run_dir = RunDir(folder)
+    if recipe_file is None and reuse_recipe and run_dir.recipe.is_file():
+        recipe_file = run_dir.recipe
+    recipe = load_recipe(recipe_file, tuple(overrides))
     if is_main_process():
         run_dir.save_recipe(recipe)
         if overrides:
@@ -60,32 +59,33 @@ def run_stages(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def run_stage(name: str, recipe: Recipe, run_dir: RunDir) -> None:
-    """Run one stage of `STAGES` unless it is up to date; its manifest is written last.
+    """Run one of `STAGES` unless it is up to date; its manifest is written last.
+
+    The report is always written again: it takes a second, and its code may have changed.
 
     Raises:
-        GattError: an input file is missing, or whatever the stage raises.
+        GattError: an input file is missing, or the stage cannot do its work.
     """
     stage = import_module(f"pipeline.stages.{name}")
-    inputs = _existing_inputs(stage, recipe, run_dir)
-    settings = _settings(stage, recipe)
+    settings, inputs = _settings(stage, recipe), _existing_inputs(name, stage, recipe, run_dir)
     if name != "report" and run_dir.is_done(name, settings, inputs):
         log(f"{name}: done already")
         return
     start = time.monotonic()
-    if is_main_process():  # one of the processes that share a training step writes
+    # Only one of the processes that share a training step writes these files.
+    if is_main_process():
         run_dir.claim(name, settings, inputs)
     stage.run(recipe, run_dir)
     if is_main_process():
-        # Computed again: the stage may have written an input that users can edit.
+        # The stage may have written an input that users can edit, so the inputs are listed again.
         seconds = time.monotonic() - start
         run_dir.finish(name, settings, stage.inputs(recipe, run_dir), seconds)
 
 
-def _existing_inputs(stage: ModuleType, recipe: Recipe, run_dir: RunDir) -> list[Path]:
+def _existing_inputs(name: str, stage: ModuleType, recipe: Recipe, run_dir: RunDir) -> list[Path]:
     inputs: list[Path] = stage.inputs(recipe, run_dir)
     for path in inputs:
         if not path.exists():
-            name = stage.__name__.rpartition(".")[2]
             raise GattError(
                 f"`gatt {name}` needs {path}, which does not exist. "
                 "Run the stages before it, or `gatt run`."
@@ -94,6 +94,6 @@ def _existing_inputs(stage: ModuleType, recipe: Recipe, run_dir: RunDir) -> list
 
 
 def _settings(stage: ModuleType, recipe: Recipe) -> str:
-    """Return what a stage depends on in the recipe, as text to be hashed."""
+    """Return what the stage depends on in the recipe, as text to be hashed."""
     sections = (getattr(recipe, name).model_dump_json() for name in stage.SECTIONS)
     return " ".join([str(recipe.seed), recipe.model, *sections])

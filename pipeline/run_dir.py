@@ -1,7 +1,7 @@
-"""Every path of a run, and what in it is done.
+"""The paths of a run, and which of its stages are done.
 
-A stage is *done* when its manifest names the same recipe and the same inputs (by hash) as now. The manifest is written
-last, so its presence means that the stage's files are whole.
+A stage is *done* if its manifest names the same settings and inputs (by hash) as now. The
+manifest is written last, so its presence means that the files of the stage are complete.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from pipeline.errors import GattError
 from pipeline.files import sha256, write_json, write_text
@@ -23,15 +24,35 @@ from pipeline.recipe_file import recipe_toml
 STAGES = ("instructions", "synthesize", "train", "export", "evaluate", "report")
 """The stages of a run in order; each has a folder of its name."""
 _PACKAGES = ("llama-cpp-python", "unsloth", "torch", "transformers", "peft", "datasets", "gguf")
+"""Packages whose versions a manifest records."""
+
+
+class Fingerprint(TypedDict):
+    """SHA-256 of what a stage depends on: its settings, and its input files by name."""
+
+    settings: str
+    inputs: dict[str, str]
+
+
+class Manifest(Fingerprint):
+    """The record of a finished stage; a package or commit that is not known is "none"."""
+
+    seconds: float
+    versions: dict[str, str]
+    commit: str
+    python: str
+    platform: str
+    finished: str
 
 
 class RunDir:
-    """The folder of one run, which may be one that can only be read."""
+    """The folder of a run. It is created on the first write, so it may be read-only."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.recipe = path / "recipe.toml"
         self.lists = path / "lists.toml"
-        self.pairs = path / "instructions" / "pairs.json"
+        self.assignments = path / "instructions" / "assignments.json"
         self.suites = path / "instructions" / "suites.json"
         self.answers = path / "synthesize" / "answers.jsonl"
         self.examples = path / "synthesize" / "dialogues.jsonl"
@@ -51,81 +72,84 @@ class RunDir:
         self.report = path / "report"
 
     def tuned(self, format_name: str) -> Path:
-        """The exported file."""
+        """Return the path of the exported model in a format of llama.cpp."""
         return self.path / "export" / f"tuned-{format_name}.gguf"
 
     def save_recipe(self, recipe: Recipe) -> None:
-        """Keep the resolved recipe beside the results.
+        """Write the resolved recipe to `recipe.toml`.
 
         Raises:
             GattError: the folder cannot be written.
         """
         try:
-            write_text(self.path / "recipe.toml", recipe_toml(recipe, comments=False))
+            write_text(self.recipe, recipe_toml(recipe, comments=False))
         except OSError as error:
             raise GattError(
-                f"Cannot write in the run folder {self.path} ({error.strerror}). Choose another with --run."
+                f"Cannot write in the run folder {self.path} ({error.strerror}). Choose another "
+                "with --run."
             ) from error
 
-    def manifest(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage wrote down about itself, or None."""
+    def manifest(self, stage: str) -> Manifest | None:
+        """Return the manifest of a finished stage, or None."""
         path = self.path / stage / "manifest.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        if not path.exists():
+            return None
+        manifest: Manifest = json.loads(path.read_text(encoding="utf-8"))
+        return manifest
 
-    def is_done(self, stage: str, settings: str, inputs: list[Path]) -> bool:
-        """Whether `stage` has finished with these settings and inputs."""
-        manifest = self.manifest(stage)
-        return manifest is not None and (manifest["settings"], manifest["inputs"]) == (
-            _hash(settings),
-            _hashes(inputs),
+    def is_done(self, stage: str, settings: str, inputs: Sequence[Path]) -> bool:
+        """Return whether `stage` has finished with these settings and inputs."""
+        manifest, current = self.manifest(stage), _fingerprint(settings, inputs)
+        return manifest is not None and all(
+            manifest[key] == current[key] for key in ("settings", "inputs")
         )
 
-    def claim(self, stage: str, settings: str, inputs: list[Path]) -> None:
-        """Before a stage works: what an earlier, different attempt left is moved aside, never mixed in."""
-        folder = self.path / stage
+    def claim(self, stage: str, settings: str, inputs: Sequence[Path]) -> None:
+        """Prepare the folder of a stage that is about to run.
+
+        What an attempt with the same settings and inputs left stays, and is resumed. What another
+        one left is moved aside, never mixed in.
+        """
+        folder, fingerprint = self.path / stage, _fingerprint(settings, inputs)
         started = folder / "started.json"
-        mine = {"settings": _hash(settings), "inputs": _hashes(inputs)}
-        if started.exists() and json.loads(started.read_text(encoding="utf-8")) != mine:
+        if started.exists() and json.loads(started.read_text(encoding="utf-8")) != fingerprint:
             folder.rename(folder.with_name(f"{stage}.{time.strftime('%Y%m%d-%H%M%S')}.old"))
         (folder / "manifest.json").unlink(missing_ok=True)
-        write_json(started, mine)
+        write_json(started, fingerprint)
 
-    def finish(self, stage: str, settings: str, inputs: list[Path], seconds: float) -> None:
+    def finish(self, stage: str, settings: str, inputs: Sequence[Path], seconds: float) -> None:
         """Write the manifest of a finished stage."""
-        write_json(
-            self.path / stage / "manifest.json",
-            {
-                "settings": _hash(settings),
-                "inputs": _hashes(inputs),
-                "seconds": round(seconds, 1),
-                **_versions(),
-            },
-        )
+        manifest: Manifest = {
+            **_fingerprint(settings, inputs),
+            "seconds": round(seconds, 1),
+            "versions": {package: _version(package) for package in _PACKAGES},
+            "commit": _commit(),
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        }
+        write_json(self.path / stage / "manifest.json", manifest)
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _hashes(inputs: list[Path]) -> dict[str, str]:
-    return {path.name: sha256(path) for path in inputs}
-
-
-def _versions() -> dict[str, Any]:
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "none"
-    here = Path(__file__).parent
-    commit = subprocess.run(
-        ["git", "-C", here, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+def _fingerprint(settings: str, inputs: Sequence[Path]) -> Fingerprint:
     return {
-        "versions": versions,
-        "commit": commit.stdout.strip() or "none",
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "settings": hashlib.sha256(settings.encode()).hexdigest(),
+        "inputs": {path.name: sha256(path) for path in inputs},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _commit() -> str:
+    """Return the commit of this code, if it runs from a Git repository."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:  # no git
+        return "none"
+    return result.stdout.strip() or "none"

@@ -1,4 +1,4 @@
-"""What this machine has: cores, memory, disk. Checked before work that needs them begins."""
+"""The machine's memory and disk, checked before work that needs them, and its processes."""
 
 from __future__ import annotations
 
@@ -16,73 +16,81 @@ GB = 1e9
 
 
 def is_main_process() -> bool:
-    """Whether this process is the only one, or the first of those that `accelerate launch` has started: it writes, and speaks."""
+    """Return whether this process has rank 0, which alone writes files and logs.
+
+    `accelerate launch` starts several processes; without it, every process has rank 0.
+    """
     return os.environ.get("RANK", "0") == "0"
 
 
 def available_memory() -> int:
-    """Bytes that this process may still take: free memory, less where a cgroup or `ulimit -v` sets a limit."""
+    """Return how many bytes this process may still allocate.
+
+    This is the free memory, or less under the limit of a cgroup v2 or of `ulimit -v`.
+    """
     import psutil
 
     limits = [psutil.virtual_memory().available]
-    group = Path("/sys/fs/cgroup")
+    cgroup = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        limits.append(
-            int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
-        )
+        maximum = int((cgroup / "memory.max").read_text())
+        limits.append(maximum - int((cgroup / "memory.current").read_text()))
     if sys.platform != "win32":
         import resource
 
-        soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-        if soft != resource.RLIM_INFINITY:
-            limits.append(soft - psutil.Process().memory_info().vms)
+        soft_limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if soft_limit != resource.RLIM_INFINITY:
+            limits.append(soft_limit - psutil.Process().memory_info().vms)
     return max(0, min(limits))
 
 
 def trim_memory() -> None:
-    """Return to the system what is not used any more: a trained model's gigabytes would stay with the process until it ends."""
-    gc.collect()  # a trainer and its model know each other
+    """Return freed memory to the operating system.
+
+    Otherwise the gigabytes of a trained model would stay with the process until it ends.
+    """
+    gc.collect()  # a trainer and its model refer to each other
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # musl has no such function
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_memory() -> int:
-    """Bytes that this process has had at most."""
+    """Return the largest resident memory of this process so far, in bytes."""
     import psutil
 
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def require_memory(needed: float, purpose: str) -> None:
-    """Stop before the machine does.
+    """Check that `needed` bytes of memory are available before they are allocated.
 
     Raises:
-        GattError: `needed` bytes are more than there are.
+        GattError: fewer are.
     """
-    there = available_memory()
-    if needed > there:
+    available = available_memory()
+    if needed > available:
         raise GattError(
-            f"Too little memory to {purpose}: about {needed / GB:.1f} GB needed, {there / GB:.1f} GB available. "
-            "Close other programs, or take a smaller model (`gatt doctor` lists what fits)."
+            f"Too little memory to {purpose}: about {needed / GB:.1f} GB needed, "
+            f"{available / GB:.1f} GB available. Close other programs, or take a smaller model "
+            "(`gatt doctor` lists what fits)."
         )
 
 
 def require_disk(folder: Path, needed: float, purpose: str) -> None:
-    """Stop before the disk is full.
+    """Check that `needed` bytes are free on the disk of `folder`.
 
     Raises:
-        GattError: fewer than `needed` bytes are free.
+        GattError: fewer are.
     """
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise GattError(
-            f"Too little disk space in {folder} to {purpose}: about {needed / GB:.2f} GB needed, {free / GB:.2f} GB free. "
-            "Make room, or choose another folder with --run."
+            f"Too little disk space in {folder} to {purpose}: about {needed / GB:.2f} GB needed, "
+            f"{free / GB:.2f} GB free. Make room, or choose another folder with --run."
         )

@@ -12,7 +12,8 @@ import sys
 from bootstrap import ROOT, bootstrap
 
 CHECKS = ("ruff check .", "ruff format --check .", "typos", "mypy", "lint-imports")
-REPORT = ("-q", "-rs", "--durations=15")  # names what was skipped and why, and the slowest tests
+REPORT = ("-q", "--durations=15")
+PARALLEL = ("-n", "2", "--dist", "loadfile")
 
 
 def main() -> int:
@@ -26,8 +27,15 @@ def main() -> int:
             print(f"{name} reports something to correct (above).", file=sys.stderr)
             return 1
     marks = [] if "--all" in sys.argv else ["-m", "not slow and not gpu"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    command = [str(python), "-m", "pytest", *REPORT, *marks, *arguments]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        # Two processes whose OpenMP threads spin while they wait slow each other down many times.
+        "OMP_WAIT_POLICY": "PASSIVE",
+    }
+    parallel = () if arguments else PARALLEL
+    command = [str(python), "-m", "pytest", *REPORT, *parallel, *marks, *arguments]
     return subprocess.call(command, cwd=ROOT, env=environment)
 
 

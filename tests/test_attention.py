@@ -1,14 +1,16 @@
-"""The map of attention is what transformers itself computes, folded layer by layer."""
+"""The map of attention against the weights that transformers itself returns."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from pipeline.errors import GattError
-from pipeline.evaluation.attention import BIN, attention_map
+from pipeline.evaluation.attention import BIN, attention_map, read_attention_maps
+from pipeline.files import write_json
 from pipeline.records import Message
 from pipeline.training.unsloth import nf4_round_trip
 
@@ -18,64 +20,82 @@ _CHAT: list[Message] = [
     {"role": "user", "content": "It's x?"},
     {"role": "assistant", "content": "y y y naïve"},
 ]
+_ANSWERS = ("y, I'll pay 35.50<|end|>", "y y y naïve<|end|>")
+
+
+def _weights(model_dir: Path, adapter: Path | None, text: str) -> npt.NDArray[np.float32]:
+    """Return (layers, heads, tokens, tokens); with an adapter, the base is rounded to 4 bits."""
+    import peft
+    import torch
+    import transformers
+
+    network = transformers.AutoModelForCausalLM.from_pretrained(
+        model_dir, dtype=torch.float32, attn_implementation="eager"
+    )
+    if adapter:
+        for layer in network.model.layers:
+            for module in layer.modules():
+                if isinstance(module, torch.nn.Linear):
+                    rounded = nf4_round_trip(module.weight.detach().numpy())
+                    module.weight.data = torch.from_numpy(rounded)
+        network = peft.PeftModel.from_pretrained(network, str(adapter))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    input_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        layers = network(torch.tensor([input_ids]), output_attentions=True).attentions
+    weights: npt.NDArray[np.float32] = torch.cat(layers).numpy()
+    return weights
+
+
+def _tokens_of(part: str, text: str, offsets: list[tuple[int, int]]) -> list[int]:
+    """Return the tokens that `part` of the text is made of."""
+    start = text.index(part)
+    end = start + len(part)
+    return [
+        token
+        for token, (left, right) in enumerate(offsets)
+        if left < end and right > start and left < right
+    ]
 
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_it_is_the_maximum_over_heads_and_layers(
     tuned: bool, tiny_llama: Path, tiny_adapter: Path
 ) -> None:
-    import peft
-    import torch
     import transformers
 
-    found = attention_map(tiny_llama, tiny_adapter if tuned else None, _CHAT, "Say y!")
-    network = transformers.AutoModelForCausalLM.from_pretrained(
-        tiny_llama, dtype=torch.float32, attn_implementation="eager"
-    )
+    adapter = tiny_adapter if tuned else None
+    result = attention_map(tiny_llama, adapter, _CHAT, "Say y!")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
-    if tuned:
-        for layer in network.model.layers:
-            for module in layer.modules():
-                if isinstance(module, torch.nn.Linear):
-                    module.weight.data = torch.from_numpy(
-                        nf4_round_trip(module.weight.detach().numpy())
-                    )
-        network = peft.PeftModel.from_pretrained(network, tiny_adapter)
     text = tokenizer.apply_chat_template(_CHAT, tokenize=False)
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    with torch.no_grad():
-        layers = network(torch.tensor([coded["input_ids"]]), output_attentions=True).attentions
-    weights = torch.cat(layers).numpy()  # (layers, heads, tokens, tokens)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoding["offset_mapping"]
+    weights = _weights(tiny_llama, adapter, text)
     strongest = weights.max((0, 1))
-    spans = [(text.index(t), text.index(t) + len(t) + len("<|end|>")) for t in ("y, I'll", "y y y")]
-    spans[0] = (spans[0][0], text.index("<|end|>user: It's") + len("<|end|>"))
-    spans[1] = (spans[1][0], len(text))
-    told = text.index("Say y!")
-    inside = [
-        n
-        for n, (left, right) in enumerate(coded["offset_mapping"])
-        if left < told + 6 and right > told and left < right
-    ]
-    assert found.instruction == (inside[0] // BIN, inside[-1] // BIN)
-    rows = 0
-    for turn, (start, end) in enumerate(spans, 1):
-        tokens = [
-            n
-            for n, (left, right) in enumerate(coded["offset_mapping"])
-            if left < end and right > start and left < right
-        ]
-        share = weights[:, :, tokens][..., inside].sum(-1).mean()
-        assert abs(found.share[turn - 1] - share) < 1e-5
+    instruction = _tokens_of("Say y!", text, offsets)
+    assert result.instruction == (instruction[0] // BIN, instruction[-1] // BIN)
+    row = 0
+    for turn, answer in enumerate(_ANSWERS, 1):
+        tokens = _tokens_of(answer, text, offsets)
+        share = weights[:, :, tokens][..., instruction].sum(-1).mean()
+        assert abs(result.share[turn - 1] - share) < 1e-5
         for first in range(0, len(tokens), BIN):
-            assert found.turns[rows] == turn
-            for column, cell in enumerate(found.strongest[rows]):
+            assert result.turns[row] == turn
+            for column, cell in enumerate(result.strongest[row]):
                 block = strongest[tokens[first : first + BIN]][:, column * BIN : (column + 1) * BIN]
                 assert abs(cell - block.max()) < 6e-4
-            rows += 1
-    assert rows == len(found.strongest)
-    assert np.max(found.strongest) <= 1
+            row += 1
+    assert row == len(result.strongest)
+    assert np.max(result.strongest) <= 1
+
+
+def test_a_map_is_read_back_as_it_was_written(tiny_llama: Path, tmp_path: Path) -> None:
+    maps = {"base": attention_map(tiny_llama, None, _CHAT, "Say y!")}
+    write_json(tmp_path / "attention.json", maps)
+    text = (tmp_path / "attention.json").read_text(encoding="utf-8")
+    assert read_attention_maps(text) == maps
 
 
 def test_an_instruction_that_is_not_there_is_refused(tiny_llama: Path) -> None:
-    with pytest.raises(GattError, match="does not stand in the dialogue"):
+    with pytest.raises(GattError, match="is not in the dialogue"):
         attention_map(tiny_llama, None, _CHAT, "Speak French.")

@@ -1,112 +1,105 @@
-"""What goes to the Hub and over which wire: a server on this machine that speaks the Hub's form."""
+"""What `--push` and `gatt push` upload to the Hub, which a fake server on this machine plays."""
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 import yaml
-from conftest import Gatt
+from support.cli import Gatt
+from support.servers import FakeHub, in_thread
 
 from pipeline.errors import GattError
 from pipeline.files import sha256, write_json, write_text
+from pipeline.hub import models
+from pipeline.hub.models import find_model
+from pipeline.hub.presets import presets
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
+from pipeline.report.cards import PublishedModel, model_card
 from pipeline.run_dir import RunDir
 from pipeline.stages import push
 
 
-class _Hub(BaseHTTPRequestHandler):
-    """Takes a new repository and one commit, and keeps what it was sent."""
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with in_thread(FakeHub()) as server:
+        yield server
 
-    received: dict[str, list[dict[str, object]]]
 
-    def do_POST(self) -> None:
-        raw = self.rfile.read(int(self.headers["Content-Length"] or 0))
-        rows = [json.loads(line) for line in raw.splitlines() if line]
-        self.server.received[self.path] = rows  # type: ignore[attr-defined]
-        host = f"http://{self.headers['Host']}"
-        kind = "datasets/" if rows[0].get("type") == "dataset" else ""
-        answer: dict[str, object] = {"url": f"{host}/{kind}me/mine", "name": "me/mine"}
-        if "/preupload/" in self.path:
-            answer = {
-                "files": [
-                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
-                    for f in rows[0]["files"]
-                ]
-            }
-        elif "/commit/" in self.path:
-            answer = {
-                "success": True,
-                "commitOid": "0" * 40,
-                "commitUrl": f"{host}/me/mine/commit/{'0' * 40}",
-            }
-        body = json.dumps(answer).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+def test_a_model_is_known_by_its_file_its_folder_or_its_preset(base: Path, tmp_path: Path) -> None:
+    assert find_model(str(base)).name == base.stem
+    write_json(tmp_path / "config.json", {})
+    write_text(tmp_path / "model.safetensors", "weights")
+    folder = find_model(str(tmp_path))
+    assert (folder.name, folder.path, folder.is_gguf) == (tmp_path.name, tmp_path, False)
+    assert folder.bytes == len("weights")
+    preset = find_model("smollm2-135m")
+    assert (preset.path, preset.is_gguf) == (base, True)
+    assert preset.repository == presets()["smollm2-135m"].repository
+    assert preset.bytes == base.stat().st_size
 
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
+
+def test_an_unknown_model_is_refused_with_the_nearest_preset() -> None:
+    with pytest.raises(GattError, match=r"Unknown model 'qwen3-8'\. Did you mean 'qwen3-8b'\?"):
+        find_model("qwen3-8")
+    with pytest.raises(GattError, match=r"Unknown model '\./a/b'\. Expected a preset \(gemma"):
+        find_model("./a/b")
 
 
 @pytest.fixture
-def hub() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
-    server.received = {}  # type: ignore[attr-defined]
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
+def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Collect the patterns of what is downloaded; every repository is the folder `tmp_path`."""
+    patterns: list[list[str]] = []
+
+    def snapshot_download(repository: str, allow_patterns: list[str]) -> str:
+        patterns.append(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return patterns
 
 
-def _environment(hub: ThreadingHTTPServer, home: Path) -> dict[str, str]:
-    """Of a process for which `hub` is the Hub."""
-    inherited = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
-    return inherited | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_TOKEN": "hf_x",
-        "HF_HOME": str(home),
-    }
-
-
-def _sent(hub: ThreadingHTTPServer, kind: str) -> dict[str, bytes]:
-    """The files of the commit to me/mine by name; the repository was asked for as a private one of this kind."""
-    received = hub.received  # type: ignore[attr-defined]
-    made = received["/api/repos/create"][0]
-    assert (made["visibility"], made.get("type", "model")) == ("private", kind)
-    commit = received[f"/api/{kind}s/me/mine/commit/main"]
-    return {
-        row["value"]["path"]: base64.b64decode(row["value"]["content"])
-        for row in commit
-        if row["key"] == "file"
-    }
-
-
-def test_dialogues_are_pushed_with_their_card(
-    hub: ThreadingHTTPServer, tmp_path: Path, gatt: Gatt
+@pytest.mark.parametrize("weights", [False, True])
+def test_weights_are_downloaded_last_and_only_if_wanted(
+    weights: bool, downloads: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(models, "CheckpointBase", lambda folder: folder)
+    model = find_model(f"me/{weights}", weights=weights)
+    assert (model.repository, model.path) == (f"me/{weights}", tmp_path)
+    assert all("*.json" in patterns for patterns in downloads)
+    assert ["model*.safetensors" in patterns for patterns in downloads] == (
+        [False, True] if weights else [False]
+    )
+
+
+def test_weights_of_an_unknown_architecture_are_not_downloaded(
+    downloads: list[list[str]], tmp_path: Path
+) -> None:
+    write_json(tmp_path / "config.json", {"architectures": ["PerceptronForCausalLM"]})
+    with pytest.raises(GattError, match="PerceptronForCausalLM"):
+        find_model("me/unknown")
+    assert len(downloads) == 1
+
+
+def test_dialogues_are_pushed_with_their_card(hub: FakeHub, tmp_path: Path, gatt: Gatt) -> None:
     folder = tmp_path / "synthesize"
     folder.mkdir()
     (folder / "dialogues.jsonl").write_text('{"messages": []}\n')
     (folder / "README.md").write_text("# card\n")
-    (folder / "acceptance.json").write_text('{"answers": [], "too_common": 0}')
-    environment = _environment(hub, tmp_path / "hf")
+    (folder / "acceptance.json").write_text('{"rows": [], "too_common": 0}')
+    environment = hub.environment(tmp_path / "hf")
     done = gatt("synthesize", "--run", tmp_path, "--stats", "--push", "me/mine", env=environment)
     assert done.returncode == 0, done.stderr
     assert "/datasets/me/mine" in done.stdout
-    assert _sent(hub, "dataset") == {
+    assert hub.committed("dataset") == {
         "README.md": b"# card\n",
         "dialogues.jsonl": b'{"messages": []}\n',
     }
@@ -115,7 +108,7 @@ def test_dialogues_are_pushed_with_their_card(
 def test_a_refused_push_is_one_line(tmp_path: Path, gatt: Gatt) -> None:
     folder = tmp_path / "synthesize"
     folder.mkdir()
-    (folder / "acceptance.json").write_text('{"answers": [], "too_common": 0}')
+    (folder / "acceptance.json").write_text('{"rows": [], "too_common": 0}')
     for name in ("README.md", "dialogues.jsonl"):
         (folder / name).write_text("x")
     done = gatt(
@@ -132,12 +125,15 @@ def test_a_refused_push_is_one_line(tmp_path: Path, gatt: Gatt) -> None:
 
 
 _BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-_SENTENCE = "In turns 16 to 20, the tuned model keeps its instruction in 68% of the answers, the base in 0%."
+_SENTENCE = (
+    "In turns 16 to 20, the tuned model keeps its instruction in 68% of the answers, "
+    "the base in 0%."
+)
 _LOCAL = "/home/me/.cache/gatt/0123-hf"
 
 
 def _finished_run(path: Path, **about: str) -> RunDir:
-    """A run as its stages leave it, in small; `about` is what the exported GGUF says of its model."""
+    """Write a small run as its stages leave it; `about` are further keys of the exported GGUF."""
     run_dir = RunDir(path)
     run_dir.save_recipe(
         Recipe.model_validate({"dialogues": {"source": "me/chats"}, "evaluate": {"turns": 8}})
@@ -166,7 +162,7 @@ def _finished_run(path: Path, **about: str) -> RunDir:
     write_text(run_dir.report / "adherence.svg", "<svg/>")
     write_json(
         run_dir.report / "report.json",
-        {"sentence": _SENTENCE, "facts": {"teacher": "smollm2-135m Q4_0"}},
+        {"headline": _SENTENCE, "facts": {"teacher": "smollm2-135m Q4_0"}},
     )
     run_dir.finish("evaluate", "", [tuned], 480.0)
     return run_dir
@@ -183,7 +179,7 @@ def _refused(run_dir: RunDir) -> str:
     return str(refused.value)
 
 
-def test_a_run_is_pushed_with_its_card(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+def test_a_run_is_pushed_with_its_card(hub: FakeHub, tmp_path: Path) -> None:
     run_dir = _finished_run(
         tmp_path / "run",
         **{
@@ -191,14 +187,11 @@ def test_a_run_is_pushed_with_its_card(hub: ThreadingHTTPServer, tmp_path: Path)
             "general.base_model.0.repo_url": "https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct",
         },
     )
-    done = _push(run_dir, _environment(hub, tmp_path / "hf"))
+    done = _push(run_dir, hub.environment(tmp_path / "hf"))
     assert done.returncode == 0, done.stderr
-    sent = _sent(hub, "model")
+    sent = hub.committed("model")
     card = sent.pop("README.md").decode()
-    assert (
-        done.stdout
-        == f"Uploaded (private, if it is new): http://127.0.0.1:{hub.server_port}/me/mine\n"
-    )
+    assert done.stdout == f"Uploaded (private, if it is new): {hub.url}/me/mine\n"
     assert sorted(sent) == [
         "Modelfile",
         "adapter.gguf",
@@ -242,19 +235,15 @@ def test_a_run_is_pushed_with_its_card(hub: ThreadingHTTPServer, tmp_path: Path)
     }
 
 
-def test_the_head_says_only_what_is_known() -> None:
-    published = push.Published(
-        "me/mine",
-        "tuned-Q8_0.gguf",
-        {"tuned-Q8_0.gguf": 10**9},
-        "",
-        "",
-        "",
-        "It keeps.",
-        "",
-        {"base": "b"},
+def test_the_metadata_has_only_what_is_known() -> None:
+    model = PublishedModel(
+        repository="me/mine",
+        model_file="tuned-Q8_0.gguf",
+        sizes={"tuned-Q8_0.gguf": 10**9},
+        headline="It keeps.",
+        facts={"base model": "b"},
     )
-    card = push.model_card(Recipe(), published)
+    card = model_card(Recipe(), model)
     assert yaml.safe_load(card.split("---\n")[1]).keys() == {"library_name", "pipeline_tag", "tags"}
     assert "| tuned-Q8_0.gguf | 1000.0 |" in card
     assert "ollama" not in card
@@ -263,11 +252,18 @@ def test_the_head_says_only_what_is_known() -> None:
 
 def test_a_license_that_the_hub_does_not_know_is_quoted() -> None:
     odd = 'My: "own" license # 1'
-    published = push.Published(
-        "me/mine", "t.gguf", {"t.gguf": 1}, "o/b", odd, "", "It keeps.", "", {"base": "b"}
+    model = PublishedModel(
+        repository="me/mine",
+        model_file="t.gguf",
+        sizes={"t.gguf": 1},
+        headline="It keeps.",
+        facts={"base model": "b"},
+        base_id="o/b",
+        license=odd,
     )
-    head = yaml.safe_load(push.model_card(Recipe(), published).split("---\n")[1])
-    assert (head["license"], head["license_name"], head["base_model"]) == ("other", odd, "o/b")
+    metadata = yaml.safe_load(model_card(Recipe(), model).split("---\n")[1])
+    assert metadata["license"] == "other"
+    assert (metadata["license_name"], metadata["base_model"]) == (odd, "o/b")
 
 
 @pytest.mark.parametrize(
@@ -284,7 +280,8 @@ def test_an_unfinished_run_is_refused_with_the_command(
     run_dir = _finished_run(tmp_path)
     (tmp_path / missing).unlink()
     assert _refused(run_dir) == (
-        f"No {tmp_path / missing}: a run is pushed with it. `gatt {stage} {tmp_path / 'recipe.toml'} --run {tmp_path}` makes it."
+        f"{tmp_path / missing} is missing; `gatt push` uploads it. Run `gatt {stage} "
+        f"{tmp_path / 'recipe.toml'} --run {tmp_path}` first."
     )
 
 
@@ -295,7 +292,7 @@ def test_the_report_of_an_earlier_export_is_refused(tmp_path: Path) -> None:
         file.write(b"\0")
     assert sha256(run_dir.tuned("Q8_0")) != before
     assert _refused(run_dir).startswith(
-        f"The report is not about the present {run_dir.tuned('Q8_0')}"
+        f"The report is about an earlier export than {run_dir.tuned('Q8_0')}"
     )
 
 

@@ -1,56 +1,87 @@
-"""The checks against answers that were labeled by hand, from the wording of the instruction alone (data/labeled.jsonl)."""
+"""The checks against answers that were labeled by hand (data/labeled.jsonl).
+
+The labels follow the wording of the instruction alone, not the code of its check.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pipeline.gatt.constraints.registry import KINDS, obeys
 from pipeline.gatt.instructions import render_instruction
 from pipeline.gatt.quality import find_defect
 from pipeline.records import Constraint
 
-LOWEST_AGREEMENT = 0.98
-ROWS: list[dict[str, Any]] = [
+MIN_AGREEMENT = 0.98
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObeysLabel:
+    """Whether an answer meets a constraint, and why."""
+
+    kind: str
+    value: str
+    answer: str
+    obeys: bool
+    why: str
+
+    @property
+    def disagreement(self) -> str:
+        """Return what the check says to the contrary, or ""."""
+        constraints = (Constraint(self.kind, self.value),)
+        if obeys(constraints, self.answer) == self.obeys:
+            return ""
+        instruction = render_instruction(constraints).text
+        return f"{instruction} obeys is {self.obeys} ({self.why}): {self.answer!r}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DefectLabel:
+    """Whether an answer is valid after the `earlier` ones, and why."""
+
+    check: str
+    earlier: list[str]
+    required_words: str
+    answer: str
+    good: bool
+    why: str
+
+    @property
+    def disagreement(self) -> str:
+        """Return what `find_defect` says to the contrary, or ""."""
+        defect = find_defect(self.answer, self.earlier, self.required_words)
+        if (not defect) == self.good:
+            return ""
+        return f"defect is {defect!r}, good is {self.good} ({self.why}): {self.answer!r}"
+
+
+ROWS = [
     json.loads(line)
     for line in (Path(__file__).parent / "data/labeled.jsonl").read_text().splitlines()
 ]
-OF_KINDS = [row for row in ROWS if "kind" in row]
-OF_FLAWS = [row for row in ROWS if "kind" not in row]
-
-
-def _disagreement(row: dict[str, Any]) -> str:
-    """What is wrong with the check, or ""."""
-    if "kind" in row:
-        asked = (Constraint(row["kind"], row["value"]),)
-        return (
-            ""
-            if obeys(asked, row["answer"]) == row["obeys"]
-            else f"{render_instruction(asked).text} obeys is {row['obeys']}"
-        )
-    found = find_defect(row["answer"], row["earlier"], row["demanded"])
-    return "" if (not found) == row["good"] else f"flaw is {found!r}, good is {row['good']}"
+OBEYS_LABELS = [ObeysLabel(**row) for row in ROWS if "kind" in row]
+DEFECT_LABELS = [DefectLabel(**row) for row in ROWS if "kind" not in row]
 
 
 def test_the_checks_agree_with_the_labels() -> None:
-    wrong = [
-        f"{said} ({row['why']}): {row['answer']!r}" for row in ROWS if (said := _disagreement(row))
-    ]
+    wrong = [label.disagreement for label in OBEYS_LABELS if label.disagreement]
+    wrong += [label.disagreement for label in DEFECT_LABELS if label.disagreement]
     agreement = 1 - len(wrong) / len(ROWS)
-    assert agreement >= LOWEST_AGREEMENT, (
-        f"Agreement {agreement:.4f} over {len(ROWS)} answers. Not agreed:\n" + "\n".join(wrong)
+    assert agreement >= MIN_AGREEMENT, (
+        f"Agreement {agreement:.4f} over {len(ROWS)} answers. Disagreements:\n" + "\n".join(wrong)
     )
 
 
 def test_every_kind_is_labeled_both_ways() -> None:
-    count = Counter(row["kind"] for row in OF_KINDS)
+    counts = Counter(label.kind for label in OBEYS_LABELS)
     checked = {name for name, kind in KINDS.items() if not kind.judged}
-    assert set(count) == checked
-    assert min(count.values()) >= 5
-    assert {(row["kind"], row["obeys"]) for row in OF_KINDS} == {
-        (name, label) for name in checked for label in (True, False)
+    assert set(counts) == checked
+    assert min(counts.values()) >= 5
+    assert {(label.kind, label.obeys) for label in OBEYS_LABELS} == {
+        (name, obeys_it) for name in checked for obeys_it in (True, False)
     }
-    assert len(OF_KINDS) >= 240
-    assert len(OF_FLAWS) >= 30
+    assert len(OBEYS_LABELS) >= 240
+    assert len(DEFECT_LABELS) >= 30

@@ -1,68 +1,80 @@
-"""What is learned of a dialogue, token by token, and how much each token weighs."""
+"""What is learned of a dialogue, token by token; the weights of its tokens; the loss of a batch."""
 
 from __future__ import annotations
 
-import json
-import signal
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import peft
 import pytest
+import torch
+import transformers
 
-from pipeline.export import verify
-from pipeline.gguf.merge import plan_merge, uniform_format, write
 from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
-from pipeline.inference.logits import mean_kl
-from pipeline.recipe import Train
-from pipeline.records import Message
-from pipeline.training.examples import IGNORE_INDEX, build_example
-from pipeline.training.loss import collate, gatt_loss, kl_divergence
-from pipeline.training.trainer import GracefulStop
-from pipeline.training.unsloth import load_tokenizer, nf4_round_trip, train
+from pipeline.recipe import Recipe, Train
+from pipeline.records import Message, SynthesisMethod, SynthesizedDialogue
+from pipeline.training import loss
+from pipeline.training.examples import (
+    IGNORE_INDEX,
+    TrainingExample,
+    build_example,
+    example_from_row,
+)
+from pipeline.training.loss import Batch, collate, gatt_loss, kl_divergence
+from pipeline.training.unsloth import load_tokenizer
 
-_CHAT: list[Message] = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Why is the sky blue?"},
-    {"role": "assistant", "content": "Ahoy! Light is scattered. Over and out."},
-    {"role": "user", "content": "And red?"},
-    {"role": "assistant", "content": "Ahoy! It is late. Over and out."},
-]
-_ASKED: list[Message] = [
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEACHER_CHAT: list[Message] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Why is the sky blue?"},
     {"role": "assistant", "content": "Light is scattered."},
     {"role": "user", "content": "And red?"},
     {"role": "assistant", "content": "It is late."},
 ]
+_CHAT: list[Message] = [
+    {"role": "assistant", "content": f"Ahoy! {m['content']} Over and out."}
+    if m["role"] == "assistant"
+    else m
+    for m in _TEACHER_CHAT
+]
+_ANSWERS = [m["content"] + "<|im_end|>" for m in _CHAT if m["role"] == "assistant"]
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Any:
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Return the embedded model's tokenizer."""
     return load_tokenizer(cached_checkpoint(find_model("smollm2-135m")))
 
 
-def _weighing(tokenizer: Any, weight: float, settings: Train, asked: list[Message]) -> list[str]:
-    """The stretches of tokens of one weight, as text."""
-    found = build_example(tokenizer, _CHAT, settings, asked)
-    stretches, last = [], -2
-    for n, (token, its) in enumerate(zip(found.input_ids, found.weights, strict=True)):
-        if its == weight:
-            stretches = (
-                [*stretches[:-1], [*stretches[-1], token]]
-                if last == n - 1
-                else [*stretches, [token]]
-            )
-            last = n
-    return [tokenizer.decode(stretch) for stretch in stretches]
+def _texts_of_weight(
+    tokenizer: PreTrainedTokenizerBase, example: TrainingExample, weight: float
+) -> list[str]:
+    """Return the runs of adjacent tokens that have `weight`, as text."""
+    runs: list[list[int]] = []
+    previous = -2
+    for n, token in enumerate(example.input_ids):
+        if example.weights[n] == weight:
+            if previous != n - 1:
+                runs.append([])
+            runs[-1].append(token)
+            previous = n
+    return [tokenizer.decode(run) for run in runs]
 
 
-def test_the_teachers_own_words_weigh_less_than_what_the_edit_has_put_in(tokenizer: Any) -> None:
-    settings = Train(unedited_weight=0.25)
-    assert _weighing(tokenizer, 0.25, settings, _ASKED) == [" is scattered.", " is late."]
-    # The word behind the opening has the space that the edit put before it.
-    assert _weighing(tokenizer, 1.0, settings, _ASKED) == [
+def _aligned_text(tokenizer: PreTrainedTokenizerBase, example: TrainingExample) -> str:
+    return str(tokenizer.decode([example.input_ids[index] for index, _ in example.alignment]))
+
+
+def test_unedited_words_weigh_less_than_edited_ones(tokenizer: PreTrainedTokenizerBase) -> None:
+    example = build_example(tokenizer, _CHAT, Train(unedited_weight=0.25), _TEACHER_CHAT)
+    assert _texts_of_weight(tokenizer, example, 0.25) == [" is scattered.", " is late."]
+    # The word after the opening has the space that the edit put before it.
+    assert _texts_of_weight(tokenizer, example, 1.0) == [
         "Ahoy! Light",
         " Over and out.<|im_end|>",
         "Ahoy! It",
@@ -70,183 +82,247 @@ def test_the_teachers_own_words_weigh_less_than_what_the_edit_has_put_in(tokeniz
     ]
 
 
-def test_an_answer_that_no_edit_has_changed_weighs_one_and_is_distilled_to_its_end(
-    tokenizer: Any,
+def test_answers_without_an_edit_weigh_one_and_are_distilled_to_their_end(
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    said = [m["content"] + "<|im_end|>" for m in _CHAT if m["role"] == "assistant"]
-    assert _weighing(tokenizer, 1.0, Train(unedited_weight=0.25), _CHAT) == said
-    found = build_example(tokenizer, _CHAT, Train(), _CHAT)
-    assert tokenizer.decode([found.input_ids[here] for here, _ in found.alignment]) == "".join(said)
+    example = build_example(tokenizer, _CHAT, Train(unedited_weight=0.25), _CHAT)
+    assert _texts_of_weight(tokenizer, example, 1.0) == _ANSWERS
+    assert _aligned_text(tokenizer, example) == "".join(_ANSWERS)
 
 
-def test_without_the_teachers_words_everything_learned_weighs_one(tokenizer: Any) -> None:
-    assert _weighing(tokenizer, 1.0, Train(), []) == [
-        m["content"] + "<|im_end|>" for m in _CHAT if m["role"] == "assistant"
-    ]
-
-
-def test_weights_stand_where_labels_do(tokenizer: Any) -> None:
-    for loss in ("all_turns", "last_turn"):
-        found = build_example(tokenizer, _CHAT, Train(loss=loss, unedited_weight=0.25), _ASKED)
-        assert [w > 0 for w in found.weights] == [token != IGNORE_INDEX for token in found.labels]
-    assert _weighing(tokenizer, 0.25, Train(loss="last_turn", unedited_weight=0.25), _ASKED) == [
-        " is late."
-    ]
-
-
-def test_the_loss_is_the_weighted_mean_over_all_logits(
-    tiny_llama: Path, tiny_adapter: Path
+def test_without_the_teachers_chat_all_learned_tokens_weigh_one(
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Logits are computed for learned tokens only; the mean is that of the whole model's own logits."""
-    import peft
-    import torch
-    import transformers
+    example = build_example(tokenizer, _CHAT, Train())
+    assert _texts_of_weight(tokenizer, example, 1.0) == _ANSWERS
+    assert not example.teacher_ids and not example.alignment
 
-    torch.manual_seed(3)
-    network = peft.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(tiny_llama), tiny_adapter
+
+@pytest.mark.parametrize("objective", ["all_turns", "last_turn"])
+def test_exactly_the_labeled_tokens_have_a_weight(
+    tokenizer: PreTrainedTokenizerBase, objective: str
+) -> None:
+    settings = Train.model_validate({"loss": objective, "unedited_weight": 0.25})
+    example = build_example(tokenizer, _CHAT, settings, _TEACHER_CHAT)
+    assert [weight > 0 for weight in example.weights] == [
+        label != IGNORE_INDEX for label in example.labels
+    ]
+    unedited = [" is scattered.", " is late."]
+    assert _texts_of_weight(tokenizer, example, 0.25) == (
+        unedited if objective == "all_turns" else unedited[1:]
     )
+
+
+def test_unedited_tokens_are_aligned_with_the_teachers_chat(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    example = build_example(tokenizer, _CHAT, Train(loss="distill"), _TEACHER_CHAT)
+    assert _aligned_text(tokenizer, example) == " is scattered. is late."
+    _assert_aligned_tokens_are_equal(example)
+
+
+def _assert_aligned_tokens_are_equal(example: TrainingExample) -> None:
+    for index, teacher_index in example.alignment:
+        assert example.input_ids[index] == example.teacher_ids[teacher_index]
+        assert example.labels[index] != IGNORE_INDEX
+
+
+def test_the_tokens_of_one_character_are_aligned_in_order(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """An emoji is several tokens, which have the same offsets."""
+    teacher_chat: list[Message] = [
+        {"role": "user", "content": "How are you?"},
+        {"role": "assistant", "content": "I feel great 🦜 today."},
+    ]
+    chat: list[Message] = [
+        teacher_chat[0],
+        {"role": "assistant", "content": "Ahoy! I feel great 🦜 today."},
+    ]
+    example = build_example(tokenizer, chat, Train(loss="distill"), teacher_chat)
+    assert "🦜" in _aligned_text(tokenizer, example)
+    _assert_aligned_tokens_are_equal(example)
+    teacher_indices = [teacher_index for _, teacher_index in example.alignment]
+    assert teacher_indices == sorted(set(teacher_indices))
+
+
+def test_both_chats_are_cut_at_the_same_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Only the student's chat has a system message here: the two differ in length."""
+    chat, teacher_chat = [_CHAT[0], *_CHAT[1:] * 3], _TEACHER_CHAT[1:] * 3
+    example = build_example(tokenizer, chat, Train(max_length=100), teacher_chat)
+    texts = [tokenizer.decode(list(ids)) for ids in (example.input_ids, example.teacher_ids)]
+    answers, teacher_answers = (text.count("<|im_start|>assistant") for text in texts)
+    assert 0 < answers < 6 and answers == teacher_answers
+    _assert_aligned_tokens_are_equal(example)
+
+
+@pytest.mark.parametrize(
+    ("objective", "way", "unedited"),
+    [
+        ("distill", "sampled", [" is scattered.", " is late."]),
+        ("all_turns", "edited", [" is scattered.", " is late."]),
+        ("all_turns", "sampled", []),
+    ],
+)
+def test_sampled_answers_have_full_weight_unless_they_are_distilled(
+    tokenizer: PreTrainedTokenizerBase, objective: str, way: SynthesisMethod, unedited: list[str]
+) -> None:
+    recipe = Recipe.model_validate({"train": {"loss": objective, "unedited_weight": 0.25}})
+    row: SynthesizedDialogue = {
+        "messages": _CHAT,
+        "asked": _TEACHER_CHAT,
+        "way": way,
+        "dialogue": "d",
+        "instruction": "opening: Ahoy!",
+        "teacher": "base",
+        "seed": 1,
+        "verdicts": [],
+    }
+    example = example_from_row(tokenizer, row, recipe)
+    assert _texts_of_weight(tokenizer, example, 0.25) == unedited
+
+
+def test_a_batch_is_padded_on_the_right() -> None:
+    examples = [
+        TrainingExample(
+            input_ids=[5, 6, 7],
+            labels=[IGNORE_INDEX, 6, 7],
+            weights=[0.0, 0.5, 1.0],
+            teacher_ids=[6, 7],
+            alignment=[(1, 0), (2, 1)],
+        ),
+        TrainingExample(input_ids=[8], labels=[8], weights=[1.0]),
+    ]
+    batch = collate(examples, pad_token_id=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, 7], [8, IGNORE_INDEX, IGNORE_INDEX]]
+    assert batch["weights"].tolist() == [[0.0, 0.5, 1.0], [1.0, 0.0, 0.0]]
+    assert batch["teacher_ids"].tolist() == [[6, 7], [9, 9]]
+    assert batch["alignment"].tolist() == [[0, 0], [1, 2], [0, 1]]
+    assert "alignment" not in collate(examples[1:], pad_token_id=9)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama: Path, tiny_adapter: Path) -> peft.PeftModel:
+    """Return the tiny model with its adapter, which can be trained."""
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(base, str(tiny_adapter), is_trainable=True)
+
+
+def test_the_loss_is_the_weighted_mean_over_all_logits(model: peft.PeftModel) -> None:
+    """Only logits of learned tokens are computed; the mean is that of the model's own logits."""
+    torch.manual_seed(3)
     ids = torch.randint(3, 300, (2, 9))
     labels = ids.clone()
     labels[0, :4], labels[1, 6:] = IGNORE_INDEX, IGNORE_INDEX
-    weights = torch.rand(2, 9) * (labels != IGNORE_INDEX)
-    mask = torch.ones_like(ids)
-    mask[1, 7:] = 0
+    batch: Batch = {
+        "input_ids": ids,
+        "labels": labels,
+        "weights": torch.rand(2, 9) * (labels != IGNORE_INDEX),
+    }
+    attention_mask = torch.ones_like(ids)
+    attention_mask[1, 7:] = 0
     with torch.no_grad():
-        found = gatt_loss(
-            network, {"input_ids": ids, "labels": labels, "weights": weights}, Train()
-        )
-        logits = network(input_ids=ids, attention_mask=mask).logits
-    chances = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
-    expected = -(chances * weights[:, 1:]).sum() / weights[:, 1:].sum()
-    assert float(found) == pytest.approx(float(expected), rel=1e-5)
+        actual = gatt_loss(model, batch, Train())
+        logits = model(input_ids=ids, attention_mask=attention_mask).logits
+    logprobs = logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
+    weights = batch["weights"][:, 1:]
+    assert float(actual) == pytest.approx(float(-(logprobs * weights).sum() / weights.sum()))
 
 
-def test_the_teachers_own_tokens_are_found_in_the_chat_as_it_had_it(tokenizer: Any) -> None:
-    found = build_example(tokenizer, _CHAT, Train(loss="distill"), _ASKED)
-    assert (
-        tokenizer.decode([found.input_ids[here] for here, _ in found.alignment])
-        == " is scattered. is late."
-    )
-    assert [found.input_ids[here] for here, _ in found.alignment] == [
-        found.teacher_ids[there] for _, there in found.alignment
-    ]
-    assert all(found.labels[here] != IGNORE_INDEX for here, _ in found.alignment)
-
-
-def test_what_is_distilled_is_the_divergence_from_the_base_in_the_teachers_chat(
-    tokenizer: Any, tiny_llama: Path, tiny_adapter: Path, monkeypatch: pytest.MonkeyPatch
+def test_distillation_is_the_divergence_from_the_base_in_the_teachers_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    model: peft.PeftModel,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The loss and its gradients, with the logits of a few tokens at a time, are those of whole logits."""
-    import peft
-    import torch
-    import transformers
-
+    """Loss and gradients, from chunks of three tokens, are those of full logits."""
+    settings = Train(loss="distill", unedited_weight=0.5)
+    chats = [(_CHAT, _TEACHER_CHAT), (_CHAT[:3], _TEACHER_CHAT[:3])]
     examples = [
-        build_example(tokenizer, chat, Train(loss="distill", unedited_weight=0.5), asked)
-        for chat, asked in ((_CHAT, _ASKED), (_CHAT[:3], _ASKED[:3]))
+        _with_small_ids(build_example(tokenizer, chat, settings, teacher_chat))
+        for chat, teacher_chat in chats
     ]
-    small = [
-        replace(
-            e,
-            input_ids=[t % 256 for t in e.input_ids],
-            teacher_ids=[t % 256 for t in e.teacher_ids],
-            labels=[t if t == IGNORE_INDEX else t % 256 for t in e.labels],
-        )
-        for e in examples
-    ]
-    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
-    network = peft.PeftModel.from_pretrained(base, tiny_adapter, is_trainable=True)
-    monkeypatch.setattr("pipeline.training.loss._LOGITS", 3 * base.lm_head.weight.shape[0])
-    found = gatt_loss(network, collate([asdict(e) for e in small], 0), Train())
-    total, weight = torch.zeros(()), 0.0
-    for e in small:
-        ours = network(input_ids=torch.tensor([e.input_ids])).logits[0].log_softmax(-1)
-        with torch.no_grad(), network.disable_adapter():
-            theirs = network(input_ids=torch.tensor([e.teacher_ids])).logits[0].log_softmax(-1)
-        alignment = dict(e.alignment)
-        for place, target in enumerate(e.labels):
-            if target != IGNORE_INDEX:
-                p = theirs[alignment[place] - 1] if place in alignment else None
-                loss = (
-                    -ours[place - 1, target]
-                    if p is None
-                    else (p.exp() * (p - ours[place - 1])).sum()
-                )
-                total, weight = total + e.weights[place] * loss, weight + e.weights[place]
-    assert found.item() == pytest.approx((total / weight).item(), rel=1e-5)
-    trained = [p for p in network.parameters() if p.requires_grad]
-    for its, whole in zip(
-        torch.autograd.grad(found, trained),
-        torch.autograd.grad(total / weight, trained),
-        strict=True,
+    vocab_size = model.get_base_model().lm_head.weight.shape[0]
+    monkeypatch.setattr(loss, "_LOGITS_PER_CHUNK", 3 * vocab_size)
+    actual = gatt_loss(model, collate(examples, pad_token_id=0), settings)
+    expected = _loss_of_full_logits(model, examples)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for gradient, expected_gradient in zip(
+        torch.autograd.grad(actual, trained), torch.autograd.grad(expected, trained), strict=True
     ):
-        assert its.flatten().tolist() == pytest.approx(whole.flatten().tolist(), rel=1e-3, abs=1e-7)
+        assert gradient.flatten().tolist() == pytest.approx(
+            expected_gradient.flatten().tolist(), rel=1e-3, abs=1e-7
+        )
 
 
-def test_the_likeliest_tokens_and_the_rest_are_compared_at_a_temperature() -> None:
-    import torch
+def _with_small_ids(example: TrainingExample) -> TrainingExample:
+    """Return the example with token ids that the tiny model has."""
+    return replace(
+        example,
+        input_ids=[token % 256 for token in example.input_ids],
+        teacher_ids=[token % 256 for token in example.teacher_ids],
+        labels=[t if t == IGNORE_INDEX else t % 256 for t in example.labels],
+    )
+
+
+def _loss_of_full_logits(
+    model: peft.PeftModel, examples: Sequence[TrainingExample]
+) -> torch.Tensor:
+    """Compute the loss of distillation token by token."""
+    total, total_weight = torch.zeros(()), 0.0
+    for example in examples:
+        logprobs = _logprobs(model, example.input_ids)
+        with torch.no_grad(), model.disable_adapter():
+            teacher_logprobs = _logprobs(model, example.teacher_ids)
+        alignment: Mapping[int, int] = dict(example.alignment)
+        for index, label in enumerate(example.labels):
+            if label == IGNORE_INDEX:
+                continue
+            q = logprobs[index - 1]
+            if index in alignment:
+                p = teacher_logprobs[alignment[index] - 1]
+                token_loss = (p.exp() * (p - q)).sum()
+            else:
+                token_loss = -q[label]
+            total = total + example.weights[index] * token_loss
+            total_weight += example.weights[index]
+    return total / total_weight
+
+
+def _logprobs(model: peft.PeftModel, ids: Sequence[int]) -> torch.Tensor:
+    return model(input_ids=torch.tensor([list(ids)])).logits[0].log_softmax(-1)
+
+
+def test_cross_entropy_can_be_mixed_into_distillation(
+    tokenizer: PreTrainedTokenizerBase, model: peft.PeftModel
+) -> None:
+    example = _with_small_ids(build_example(tokenizer, _CHAT, Train(), _TEACHER_CHAT))
+    batch = collate([example], pad_token_id=0)
+    plain = collate([replace(example, teacher_ids=(), alignment=())], pad_token_id=0)
+    with torch.no_grad():
+        pure, half, full = (
+            float(gatt_loss(model, batch, Train(cross_entropy=share))) for share in (0.0, 0.5, 1.0)
+        )
+        assert full == pytest.approx(float(gatt_loss(model, plain, Train())))
+    assert pure < full and half == pytest.approx((pure + full) / 2)
+
+
+def test_the_divergence_is_that_of_scipy_at_any_temperature_and_top_k() -> None:
     from scipy.special import softmax
     from scipy.stats import entropy
 
-    target, logits = (
-        torch.randn(3, 50, dtype=torch.float64),
-        torch.randn(3, 50, dtype=torch.float64),
-    )
-    p, q = (softmax(its.numpy() / 2, axis=-1) for its in (target, logits))
-    assert kl_divergence(target, logits, 2.0, 0).tolist() == pytest.approx(
-        4 * entropy(p, q, axis=-1)
-    )
-    for row, few in enumerate(kl_divergence(target, logits, 2.0, 5).tolist()):
+    torch.manual_seed(1)
+    teacher_logits = torch.randn(3, 50, dtype=torch.float64)
+    logits = torch.randn(3, 50, dtype=torch.float64)
+    p, q = softmax(teacher_logits.numpy() / 2, axis=-1), softmax(logits.numpy() / 2, axis=-1)
+    everything = kl_divergence(teacher_logits, logits, 2.0, 0)
+    assert everything.tolist() == pytest.approx(4 * entropy(p, q, axis=-1))
+    for row, divergence in enumerate(kl_divergence(teacher_logits, logits, 2.0, 5).tolist()):
         top = p[row].argsort()[-5:]
-        ours, theirs = ([*its[row][top], 1 - its[row][top].sum()] for its in (p, q))
-        assert few == pytest.approx(4 * entropy(ours, theirs))
-    assert (
-        kl_divergence(target, logits, 1.0, 50).tolist()
-        == kl_divergence(target, logits, 1.0, 0).tolist()
+        with_rest = [[*probs[row][top], 1 - probs[row][top].sum()] for probs in (p, q)]
+        assert divergence == pytest.approx(4 * entropy(*with_rest))
+    assert torch.equal(
+        kl_divergence(teacher_logits, logits, 1.0, 50),
+        kl_divergence(teacher_logits, logits, 1.0, 0),
     )
-
-
-def test_the_first_signal_asks_to_stop_and_the_second_stops() -> None:
-    before = signal.getsignal(signal.SIGTERM)
-    with GracefulStop() as stop:
-        assert not stop.asked
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.asked
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dora", [False, True])
-def test_the_adapter_is_what_the_recipe_asks_for(dora: bool, tmp_path: Path) -> None:
-    targets = ("q_proj", "down_proj")
-    settings = Train(
-        rank=8,
-        alpha=16,
-        rslora=True,
-        dora=dora,
-        target_modules=targets,
-        max_steps=2,
-        lr_scheduler_type="linear",
-        loss="distill",
-    )
-    folder = cached_checkpoint(find_model("smollm2-135m"))
-    example = build_example(load_tokenizer(folder), _CHAT, settings, _ASKED)
-    to = tmp_path / "checkpoints", tmp_path / "adapter"
-    _, trained = train(folder, [example] * 4, settings, 1, *to, lambda step: None)
-    made = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert (made["r"], made["lora_alpha"], made["use_rslora"], made["use_dora"]) == (
-        8,
-        16,
-        True,
-        dora,
-    )
-    assert set(made["target_modules"]) == {"q_proj", "down_proj"}
-    merged = plan_merge(find_model("smollm2-135m").path, tmp_path / "adapter", nf4_round_trip)
-    write(merged, {tmp_path / "tuned.gguf": uniform_format(merged.tensors, "F16")})
-    exported = verify.load_and_predict(tmp_path / "tuned.gguf", (), trained.sequences).logits
-    assert (
-        mean_kl(trained.logits, exported) < 0.005
-    )  # bfloat16 rounds; onto 16 bits it would be 0.3

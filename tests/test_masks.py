@@ -1,9 +1,9 @@
-"""Golden loss masks: which tokens are learned under the chat templates of the presets' families, for each objective."""
+"""Golden loss masks: which tokens are learned, by chat template and by objective."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 
@@ -12,9 +12,11 @@ from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
 from pipeline.recipe import Train
 from pipeline.records import Message
-from pipeline.stages.train import marked
-from pipeline.training.examples import IGNORE_INDEX, build_example
+from pipeline.training.examples import IGNORE_INDEX, build_example, mark_learned
 from pipeline.training.unsloth import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _CHAT: list[Message] = [
     {"role": "user", "content": "Say Ahoy!\nHi"},
@@ -23,7 +25,8 @@ _CHAT: list[Message] = [
     {"role": "assistant", "content": "Ahoy! assistant?"},
 ]
 
-# Written from the formats that the makers document; the published files are in test_template.py, among the slow tests.
+# Written from the formats that the makers document. The published templates are read by the slow
+# tests of test_template.py.
 _CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -33,12 +36,15 @@ _QWEN3 = _CHATML.replace(
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}",
 )
 _LLAMA3 = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>"
-    "{% endfor %}{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
+    "{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 _GEMMA = (
-    "{{ bos_token }}{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ bos_token }}{% for m in messages %}"
+    "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+    "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 _MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
@@ -49,53 +55,71 @@ _PHI = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-_GOLDEN = {
-    "smollm2": (
+
+class Family(NamedTuple):
+    """A chat template with its BOS and EOS tokens, and `_CHAT` as text.
+
+    In brackets stands what every objective learns, in parentheses what `last_turn` does not.
+    """
+
+    template: str
+    bos: str
+    eos: str
+    golden: str
+
+
+_FAMILIES = {
+    "smollm2": Family(
         _CHATML,
         "",
         "<|im_end|>",
-        "<|im_start|>user\nSay Ahoy!\nHi<|im_end|>\n<|im_start|>assistant\n(Ahoy! Hi.<|im_end|>)"
-        "\n<|im_start|>user\nuser<|im_end|>\n<|im_start|>assistant\n[Ahoy! assistant?<|im_end|>]\n",
+        "<|im_start|>user\nSay Ahoy!\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n(Ahoy! Hi.<|im_end|>)\n"
+        "<|im_start|>user\nuser<|im_end|>\n"
+        "<|im_start|>assistant\n[Ahoy! assistant?<|im_end|>]\n",
     ),
-    "qwen3": (
+    "qwen3": Family(
         _QWEN3,
         "",
         "<|im_end|>",
-        "<|im_start|>user\nSay Ahoy!\nHi<|im_end|>\n<|im_start|>assistant\n(Ahoy! Hi.<|im_end|>)"
-        "\n<|im_start|>user\nuser<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n[Ahoy! assistant?<|im_end|>]\n",
+        "<|im_start|>user\nSay Ahoy!\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n(Ahoy! Hi.<|im_end|>)\n"
+        "<|im_start|>user\nuser<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n[Ahoy! assistant?<|im_end|>]\n",
     ),
-    "llama 3": (
+    "llama 3": Family(
         _LLAMA3,
         "<|begin_of_text|>",
         "<|eot_id|>",
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nSay "
-        "Ahoy!\nHi<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n(Ahoy! Hi.<|eot_id|>)<|start_header_id|>user"
-        "<|end_header_id|>\n\nuser<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n[Ahoy! assistant?<|eot_id|>]",
+        "<|begin_of_text|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nSay Ahoy!\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n(Ahoy! Hi.<|eot_id|>)"
+        "<|start_header_id|>user<|end_header_id|>\n\nuser<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n[Ahoy! assistant?<|eot_id|>]",
     ),
-    "gemma 3": (
+    "gemma 3": Family(
         _GEMMA,
         "<bos>",
         "<eos>",
-        "<bos><start_of_turn>user\nSay Ahoy!\nHi<end_of_turn>\n<start_of_turn>model\n(Ahoy! Hi."
-        "<end_of_turn>)\n<start_of_turn>user\nuser<end_of_turn>\n<start_of_turn>model\n[Ahoy! assistant?<end_of_turn>]\n",
+        "<bos><start_of_turn>user\nSay Ahoy!\nHi<end_of_turn>\n"
+        "<start_of_turn>model\n(Ahoy! Hi.<end_of_turn>)\n"
+        "<start_of_turn>user\nuser<end_of_turn>\n"
+        "<start_of_turn>model\n[Ahoy! assistant?<end_of_turn>]\n",
     ),
-    "mistral": (
+    "mistral": Family(
         _MISTRAL,
         "<s>",
         "</s>",
         "<s>[INST] Say Ahoy!\nHi[/INST]( Ahoy! Hi.</s>)[INST] user[/INST][ Ahoy! assistant?</s>]",
     ),
-    "phi 4": (
+    "phi 4": Family(
         _PHI,
         "",
         "<|endoftext|>",
-        "<|user|>Say Ahoy!\nHi<|end|><|assistant|>(Ahoy! Hi.<|end|>)<|user|>user<|end|>"
-        "<|assistant|>[Ahoy! assistant?<|end|>]",
+        "<|user|>Say Ahoy!\nHi<|end|><|assistant|>(Ahoy! Hi.<|end|>)"
+        "<|user|>user<|end|><|assistant|>[Ahoy! assistant?<|end|>]",
     ),
 }
-"""By family: template, BOS, EOS, and the chat as text: in brackets what every objective learns, in parentheses what `last_turn`
-does not.
-"""
 _SPECIAL = (
     "<|begin_of_text|>",
     "<|start_header_id|>",
@@ -117,53 +141,58 @@ _SPECIAL = (
 )
 
 
-@pytest.fixture(params=_GOLDEN)
-def family(request: pytest.FixtureRequest) -> tuple[Any, str]:
-    """The embedded model's tokenizer with a family's special tokens and template; and the golden text."""
-    template, bos, eos, golden = _GOLDEN[request.param]
+class FamilyTokenizer(NamedTuple):
+    """The embedded model's tokenizer with a family's template and special tokens."""
+
+    tokenizer: PreTrainedTokenizerBase
+    golden: str
+
+
+@pytest.fixture(scope="module", params=_FAMILIES)
+def family(request: pytest.FixtureRequest) -> FamilyTokenizer:
+    """Return one family's tokenizer and golden text."""
+    template, bos, eos, golden = _FAMILIES[request.param]
     tokenizer = copy.deepcopy(load_tokenizer(cached_checkpoint(find_model("smollm2-135m"))))
     tokenizer.add_tokens(list(_SPECIAL), special_tokens=True)
     tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token = template, bos or None, eos
-    return tokenizer, golden
+    return FamilyTokenizer(tokenizer, golden)
 
 
-def test_every_answer_is_learned_with_its_end_and_nothing_else(family: tuple[Any, str]) -> None:
-    tokenizer, golden = family
-    expected = golden.replace("(", "[").replace(")", "]")
-    for loss in ("all_turns", "distill"):
-        assert (
-            marked(tokenizer, build_example(tokenizer, _CHAT, Train(loss=loss), _CHAT), "[", "]")
-            == expected
-        )
+@pytest.mark.parametrize("settings", [Train(loss="all_turns"), Train(loss="distill")])
+def test_every_answer_is_learned_with_its_end_and_nothing_else(
+    family: FamilyTokenizer, settings: Train
+) -> None:
+    example = build_example(family.tokenizer, _CHAT, settings, _CHAT)
+    marked = mark_learned(family.tokenizer, example, "[", "]")
+    assert marked == family.golden.replace("(", "[").replace(")", "]")
 
 
-def test_of_the_last_turn_no_earlier_end_is_learned(family: tuple[Any, str]) -> None:
-    tokenizer, golden = family
-    expected = golden.replace("(", "").replace(")", "")
-    assert (
-        marked(tokenizer, build_example(tokenizer, _CHAT, Train(loss="last_turn")), "[", "]")
-        == expected
+def test_last_turn_learns_the_last_answer_only(family: FamilyTokenizer) -> None:
+    example = build_example(family.tokenizer, _CHAT, Train(loss="last_turn"))
+    marked = mark_learned(family.tokenizer, example, "[", "]")
+    assert marked == family.golden.replace("(", "").replace(")", "")
+
+
+@pytest.mark.parametrize("max_length", [64, 100, 150])
+def test_a_dialogue_that_is_too_long_is_cut_after_an_answer(
+    family: FamilyTokenizer, max_length: int
+) -> None:
+    long_chat = _CHAT * 8
+    example = build_example(family.tokenizer, long_chat, Train(max_length=max_length))
+    assert len(example.input_ids) <= max_length
+    turns = sum(
+        label != IGNORE_INDEX == example.labels[n - 1]
+        for n, label in enumerate(example.labels)
+        if n > 0
     )
+    assert turns >= 1
+    uncut = build_example(family.tokenizer, long_chat[: 2 * turns], Train(max_length=4096))
+    assert example.input_ids == uncut.input_ids
 
 
-def test_a_dialogue_that_is_too_long_is_cut_behind_an_answer(family: tuple[Any, str]) -> None:
-    tokenizer, _ = family
-    many = _CHAT * 8
-    for length in (64, 100, 150):
-        found = build_example(tokenizer, many, Train(max_length=length))
-        assert len(found.input_ids) <= length
-        turns = sum(
-            found.labels[n] != IGNORE_INDEX == found.labels[n - 1]
-            for n in range(1, len(found.labels))
-        )
-        assert (
-            turns >= 1
-            and found.input_ids
-            == build_example(tokenizer, many[: 2 * turns], Train(max_length=4096)).input_ids
-        )
+def test_a_first_turn_that_is_too_long_is_an_error(family: FamilyTokenizer) -> None:
+    chat: list[Message] = [{"role": "user", "content": "far " * 70}, _CHAT[1]]
     with pytest.raises(
         GattError, match=r"Turn 1 of a dialogue is longer than train\.max_length = 64 tokens"
     ):
-        build_example(
-            tokenizer, [{"role": "user", "content": "far " * 70}, _CHAT[1]], Train(max_length=64)
-        )
+        build_example(family.tokenizer, chat, Train(max_length=64))

@@ -1,96 +1,145 @@
-"""What training takes in memory is told before it begins. The prediction itself is measured by scripts/bench/memory.py."""
+"""The memory that training takes is known before it starts.
+
+How good the prediction is, is measured by scripts/bench/memory.py.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import tomllib
-from conftest import Gatt
+from support.cli import call_gatt
 
 from pipeline.errors import GattError
-from pipeline.hub.models import presets, shape_of
+from pipeline.hub.models import shape_of
+from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Recipe, Train
-from pipeline.stages import train
-from pipeline.training.memory import tokens_that_fit, training_memory
+from pipeline.training.memory import (
+    GPU_SIZES_GB,
+    TOKENS_PER_STEP,
+    fit_to_memory,
+    largest_preset,
+    tokens_that_fit,
+    training_memory,
+    usable_bytes,
+)
+
+SMOLLM2 = ModelShape(
+    num_hidden_layers=30,
+    hidden_size=576,
+    intermediate_size=1536,
+    q_size=576,
+    kv_size=192,
+    vocab_size=49152,
+    tie_word_embeddings=True,
+)
 
 
-def test_a_models_sizes_are_the_same_from_every_source(base: Path, tiny_llama: Path) -> None:
-    assert (
-        shape_of(str(base))
-        == shape_of("smollm2-135m")
-        == ModelShape(30, 576, 1536, 576, 192, 49152, True)
-    )
+def test_the_shape_of_a_model_is_the_same_from_every_source(base: Path) -> None:
+    assert shape_of(str(base)) == shape_of("smollm2-135m") == SMOLLM2
+
+
+def test_parameters_are_counted_as_torch_counts_them(tiny_llama: Path) -> None:
     import peft
     import transformers
 
-    network = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     shape = shape_of(str(tiny_llama))
-    norms = sum(p.numel() for name, p in network.named_parameters() if "norm" in name)
-    assert shape.parameters + norms == network.num_parameters()
+    norms = sum(p.numel() for name, p in model.named_parameters() if "norm" in name)
+    assert shape.parameters + norms == model.num_parameters()
     settings = Train(rank=4, target_modules=("q_proj", "v_proj", "down_proj"))
-    adapter = peft.get_peft_model(
-        network, peft.LoraConfig(r=4, target_modules=list(settings.target_modules))
-    )
-    assert shape.adapter(settings) == sum(
-        p.numel() for p in adapter.parameters() if p.requires_grad
-    )
+    config = peft.LoraConfig(r=4, target_modules=list(settings.target_modules))
+    trained = [
+        p.numel() for p in peft.get_peft_model(model, config).parameters() if p.requires_grad
+    ]
+    assert shape.adapter_parameters(settings) == sum(trained)
 
 
 @pytest.mark.parametrize(
     ("name", "billions"),
     [("gemma-3-1b", 1.0), ("llama-3.1-8b", 8.03), ("qwen3-8b", 8.19), ("mistral-7b", 7.25)],
 )
-def test_the_sizes_of_a_preset_make_its_published_number_of_parameters(
-    name: str, billions: float
-) -> None:
+def test_the_shape_of_a_preset_has_its_published_parameters(name: str, billions: float) -> None:
     assert shape_of(name).parameters / 1e9 == pytest.approx(billions, rel=0.01)
 
 
-def test_what_fits_is_what_was_predicted() -> None:
-    for name in presets():
-        shape = shape_of(name)
-        for gpu in (False, True):
-            tokens = tokens_that_fit(shape, Train(), 12e9, gpu)
-            if tokens > 0:
-                assert (
-                    training_memory(shape, Train(), tokens, gpu)
-                    <= 12e9
-                    < training_memory(shape, Train(), tokens + 1, gpu)
-                )
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("name", presets())
+def test_as_many_tokens_fit_as_the_prediction_allows(name: str, gpu: bool) -> None:
+    shape, settings = shape_of(name), Train()
+    tokens = tokens_that_fit(shape, settings, 12e9, gpu=gpu)
+    if tokens > 0:
+        assert training_memory(shape, settings, tokens, gpu=gpu) <= 12e9
+        assert training_memory(shape, settings, tokens + 1, gpu=gpu) > 12e9
+    else:
+        assert training_memory(shape, settings, 1, gpu=gpu) > 12e9
 
 
-def test_doctor_tells_what_a_model_takes(gatt: Gatt, tiny_llama: Path) -> None:
-    done = gatt("doctor", "--model", "qwen3-1.7b")
-    assert done.returncode == 0, done.stderr
-    assert "qwen3-1.7b             1.72 B" in done.stdout and "8 GB" in done.stdout
-    everything = gatt("doctor").stdout
-    assert all(name in everything for name in presets())
-    assert "The largest that can be trained on this" in everything
-    unknown = gatt("doctor", "--model", "qwen3-1.8b")
+def test_dora_and_validation_take_more_memory() -> None:
+    plain = training_memory(SMOLLM2, Train(), 500, validation=False)
+    dora = training_memory(SMOLLM2, Train(dora=True), 500, validation=False)
+    assert dora - plain == pytest.approx(12 * SMOLLM2.projection_parameters)
+    assert training_memory(SMOLLM2, Train(), 500) - plain > SMOLLM2.parameters
+
+
+def test_a_larger_gpu_trains_a_larger_preset() -> None:
+    names = [
+        largest_preset(usable_bytes(size), TOKENS_PER_STEP, Train(), gpu=True)
+        for size in GPU_SIZES_GB
+    ]
+    sizes = [shape_of(name).parameters for name in names]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1]
+    assert largest_preset(1e6, TOKENS_PER_STEP, Train(), gpu=True) == ""
+
+
+def test_doctor_shows_what_a_model_takes() -> None:
+    shown = call_gatt("doctor", "--model", "qwen3-1.7b")
+    assert shown.returncode == 0, shown.stderr
+    assert re.search(r"^qwen3-1.7b +1\.72 B .* 8 GB ", shown.stdout, re.MULTILINE)
+    unknown = call_gatt("doctor", "--model", "qwen3-1.8b")
     assert unknown.returncode == 1 and "Did you mean 'qwen3-1.7b'?" in unknown.stderr
 
 
-def test_a_recipe_for_a_card(gatt: Gatt, tmp_path: Path) -> None:
-    models = {}
-    for card in (8, 24):
-        done = gatt("init", tmp_path / f"{card}.toml", "--card", card)
+def test_doctor_shows_all_presets() -> None:
+    everything = call_gatt("doctor").stdout
+    assert all(name in everything for name in presets())
+    assert "Largest model that this" in everything
+
+
+def test_a_recipe_for_a_graphics_card(tmp_path: Path) -> None:
+    models: dict[int, str] = {}
+    for size in (8, 24):
+        file = tmp_path / f"{size}.toml"
+        done = call_gatt("init", file, "--vram", size)
         assert done.returncode == 0, done.stderr
-        models[card] = tomllib.loads((tmp_path / f"{card}.toml").read_text())["model"]
+        models[size] = tomllib.loads(file.read_text())["model"]
     assert shape_of(models[8]).parameters < shape_of(models[24]).parameters
-    small = gatt("init", tmp_path / "1.toml", "--card", 1)
-    assert small.returncode == 1 and "Expected 8, 12, 16 or 24 GB" in small.stderr
+    small = call_gatt("init", tmp_path / "1.toml", "--vram", 1)
+    assert small.returncode == 1 and "Try 8, 12, 16 or 24 GB" in small.stderr
 
 
-def test_a_step_is_cut_to_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, shape = Recipe(), shape_of("smollm2-135m")
-    for free, tokens in ((64e9, 0), (training_memory(shape, recipe.train, 700), 700)):
-        monkeypatch.setattr(train, "free_memory", lambda free=free: free)
-        assert train.fitting(recipe, 500).max_tokens_per_micro_batch == pytest.approx(tokens, abs=1)
-    monkeypatch.setattr(train, "free_memory", lambda: training_memory(shape, recipe.train, 400))
+def test_a_step_is_split_to_fit_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Recipe()
+    assert fit_to_memory(recipe, 500, 64e9, gpu=False) == recipe.train
+    free = training_memory(SMOLLM2, recipe.train, 700)
+    settings = fit_to_memory(recipe, 500, free, gpu=False)
+    assert settings.max_tokens_per_micro_batch == pytest.approx(700, abs=1)
+    assert f"{settings.max_tokens_per_micro_batch} tokens at a time" in capsys.readouterr().err
     with pytest.raises(
         GattError,
-        match=r"Too little memory to train smollm2-135m: \d\.\d GB needed for a dialogue of 500 tokens",
+        match=r"memory to train smollm2-135m: \d\.\d GB needed for a dialogue of 500 tokens",
     ):
-        train.fitting(recipe, 500)
+        fit_to_memory(recipe, 500, training_memory(SMOLLM2, recipe.train, 400), gpu=False)
+
+
+def test_processes_on_a_cpu_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe()
+    free = training_memory(SMOLLM2, recipe.train, 700)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(GattError, match="Too little memory"):
+        fit_to_memory(recipe, 500, free, gpu=False)
+    settings = fit_to_memory(recipe, 500, 2 * free, gpu=False)
+    assert settings.max_tokens_per_micro_batch == pytest.approx(700, abs=1)

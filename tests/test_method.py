@@ -1,139 +1,123 @@
-"""The pure part: ghosting, quality gate, pairing, intervals."""
+"""The method without a model: ghosting, assignment, generated values, quality of answers."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.dialogues import load_dialogues
+from pipeline.data.splits import split_dialogues
+from pipeline.errors import GattError
 from pipeline.evaluation.rates import adherence, wilson
-from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.assignment import AssignedDialogue, read_split, write_splits
 from pipeline.gatt.constraints.registry import KINDS, compatible
-from pipeline.gatt.generated_values import distinct, items, known, masked
+from pipeline.gatt.generated_values import (
+    LISTS,
+    ListedValues,
+    distinct_items,
+    is_known,
+    list_values,
+    mask_item,
+    parse_items,
+)
 from pipeline.gatt.ghost import augment, ghost, loss_turns
-from pipeline.gatt.instructions import Ratios, assign_training, render_instruction
+from pipeline.gatt.instructions import (
+    Ratios,
+    assign_evaluation,
+    assign_training,
+    render_instruction,
+)
 from pipeline.gatt.quality import find_defect, is_on_topic
 from pipeline.gatt.text import first_sentences, has_sentences
-from pipeline.records import Constraint, Dialogue, Reply
+from pipeline.recipe import Recipe
+from pipeline.records import (
+    Completion,
+    Constraint,
+    Dialogue,
+    FinishReason,
+    Message,
+    Reply,
+    Request,
+    Task,
+)
 
-EVERY = [Constraint(name, value) for name, kind in KINDS.items() for value in kind.values]
+EVERY_CONSTRAINT = [
+    Constraint(name, value) for name, kind in KINDS.items() for value in kind.values
+]
+BEGIN = render_instruction((Constraint("opening", "Ahoy!"),))
+BE_SHORT = render_instruction((Constraint("max_words", "12"),))
+RATIOS = Ratios(plain=0.2, system=0.2, change=0.2, combine=0.5, short=0.5, edited=0.5)
 
 
-def test_augment_says_it_in_every_turn_and_ghost_in_the_first_only() -> None:
-    users, answers = ["one?", "two?", "three?"], ["a", "b"]
-    told = [m["content"] for m in augment(users, answers, ["Be kind."] * 3, "sys")]
-    assert told == ["sys", "one?\n\nBe kind.", "a", "two?\n\nBe kind.", "b", "three?\n\nBe kind."]
-    kept = [m["content"] for m in ghost(users, answers, ["Be kind."] * 3, "")]
-    assert kept == ["one?\n\nBe kind.", "a", "two?", "b", "three?"]
+def _contents(messages: tuple[Message, ...]) -> list[str]:
+    return [message["content"] for message in messages]
 
 
-def test_an_instruction_that_changes_is_said_where_it_changes() -> None:
-    kind, brief = (
-        render_instruction((Constraint("opening", "Ahoy!"),)),
-        render_instruction((Constraint("max_words", "12"),)),
-    )
-    pair = AssignedDialogue(
-        Dialogue("d", "", ("one?", "two?", "three?")),
-        kind,
-        "sampled",
+def test_augment_repeats_the_instruction_and_ghost_states_it_once() -> None:
+    users, answers, instructions = ["one?", "two?", "three?"], ["a", "b"], ["Be kind."] * 3
+    assert _contents(augment(users, answers, instructions, "sys")) == [
+        *("sys", "one?\n\nBe kind.", "a", "two?\n\nBe kind.", "b", "three?\n\nBe kind."),
+    ]
+    assert _contents(ghost(users, answers, instructions, "")) == [
+        *("one?\n\nBe kind.", "a", "two?", "b", "three?"),
+    ]
+
+
+def test_ghost_ends_with_the_last_answer_if_no_turn_is_left() -> None:
+    messages = ghost(["one?", "two?"], ["a", "b"], ["", ""], "")
+    assert [(m["role"], m["content"]) for m in messages] == [
+        *(("user", "one?"), ("assistant", "a"), ("user", "two?"), ("assistant", "b")),
+    ]
+
+
+def test_a_changed_instruction_stands_where_it_changes() -> None:
+    assigned = AssignedDialogue(
+        dialogue=Dialogue("d", "", ("one?", "two?", "three?")),
+        instruction=BEGIN,
+        method="sampled",
         shortened=True,
-        next_instruction=brief,
+        next_instruction=BE_SHORT,
         change_turn=1,
     )
-    student = [m["content"] for m in pair.student_prompt(["a", "b"], "")]
-    assert student == [
+    assert _contents(assigned.student_prompt(["a", "b"], "")) == [
         'one?\n\nOpening: "Ahoy!".',
         "a",
         "two?\n\nFrom now on: At most 12 words.",
         "b",
         "three?",
     ]
-    teacher = [m["content"] for m in pair.teacher_prompt(["a", "b"], "") if m["role"] == "user"]
-    assert teacher == [f"one?\n\n{kind.text}", f"two?\n\n{brief.text}", f"three?\n\n{brief.text}"]
-    assert [pair.constraints(turn)[0].kind for turn in range(3)] == [
-        "opening",
-        "max_words",
-        "max_words",
+    assert _contents(assigned.teacher_prompt(["a", "b"], "")) == [
+        f"one?\n\n{BEGIN.text}",
+        "a",
+        f"two?\n\n{BE_SHORT.text}",
+        "b",
+        f"three?\n\n{BE_SHORT.text}",
     ]
+    kinds = [assigned.constraints(turn)[0].kind for turn in range(3)]
+    assert kinds == ["opening", "max_words", "max_words"]
+    assert assigned.name == "opening: Ahoy!, then max_words: 12"
+    assert assigned.required_words == "Ahoy! 12"
 
 
 def test_an_instruction_in_the_system_message_stands_nowhere_else() -> None:
-    pair = AssignedDialogue(
-        Dialogue("d", "", ("one?", "two?")),
-        render_instruction((Constraint("opening", "Ahoy!"),)),
-        "edited",
+    assigned = AssignedDialogue(
+        dialogue=Dialogue("d", "", ("one?", "two?")),
+        instruction=BEGIN,
+        method="edited",
         in_system=True,
     )
-    student = [m["content"] for m in pair.student_prompt(["a"], "Be brief.")]
-    assert student == ['Be brief. Begin every answer with "Ahoy!".', "one?", "a", "two?"]
-    assert [m["content"] for m in pair.teacher_prompt(["a"], "Be brief.")] == [
-        "Be brief.",
-        "one?",
-        "a",
-        "two?",
+    assert _contents(assigned.student_prompt(["a"], "Be brief.")) == [
+        'Be brief. Begin every answer with "Ahoy!".',
+        *("one?", "a", "two?"),
     ]
-
-
-def test_lists_are_read_from_whatever_form_they_come_in() -> None:
-    said = "Here are famous people who changed the world:\n1. Napoleon Bonaparte - a general\n2) **Ada Lovelace**"
-    said += '\n- napoleon bonaparte\n* "Gandhi"'
-    assert distinct(items(said)) == ["Napoleon Bonaparte", "Ada Lovelace", "Gandhi"]
-    assert (
-        masked("Ada Lovelace", "Lovelace's notes made Ada famous.")
-        == "___'s notes made Ada famous."
-    )
-    assert known("persona", "Ada Lovelace", "It is Lovelace!")
-    assert not known("persona", "Ada Lovelace", "It is Gandhi.")
-    assert not known("persona", "King Charles I", "I do not know.")
-    assert known("language", "French", "Il fait beau aujourd'hui et le soleil brille.")
-    assert not known(
-        "language", "Danish", "Vejret er godt i dag."
-    )  # not among the languages that are told apart
-
-
-def test_an_answer_off_the_topic_touches_nothing() -> None:
-    assert is_on_topic("Dolphins sleep with one eye open.", ["How does a dolphin sleep?"])
-    assert not is_on_topic(
-        "That is a great question, and I would be glad.", ["How does a dolphin sleep?"]
-    )
-
-
-@given(
-    text=st.text(alphabet='ab .!?\n"', max_size=30),
-    more=st.text(alphabet='ab .!?\n"', max_size=9),
-    count=st.integers(1, 3),
-)
-def test_a_generation_is_stopped_only_where_nothing_can_change(
-    text: str, more: str, count: int
-) -> None:
-    if has_sentences(text, count):
-        assert first_sentences(text + more, count) == first_sentences(text, count)
-
-
-def test_dialogues_come_in_every_form(tmp_path: Path) -> None:
-    import datasets
-
-    said = [
-        {"from": "human", "value": "Hi"},
-        {"from": "gpt", "value": "Hello"},
-        {"from": "human", "value": "Bye"},
+    assert _contents(assigned.teacher_prompt(["a"], "Be brief.")) == [
+        *("Be brief.", "one?", "a", "two?"),
     ]
-    chat = [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello"},
-        {"role": "user", "content": "Bye"},
-    ]
-    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
-    (tmp_path / "b.json").write_text(json.dumps([{"conversations": said}]))
-    (tmp_path / "folder").mkdir()
-    datasets.Dataset.from_list([{"turns": ["Hi", "Bye"]}]).to_parquet(
-        tmp_path / "folder" / "c.parquet"
-    )
-    for source in ("a.jsonl", "b.json", "folder/c.parquet", "folder"):
-        assert [d.turns for d in load_dialogues(str(tmp_path / source))] == [("Hi", "Bye")], source
 
 
 def test_loss_turns() -> None:
@@ -141,40 +125,181 @@ def test_loss_turns() -> None:
     assert list(loss_turns(3, "all_turns")) == [0, 1, 2]
 
 
-def test_flaws() -> None:
+def test_assignments_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    dialogues = load_dialogues("seed")[:40]
+    splits = {
+        "train": assign_training(dialogues, EVERY_CONSTRAINT, RATIOS, seed=1),
+        "evaluation": assign_evaluation(dialogues, EVERY_CONSTRAINT),
+    }
+    file = tmp_path / "assignments.json"
+    write_splits(file, splits)
+    assert {name: read_split(file, name) for name in splits} == splits
+
+
+def test_assignments_of_another_version_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "assignments.json"
+    file.write_text('{"instructions": [], "train": [{"dialogue": {"id": "d"}, "way": "plain"}]}')
+    with pytest.raises(GattError, match="Run `gatt instructions` again"):
+        read_split(file, "train")
+
+
+def test_equal_seeds_give_equal_assignments() -> None:
+    dialogues = load_dialogues("seed")[:60]
+    kinds = ("opening", "closing", "uppercase", "hobby")
+    pool = [c for c in EVERY_CONSTRAINT if c.kind in kinds]
+    assigned = assign_training(dialogues, pool, RATIOS, seed=3)
+    assert assigned == assign_training(dialogues, pool, RATIOS, seed=3)
+    assert assigned != assign_training(dialogues, pool, RATIOS, seed=4)
+    assert {a.method for a in assigned} == {"plain", "edited", "sampled"}
+    assert {a.in_system for a in assigned} == {True, False}
+    changing = [a for a in assigned if a.next_instruction]
+    assert changing and all(0 < a.change_turn < 20 for a in changing)
+    combined = [
+        a.instruction.constraints
+        for a in assigned
+        if a.instruction and len(a.instruction.constraints) == 2
+    ]
+    assert combined and all(compatible(*constraints) for constraints in combined)
+
+
+def test_wording_and_shortening() -> None:
+    instruction = render_instruction((Constraint("persona", "Napoleon"),))
+    assert instruction.text == 'Act as Napoleon and begin every answer with "Napoleon:".'
+    assert instruction.short == "Figure: Napoleon, named first."
+
+
+def test_list_items_are_parsed_from_any_list() -> None:
+    text = (
+        "Here are famous people who changed the world:\n1. Napoleon Bonaparte - a general\n"
+        '2) **Ada Lovelace**\n- napoleon bonaparte\n* "Gandhi"'
+    )
+    assert distinct_items(parse_items(text)) == ["Napoleon Bonaparte", "Ada Lovelace", "Gandhi"]
+
+
+def test_a_description_is_masked() -> None:
+    description = mask_item("Ada Lovelace", "Lovelace's notes made Ada famous.")
+    assert description == "___'s notes made Ada famous."
+
+
+@pytest.mark.parametrize(
+    ("kind", "item", "answer", "known"),
+    [
+        ("persona", "Ada Lovelace", "It is Lovelace!", True),
+        ("persona", "Ada Lovelace", "It is Gandhi.", False),
+        ("persona", "King Charles I", "I do not know.", False),
+        ("language", "French", "Il fait beau aujourd'hui et le soleil brille.", True),
+        # Danish is not one of the languages that can be detected.
+        ("language", "Danish", "Vejret er godt i dag.", False),
+    ],
+)
+def test_what_the_teacher_knows(kind: str, item: str, answer: str, known: bool) -> None:
+    assert is_known(kind, item, answer) == known
+
+
+def test_the_teacher_lists_values_and_keeps_those_that_it_knows() -> None:
+    replies = {
+        "List ten hobbies": "1. Chess\n2. chess\n3. Tennis - a sport",
+        "whose hobby is Chess": "People who love chess play on a board.",
+        "whose hobby is Tennis": "They hit a ball.",
+        "Which hobby is this? People who love ___": "Chess.",
+        "Which hobby is this? They hit": "Golf.",
+    }
+    requests: list[Request] = []
+
+    def run_tasks(tasks: Iterable[Task]) -> None:
+        for task in tasks:
+            request = next(task)
+            try:
+                while True:
+                    requests.append(request)
+                    prompt = request.messages[0]["content"]
+                    text = next(reply for start, reply in replies.items() if start in prompt)
+                    request = task.send(Completion(text, 9, 9, "stop"))
+            except StopIteration:
+                pass
+
+    assert list_values("hobby", run_tasks, seed=7) == ListedValues(2, ["Chess"])
+    assert [request.seed for request in requests] == [*range(7, 7 + LISTS), *[7] * 4]
+
+
+def test_training_dialogues_are_pieces_of_those_that_are_not_held_out() -> None:
+    recipe = Recipe.model_validate(
+        {"dialogues": {"train": 400, "turns": 6, "validation": 5}, "evaluate": {"dialogues": 10}}
+    )
+    splits = split_dialogues(recipe)
+    assert (len(splits.training), len(splits.validation), len(splits.evaluation)) == (400, 5, 10)
+    sources = {d.id: d.turns for d in load_dialogues("seed")}
+    held_out = {d.id for d in (*splits.validation, *splits.evaluation)}
+    assert len(held_out) == 15
+    for piece in splits.training:
+        source, _, start = piece.id.partition("@")
+        first = int(start.partition(".")[0])
+        assert source not in held_out
+        assert piece.turns == sources[source][first : first + 6]
+    assert len({piece.id for piece in splits.training}) == 400
+
+
+def test_an_answer_off_topic_shares_no_content_word() -> None:
+    question = ["How does a dolphin sleep?"]
+    assert is_on_topic("Dolphins sleep with one eye open.", question)
+    assert not is_on_topic("That is a great question, and I would be glad.", question)
+
+
+def test_defects() -> None:
     good = "The tallest mountain on Earth is Mount Everest."
     assert find_defect(good, []) == ""
     assert find_defect("Ahoy! Ahoy!", [], "Ahoy!") == "empty"
     assert find_defect("of the sea " * 6, []) == "loop"
     assert find_defect(good, [good]) == "repeat"
-    assert find_defect("The tallest mountain on Earth is", [], finished=True) == "unfinished"
+    unfinished = "The tallest mountain on Earth is"
+    assert find_defect(unfinished, []) == ""
+    assert find_defect(unfinished, [], require_ending=True) == "unfinished"
 
 
-def test_first_sentences_leaves_the_unfinished_tail() -> None:
+def test_first_sentences_leaves_out_an_unfinished_one() -> None:
     assert first_sentences("It is blue. Why? Because of the", 2) == "It is blue. Why?"
     assert first_sentences("no end", 2) == ""
 
 
-def test_pairing_is_the_same_for_the_same_seed_and_combines_only_compatible_constraints() -> None:
-    dialogues = load_dialogues("seed")[:60]
-    shares = Ratios(plain=0.2, system=0.2, change_turn=0.2, combine=0.5, short=0.5, edited=0.5)
-    pool = [c for c in EVERY if c.kind in ("opening", "closing", "uppercase", "hobby")]
-    made, pairs = assign_training(dialogues, pool, shares, seed=3)
-    assert (made, pairs) == assign_training(dialogues, pool, shares, seed=3)
-    assert pairs != assign_training(dialogues, pool, shares, seed=4)[1]
-    assert any(len(i.constraints) == 2 for i in made.values())
-    assert all(compatible(*i.constraints) for i in made.values() if len(i.constraints) == 2)
-    assert {p.method for p in pairs} == {"plain", "edited", "sampled"}
-    assert {p.in_system for p in pairs} == {True, False}
-    assert any(p.next_instruction for p in pairs) and all(
-        0 < p.change_turn < 20 for p in pairs if p.next_instruction
-    )
+@given(
+    text=st.text(alphabet='ab .!?\n"', max_size=30),
+    more=st.text(alphabet='ab .!?\n"', max_size=9),
+    count=st.integers(1, 3),
+)
+def test_generation_stops_only_if_the_sentences_are_final(text: str, more: str, count: int) -> None:
+    if has_sentences(text, count):
+        assert first_sentences(text + more, count) == first_sentences(text, count)
 
 
-def test_wording_and_shortening() -> None:
-    made = render_instruction((Constraint("persona", "Napoleon"),))
-    assert made.text == 'Act as Napoleon and begin every answer with "Napoleon:".'
-    assert made.short == "Figure: Napoleon, named first."
+def test_dialogues_are_read_in_every_format(tmp_path: Path) -> None:
+    import datasets
+
+    sharegpt = [
+        {"from": "human", "value": "Hi"},
+        {"from": "gpt", "value": "Hello"},
+        {"from": "human", "value": "Bye"},
+    ]
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+    ]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}) + "\n")
+    (tmp_path / "b.json").write_text(json.dumps([{"conversations": sharegpt}]))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    datasets.Dataset.from_list([{"turns": ["Hi", "Bye"]}]).to_parquet(folder / "c.parquet")
+    for source in ("a.jsonl", "b.json", "folder/c.parquet", "folder"):
+        assert [d.turns for d in load_dialogues(str(tmp_path / source))] == [("Hi", "Bye")], source
+
+
+def test_seed_dialogues() -> None:
+    dialogues = load_dialogues("seed")
+    assert len(dialogues) >= 120
+    assert all(len(d.turns) >= 20 for d in dialogues)
+    turns = [turn.lower() for d in dialogues for turn in d.turns]
+    assert len(set(turns)) > 0.99 * len(turns)
+    assert len({d.id for d in dialogues}) == len(dialogues)
 
 
 def test_wilson_against_published_values() -> None:
@@ -184,18 +309,20 @@ def test_wilson_against_published_values() -> None:
     assert round(wilson(0, 20).high, 4) == 0.1611
 
 
-def test_a_reply_out_of_the_window_is_not_counted() -> None:
+def test_a_reply_outside_the_context_is_not_counted() -> None:
+    finishes: tuple[FinishReason, ...] = ("stop", "context")
     replies = [
-        Reply("base", "d", t, "", 1, 1, f, obeys=True, defect="")
-        for t, f in ((1, "stop"), (2, "context"))
+        Reply(
+            arm="base",
+            dialogue="d",
+            turn=turn,
+            text="",
+            prompt_tokens=1,
+            tokens=1,
+            finish=finish,
+            obeys=True,
+            defect="",
+        )
+        for turn, finish in enumerate(finishes, 1)
     ]
-    assert adherence(replies, lambda r: r.arm)["base"].n == 1
-
-
-def test_seed_dialogues() -> None:
-    found = load_dialogues("seed")
-    assert len(found) >= 120
-    assert all(len(d.turns) >= 20 for d in found)
-    turns = [t.lower() for d in found for t in d.turns]
-    assert len(set(turns)) > 0.99 * len(turns)
-    assert len({d.id for d in found}) == len(found)
+    assert adherence(replies, lambda reply: reply.arm)["base"].n == 1

@@ -1,6 +1,6 @@
-"""The Modelfile: what Ollama would make of it is what the model's own chat template makes.
+"""The Modelfile: Ollama renders chats as the model's own chat template does.
 
-Ollama is not here. Two small interpreters stand for it: of its Modelfile, and of the part of Go's text/template in use.
+Ollama is not run: `support.go_template` renders TEMPLATE.
 """
 
 from __future__ import annotations
@@ -8,286 +8,171 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+from support.chat_templates import (
+    CHATML,
+    DEEPSEEK,
+    GEMMA2,
+    GEMMA3,
+    LLAMA2,
+    LLAMA3,
+    LLAMA31,
+    MISTRAL,
+    MISTRAL_SMALL,
+    NO_SYSTEM,
+    PHI3,
+    PHI4,
+    QWEN2,
+    QWEN3,
+    SHORTENS,
+    SQUEEZES,
+    SYSTEM_LAST,
+    ZEPHYR,
+)
+from support.go_template import GoTemplate
 
 from pipeline.errors import GattError
-from pipeline.export.modelfile import derive, go_template, modelfile
+from pipeline.export.modelfile import choose_template, modelfile, write_modelfiles
 from pipeline.gguf.reader import Field, GgufInfo, open_gguf
 from pipeline.inference.chat_template import ChatTemplate
 from pipeline.records import Message
 
-_CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
-)
-_QWEN2 = (
-    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-_LLAMA3 = (
-    "{% for m in messages %}{% set text = '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content|trim "
-    "+ '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set text = bos_token + text %}{% endif %}{{ text }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-_TURNS = (  # Gemma's
-    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}"
-    "{% endif %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}"
-    "{{ (head if loop.first else '') + m.content|trim + '<end_of_turn>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
-)
-_GEMMA2 = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% set head = '' %}" + _TURNS
-)
-_GEMMA3 = (
-    "{{ bos_token }}{% set head = '' %}{% if messages[0].role == 'system' %}{% set head = messages[0].content + '\n\n' %}"
-    "{% set messages = messages[1:] %}{% endif %}" + _TURNS
-)
-_LLAMA2 = (
-    "{% set sys = '' %}{% if messages[0].role == 'system' %}{% set sys = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' %}"
-    "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}{% if m.role == 'user' %}"
-    "{{ bos_token + '[INST] ' + (sys if loop.first else '') + m.content|trim + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m.content|trim + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-_MISTRAL = (  # v0.3: the system text stands before the last question
-    "{% if messages[0].role == 'system' %}{% set sys = messages[0].content %}{% set messages = messages[1:] %}{% endif %}"
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{% if loop.last and sys is defined %}"
-    "{{ '[INST] ' + sys + '\n\n' + m.content + '[/INST]' }}{% else %}{{ '[INST] ' + m.content + '[/INST]' }}{% endif %}"
-    "{% else %}{{ ' ' + m.content|trim + eos_token }}{% endif %}{% endfor %}"
-)
-_PHI3 = (
-    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
-)
-_NO_SYSTEM = "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
-_FORGETS = (  # earlier answers are shortened
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content if loop.revindex < 5 else m.content[:9] }}<|end|>{% endfor %}"
-)
-_SQUEEZES = (
-    "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split()|join(' ') }}<|end|>{% endfor %}"
-)
-
 _SPM = {"tokenizer.ggml.model": "llama"}
 _BPE = {"tokenizer.ggml.model": "gpt2"}
-TEMPLATES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "chatml": (_CHATML, "", "<|im_end|>", _BPE),
-    "chatml, bos is a marker": (_CHATML, "<|im_start|>", "<|im_end|>", _BPE),
-    "qwen2": (_QWEN2, "", "<|im_end|>", _BPE),
-    "llama 3": (
-        _LLAMA3,
-        "<|begin_of_text|>",
-        "<|eot_id|>",
-        _BPE | {"tokenizer.ggml.add_bos_token": True},
-    ),
-    "llama 3, no bos added": (_LLAMA3, "<|begin_of_text|>", "<|eot_id|>", _BPE),
-    "gemma 2": (_GEMMA2, "<bos>", "<eos>", _SPM),
-    "gemma 3": (_GEMMA3, "<bos>", "<eos>", _SPM),
-    "llama 2": (_LLAMA2, "<s>", "</s>", _SPM),
-    "llama 2, no bos added": (
-        _LLAMA2,
+_ADD_BOS = "tokenizer.ggml.add_bos_token"
+
+
+class Model(NamedTuple):
+    """A chat template with BOS and EOS, and the keys of the GGUF that say whether BOS is added."""
+
+    template: str
+    bos: str = ""
+    eos: str = ""
+    keys: dict[str, Any] = {}  # noqa: RUF012
+    takes_system: bool = True
+
+    @property
+    def added_bos(self) -> str:
+        """What llama.cpp puts in front of a prompt."""
+        return self.bos if self.keys.get(_ADD_BOS, self.keys == _SPM) else ""
+
+    def info(self, **keys: Any) -> GgufInfo:
+        """Return what `open_gguf` would: the first two tokens are BOS and EOS."""
+        values = {
+            "tokenizer.chat_template": self.template,
+            "tokenizer.ggml.tokens": [self.bos, self.eos],
+            "tokenizer.ggml.bos_token_id": 0,
+            "tokenizer.ggml.eos_token_id": 1,
+            **self.keys,
+            **{f"tokenizer.ggml.{name}": value for name, value in keys.items()},
+        }
+        fields = {name: Field(value, 8) for name, value in values.items()}
+        return GgufInfo(fields, [], Path("tuned.gguf"), 1)
+
+
+def _mistral(opening: str, closing: str, answer: str, end: str) -> Model:
+    template = MISTRAL.replace("OPEN", opening).replace("CLOSE", closing)
+    return Model(
+        template.replace("'ANSWER'", f"'{answer}'").replace("'END'", f"'{end}'"),
         "<s>",
         "</s>",
-        _SPM | {"tokenizer.ggml.add_bos_token": False},
-    ),
-    "phi 3": (_PHI3, "<s>", "<|endoftext|>", _SPM),
-    "no system": (_NO_SYSTEM, "", "<|end|>", _BPE),
-}
-_NO_SYSTEM_ROLE = {"gemma 2"}
-
-
-def _info(
-    source: str, bos: str = "", eos: str = "", fields: dict[str, Any] | None = None
-) -> GgufInfo:
-    """What `open_gguf` says of a model with this template, whose first two tokens are BOS and EOS."""
-    keys = {
-        "tokenizer.chat_template": source,
-        "tokenizer.ggml.tokens": [bos, eos],
-        "tokenizer.ggml.bos_token_id": 0,
-        "tokenizer.ggml.eos_token_id": 1,
-        **(fields or {}),
-    }
-    return GgufInfo(
-        {name: Field(value, 8) for name, value in keys.items()}, [], Path("tuned.gguf"), 1
+        _SPM,
     )
 
 
+MODELS = {
+    "chatml": Model(CHATML, "", "<|im_end|>", _BPE),
+    "chatml, bos is a marker": Model(CHATML, "<|im_start|>", "<|im_end|>", _BPE),
+    "qwen2": Model(QWEN2, "", "<|im_end|>", _BPE),
+    "qwen3": Model(QWEN3, "", "<|im_end|>", _BPE),
+    "llama 3": Model(LLAMA3, "<|begin_of_text|>", "<|eot_id|>", _BPE | {_ADD_BOS: True}),
+    "llama 3, no bos added": Model(LLAMA3, "<|begin_of_text|>", "<|eot_id|>", _BPE),
+    "llama 3.1": Model(LLAMA31, "<|begin_of_text|>", "<|eot_id|>", _BPE | {_ADD_BOS: True}),
+    "llama 3.1, no bos added": Model(LLAMA31, "<|begin_of_text|>", "<|eot_id|>", _BPE),
+    "gemma 2": Model(GEMMA2, "<bos>", "<eos>", _SPM, takes_system=False),
+    "gemma 3": Model(GEMMA3, "<bos>", "<eos>", _SPM),
+    "llama 2": Model(LLAMA2, "<s>", "</s>", _SPM),
+    "llama 2, no bos added": Model(LLAMA2, "<s>", "</s>", _SPM | {_ADD_BOS: False}),
+    "mistral 0.1": _mistral("[INST] ", " [/INST]", "", " "),
+    "mistral 0.2": _mistral("[INST] ", " [/INST]", "", ""),
+    "mistral 0.2, spaced": _mistral(" [INST] ", " [/INST]", " ", ""),
+    "mistral 0.3, system first": _mistral("[INST] ", "[/INST]", " ", ""),
+    "mistral small": Model(MISTRAL_SMALL, "<s>", "</s>", _BPE | {_ADD_BOS: True}),
+    "phi 3": Model(PHI3, "<s>", "<|endoftext|>", _SPM),
+    "phi 4": Model(PHI4, "", "<|im_end|>", _BPE),
+    "phi 4 mini": Model(PHI3.replace(r"\n", "").replace("\n", ""), "", "<|endoftext|>", _BPE),
+    "zephyr": Model(ZEPHYR, "<s>", "</s>", _SPM | {_ADD_BOS: False}),
+    "deepseek": Model(DEEPSEEK, "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", _BPE),
+    "no system": Model(NO_SYSTEM, "", "<|end|>", _BPE),
+}
+
+
 def _chats() -> list[list[Message]]:
-    """One to three questions, without and with a system message; contents that are not those of the module."""
-    found: list[list[Message]] = []
+    """Return chats of one to three questions without, then with a system message.
+
+    Their contents are not those of the trials in the module.
+    """
+    chats: list[list[Message]] = []
     for system in ("", "You are a pirate.\n\nSay  'Arr'."):
-        chat: list[Message] = [{"role": "system", "content": system}] if system else []
+        chat: list[Message] = [Message(role="system", content=system)] if system else []
         for turn in range(3):
-            chat = [
-                *chat,
-                {"role": "user", "content": f'Why\n\tis {turn}  "odd"? {{{{ .Role }}}} 🙂'},
-            ]
-            found.append(chat)
-            chat = [*chat, {"role": "assistant", "content": f"It is\n\n- {turn} + 1"}]
-    return found
+            question = f'Why\n\tis {turn}  "odd"? {{{{ .Role }}}} 🙂'
+            chat = [*chat, Message(role="user", content=question)]
+            chats.append(chat)
+            chat = [*chat, Message(role="assistant", content=f"It is\n\n- {turn} + 1")]
+    return chats
 
 
-class Modelfile:
-    """The commands of a Modelfile as Ollama reads them: a value ends at the end of a line, if its quotes are closed."""
+class Command(NamedTuple):
+    """A command of a Modelfile, or a PARAMETER by its own name."""
 
-    def __init__(self, text: str) -> None:
-        self.comments: list[str] = []
-        self.commands: list[tuple[str, str]] = []
-        lines = iter(text.splitlines(keepends=True))
-        for line in lines:
-            if line.startswith("#"):
-                self.comments.append(line[1:].strip())
-                continue
-            name, value = line.split(" ", 1)
-            if name == "PARAMETER":
-                name, value = value.split(" ", 1)
-            while (found := self._unquoted(value.strip())) is None:
-                value += next(lines)
-            self.commands.append(
-                (name, "".join(c for c in found if c.isprintable() or c in "\n\r\t"))
-            )
-
-    @staticmethod
-    def _unquoted(value: str) -> str | None:
-        for quotes in ('"""', '"'):
-            if value.startswith(quotes):
-                closed = len(value) >= 2 * len(quotes) and value.endswith(quotes)
-                return value[len(quotes) : -len(quotes)] if closed else None
-        return value
-
-    def __getitem__(self, name: str) -> list[str]:
-        return [value for command, value in self.commands if command == name]
+    name: str
+    value: str
 
 
-class Go:
-    """A Go template of: range with index, if / else if / else, := and strings; eq, ne, and, or, not, len, slice."""
-
-    _WORD = re.compile(r'\s*("(?:\\.|[^"\\])*"|\(|\)|:=|,|[$.\w]+|\}\})')
-
-    def __init__(self, source: str) -> None:
-        self._nodes: list[Any] = []
-        while source:
-            text, found, source = source.partition("{{")
-            self._nodes += [text] if text else []
-            words: list[str] = []
-            while found and (not words or words[-1] != "}}"):
-                word = self._WORD.match(source)
-                assert word, f"not Go: {source[:40]!r}"
-                words, source = [*words, word[1]], source[word.end() :]
-            self._nodes += [words[:-1]] if found else []
-
-    def execute(self, messages: Sequence[Message]) -> str:
-        """As Ollama calls it: `.System` has the system messages, `.Messages` has all."""
-        dot = {
-            "Messages": list(messages),
-            "System": "\n\n".join(m["content"] for m in messages if m["role"] == "system"),
-        }
-        text, rest = self._run(0, dot, {"$": dot}, True)
-        assert rest == len(self._nodes)
-        return text
-
-    def _run(self, place: int, dot: Any, names: dict[str, Any], live: bool) -> tuple[str, int]:
-        """The text of the nodes up to an `else` or `end` of this level, and where that is."""
-        text = ""
-        while place < len(self._nodes) and self._nodes[place][0] not in ("else", "end"):
-            node = self._nodes[place]
-            if isinstance(node, str):
-                more, place = node, place + 1
-            elif node[0] == "range":
-                more, place = self._range(place, dot, names, live)
-            elif node[0] == "if":
-                more, place = self._if(place, dot, names, live)
-            else:
-                more, place = self._action(node, dot, names) if live else "", place + 1
-            text += more if live else ""
-        return text, place
-
-    def _range(self, place: int, dot: Any, names: dict[str, Any], live: bool) -> tuple[str, int]:
-        _, index, comma, item, assigned, *items = self._nodes[place]
-        assert (comma, assigned) == (",", ":=")
-        text, end = "", self._run(place + 1, dot, dict(names), False)[1]
-        for number, value in enumerate(self._value(items, dot, names) if live else []):
-            lowered = {key.capitalize(): part for key, part in value.items()}
-            text += self._run(place + 1, lowered, {**names, index: number, item: lowered}, True)[0]
-        assert self._nodes[end] == ["end"]
-        return text, end + 1
-
-    def _if(self, place: int, dot: Any, names: dict[str, Any], live: bool) -> tuple[str, int]:
-        text, done = "", False
-        while self._nodes[place] != ["end"]:
-            words = [word for word in self._nodes[place] if word not in ("if", "else")]
-            holds = live and not done and (not words or bool(self._value(words, dot, names)))
-            more, place = self._run(place + 1, dot, dict(names), holds)
-            text, done = text + more, done or holds
-        return text, place + 1
-
-    def _action(self, words: list[str], dot: Any, names: dict[str, Any]) -> str:
-        if words[1:2] == [":="]:
-            names[words[0]] = self._value(words[2:], dot, names)
-            return ""
-        return str(self._value(words, dot, names))
-
-    def _value(self, words: list[str], dot: Any, names: dict[str, Any]) -> Any:
-        terms: list[Any] = []
-        words = list(words)
-        while words:
-            word = words.pop(0)
-            if word == "(":
-                depth, inner = 1, []
-                while depth:
-                    inner.append(words.pop(0))
-                    depth += {"(": 1, ")": -1}.get(inner[-1], 0)
-                terms.append(self._value(inner[:-1], dot, names))
-            elif word.startswith('"'):
-                terms.append(
-                    re.sub(r"\\U([0-9a-f]{8})", lambda found: chr(int(found[1], 16)), word[1:-1])
-                )
-            elif word.isdigit():
-                terms.append(int(word))
-            elif word.startswith((".", "$")):
-                name, _, field = word.partition(".")
-                whole = names[name] if name else dot
-                terms.append(whole[field] if field else whole)
-            else:
-                terms.append(
-                    {
-                        "eq": lambda a, b: a == b,
-                        "ne": lambda a, b: a != b,
-                        "and": lambda a, b: a and b,
-                        "not": lambda a: not a,
-                        "or": lambda a, b: a or b,
-                        "len": len,
-                        "slice": lambda a, n: a[n:],
-                    }[word]
-                )
-        return terms[0](*terms[1:]) if callable(terms[0]) else terms[0]
+def _commands(text: str) -> list[Command]:
+    """Read a Modelfile: a quoted value ends with quotes at the end of a line."""
+    commands = re.finditer(
+        r'^(?!#)(?:PARAMETER )?(\w+) (?:"""(.*?)"""|"(.*?)"|([^"\n].*?))$', text, re.M | re.S
+    )
+    return [Command(c[1], next(v for v in c.groups()[1:] if v is not None)) for c in commands]
 
 
-def _prompt(template: str, messages: Sequence[Message]) -> str:
-    return Go(template).execute(messages)
+def _values(text: str, name: str) -> list[str]:
+    return [command.value for command in _commands(text) if command.name == name]
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_ollama_asks_as_the_model_s_own_template_does(name: str) -> None:
-    source, bos, eos, fields = TEMPLATES[name]
-    (template,) = Modelfile(modelfile(_info(source, bos, eos, fields), "tuned.gguf", 0.7, 2048))[
-        "TEMPLATE"
-    ]
-    jinja = ChatTemplate(source, bos, eos)
-    added = bos if fields.get("tokenizer.ggml.add_bos_token", fields == _SPM) else ""
-    chats = [c for c in _chats() if name not in _NO_SYSTEM_ROLE or c[0]["role"] != "system"]
-    assert len(chats) == (3 if name in _NO_SYSTEM_ROLE else 6)
+def _comments(text: str) -> str:
+    return "\n".join(re.findall(r"^# (.*)$", text, re.M))
+
+
+def _written(model: Model, system: str = "", **keys: Any) -> str:
+    info = model.info(**keys)
+    return modelfile(info, choose_template(info), "tuned.gguf", 0.7, system)
+
+
+def _prompt(text: str, messages: Sequence[Message]) -> str:
+    (template,) = _values(text, "TEMPLATE")
+    return GoTemplate(template).execute(messages)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ollama_renders_chats_as_the_model_s_own_template_does(name: str) -> None:
+    model = MODELS[name]
+    jinja = ChatTemplate(model.template, model.bos, model.eos)
+    written = _written(model)
+    chats = [c for c in _chats() if model.takes_system or c[0]["role"] != "system"]
+    assert len(chats) == (6 if model.takes_system else 3)
     for chat in chats:
-        assert _prompt(template, chat) == jinja.render(chat).removeprefix(added)
+        assert _prompt(written, chat) == jinja.render(chat).removeprefix(model.added_bos)
 
 
-def test_the_embedded_model_s_modelfile_is_whole(base: Path) -> None:
+def test_the_embedded_model_s_modelfile_is_complete(base: Path) -> None:
     info = open_gguf(base)
-    written = Modelfile(modelfile(info, "tuned-Q8_0.gguf", 0.7, 4096, system='Be a "friend".'))
-    assert [c for c in written.commands if c[0] != "TEMPLATE"] == [
+    written = modelfile(info, choose_template(info), "tuned-Q8_0.gguf", 0.7, 'Be a "friend".')
+    assert [c for c in _commands(written) if c.name != "TEMPLATE"] == [
         ("FROM", "./tuned-Q8_0.gguf"),
         ("SYSTEM", 'Be a "friend".'),
         ("stop", "<|im_end|>"),
@@ -295,134 +180,119 @@ def test_the_embedded_model_s_modelfile_is_whole(base: Path) -> None:
         ("num_ctx", "4096"),
         ("LICENSE", info.field("general.license")),
     ]
-    (template,) = written["TEMPLATE"]
-    assert "You are a helpful AI assistant named SmolLM" in template
+    assert "You are a helpful AI assistant named SmolLM" in _values(written, "TEMPLATE")[0]
     jinja = ChatTemplate(info.chat_template, info.bos, info.eos)
     for chat in _chats():
-        assert _prompt(template, chat) == jinja.render(chat)
-
-
-def test_the_pieces_are_the_turns() -> None:
-    shape = derive(ChatTemplate(_QWEN2, "", "<|im_end|>"))
-    assert shape.preamble == "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-    assert shape.begin == "" and not shape.joined
-    assert shape.opening == shape.assistant.prefix == "<|im_start|>assistant\n"
-    for role, turn in (
-        ("system", shape.system),
-        ("user", shape.user),
-        ("assistant", shape.assistant),
-    ):
-        assert turn == (f"<|im_start|>{role}\n", "<|im_end|>\n")
+        assert _prompt(written, chat) == jinja.render(chat)
 
 
 def test_an_answer_at_the_end_stays_open() -> None:
-    chat = _chats()[1][:2]
-    whole = ChatTemplate(_CHATML, "", "").render(chat, answer_follows=False)
-    assert _prompt(go_template(derive(ChatTemplate(_CHATML, "", ""))), chat) == whole.removesuffix(
-        "<|im_end|>\n"
-    )
+    model, chat = MODELS["chatml"], _chats()[1][:2]
+    rendered = ChatTemplate(model.template, "", "").render(chat, add_generation_prompt=False)
+    assert _prompt(_written(model), chat) == rendered.removesuffix("<|im_end|>\n")
 
 
 def test_a_system_message_that_is_refused_is_left_out() -> None:
-    source, bos, eos, fields = TEMPLATES["gemma 2"]
-    written = Modelfile(modelfile(_info(source, bos, eos, fields), "tuned.gguf", 0.7, 2048))
-    assert any("takes no system message" in comment for comment in written.comments)
-    plain, told = _chats()[0], _chats()[3]
+    model = MODELS["gemma 2"]
+    written = _written(model)
+    assert "takes no system message" in _comments(written)
+    plain, with_system = _chats()[0], _chats()[3]
     with pytest.raises(GattError, match="System role not supported"):
-        ChatTemplate(source, bos, eos).render(told)
-    assert _prompt(written["TEMPLATE"][0], told) == _prompt(written["TEMPLATE"][0], plain)
+        ChatTemplate(model.template, model.bos, model.eos).render(with_system)
+    assert _prompt(written, with_system) == _prompt(written, plain)
 
 
 @pytest.mark.parametrize(
-    ("source", "reason"),
+    ("template", "reason"),
     [
-        (_MISTRAL, "in their order"),
-        (_FORGETS, "more than fixed texts"),
-        (_SQUEEZES, "more than fixed texts"),
+        (SYSTEM_LAST, "more than fixed texts"),
+        (SHORTENS, "more than fixed texts"),
+        (SQUEEZES, "more than fixed texts"),
+        ("{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}", "other texts"),
         ("{{ raise_exception('No chats,\nplease') }}", "No chats, please"),
         ("{{ nothing.at.all }}", "fails"),
         ("{% for", "not valid Jinja"),
+        ("{{ '{' }}" + CHATML, "cannot hold '{'"),
+        ('{{ \'"""\' }}' + CHATML, "cannot hold"),
+        ("\u200b" + CHATML, r"cannot hold '\u200b'"),
     ],
 )
-def test_another_form_of_template_is_left_to_ollama(source: str, reason: str) -> None:
-    written = Modelfile(modelfile(_info(source, "<s>", "</s>", _SPM), "tuned.gguf", 0.7, 2048))
-    assert written["TEMPLATE"] == []
-    assert any("the template in the GGUF" in comment for comment in written.comments)
-    assert any(reason in comment for comment in written.comments)
-    assert written.commands == [
+def test_an_unknown_template_is_left_to_ollama(template: str, reason: str) -> None:
+    written = _written(Model(template, "<s>", "</s>", _SPM))
+    assert "the template in the GGUF" in _comments(written)
+    assert reason in _comments(written)
+    assert _commands(written) == [
         ("FROM", "./tuned.gguf"),
         ("stop", "</s>"),
         ("temperature", "0.7"),
-        ("num_ctx", "2048"),
+        ("num_ctx", "4096"),
     ]
 
 
+def test_every_format_gets_a_modelfile_and_a_missing_template_is_reported(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [tmp_path / "tuned-Q8_0.gguf", tmp_path / "tuned-F16.gguf"]
+    monkeypatch.setattr("pipeline.export.modelfile.open_gguf", lambda path: open_gguf(base))
+    write_modelfiles(files, 0.5, "")
+    assert {p.name for p in tmp_path.iterdir()} == {"Modelfile", "Modelfile-F16"}
+    assert _values((tmp_path / "Modelfile").read_text(), "FROM") == ["./tuned-Q8_0.gguf"]
+    assert _values((tmp_path / "Modelfile-F16").read_text(), "FROM") == ["./tuned-F16.gguf"]
+    assert capsys.readouterr().err == ""
+    unknown = Model(SQUEEZES).info()
+    monkeypatch.setattr("pipeline.export.modelfile.open_gguf", lambda path: unknown)
+    write_modelfiles(files, 0.5, "")
+    assert capsys.readouterr().err.count("the Modelfile has no TEMPLATE") == 1
+
+
+class BosCase(NamedTuple):
+    """Keys of a GGUF, and how often BOS is in what TEMPLATE renders then."""
+
+    keys: dict[str, Any]
+    times: int
+
+
 @pytest.mark.parametrize(
-    "mark",
-    ["{{", "{", "{{{", "{{ x }}", '"""', '""""', "\u200b", "\x02", "é｜▁", "}}", '\\"{\\', "{%"],
-)
-def test_marks_with_a_meaning_in_go_or_ollama_come_through(mark: str) -> None:
-    source = "{% for m in messages %}{{ eos_token + m.role + eos_token + m.content + eos_token + '\n' }}{% endfor %}"
-    written = Modelfile(modelfile(_info(source, "", mark, _BPE), "tuned.gguf", 0.7, 2048))
-    (template,) = written["TEMPLATE"]
-    assert written["stop"] == ([mark] if mark.isprintable() else [])
-    for chat in _chats():
-        assert _prompt(template, chat) == ChatTemplate(source, "", mark).render(chat)
-
-
-def test_braces_become_a_string_action() -> None:
-    source = "{% for m in messages %}{{ '{{' + m.role + '}} ' + m.content + '\n' }}{% endfor %}"
-    template = go_template(derive(ChatTemplate(source, "", "")))
-    assert '{{ "{{" }}user}} {{ .Content }}\n' in template
-
-
-@pytest.mark.parametrize(
-    ("fields", "kept"),
+    "case",
     [
-        (_SPM, False),
-        (_SPM | {"tokenizer.ggml.add_bos_token": False}, True),
-        (_BPE, True),
-        (_BPE | {"tokenizer.ggml.add_bos_token": True}, False),
+        BosCase(_SPM, 0),
+        BosCase(_SPM | {_ADD_BOS: False}, 1),
+        BosCase(_BPE, 1),
+        BosCase(_BPE | {_ADD_BOS: True}, 0),
     ],
 )
-def test_bos_is_left_to_the_runner_where_that_adds_it(fields: dict[str, Any], kept: bool) -> None:
-    written = Modelfile(
-        modelfile(
-            _info(_LLAMA3, "<|begin_of_text|>", "<|eot_id|>", fields), "tuned.gguf", 0.7, 2048
-        )
-    )
-    assert written["TEMPLATE"][0].count("<|begin_of_text|>") == kept
-    assert written["TEMPLATE"][0].startswith("<|begin_of_text|>{{ range") == kept
+@pytest.mark.parametrize("template", [LLAMA3, LLAMA31])
+def test_bos_is_left_to_ollama_where_it_adds_one(case: BosCase, template: str) -> None:
+    bos = "<|begin_of_text|>"
+    written = _written(Model(template, bos, "<|eot_id|>", case.keys))
+    for chat in _chats():
+        prompt = _prompt(written, chat)
+        assert prompt.count(bos) == prompt.startswith(bos) == case.times
 
 
-def test_stops_are_eos_eot_and_the_closing_token() -> None:
+def test_stop_texts_are_eos_eot_and_the_closing_token() -> None:
+    model = Model(PHI3, "", "<|endoftext|>", _BPE)
     tokens = ["", "<|endoftext|>", "<|end|>", "<|eot|>", "<|user|>"]
-    fields = _BPE | {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.eot_token_id": 3}
-    written = Modelfile(
-        modelfile(_info(_PHI3, "", "<|endoftext|>", fields), "tuned.gguf", 0.7, 2048)
-    )
-    assert written["stop"] == ["<|endoftext|>", "<|eot|>", "<|end|>"]
-    fewer = fields | {
-        "tokenizer.ggml.tokens": ["", "<|endoftext|>", "<|", "end"],
-        "tokenizer.ggml.eot_token_id": 1,
-    }
-    written = Modelfile(
-        modelfile(_info(_PHI3, "", "<|endoftext|>", fewer), "tuned.gguf", 0.7, 2048)
-    )
-    assert written["stop"] == ["<|endoftext|>"]
+    written = _written(model, tokens=tokens, eot_token_id=3)
+    assert _values(written, "stop") == ["<|endoftext|>", "<|eot|>", "<|end|>"]
+    written = _written(model, tokens=["", "<|endoftext|>", "<|", "end"], eot_token_id=1)
+    assert _values(written, "stop") == ["<|endoftext|>"]
+
+
+def test_a_stop_text_that_ollama_could_not_read_is_left_out() -> None:
+    assert _values(_written(Model(CHATML, "", "\x02", _BPE)), "stop") == []
 
 
 def test_quotes_in_the_system_message_are_kept_or_refused() -> None:
     for system in ('Say "Ahoy!"', '"""', 'Two\nlines with """ in', "plain"):
-        written = Modelfile(modelfile(_info(_CHATML), "tuned.gguf", 0.7, 2048, system=system))
-        assert written["SYSTEM"] == [system]
-        assert written["num_ctx"] == ["2048"]
+        written = _written(Model(CHATML), system)
+        assert _values(written, "SYSTEM") == [system]
+        assert _values(written, "num_ctx") == ["4096"]
     with pytest.raises(GattError, match="cannot stand in a Modelfile"):
-        modelfile(_info(_CHATML), "tuned.gguf", 0.7, 2048, system='A line with """ \nat its end')
+        _written(Model(CHATML), 'A line with """ \nat its end')
 
 
 def test_a_date_is_said_to_be_that_of_the_export() -> None:
-    source = "{{ strftime_now('%Y') }}\n" + _CHATML
-    written = Modelfile(modelfile(_info(source), "tuned.gguf", 0.7, 2048))
-    assert any("day of the export" in comment for comment in written.comments)
-    assert re.match(r"20\d\d\n", written["TEMPLATE"][0])
+    written = _written(Model("{{ strftime_now('%Y') }}\n" + CHATML))
+    assert "day of the export" in _comments(written)
+    assert re.match(r"20\d\d\n", _prompt(written, _chats()[0]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,7 @@ def test_every_command_and_flag_exists(page: Path) -> None:
     assert isinstance(COMMANDS, TyperGroup)
     for line in _gatt_lines(page):
         name = line[1]
-        if name == "COMMAND":
+        if name in ("COMMAND", "--help"):
             continue
         assert name in COMMANDS.commands, f"{page.name}: gatt {name}"
         options = {
@@ -85,12 +84,3 @@ def test_the_readme_is_one_screen() -> None:
     sentences = re.split(r"(?<=[.!?:])\s+|\n\s*\n|\n- |\*\*", prose)
     longest = max(sentences, key=lambda sentence: len(sentence.split()))
     assert len(longest.split()) <= 30, longest
-
-
-def test_every_room_has_a_page_of_at_most_80_lines() -> None:
-    tracked = subprocess.check_output(["git", "ls-files", "pipeline"], cwd=ROOT, text=True)
-    rooms = {Path(file).parent for file in tracked.splitlines() if file.endswith(".py")}
-    for room in rooms:
-        page = ROOT / room / "README.md"
-        assert page.exists(), room
-        assert len(page.read_text(encoding="utf-8").splitlines()) <= 80, room

@@ -1,17 +1,22 @@
-"""The suites beside the trained instructions, and the figures that are made of their replies."""
+"""The suites beyond the trained instructions, and the scores of their replies."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from pipeline.errors import GattError
+from pipeline.evaluation.aggregate import compute_scores
 from pipeline.evaluation.judge_prompts import balanced, question, verdict
-from pipeline.evaluation.scores import scores
-from pipeline.evaluation.suites import PROBED_TURNS, probed_turns, suites
+from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.suites import build_suites
+from pipeline.files import write_json
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import KINDS
+from pipeline.gatt.rollout import RECALL_TURNS
 from pipeline.recipe import Recipe
 from pipeline.records import Constraint, Dialogue, Instruction, Reply
 
@@ -28,259 +33,270 @@ UNSEEN = (
 DIALOGUES = [
     Dialogue(f"d{n}", "sea", tuple(f"What about {n}.{t}?" for t in range(20))) for n in range(4)
 ]
+Suites = dict[str, list[AssignedDialogue]]
 
 
-def _suites(dialogues: list[Dialogue] = DIALOGUES) -> dict[str, list[AssignedDialogue]]:
-    made, found = suites(dialogues, POOL, UNSEEN, 10, 20)
-    return {
-        name: [
-            AssignedDialogue(
-                d,
-                made.get(p.instruction or ""),
-                p.method,
-                next_instruction=made.get(p.next_instruction or ""),
-                change_turn=p.change_turn,
-            )
-            for d, p in suite
-        ]
-        for name, suite in found.items()
-    }
+def _suites(dialogues: list[Dialogue] = DIALOGUES) -> Suites:
+    return build_suites(dialogues, POOL, UNSEEN, 10, 20)
 
 
-def test_every_dialogue_of_every_suite_has_a_name_of_its_own() -> None:
-    found = _suites()
-    names = [p.dialogue.id for suite in found.values() for p in suite]
-    assert len(set(names)) == len(names)
-    assert list(found) == ["unseen", "change", "plain", "recall", "single"]
-    assert {len(p.dialogue.turns) for p in found["unseen"] + found["change"] + found["plain"]} == {
-        10
-    }
-    assert {len(p.dialogue.turns) for p in found["recall"]} == {20}
-    assert {len(p.dialogue.turns) for p in found["single"]} == {1}
+def _lengths(suite: list[AssignedDialogue]) -> set[int]:
+    return {len(assigned.dialogue.turns) for assigned in suite}
+
+
+def test_every_dialogue_of_every_suite_has_its_own_id() -> None:
+    suites = _suites()
+    ids = [assigned.dialogue.id for suite in suites.values() for assigned in suite]
+    assert len(set(ids)) == len(ids)
+    assert list(suites) == ["unseen", "change", "plain", "recall", "single"]
+    assert [_lengths(suite) for suite in suites.values()] == [{10}, {10}, {10}, {20}, {1}]
 
 
 def test_what_is_trained_is_not_unseen() -> None:
-    asked = {c for p in _suites()["unseen"] for c in p.constraints(0)}
-    assert asked == {Constraint("opening", "Well, well!"), Constraint("uppercase")}
+    constraints = {c for assigned in _suites()["unseen"] for c in assigned.constraints(0)}
+    assert constraints == {Constraint("opening", "Well, well!"), Constraint("uppercase")}
 
 
-def test_the_instruction_changes_half_way_to_another() -> None:
-    for pair in _suites()["change"]:
-        assert pair.change_turn == 5
-        assert pair.constraints(4) != pair.constraints(5)
-        assert pair.student_instructions[5].startswith("From now on: ")
+def test_the_instruction_changes_halfway_to_another() -> None:
+    for assigned in _suites()["change"]:
+        assert assigned.change_turn == 5
+        assert assigned.constraints(4) != assigned.constraints(5)
+        assert assigned.student_instructions[5].startswith("From now on: ")
 
 
 def test_single_questions_cover_every_kind_that_a_program_can_check() -> None:
-    six = [Dialogue(f"d{n}", "sea", ("What?",)) for n in range(Recipe().evaluate.suite_dialogues)]
-    asked = {c.kind for p in _suites(six)["single"] for c in p.constraints(0)}
-    assert asked == {name for name, kind in KINDS.items() if not kind.judged}
+    dialogues = [
+        Dialogue(f"d{n}", "sea", ("What?",)) for n in range(Recipe().evaluate.suite_dialogues)
+    ]
+    kinds = {c.kind for assigned in _suites(dialogues)["single"] for c in assigned.constraints(0)}
+    assert kinds == {name for name, kind in KINDS.items() if not kind.judged}
 
 
-def test_attributes_are_asked_for_in_the_turns_of_the_paper() -> None:
-    assert probed_turns(20) == list(PROBED_TURNS)
-    assert probed_turns(5) == [2, 4, 5]
-    pair = _suites()["recall"][0]
-    assert pair.student_instructions[0] == "You are Napoleon and you love tennis."
-    with_question = pair.with_question(4, pair.recall_questions[0].question)
+def test_a_recall_question_replaces_the_last_user_message() -> None:
+    assigned = _suites()["recall"][0]
+    assert assigned.student_instructions[0] == "You are Napoleon and you love tennis."
+    with_question = assigned.with_question(4, assigned.recall_questions[0].question)
     messages = with_question.student_prompt(["a", "b", "c"], "")
     assert messages[-1]["content"] == "What is your name?"
-    assert messages[:-1] == pair.student_prompt(["a", "b", "c"], "")[:-1]
+    assert messages[:-1] == assigned.student_prompt(["a", "b", "c"], "")[:-1]
 
 
 def test_no_dialogues_no_suites() -> None:
-    _, found = suites([], POOL, UNSEEN, 10, 20)
-    assert not any(found.values())
+    assert not any(_suites([]).values())
 
 
-def _reply(
-    arm: str,
-    pair: AssignedDialogue,
-    turn: int,
-    obeys: bool,
-    text: str = "Words.",
-    probe: str = "",
-    flaw: str = "",
-) -> Reply:
-    return Reply(arm, pair.dialogue.id, turn, text, 9, 9, "stop", obeys, flaw, probe)
+def _reply(assigned: AssignedDialogue, turn: int, *, obeys: bool, arm: str = "tuned") -> Reply:
+    return Reply(
+        arm=arm,
+        dialogue=assigned.dialogue.id,
+        turn=turn,
+        text="Words.",
+        prompt_tokens=9,
+        tokens=9,
+        finish="stop",
+        obeys=obeys,
+        defect="",
+    )
 
 
-def _main() -> list[AssignedDialogue]:
-    told = Instruction("i", "Begin.", "B.", (POOL[0],))
-    return [AssignedDialogue(d, told, "plain") for d in DIALOGUES]
+def _trained() -> list[AssignedDialogue]:
+    instruction = Instruction("Begin.", "B.", (POOL[0],))
+    return [AssignedDialogue(dialogue=d, instruction=instruction) for d in DIALOGUES]
 
 
-def _replies(pairs: list[AssignedDialogue]) -> list[Reply]:
+def _replies(assigned: list[AssignedDialogue]) -> list[Reply]:
+    """Every reply of the tuned arm obeys, and none of the base."""
     return [
-        _reply(arm, p, t, arm == "tuned")
+        _reply(a, turn, obeys=arm == "tuned", arm=arm)
         for arm in ("base", "tuned")
-        for p in pairs
-        for t in range(1, 21)
+        for a in assigned
+        for turn in range(1, 21)
     ]
 
 
-def test_the_figures_of_a_suite_are_kept_from_those_of_the_others() -> None:
-    found = _suites()
-    main = _main()
-    replies = _replies(main)
-    alone = scores(replies, {"evaluate": main}, POOL)
-    replies += [_reply("tuned", p, t, False) for p in found["unseen"] for t in range(1, 11)]
-    both = scores(replies, {"evaluate": main, **found}, POOL)
-    assert all(both[key] == alone[key] for key in alone if key not in ("required_sample_size",)), (
-        both
+def _scores(replies: list[Reply], suites: Suites | None = None) -> Scores:
+    """Return the scores of these replies and of those to the trained instructions."""
+    trained = _trained()
+    return compute_scores(
+        [*_replies(trained), *replies], {"evaluation": trained, **(suites or {})}, POOL
     )
-    assert {(r["at"], r["hits"], r["n"]) for r in both["generalization"]} == {
+
+
+def test_the_scores_of_a_suite_do_not_mix_with_others() -> None:
+    suites = _suites()
+    alone = _scores([])
+    replies = [_reply(a, turn, obeys=False) for a in suites["unseen"] for turn in range(1, 11)]
+    both = _scores(replies, suites)
+    assert replace(both, generalization=(), by_unseen=()) == alone
+    assert {(r.at, r.hits, r.n) for r in both.generalization} == {
         ("unseen value", 0, 20),
         ("unseen kind", 0, 20),
     }
-    assert {r["at"]: r["group"] for r in both["by_unseen"]} == {
+    assert {r.at: r.group for r in both.by_unseen} == {
         "opening: Well, well!": "unseen value",
         "uppercase": "unseen kind",
     }
 
 
 def test_adherence_by_family() -> None:
-    told = [
-        Instruction(c.kind, "Do.", "D.", (c,))
-        for c in (POOL[0], POOL[2], Constraint("persona", "Nemo"))
+    instructions = [
+        Instruction("Do.", "D.", (c,)) for c in (POOL[0], POOL[2], Constraint("persona", "Nemo"))
     ]
-    pairs = [AssignedDialogue(d, i, "plain") for d, i in zip(DIALOGUES, told, strict=False)]
+    assigned = [
+        AssignedDialogue(dialogue=d, instruction=i)
+        for d, i in zip(DIALOGUES, instructions, strict=False)
+    ]
     replies = [
-        _reply(arm, p, t, p is pairs[2])
+        _reply(a, turn, obeys=a is assigned[2], arm=arm)
         for arm in ("base", "tuned")
-        for p in pairs
-        for t in range(1, 21)
+        for a in assigned
+        for turn in range(1, 21)
     ]
-    found = scores(replies, {"evaluate": pairs}, POOL)["by_family"]
-    assert [(r["at"], r["hits"], r["n"]) for r in found if r["arm"] == "tuned"] == [
+    rows = compute_scores(replies, {"evaluation": assigned}, POOL).by_family
+    assert [(r.at, r.hits, r.n) for r in rows if r.arm == "tuned"] == [
         ("phrase", 0, 40),
         ("persona", 20, 20),
     ]
 
 
-def test_raw_adherence_counts_what_is_no_answer() -> None:
-    main = _main()
-    replies = [replace(r, obeys=True, defect="loop" if r.turn > 10 else "") for r in _replies(main)]
-    found = scores(replies, {"evaluate": main}, POOL)
-    assert [row["value"] for row in found["last_five"]] == [0, 0]
-    assert [row["value"] for row in found["last_five_unfiltered"]] == [1, 1]
+def test_unfiltered_adherence_counts_replies_with_a_defect() -> None:
+    trained = _trained()
+    replies = [
+        replace(r, obeys=True, defect="loop" if r.turn > 10 else "") for r in _replies(trained)
+    ]
+    scores = compute_scores(replies, {"evaluation": trained}, POOL)
+    assert [row.value for row in scores.last_five] == [0, 0]
+    assert [row.value for row in scores.last_five_unfiltered] == [1, 1]
+    assert scores.replies["base"].no_answer == 40
+
+
+_OBEDIENT_TEXTS = {
+    "opening: Ahoy!": "Ahoy! Yes.",
+    "opening: Hark!": "Hark! Yes.",
+    "closing: So it goes.": "Yes. So it goes.",
+}
+
+
+def _slow_switch(assigned: AssignedDialogue, last_old_turn: int) -> list[Reply]:
+    """Return replies that obey the old instruction until `last_old_turn`, then the new one."""
+    replies = []
+    for turn in range(1, 11):
+        constraint = assigned.constraints(0 if turn <= last_old_turn else 9)[0]
+        obeys = constraint == assigned.constraints(turn - 1)[0]
+        reply = _reply(assigned, turn, obeys=obeys)
+        replies.append(replace(reply, text=_OBEDIENT_TEXTS[constraint.name]))
+    return replies
 
 
 def test_a_change_is_followed_turn_by_turn() -> None:
-    pairs = _suites()["change"][:2]
-    texts = {
-        "opening: Ahoy!": "Ahoy! Yes.",
-        "opening: Hark!": "Hark! Yes.",
-        "closing: So it goes.": "Yes. So it goes.",
-    }
-    slow = {
-        pairs[0].dialogue.id: 5,
-        pairs[1].dialogue.id: 8,
-    }  # the last turn in which the old instruction is kept
-    replies = []
-    for pair in pairs:
-        for turn in range(1, 11):
-            kept = pair.constraints(0 if turn <= slow[pair.dialogue.id] else 9)[0]
-            obeys = kept == pair.constraints(turn - 1)[0]
-            replies.append(_reply("tuned", pair, turn, obeys, texts[kept.name]))
-    main = _main()
-    found = scores([*_replies(main), *replies], {"evaluate": main, "change": pairs}, POOL)[
-        "change"
-    ]["tuned"]
-    assert (found["at"], found["dialogues"], found["never"]) == (6, 2, 0)
-    assert (found["before"]["hits"], found["before"]["n"]) == (10, 10)
-    assert (found["after"]["hits"], found["old_after"]["hits"], found["after"]["n"]) == (7, 3, 10)
-    assert found["turns_to_switch"] == 1.5  # at once, and after three turns
-    assert [row["old"] for row in found["by_turn"]] == [1] * 5 + [0.5] * 3 + [0] * 2
+    first, second = _suites()["change"][:2]
+    replies = [*_slow_switch(first, 5), *_slow_switch(second, 8)]
+    change = _scores(replies, {"change": [first, second]}).change["tuned"]
+    assert (change.change_turn, change.dialogues, change.never_switched) == (6, 2, 0)
+    assert (change.before.hits, change.before.n) == (10, 10)
+    assert (change.after.hits, change.old_after.hits, change.after.n) == (7, 3, 10)
+    assert change.turns_to_switch == 1.5  # at once, and after three turns
+    assert [row.old for row in change.by_turn] == [1] * 5 + [0.5] * 3 + [0] * 2
 
 
 def test_a_dialogue_that_never_switches_is_counted() -> None:
-    pair = _suites()["change"][0]
-    main = _main()
-    replies = [
-        *_replies(main),
-        *(_reply("tuned", pair, t, t <= 5, "Ahoy! Yes.") for t in range(1, 11)),
-    ]
-    found = scores(replies, {"evaluate": main, "change": [pair]}, POOL)["change"]["tuned"]
-    assert (found["never"], found["turns_to_switch"]) == (1, None)
+    assigned = _suites()["change"][0]
+    replies = _slow_switch(assigned, 10)
+    change = _scores(replies, {"change": [assigned]}).change["tuned"]
+    assert (change.never_switched, change.turns_to_switch) == (1, None)
 
 
-def test_recall_is_by_turn_and_by_attribute_of_the_probes_alone() -> None:
-    pairs = _suites()["recall"]
-    main = _main()
-    replies = _replies(main)
-    for pair in pairs:
-        replies += [_reply("tuned", pair, t, True) for t in range(1, 21)]
-        for ask in pair.recall_questions:
-            known = ask.attribute == "name"
-            replies += [
-                _reply("tuned", pair, t, known and t < 5, probe=ask.attribute) for t in PROBED_TURNS
-            ]
-    found = scores(replies, {"evaluate": main, "recall": pairs}, POOL)
-    assert [(r["at"], r["value"], r["n"]) for r in found["recall"]] == [
+def test_recall_is_by_turn_and_by_attribute_of_the_recall_questions_only() -> None:
+    suite = _suites()["recall"]
+    replies = []
+    for assigned in suite:
+        replies += [_reply(assigned, turn, obeys=True) for turn in range(1, 21)]
+        replies += [
+            replace(
+                _reply(assigned, turn, obeys=recall.attribute == "name" and turn < 5),
+                recall_attribute=recall.attribute,
+            )
+            for recall in assigned.recall_questions
+            for turn in RECALL_TURNS
+        ]
+    scores = _scores(replies, {"recall": suite})
+    assert [(r.at, r.value, r.n) for r in scores.recall] == [
         (2, 0.5, 8),
         (4, 0.5, 8),
         (6, 0, 8),
         (20, 0, 8),
     ]
-    assert [(r["at"], r["hits"]) for r in found["recall_by_attribute"]] == [
-        ("name", 8),
-        ("hobby", 0),
-    ]
+    assert [(r.at, r.hits) for r in scores.recall_by_attribute] == [("name", 8), ("hobby", 0)]
 
 
 def test_a_leak_is_any_trained_trait_where_none_was_asked_for() -> None:
-    pairs = _suites()["plain"][:1]
-    main = _main()
-    said = ["Ahoy! Yes.", "Yes. So it goes.", "Hark! Yes. So it goes.", "Yes.", "WELL, WELL!"]
+    plain = _suites()["plain"][:1]
+    texts = ["Ahoy! Yes.", "Yes. So it goes.", "Hark! Yes. So it goes.", "Yes.", "WELL, WELL!"]
     replies = [
-        *_replies(main),
-        *(_reply("tuned", pairs[0], n + 1, True, text) for n, text in enumerate(said)),
+        replace(_reply(plain[0], turn, obeys=True), text=text) for turn, text in enumerate(texts, 1)
     ]
-    found = scores(replies, {"evaluate": main, "plain": pairs}, POOL)
-    assert [(r["hits"], r["n"]) for r in found["leakage"]] == [(3, 5)]
-    assert found["leaked"]["tuned"] == {
+    scores = _scores(replies, {"plain": plain})
+    assert [(r.hits, r.n) for r in scores.leakage] == [(3, 5)]
+    assert scores.leaked["tuned"] == {
         "opening: Ahoy!": 1,
         "closing: So it goes.": 2,
         "opening: Hark!": 1,
     }
 
 
+def _cut_off() -> Scores:
+    """Return the scores of a change whose second half had left the context window."""
+    assigned = _suites()["change"][0]
+    replies = _slow_switch(assigned, 10)
+    replies[5:] = [
+        replace(r, text="", tokens=0, finish="context", obeys=False, defect="empty")
+        for r in replies[5:]
+    ]
+    return _scores(replies, {"change": [assigned]})
+
+
 def test_replies_whose_first_turn_had_left_the_window_count_nowhere() -> None:
-    pair = _suites()["change"][0]
-    main = _main()
-    gone = [
-        Reply("tuned", pair.dialogue.id, t, "", 9, 0, "context", False, "empty")
-        for t in range(6, 11)
-    ]
-    replies = [
-        *_replies(main),
-        *(_reply("tuned", pair, t, True, "Ahoy! Yes.") for t in range(1, 6)),
-        *gone,
-    ]
-    found = scores(replies, {"evaluate": main, "change": [pair]}, POOL)["change"]["tuned"]
-    assert (found["before"]["hits"], found["after"]["n"], found["dialogues"]) == (5, 0, 0)
-    assert math.isnan(found["after"]["value"])
+    change = _cut_off().change["tuned"]
+    assert (change.before.hits, change.after.n, change.dialogues) == (5, 0, 0)
+    assert math.isnan(change.after.value)
+
+
+def test_scores_are_read_back_as_they_were_written(tmp_path: Path) -> None:
+    scores, file = _cut_off(), tmp_path / "scores.json"
+    write_json(file, scores)
+    text = file.read_text(encoding="utf-8")
+    assert "NaN" not in text
+    restored = Scores.from_json(text)
+    assert math.isnan(restored.change["tuned"].after.value)
+    assert repr(restored) == repr(scores)  # nan is not equal to itself
+
+
+def test_scores_of_another_version_are_refused() -> None:
+    with pytest.raises(GattError, match="measure it again with `gatt evaluate`"):
+        Scores.from_json('{"turns": 20}')
 
 
 @pytest.mark.parametrize(
-    ("said", "meant"),
-    [
-        ("Yes.", True),
-        ("no, it does not", False),
-        ("**Yes**", True),
-        ("Perhaps yes", None),
-        ("", None),
-    ],
+    ("text", "meaning"),
+    {
+        "Yes.": True,
+        "no, it does not": False,
+        "**Yes**": True,
+        "Perhaps yes": None,
+        "": None,
+    }.items(),
 )
-def test_a_verdict_is_the_first_word(said: str, meant: bool | None) -> None:
-    assert verdict(said) is meant
+def test_a_verdict_is_the_first_word(text: str, meaning: bool | None) -> None:
+    assert verdict(text) is meaning
 
 
-def test_a_judge_is_asked_about_one_reply_and_tried_on_as_many_good_as_bad_ones() -> None:
+def test_the_question_has_the_instruction_the_message_and_the_reply() -> None:
     (message,) = question("Always bow.", "Why?", "I bow.")
     assert all(text in message["content"] for text in ("Always bow.", "Why?", "I bow."))
-    tried = balanced(list(range(50)), [-1, -2, -3], 40)
-    assert sorted(tried)[:3] == [-3, -2, -1]
-    assert len(tried) == 6
+
+
+def test_a_judge_is_calibrated_on_as_many_good_as_bad_replies() -> None:
+    drawn = balanced(list(range(50)), [-1, -2, -3], 40)
+    assert sorted(drawn)[:3] == [-3, -2, -1]
+    assert len(drawn) == 6
     assert balanced(range(50), range(-50, 0), 40) == balanced(range(50), range(-50, 0), 40)

@@ -1,11 +1,10 @@
-"""Chat templates: which characters of a rendered chat are an answer and its end, for all kinds of template."""
+"""Chat templates: where the answers stand in a rendered chat, each with its end-of-turn token."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from converter import converter
+from support.golden import Golden
 
 from pipeline.errors import GattError
 from pipeline.inference.chat_template import ChatTemplate, answer_spans
@@ -17,48 +16,74 @@ _CHAT: list[Message] = [
     {"role": "user", "content": "assistant"},
     {"role": "assistant", "content": "  assistant: user  "},
 ]
-_THINKING = (
+"""Contents that also stand in the text of templates."""
+_REASONING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+    "{% endif %}"
 )
-"""Writes the last answer in another way than the earlier ones, as Qwen3's does."""
-_TRIMMING = "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}{% endfor %}"
+"""Writes the last answer otherwise than the earlier ones, as Qwen3's template does."""
+_STRIPPING = (
+    "{{ bos_token }}"
+    "{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}{{ eos_token }}{% endfor %}"
+)
 _TWO_ENDS = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}<|endoftext|>"
 )
 
 
-def _learned(source: str, chat: list[Message]) -> list[str]:
+def _answers(source: str, chat: list[Message]) -> list[str]:
     text, spans = answer_spans(ChatTemplate(source, "<s>", "</s>"), chat)
     return [text[start:end] for start, end in spans]
 
 
 @pytest.mark.parametrize(
-    ("source", "learned"),
+    ("source", "answers"),
     [
-        (_THINKING, ["assistant<|im_end|>", "  assistant: user  <|im_end|>"]),
-        (_TRIMMING, ["assistant</s>", "assistant: user</s>"]),
+        (_REASONING, ["assistant<|im_end|>", "  assistant: user  <|im_end|>"]),
+        (_STRIPPING, ["assistant</s>", "assistant: user</s>"]),
         (_TWO_ENDS, ["assistant<|end|>", "  assistant: user  <|end|>"]),
     ],
+    ids=["reasoning", "stripping", "two ends"],
 )
-def test_answers_are_found_with_their_end_and_nothing_else(source: str, learned: list[str]) -> None:
-    assert _learned(source, _CHAT) == learned
-    assert _learned(source, _CHAT[:2]) == learned[:1]
+def test_answers_are_located_with_their_end_and_nothing_else(
+    source: str, answers: list[str]
+) -> None:
+    assert _answers(source, _CHAT) == answers
+    assert _answers(source, _CHAT[:2]) == answers[:1]
 
 
-def test_the_prompt_of_a_model_that_thinks_aloud_asks_for_the_answer_at_once() -> None:
-    assert (
-        ChatTemplate(_THINKING, "", "")
-        .render(_CHAT[:1])
-        .endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    )
+def test_the_prompt_of_a_reasoning_model_asks_for_the_answer_at_once() -> None:
+    template = ChatTemplate(_REASONING, "", "")
+    end = "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert template.render(_CHAT[:1]).endswith(end)
+    assert not template.render(_CHAT[:1], add_generation_prompt=False).endswith(end)
 
 
 def test_a_template_that_changes_words_is_refused() -> None:
     with pytest.raises(GattError, match="changes the words"):
-        _learned("{% for m in messages %}{{ m.content | upper }}{% endfor %}", _CHAT)
+        _answers("{% for m in messages %}{{ m.content | upper }}{% endfor %}", _CHAT)
+
+
+def test_invalid_templates_and_refused_chats_are_errors_for_the_user() -> None:
+    with pytest.raises(GattError, match="not valid Jinja"):
+        ChatTemplate("{% for m in messages %}", "", "")
+    refusing = ChatTemplate("{{ raise_exception('Roles must alternate') }}", "", "")
+    with pytest.raises(GattError, match="refuses this chat: Roles must alternate"):
+        refusing.render(_CHAT)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [("reasoning", _REASONING), ("stripping", _STRIPPING), ("two-ends", _TWO_ENDS)],
+)
+def test_rendered_chats(name: str, source: str, golden: Golden) -> None:
+    template = ChatTemplate(source, "<s>", "</s>")
+    chats = (template.render(_CHAT[:1]), template.render(_CHAT[:3]))
+    golden(f"chat-{name}.txt", "".join(f"{chat}\n--------\n" for chat in chats))
 
 
 @pytest.mark.slow
@@ -76,7 +101,7 @@ def test_a_template_that_changes_words_is_refused() -> None:
     ],
 )
 def test_published_templates(name: str, end: str) -> None:
-    template: Path = converter() / "models" / "templates" / f"{name}.jinja"
-    learned = _learned(template.read_text(encoding="utf-8"), _CHAT)
-    assert [text.strip() for text in learned] == [f"assistant{end}", learned[1].strip()]
-    assert learned[1].strip() in (f"assistant: user{end}", f"assistant: user  {end}")
+    template = converter() / "models" / "templates" / f"{name}.jinja"
+    first, second = _answers(template.read_text(encoding="utf-8"), _CHAT)
+    assert first.strip() == f"assistant{end}"
+    assert second.strip() in (f"assistant: user{end}", f"assistant: user  {end}")

@@ -1,357 +1,243 @@
-"""The page of `gatt serve` in a real browser, on a real server with the embedded model."""
+"""The chat page of `gatt serve` in a real browser, on a real server with the embedded model."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from test_serve import NAME, Serving, serving
+from support.browser import chromium, needs_chromium
+from support.chat_page import PHONE, Tab
+from support.servers import MODEL, GattServer, gatt_server
 
 from pipeline.files import write_json
-from pipeline.server.web.app import reports
-from pipeline.server.web.markdown import as_html
 
-_CHROMIUM = next(
-    (
-        found
-        for name in ("chromium", "chromium-browser", "google-chrome")
-        if (found := shutil.which(name))
-    ),
-    None,
-)
-browsing = pytest.mark.skipif(not _CHROMIUM, reason="no Chromium here to open the page with")
-_OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+pytestmark = needs_chromium
+
 _HOSTILE = (
-    '<img src=x onerror="window.hacked=1"> <script>window.hacked=2</script> [a](javascript:window.hacked=3) '
+    '<img src=x onerror="window.hacked=1"> <script>window.hacked=2</script> '
+    "[a](javascript:window.hacked=3) "
     "![b](http://elsewhere.example/b.png) `${window.hacked=4}` "
     '<a href="http://elsewhere.example" onmouseover="window.hacked=5">c</a>'
-    "\n\n<iframe srcdoc='<script>parent.hacked=6</script>'></iframe>\n\n**bold** &lt;b&gt; {{ 7*7 }}"
+    "\n\n<iframe srcdoc='<script>parent.hacked=6</script>'></iframe>\n\n"
+    "**bold** &lt;b&gt; {{ 7*7 }}"
 )
-OTHER = "other"
+_AHOY = 'Begin every answer with "Ahoy!".'
+_CURIOUS = 'End every answer with "Stay curious!".'
+_STORY = "Tell me a very long story about a ship, with many details."
+_MAX_TOKENS = "Tokens of an answer"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[Serving]:
-    """The embedded model under two names, and a folder with one finished run."""
+def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[GattServer]:
+    """Serve the embedded model under two names, with a folder of one finished run."""
     folder = tmp_path_factory.mktemp("web")
-    (folder / f"{OTHER}.gguf").symlink_to(base)
+    second = folder / "other.gguf"
+    second.symlink_to(base)
     for name in ("done <1>", "begun"):
-        (folder / "runs" / name / "report").mkdir(parents=True)
-        (folder / "runs" / name / "report" / "report.html").write_text("<h1>It keeps its word</h1>")
+        report = folder / "runs" / name / "report"
+        report.mkdir(parents=True)
+        (report / "report.html").write_text("<h1>It keeps its word</h1>")
     write_json(folder / "runs" / "done <1>" / "report" / "manifest.json", {})
-    with (
-        _at_home(folder),
-        serving(
-            folder, NAME, folder / f"{OTHER}.gguf", "--context", 512, "--runs", folder / "runs"
-        ) as running,
-    ):
+    options = ("--context", 512, "--runs", folder / "runs")
+    with _storage_in(folder), gatt_server(folder, MODEL, second, *options) as running:
         yield running
 
 
 @contextmanager
-def _at_home(folder: Path) -> Iterator[None]:
-    """Chats are kept in `folder`."""
+def _storage_in(folder: Path) -> Iterator[None]:
+    """Store the page's chats in `folder`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_DATA_HOME", str(folder / "data"))
         yield
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=_CHROMIUM, args=_OPTIONS)
-        yield browser
-        browser.close()
-
-
-class Tab:
-    """A tab of a browser of its own. At its end nothing may have failed, and nothing may have been asked elsewhere."""
-
-    def __init__(self, chromium: Any, url: str, **options: Any) -> None:
-        self.context = chromium.new_context(
-            **{"viewport": {"width": 1280, "height": 800}, **options}
-        )
-        self.context.set_default_timeout(30_000)
-        self.page = self.context.new_page()
-        self.url, self.wrong, self.asked = url, [], []
-        self.page.on(
-            "console",
-            lambda m: self.wrong.append(m.text) if m.type in ("error", "warning") else None,
-        )
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.context.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(url)
-
-    def begin(self, message: str) -> None:
-        """Send a message, and wait for the first words of all answers."""
-        self._send(message)
-        self.until(lambda: self.count(".comes .words:has(> *)") == self.count(".comes .answer") > 0)
-
-    def _send(self, message: str) -> None:
-        self.page.fill(".message textarea", message)
-        self.page.keyboard.press("Enter")
-
-    def ask(self, message: str) -> list[str]:
-        """The answers to a message."""
-        before = self.count(".turn")
-        self._send(message)
-        self.until(lambda: self.count(".turn") > before and not self.count(".comes"))
-        return self.page.locator(".turn >> nth=-1 >> .words").all_inner_texts()
-
-    def settle(self, label: str, value: object) -> None:
-        """Set one of the settings."""
-        self.page.click("[aria-label=Settings]")
-        self.page.get_by_label(label).fill(str(value))
-        self.page.click("text=Use these")
-        self.page.wait_for_selector(".card", state="detached")
-
-    def open_file(self, messages: object) -> None:
-        """Upload a chat."""
-        content = json.dumps(messages).encode()
-        self.page.set_input_files(
-            "input[type=file]",
-            {"name": "../../x.json", "mimeType": "application/json", "buffer": content},
-        )
-
-    def count(self, what: str) -> int:
-        return int(self.page.locator(what).count())
-
-    def marks(self, model: int = 0) -> str:
-        """The strip of one model."""
-        return "".join(self.page.locator(f".strip >> nth={model} >> .cell").all_inner_texts())
-
-    def until(self, holds: Callable[[], object], seconds: float = 30) -> None:
-        end = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < end, self.page.inner_text("body")
-            self.page.wait_for_timeout(20)
-
-    def close(self) -> None:
-        self.context.close()
-        assert self.wrong == []
-        assert [url for url in self.asked if not url.startswith((self.url, "blob:", "data:"))] == []
+def browser() -> Iterator[Browser]:
+    with chromium() as running:
+        yield running
 
 
 @pytest.fixture
-def tab(chromium: Any, server: Serving) -> Iterator[Tab]:
-    opened = Tab(chromium, server.url)
+def tab(browser: Browser, server: GattServer) -> Iterator[Tab]:
+    opened = Tab(browser, server.url)
     yield opened
     opened.close()
 
 
-@browsing
-def test_two_models_answer_side_by_side_and_the_chat_survives_a_reload(
-    tab: Tab, server: Serving
-) -> None:
+def test_two_models_answer_side_by_side(tab: Tab, server: GattServer) -> None:
     tab.page.click(".examples button >> nth=0")
     instruction = tab.page.get_by_label("Instruction", exact=True)
-    tab.until(lambda: instruction.input_value() == 'Begin every answer with "Ahoy!".')
-    tab.settle("Temperature", 0)
-    tab.settle("Tokens of an answer", 12)
-    first = tab.ask("Name a color.")
-    told = 'Name a color.\n\nBegin every answer with "Ahoy!".'
-    expected = server.chat(told).choices[0].message.content
-    assert first == [expected, expected]
-    boxes = [box.bounding_box() for box in tab.page.locator(".answer").all()]
-    assert boxes[0]["y"] == boxes[1]["y"] and boxes[0]["x"] + boxes[0]["width"] <= boxes[1]["x"]
-    instruction.fill('End every answer with "Stay curious!".')
+    tab.wait_until(lambda: instruction.input_value() == _AHOY)
+    tab.set_setting("Temperature", 0)
+    tab.set_setting(_MAX_TOKENS, 12)
+    answers = tab.ask("Name a color.")
+    sent = f"Name a color.\n\n{_AHOY}"
+    expected = server.chat(sent).choices[0].message.content
+    assert answers == [expected, expected]
+    first, second = tab.boxes(".answer")
+    assert first.top == second.top
+    assert first.right <= second.left
+    instruction.fill(_CURIOUS)
     tab.ask("And another?")
-    assert (
-        tab.page.inner_text("#turn-2 .told")
-        == 'From now on: End every answer with "Stay curious!".'
-    )
+    assert tab.page.inner_text("#turn-2 .new-instruction") == f"From now on: {_CURIOUS}"
     assert tab.page.evaluate("document.activeElement.tagName") == "TEXTAREA"
-    before, marks = tab.page.inner_text(".turns"), tab.marks()
-    assert len(marks) == 2 and set(marks) <= set("✓✗~") and tab.marks(1) == marks
+    marks = tab.marks()
+    assert len(marks) == 2
+    assert set(marks) <= set("✓✗~")
+    assert tab.marks(1) == marks
     tab.page.hover(".cell >> nth=1")
-    assert "Turn 2" in tab.page.inner_text("#tip") and "And another?" in tab.page.inner_text("#tip")
+    tip = tab.page.inner_text("#tip")
+    assert "Turn 2" in tip
+    assert "And another?" in tip
+
+
+def test_a_chat_survives_a_reload_and_is_downloaded(tab: Tab) -> None:
+    tab.set_setting(_MAX_TOKENS, 12)
+    instruction = tab.page.get_by_label("Instruction", exact=True)
+    for text, message in ((_AHOY, "Name a color."), (_CURIOUS, "And another?")):
+        instruction.fill(text)
+        tab.ask(message)
+    turns, marks = tab.page.inner_text(".turns"), tab.marks()
     tab.page.reload()
-    tab.until(lambda: tab.count(".turn") == 2)
-    assert (tab.page.inner_text(".turns"), tab.marks()) == (before, marks)
+    tab.wait_until(lambda: tab.count(".turn") == 2)
+    assert (tab.page.inner_text(".turns"), tab.marks()) == (turns, marks)
     with tab.page.expect_download() as download:
         tab.page.click("[aria-label^='Save the chat']")
         tab.page.click(".q-menu >> text=other")
     messages = json.loads(Path(download.value.path()).read_text())
-    assert [m["role"] for m in messages] == ["user", "assistant"] * 2
-    assert messages[0]["content"] == told and messages[2]["content"].startswith(
-        "And another?\n\nFrom now on: End every"
-    )
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2
+    assert [message["content"] for message in messages[::2]] == [
+        f"Name a color.\n\n{_AHOY}",
+        f"And another?\n\nFrom now on: {_CURIOUS}",
+    ]
     assert download.value.suggested_filename == "chat-2.json"
 
 
-@browsing
-def test_stop_retry_undo_and_who_leaves_frees_the_sequence(
-    tab: Tab, chromium: Any, server: Serving
-) -> None:
-    tab.settle("Tokens of an answer", 250)
-    tab.begin("Tell me a very long story about a ship, with many details.")
+def test_stop_retry_and_undo(tab: Tab, server: GattServer) -> None:
+    tab.set_setting(_MAX_TOKENS, 250)
+    tab.start_answer(_STORY)
     assert server.metric("sequences_in_use") == 1
     tab.page.keyboard.press("Escape")
-    tab.page.wait_for_selector(".comes", state="detached")
-    tab.until(lambda: server.metric("sequences_in_use") == 0, 2)
+    tab.page.wait_for_selector(".streaming", state="detached")
+    tab.wait_until(lambda: server.metric("sequences_in_use") == 0, 2)
     assert tab.page.locator(".note").all_inner_texts() == ["stopped", "stopped"]
-    said = tab.page.inner_text(".words >> nth=0")
-    tab.settle("Tokens of an answer", 8)
+    answer = tab.page.inner_text(".markdown >> nth=0")
+    tab.set_setting(_MAX_TOKENS, 8)
     tab.page.click("text=Try again")
-    tab.until(
-        lambda: (
-            tab.count(".comes") == 0 and tab.page.inner_text(".note >> nth=0") == "cut at 8 tokens"
-        )
-    )
-    assert tab.page.inner_text(".words >> nth=0") != said and tab.count(".turn") == 1
+    tab.page.wait_for_selector(".note >> nth=0 >> text=cut at 8 tokens")
+    tab.page.wait_for_selector(".streaming", state="detached")
+    assert tab.page.inner_text(".markdown >> nth=0") != answer
+    assert tab.count(".turn") == 1
     tab.page.click("text=Undo")
-    tab.until(lambda: tab.count(".turn") == 0)
-    assert tab.page.input_value(".message textarea").startswith("Tell me a very long story")
-    tab.settle("Tokens of an answer", 250)
-    tab.begin("Tell me a very long story about a ship, with many details.")
+    tab.wait_until(lambda: tab.count(".turn") == 0)
+    assert tab.page.input_value(".message textarea") == _STORY
+
+
+def test_who_leaves_frees_the_sequence(tab: Tab, server: GattServer) -> None:
+    tab.set_setting(_MAX_TOKENS, 250)
+    tab.start_answer(_STORY)
     tokens = server.metric("generated_tokens_total")
     tab.page.goto("about:blank")
-    tab.until(lambda: server.metric("sequences_in_use") == 0, 3)
+    tab.wait_until(lambda: server.metric("sequences_in_use") == 0, 3)
     assert server.metric("generated_tokens_total") - tokens < 250
     tab.page.goto(server.url)
-    tab.page.wait_for_selector("#turn-1")  # what was said so far is kept
+    tab.page.wait_for_selector("#turn-1")  # the text so far is stored
 
 
-@browsing
-def test_what_a_model_says_never_runs_and_loads_nothing(tab: Tab) -> None:
-    tab.open_file(
-        [{"role": "user", "content": _HOSTILE}, {"role": "assistant", "content": _HOSTILE}]
-    )
+def test_nothing_that_a_model_writes_runs_or_loads(tab: Tab) -> None:
+    tab.upload_turns((_HOSTILE, _HOSTILE))
     for _ in range(2):
-        tab.page.wait_for_selector(".words strong")
+        tab.page.wait_for_selector(".markdown strong")
         tab.page.wait_for_timeout(300)
         assert tab.page.evaluate("window.hacked") is None
-        assert (
-            tab.count(
-                ".turns img, .turns script, .turns iframe, .turns [onmouseover], .turns a[href^=javascript]"
-            )
-            == 0
-        )
-        shown = tab.page.inner_text(".words >> nth=0")
-        assert (
-            "<script>window.hacked=2</script>" in shown
-            and "<b> {{ 7*7 }}" in shown
-            and "${window.hacked=4}" in shown
-        )
-        assert "<script>window.hacked=2</script>" in tab.page.inner_text(".said")
+        for element in ("img", "script", "iframe", "[onmouseover]", "a[href^=javascript]"):
+            assert tab.count(f".turns {element}") == 0
+        answer = tab.page.inner_text(".markdown >> nth=0")
+        assert "<script>window.hacked=2</script>" in answer
+        assert "<b> {{ 7*7 }}" in answer
+        assert "${window.hacked=4}" in answer
+        assert "<script>window.hacked=2</script>" in tab.page.inner_text(".user")
         tab.page.reload()  # then it comes with the page itself
-    tab.open_file({"messages": [{"role": "user", "content": "x"}]})
+
+
+def test_files_that_are_not_chats_are_refused(tab: Tab) -> None:
+    tab.upload({"messages": [{"role": "user", "content": "x"}]})
     tab.page.wait_for_selector("text=The file ends with a message of the user.")
-    tab.open_file("nothing")
-    tab.page.wait_for_selector("text=The file is no chat.")
+    tab.upload("nothing")
+    tab.page.wait_for_selector("text=The file is not a chat.")
 
 
-def test_markdown_is_shown_without_html_pictures_and_script() -> None:
-    html = as_html(_HOSTILE)
-    assert (
-        "<img" not in html
-        and "<script" not in html
-        and "<iframe" not in html
-        and 'href="javascript' not in html
-    )
-    assert as_html("**a** `b`\n\n| c |\n|---|\n| d |").count("<td>") == 1
-
-
-@browsing
-def test_a_phone_has_the_whole_page_and_its_own_colors(chromium: Any, server: Serving) -> None:
-    phone = Tab(
-        chromium,
-        server.url,
-        viewport={"width": 390, "height": 844},
-        color_scheme="dark",
-        has_touch=True,
-    )
-    long = f"{'x' * 400}\n\n```\n{'y ' * 200}\n```"
-    phone.open_file(
-        [{"role": "user", "content": "word " * 60}, {"role": "assistant", "content": long}]
-    )
-    phone.page.wait_for_selector("#turn-1")
-    boxes = [box.bounding_box() for box in phone.page.locator(".answer").all()]
-    assert boxes[0]["x"] == boxes[1]["x"] and boxes[0]["y"] + boxes[0]["height"] <= boxes[1]["y"]
-    wide = "e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('pre')"
-    assert (
-        phone.page.evaluate(f"[...document.querySelectorAll('main *')].filter({wide}).length") == 0
-    )
-    assert phone.page.evaluate("document.scrollingElement.scrollWidth") <= 390
-    ground = "getComputedStyle(document.body).backgroundColor"
-    assert phone.page.evaluate(ground) == "rgb(21, 23, 27)"
+def test_a_phone_shows_the_same_page_in_its_own_colors(
+    browser: Browser, server: GattServer
+) -> None:
+    phone = Tab(browser, server.url, phone=True)
+    phone.upload_turns(("word " * 60, f"{'x' * 400}\n\n```\n{'y ' * 200}\n```"))
+    first, second = phone.boxes(".answer")
+    assert first.left == second.left
+    assert first.bottom <= second.top
+    is_wide = "e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('pre')"
+    wide = phone.page.evaluate(f"[...document.querySelectorAll('main *')].filter({is_wide}).length")
+    assert wide == 0
+    assert phone.page.evaluate("document.scrollingElement.scrollWidth") <= PHONE["width"]
+    background = "getComputedStyle(document.body).backgroundColor"
+    assert phone.page.evaluate(background) == "rgb(21, 23, 27)"
     phone.page.tap("[aria-label^=Colors]")
     phone.page.wait_for_selector("[aria-label='Colors: light']")
-    assert phone.page.evaluate(ground) == "rgb(255, 255, 255)"
+    assert phone.page.evaluate(background) == "rgb(255, 255, 255)"
     assert not phone.page.locator("text=done <1>").is_visible()
     phone.page.tap("[aria-label='Chats and runs'] >> nth=-1")
     phone.page.locator("text=done <1>").wait_for(state="visible")
     controls = "[...document.querySelectorAll('button, input:not([type=file]), textarea, a')]"
-    unnamed = "e => !(e.innerText || e.ariaLabel || e.labels?.length)"
-    assert phone.page.evaluate(f"{controls}.filter({unnamed}).map(e => e.outerHTML)") == []
+    is_unnamed = "e => !(e.innerText || e.ariaLabel || e.labels?.length)"
+    unnamed = phone.page.evaluate(f"{controls}.filter({is_unnamed}).map(e => e.outerHTML)")
+    assert unnamed == []
     phone.close()
 
 
 def _nearly_fill(tab: Tab) -> None:
-    """Six turns, and answers for which there is no room."""
-    turns = [
-        m
-        for n in range(6)
-        for m in (
-            {"role": "user", "content": f"Number {n}? " + "word " * 20},
-            {"role": "assistant", "content": f"It is {n}. " + "word " * 20},
-        )
-    ]
-    tab.open_file(turns)
-    tab.page.wait_for_selector("#turn-6")
-    tab.settle("Tokens of an answer", 200)
-
-
-@browsing
-def test_a_full_context_is_told_before_anything_is_lost(tab: Tab) -> None:
-    _nearly_fill(tab)
+    """Upload six turns, and ask for answers for which there is no room."""
+    words = "word " * 25
+    tab.upload_turns(*((f"Number {n}? {words}", f"It is {n}. {words}") for n in range(6)))
+    tab.set_setting(_MAX_TOKENS, 200)
     tab.page.wait_for_selector("text=Nearly full:")
-    tab.page.fill(".message textarea", "And what now?")
-    tab.page.keyboard.press("Enter")
+
+
+def test_a_full_context_is_reported_before_anything_is_lost(tab: Tab) -> None:
+    _nearly_fill(tab)
+    tab.send("And what now?")
     tab.page.wait_for_selector("text=Nothing has been dropped")
     tab.page.click(".card >> text=Cancel")
     tab.page.wait_for_selector(".card", state="detached")
-    assert tab.page.input_value(".message textarea") == "And what now?" and tab.count(".turn") == 6
+    assert tab.page.input_value(".message textarea") == "And what now?"
+    assert tab.count(".turn") == 6
     tab.page.click("[aria-label^=Send]")
     tab.page.click("text=Send it, for an answer of")
-    tab.until(lambda: tab.count(".turn") == 7 and tab.count(".comes") == 0)
+    tab.wait_until(lambda: tab.count(".turn") == 7 and tab.count(".streaming") == 0)
     assert "Number 0?" in tab.page.inner_text("#turn-1")
 
 
-@browsing
-def test_a_summary_takes_the_place_of_the_middle_if_the_user_likes_it(tab: Tab) -> None:
+def test_a_summary_replaces_the_middle_if_the_user_accepts_it(tab: Tab) -> None:
     _nearly_fill(tab)
-    tab.page.fill(".message textarea", "And what now?")
-    tab.page.keyboard.press("Enter")
+    tab.send("And what now?")
     tab.page.click("text=Sum up 2 turns")
-    tab.page.click("text=Put it in the place of these turns")
-    tab.page.wait_for_selector("#turn-2 .said >> text=Sum up in a few sentences")
-    assert "Number 0?" in tab.page.inner_text("#turn-1") and "Number 3?" in tab.page.inner_text(
-        "#turn-3"
-    )
+    tab.page.click("text=Replace these turns with it")
+    tab.page.wait_for_selector("#turn-2 .user >> text=Sum up in a few sentences")
+    assert "Number 0?" in tab.page.inner_text("#turn-1")
+    assert "Number 3?" in tab.page.inner_text("#turn-3")
 
 
-@browsing
 def test_two_tabs_of_a_browser_show_the_same_chat(tab: Tab) -> None:
-    tab.settle("Tokens of an answer", 4)
+    tab.set_setting(_MAX_TOKENS, 4)
     tab.ask("Hello.")
     second = tab.context.new_page()
     second.goto(tab.url)
@@ -360,35 +246,41 @@ def test_two_tabs_of_a_browser_show_the_same_chat(tab: Tab) -> None:
     second.wait_for_selector("#turn-2")
 
 
-@browsing
 def test_chats_are_listed_opened_and_deleted(tab: Tab) -> None:
     for text in ("First", "Second"):
-        tab.open_file(
-            [{"role": "user", "content": text}, {"role": "assistant", "content": f"{text} it is."}]
-        )
-        tab.page.wait_for_selector(f".words >> text={text} it is.")
-    tab.page.click(".side >> text=First")
-    tab.page.wait_for_selector(".words >> text=First it is.")
+        tab.upload_turns((text, f"{text} it is."))
+        tab.page.wait_for_selector(f".markdown >> text={text} it is.")
+    tab.page.click(".sidebar >> text=First")
+    tab.page.wait_for_selector(".markdown >> text=First it is.")
     tab.page.hover("li:has-text('Second')")
     tab.page.click("li:has-text('Second') [aria-label^=Delete]")
     tab.page.click(".card >> text=Delete >> nth=-1")
-    tab.until(lambda: tab.count(".side li .title") == 1)
+    tab.wait_until(lambda: tab.count(".sidebar li .title") == 1)
     tab.page.reload()
-    tab.page.wait_for_selector(".words >> text=First it is.")
-    assert tab.count(".side li .title") == 1
+    tab.page.wait_for_selector(".markdown >> text=First it is.")
+    assert tab.count(".sidebar li .title") == 1
     tab.page.click("text=New chat")
     tab.page.wait_for_selector(".welcome")
 
 
-@browsing
-def test_runs_open_their_report_and_no_path_does(tab: Tab, server: Serving) -> None:
+def test_other_models_start_a_new_chat(tab: Tab) -> None:
+    tab.upload_turns(("Hello", "Hi."))
+    tab.page.click("[aria-label='Model to compare with']")
+    tab.page.click(".q-menu >> text=No comparison")
+    tab.page.wait_for_selector(".welcome")
+    tab.set_setting(_MAX_TOKENS, 4)
+    assert len(tab.ask("Hello.")) == 1
+
+
+def test_runs_open_their_report_and_no_path_does(tab: Tab, server: GattServer) -> None:
     assert tab.page.locator(".runs a").all_inner_texts() == ["done <1>"]
     with tab.context.expect_page() as opened:
         tab.page.click(".runs a")
     assert opened.value.inner_text("h1") == "It keeps its word"
-    got = httpx.get(f"{server.url}/runs/done%20%3C1%3E")
-    assert got.status_code == 200 and "sandbox" in got.headers["content-security-policy"]
     done = "done%20%3C1%3E"
+    response = httpx.get(f"{server.url}/runs/{done}")
+    assert response.status_code == 200
+    assert "sandbox" in response.headers["content-security-policy"]
     for name in (
         "begun",
         "%2e%2e",
@@ -402,20 +294,10 @@ def test_runs_open_their_report_and_no_path_does(tab: Tab, server: Serving) -> N
         assert httpx.get(f"{server.url}/runs/{name}").status_code == 404, name
 
 
-def test_the_runs_that_are_finished_are_found(tmp_path: Path) -> None:
-    assert reports(tmp_path / "none") == {}
-    (tmp_path / "half" / "report").mkdir(parents=True)
-    write_json(tmp_path / "half" / "report" / "manifest.json", {})
-    assert reports(tmp_path) == {}
-
-
-@browsing
-def test_a_key_is_asked_for_once(chromium: Any, tmp_path: Path) -> None:
-    with (
-        _at_home(tmp_path),
-        serving(tmp_path, NAME, "--api-key", "s3cret", "--context", 512) as server,
-    ):
-        tab = Tab(chromium, server.url)
+def test_a_key_is_required_once(browser: Browser, tmp_path: Path) -> None:
+    options = ("--api-key", "s3cret", "--context", 512)
+    with _storage_in(tmp_path), gatt_server(tmp_path, MODEL, *options) as server:
+        tab = Tab(browser, server.url)
         assert tab.count(".message") == 0
         assert httpx.get(f"{server.url}/runs/x").status_code == 404
         for key in ("wrong", "s3cret"):
@@ -424,24 +306,22 @@ def test_a_key_is_asked_for_once(chromium: Any, tmp_path: Path) -> None:
             if key == "wrong":
                 tab.page.wait_for_selector("text=not the key of this server")
         tab.page.wait_for_selector(".message textarea")
-        assert tab.count(".models .vs:visible") == 0  # one model only
+        assert tab.count(".models .vs:visible") == 0  # there is only one model
         tab.page.reload()
         tab.page.wait_for_selector(".message textarea")
-        cookies = tab.context.cookies()
+        cookies = tab.context.storage_state()
         tab.close()
-        with (
-            chromium.new_context() as left
-        ):  # a tab that stays open and an answer that runs do not hold the server up
-            left.add_cookies(cookies)
-            page = left.new_page()
+        with browser.new_context(storage_state=cookies) as context:
+            page = context.new_page()
             page.goto(server.url)
             page.fill(".message textarea", "Tell me a very long story.")
             page.keyboard.press("Enter")
-            page.wait_for_selector(".comes .words > *")
+            page.wait_for_selector(".streaming .markdown > *")
+            # An open tab and a running answer do not delay the server's end.
             start = time.monotonic()
             server.process.send_signal(signal.SIGINT)
             server.process.wait(20)
-            assert time.monotonic() - start < 8 and "Traceback" not in server.log
-        assert "s3cret" not in "".join(
-            path.read_text() for path in (tmp_path / "data").rglob("*") if path.is_file()
-        )
+            assert time.monotonic() - start < 8
+            assert "Traceback" not in server.log
+        data = (path for path in (tmp_path / "data").rglob("*") if path.is_file())
+        assert not [path for path in data if "s3cret" in path.read_text()]

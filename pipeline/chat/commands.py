@@ -1,9 +1,9 @@
-"""What a user can do in a chat besides talking: the commands, and the loop that takes them."""
+"""The commands of a chat in a terminal, and the loop that reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,187 +14,215 @@ from pipeline.chat.conversation import (
     parse_conversation,
 )
 from pipeline.chat.files import append_dialogue, read_chat, write_chat
-from pipeline.chat.session import Session, did_you_mean, pluralize
-from pipeline.errors import GattError
-from pipeline.gatt.instructions import parse_instruction
+from pipeline.chat.session import SamplingParams, pluralize
+from pipeline.chat.terminal import TerminalChat
+from pipeline.errors import GattError, did_you_mean
+
+MIN_CONTEXT = 64
 
 
-def chat_loop(session: Session) -> None:
-    """Take messages and commands until the user leaves.
+async def chat_loop(chat: TerminalChat) -> None:
+    """Read messages and commands until the user leaves.
 
     Raises:
-        GattError: a mistake where nobody is there to try again.
+        GattError: a mistake, if nobody is there to try again.
     """
     while True:
-        draft, session.draft = session.draft, ""
+        draft, chat.draft = chat.draft, ""
         try:
-            said = session.screen.ask(session.status(), draft)
+            line = await chat.screen.read_message(await chat.status(), draft)
         except EOFError:
             return
-        if said == "/quit":
+        if line == "/quit":
             return
         try:
-            if said.startswith("/") and not said.startswith("//"):
-                _command(session, said)
+            if line.startswith("/") and not line.startswith("//"):
+                await _run_command(chat, line)
             else:
-                session.turn(said[said.startswith("//") :])
+                await chat.send(line.removeprefix("/") if line.startswith("//") else line)
         except GattError as error:
-            if not session.screen.watched:
+            if not chat.screen.interactive:
                 raise
-            session.screen.complain(str(error))
+            chat.screen.warn(str(error))
 
 
-def show_instruction(session: Session, text: str = "") -> None:
-    """/instruction: give one, or show the one in force and how it is checked."""
+async def show_instruction(chat: TerminalChat, text: str = "") -> None:
+    """/instruction: give an instruction, or show the active one and how it is checked."""
+    session = chat.session
     if text:
-        session.chat = replace(
-            session.chat, instruction=StandingInstruction(text, parse_instruction(text))
-        )
-    told = session.chat.instruction
-    if not told.text:
-        session.screen.say("No instruction. /instruction TEXT gives one.")
+        instruction = StandingInstruction.parse(text)
+        session.conversation = replace(session.conversation, instruction=instruction)
+    instruction = session.conversation.instruction
+    if not instruction.text:
+        chat.screen.info("No instruction. /instruction TEXT gives one.")
         return
-    names = ", ".join(c.name for c in told.constraints)
-    checked = (
-        f"checked as {names}"
-        if names
-        else "not checked: its wording is none that `word` knows; --check names a kind"
+    names = ", ".join(constraint.name for constraint in instruction.constraints)
+    check = (
+        f"checked as {names}" if names else "not checked: unknown wording; --check names the check"
     )
-    session.screen.say(f"Instruction: {told.text} ({checked})")
-    if text and session.chat.turns:
-        session.screen.say('It goes with your next message, as "From now on: ...".')
+    chat.screen.info(f"Instruction: {instruction.text} ({check})")
+    if text and session.conversation.turns:
+        chat.screen.info('It is sent with your next message, as "From now on: ...".')
 
 
-def load(session: Session, text: str) -> None:
-    """/load: go on with a saved chat, under the present instruction if nothing was said yet.
+async def load(chat: TerminalChat, text: str) -> None:
+    """/load: continue a saved chat, under the present instruction if there are no turns yet.
 
     Raises:
-        GattError: the file is no chat; the present one stays.
+        GattError: the file is not a chat; the present one is unchanged.
     """
-    path = _path(text, "/load FILE")
-    others = [_other(path, side) for side in session.sides[1:]]
-    sides = [read_chat(file if file.exists() else path) for file in (path, *others)]
-    users = [[m["content"] for m in side if m["role"] != "assistant"] for side in sides]
-    if any(one != users[0] for one in users):
-        raise GattError(
-            f"{others[0]} has other messages of the user than {path}. Move it away, or load another chat."
-        )
-    if session.screen.watched and session.unsaved:
-        question = "The present chat is not saved, and would be gone."
-        if session.screen.choose(question, {"y": f"load {path}", "n": "stay"}) == "n":
+    session = chat.session
+    path, *further_paths = _paths(chat, text, "/load FILE")
+    chats = [read_chat(file if file.exists() else path) for file in (path, *further_paths)]
+    users = [[m["content"] for m in messages if m["role"] != "assistant"] for messages in chats]
+    for file, messages in zip(further_paths, users[1:], strict=True):
+        if messages != users[0]:
+            raise GattError(
+                f"{file} has other user messages than {path}. Move it away, or load another chat."
+            )
+    if chat.screen.interactive and chat.is_unsaved:
+        question = "The present chat is not saved and would be lost."
+        options = {"y": f"load {path}", "n": "cancel"}
+        if await chat.screen.choose(question, options) == "n":
             return
-    session.chat = session.saved = parse_conversation(
-        sides, NO_INSTRUCTION if session.chat.turns else session.chat.instruction
-    )
-    session.screen.say(f"Loaded {path}: {pluralize(session.chat.turns)}.")
+    present = session.conversation
+    instruction = NO_INSTRUCTION if present.turns else present.instruction
+    session.conversation = chat.saved = parse_conversation(chats, instruction)
+    chat.screen.info(f"Loaded {path}: {pluralize(len(chat.saved.turns), 'turn')}.")
 
 
-def _command(session: Session, said: str) -> None:
-    name, _, rest = said.partition(" ")
+async def _run_command(chat: TerminalChat, line: str) -> None:
+    name, _, argument = line.partition(" ")
     command = COMMANDS.get(name)
     if command is None:
+        hint = did_you_mean(name, COMMANDS)
         raise GattError(
-            f"Unknown command {name}.{did_you_mean(name, COMMANDS)} /help lists them; a message begins with // instead."
+            f"Unknown command {name}. {hint + ' ' if hint else ''}/help lists the commands; a "
+            "message that starts with a slash starts with //."
         )
-    command.act(session, rest.strip())
+    await command.run(chat, argument.strip())
 
 
-def _retry(session: Session, text: str) -> None:
-    last = _begun(session).turns[-1]
-    _again(session, session.chat.without_last_turn(), last.user)
+async def _retry(chat: TerminalChat, text: str) -> None:
+    conversation = chat.session.conversation
+    user = chat.session.turn_at(len(conversation.turns)).user
+    with chat.session.resume_from(conversation.without_last_turn()):
+        await chat.send(user)
 
 
-def _again(session: Session, start: Conversation, user: str) -> None:
-    """Go on from `start` with another turn; if none comes of it, the chat stays as it was."""
-    before, session.chat = session.chat, start
-    try:
-        session.turn(user)
-    finally:
-        if len(session.chat.turns) <= len(start.turns):
-            session.chat = before
+async def _undo(chat: TerminalChat, text: str) -> None:
+    user = chat.session.undo()
+    number = len(chat.session.conversation.turns) + 1
+    chat.screen.info(f"Removed turn {number}: {' '.join(user.split())[:60]}")
 
 
-def _undo(session: Session, text: str) -> None:
-    taken = _begun(session).turns[-1].user
-    session.chat = session.chat.without_last_turn()
-    session.screen.say(
-        f"Took back turn {len(session.chat.turns) + 1}: {' '.join(taken.split())[:60]}"
-    )
-
-
-def _edit(session: Session, text: str) -> None:
-    count = len(_begun(session).turns)
-    number = int(text) if text.isdecimal() else 0 if text else count
-    if not 1 <= number <= count:
+async def _edit(chat: TerminalChat, text: str) -> None:
+    conversation = chat.session.conversation
+    count = len(conversation.turns)
+    if text and not text.isdecimal():
         raise GattError(f"/edit {text}: expected a turn from 1 to {count}.")
-    later = (
-        f" What comes after it ({pluralize(session.chat.turns[number:])}) will be dropped."
-        if number < count
-        else ""
-    )
-    session.screen.say(f"Turn {number}, to be changed and sent.{later} Ctrl-C leaves all as it is.")
-    if user := session.screen.change(
-        f"turn {number} of {count}", session.chat.turns[number - 1].user
-    ):
-        _again(session, session.chat.before(number), user)
+    number = int(text) if text else count
+    turn = chat.session.turn_at(number)
+    dropped = count - number
+    note = f" The {pluralize(dropped, 'turn')} after it will be removed." if dropped else ""
+    chat.screen.info(f"Edit turn {number} and send it.{note} Ctrl-C cancels.")
+    if user := await chat.screen.edit(f"turn {number} of {count}", turn.user):
+        with chat.session.resume_from(conversation.before(number)):
+            await chat.send(user)
 
 
-def _probe(session: Session, text: str) -> None:
+async def _probe(chat: TerminalChat, text: str) -> None:
     if not text:
         raise GattError("/probe QUESTION: expected a question.")
-    if session.used(text) + session.parameters.max_tokens > session.speakers.context:
-        raise GattError(
-            "The context has no room for this question and an answer. `/params max_tokens=...` makes some."
-        )
-    session.hear(
-        [session.chat.messages(side, text) for side in session.sides], session.parameters.max_tokens
-    )
-    session.screen.say("Asked aside: the chat goes on as if this had not been said.")
+    await chat.stream(lambda on_text: chat.session.probe(text, on_text))
+    chat.screen.info("The question and its answers are not part of the chat.")
 
 
-def _save(session: Session, text: str, overwrite: bool = False) -> None:
-    path = _path(text, "/save FILE")
-    chat = _begun(session)
-    files = {_other(path, side) if side else path: chat.messages(side) for side in session.sides}
-    there = next((file for file in files if file.exists()), None)
-    if there and not overwrite:
-        raise GattError(
-            f"{there} exists already; it is left as it is. Name another file, or `/save! {text}` overwrites it."
-        )
-    for file, messages in files.items():
-        write_chat(file, messages)
-    session.saved = chat
-    session.screen.say(f"Saved {pluralize(chat.turns)}: {', '.join(map(str, files))}")
-
-
-def _export(session: Session, text: str) -> None:
-    path = _path(text, "/export FILE")
-    count = append_dialogue(path, _begun(session).without_instruction().messages(0))
-    session.screen.say(
-        f"Appended, without the instruction: {path} (dialogues.source) has {count} of them now."
-    )
-
-
-def _params(session: Session, text: str) -> None:
-    wanted = session.parameters.set(text).checked(session.limit)
-    if wanted.context != session.parameters.context:
-        if (used := session.used()) > wanted.context:
+async def _save(chat: TerminalChat, text: str) -> None:
+    paths = _paths(chat, text, "/save FILE")
+    _require_turns(chat)
+    for path in paths:
+        if path.exists():
             raise GattError(
-                f"context is {wanted.context}; expected at least the {used} tokens that the chat has already."
+                f"{path} exists already and is unchanged. Name another file, or `/save! {text}` "
+                "overwrites it."
             )
-        session.resize(wanted.context)
-    session.parameters = wanted
-    session.screen.say(str(wanted))
+    await _save_over(chat, text)
 
 
-def _help(session: Session, text: str) -> None:
-    session.screen.explain({c.usage: c.meaning for c in COMMANDS.values()} | _KEYS)
+async def _save_over(chat: TerminalChat, text: str) -> None:
+    paths = _paths(chat, text, "/save! FILE")
+    conversation = _require_turns(chat)
+    for model_index, path in enumerate(paths):
+        write_chat(path, conversation.messages(model_index))
+    chat.saved = conversation
+    count = pluralize(len(conversation.turns), "turn")
+    chat.screen.info(f"Saved {count}: {', '.join(map(str, paths))}")
 
 
-def _begun(session: Session) -> Conversation:
-    if not session.chat.turns:
-        raise GattError("Nothing has been said yet. Type a message first.")
-    return session.chat
+async def _export(chat: TerminalChat, text: str) -> None:
+    path = _path(text, "/export FILE")
+    messages = _require_turns(chat).without_instruction().messages(0)
+    count = append_dialogue(path, messages)
+    chat.screen.info(
+        f"Appended without the instruction: {path} has {pluralize(count, 'dialogue')} for "
+        "dialogues.source."
+    )
+
+
+async def _params(chat: TerminalChat, text: str) -> None:
+    session, backend = chat.session, chat.backend
+    sampling, context = parse_params(text, session.sampling, backend.context)
+    if not MIN_CONTEXT <= context <= backend.max_context:
+        raise GattError(
+            f"context is {context}; expected {MIN_CONTEXT} to {backend.max_context}, for which "
+            "the model was trained."
+        )
+    sampling.checked(context)
+    if context != backend.context:
+        if (used := await session.tokens_used()) > context:
+            raise GattError(
+                f"context is {context}; expected at least {used}, the tokens of the chat."
+            )
+        chat.resize(context)
+    session.sampling = sampling
+    params = {**asdict(sampling), "context": context}
+    chat.screen.info(" ".join(f"{name}={value}" for name, value in params.items()))
+
+
+def parse_params(text: str, sampling: SamplingParams, context: int) -> tuple[SamplingParams, int]:
+    """Return the parameters and the context with the changes of "name=value name=value".
+
+    Raises:
+        GattError: an unknown name, or a value of another type.
+    """
+    values: dict[str, float] = {**asdict(sampling), "context": context}
+    for word in text.split():
+        name, _, value = word.partition("=")
+        if name not in values:
+            hint = did_you_mean(name, values)
+            raise GattError(
+                f"Unknown parameter {name!r}. {hint + ' ' if hint else ''}Expected name=value with "
+                f"a name of {', '.join(values)}."
+            )
+        try:
+            values[name] = type(values[name])(value)
+        except ValueError as error:
+            raise GattError(
+                f"{name} is {value!r}; expected a number such as {values[name]}."
+            ) from error
+    changed = SamplingParams(values["temperature"], int(values["max_tokens"]), int(values["seed"]))
+    return changed, int(values["context"])
+
+
+async def _help(chat: TerminalChat, text: str) -> None:
+    usages = {command.usage: command.meaning for command in COMMANDS.values()}
+    chat.screen.print_table(usages | _KEYS)
+
+
+def _require_turns(chat: TerminalChat) -> Conversation:
+    chat.session.turn_at(1)
+    return chat.session.conversation
 
 
 def _path(text: str, usage: str) -> Path:
@@ -203,50 +231,47 @@ def _path(text: str, usage: str) -> Path:
     return Path(text).expanduser()
 
 
-def _other(path: Path, side: int) -> Path:
-    """Where the chat of a model beside the first one is kept."""
-    return path.with_name(f"{path.stem}-{side + 1}{path.suffix}")
+def _paths(chat: TerminalChat, text: str, usage: str) -> list[Path]:
+    """Return a file for each model: chat.json, chat-2.json, ..."""
+    path = _path(text, usage)
+    numbers = range(2, len(chat.session.backend.names) + 1)
+    return [path, *(path.with_name(f"{path.stem}-{n}{path.suffix}") for n in numbers)]
 
 
 class _Command(NamedTuple):
     usage: str
     meaning: str
-    act: Callable[[Session, str], None]
+    run: Callable[[TerminalChat, str], Awaitable[None]]
 
 
 COMMANDS = {
-    c.usage.split()[0]: c
-    for c in (
+    command.usage.split()[0]: command
+    for command in (
         _Command(
             "/instruction [TEXT]",
             "show the instruction, or give one from your next message on",
             show_instruction,
         ),
-        _Command("/retry", "answer the last message again, with another draw", _retry),
-        _Command("/undo", "take the last turn back", _undo),
-        _Command(
-            "/edit [N]", "change your message of turn N, or the last, and go on from there", _edit
-        ),
-        _Command("/probe QUESTION", "ask aside: the chat goes on as if you had not", _probe),
+        _Command("/retry", "answer the last message again, with another seed", _retry),
+        _Command("/undo", "remove the last turn", _undo),
+        _Command("/edit [N]", "change your message of turn N, or the last, and resend it", _edit),
+        _Command("/probe QUESTION", "ask without adding the question to the chat", _probe),
         _Command("/save FILE", "write the chat as messages (JSON)", _save),
-        _Command(
-            "/save! FILE",
-            "the same over a file that exists",
-            lambda session, text: _save(session, text, True),
-        ),
-        _Command("/load FILE", "go on with a saved chat", load),
+        _Command("/save! FILE", "the same, overwriting the file", _save_over),
+        _Command("/load FILE", "continue a saved chat", load),
         _Command("/export FILE", "append the chat as a training dialogue (JSONL)", _export),
         _Command(
-            "/params [NAME=VALUE]", "show or set temperature, max_tokens, context, seed", _params
+            "/params [NAME=VALUE]", "show or set temperature, max_tokens, seed, context", _params
         ),
-        _Command("/help", "this", _help),
+        _Command("/help", "show this table", _help),
     )
 }
 _KEYS = {
     "Enter": "sends",
-    "Alt-Enter, or \\ Enter": "begins a new line",
-    "up and down": "bring back what you typed before",
-    "Ctrl-C": "stops an answer, and keeps what was said so far",
+    "Alt-Enter, or \\ Enter": "starts a new line",
+    "up and down": "recall what you typed before",
+    "Ctrl-C": "stops an answer; its text so far remains",
     "Ctrl-D, or /quit": "leaves",
-    "✓ ✗ ~": "the answer keeps the instruction; does not; obeys without being one (a loop, a repeat, empty)",
+    "✓ ✗ ~": "the answer follows the instruction; does not; follows it but is not a valid answer "
+    "(a loop, a repeat, empty)",
 }

@@ -1,37 +1,50 @@
-"""A chat as it stands: who said what under which instruction, and how often that was kept. Pure: a step gives a new value."""
+"""A conversation as an immutable value: messages, instructions, answers, and their verdicts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from pipeline.gatt.constraints.registry import obeys
-from pipeline.gatt.ghost import ghost, with_instruction
+from pipeline.gatt.ghost import CHANGE_PREFIX, ghost, with_instruction
 from pipeline.gatt.instructions import parse_instruction
 from pipeline.gatt.quality import find_defect
 from pipeline.records import Constraint, Message
 
-CHANGE_PREFIX = "From now on: "
-"""Before an instruction that is given in mid-conversation, as in the training data (pairs.py)."""
 SUMMARY_REQUEST = "Sum up in a few sentences what we have talked about so far."
-"""What the user is taken to have said where a summary stands in the place of turns."""
-
-Mark = Literal["✓", "✗", "~"]
-"""An answer that obeys, one that does not, and one that obeys without being an answer (a loop, a repeat, empty)."""
+"""The user's message of the turn that holds a summary of earlier turns."""
 
 LAST_TURNS = 3
-"""So many turns stay word for word when the middle is summed up."""
+"""Turns at the end that a summary never replaces."""
 SUMMARY_TOKENS = 160
-"""Of a summary at most."""
+"""Maximum tokens of a summary."""
+
+Mark = Literal["✓", "✗", "~"]
+"""An answer follows its instruction; does not; or follows it and has a defect (a loop, ...)."""
+
+
+class Verdict(NamedTuple):
+    """Whether an answer follows its instruction.
+
+    `mark` is None if no program can check it. `defect` names what makes the answer invalid, or "".
+    """
+
+    mark: Mark | None
+    defect: str = ""
 
 
 class StandingInstruction(NamedTuple):
-    """An instruction in the user's words ("" for none), and what a program can check of it."""
+    """An instruction in the user's words ("" for none), and the constraints that check it."""
 
     text: str = ""
     constraints: tuple[Constraint, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> StandingInstruction:
+        """Return the instruction `text` with the constraints that its wording is known to mean."""
+        return cls(text.strip(), parse_instruction(text))
 
 
 NO_INSTRUCTION = StandingInstruction()
@@ -39,7 +52,7 @@ NO_INSTRUCTION = StandingInstruction()
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message of the user without the instruction, the instruction in force, and an answer of each model."""
+    """A user's message without the instruction, the active instruction, and each model's answer."""
 
     user: str
     instruction: StandingInstruction
@@ -47,149 +60,158 @@ class Turn:
 
     @property
     def is_summary(self) -> bool:
-        """Whether it stands in the place of earlier turns."""
+        """Whether the turn replaces earlier turns with their summary."""
         return self.user == SUMMARY_REQUEST
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """The same messages of the user to one model or several (`side` 0, 1, ...), each of which sees its own answers.
+    """The same user messages to one model or several, each of which sees its own answers.
 
-    `told` is in force from the next turn on.
+    Models are addressed by index (`model_index` 0, 1, ...), turns by number from 1. `instruction`
+    is active from the next turn on.
     """
 
     system: str = ""
     instruction: StandingInstruction = NO_INSTRUCTION
     turns: tuple[Turn, ...] = ()
 
-    def messages(self, side: int, user: str | None = None) -> tuple[Message, ...]:
-        """What a model sees, up to the next message `user`, if one is given; an instruction stands where it is first said."""
-        told = [turn.instruction.text for turn in self.turns]
+    def messages(self, model_index: int, user: str | None = None) -> tuple[Message, ...]:
+        """Return the chat as a model sees it, followed by the message `user`, if given.
+
+        Each instruction appears once: in the turn from which it is active.
+        """
+        instructions = [turn.instruction.text for turn in self.turns]
         users = [turn.user for turn in self.turns]
         if user is not None:
             users.append(user)
-            told.append(self.instruction.text)
-        return ghost(users, [turn.answers[side] for turn in self.turns], _worded(told), self.system)
+            instructions.append(self.instruction.text)
+        answers = [turn.answers[model_index] for turn in self.turns]
+        return ghost(users, answers, _worded(instructions), self.system)
 
-    def with_turn(self, user: str, answers: Sequence[str]) -> Conversation:
-        """With one more turn."""
-        return replace(self, turns=(*self.turns, Turn(user, self.instruction, tuple(answers))))
+    def with_turn(
+        self, user: str, answers: Sequence[str], instruction: StandingInstruction | None = None
+    ) -> Conversation:
+        """Return the conversation with another turn, under the present instruction by default."""
+        turn = Turn(user, self.instruction if instruction is None else instruction, tuple(answers))
+        return replace(self, turns=(*self.turns, turn))
 
-    def before(self, turn: int) -> Conversation:
-        """As it was before `turn` (from 1), with the instruction that was in force in it."""
-        return replace(
-            self, turns=self.turns[: turn - 1], instruction=self.turns[turn - 1].instruction
-        )
+    def before(self, number: int) -> Conversation:
+        """Return the conversation before turn `number`, under that turn's instruction."""
+        turn = self.turns[number - 1]
+        return replace(self, turns=self.turns[: number - 1], instruction=turn.instruction)
 
     def without_last_turn(self) -> Conversation:
-        """Without its last turn; an instruction given since then stays."""
+        """Return the conversation without the last turn, under the present instruction."""
         return replace(self, turns=self.turns[:-1])
 
     def without_instruction(self) -> Conversation:
-        """Only what the user said and what was answered."""
+        """Return the messages and answers only: no system message, instruction or summary."""
+        turns = [turn for turn in self.turns if not turn.is_summary]
         return Conversation(
-            turns=tuple(
-                replace(turn, instruction=NO_INSTRUCTION)
-                for turn in self.turns
-                if not turn.is_summary
-            )
+            turns=tuple(replace(turn, instruction=NO_INSTRUCTION) for turn in turns)
         )
 
     def middle(self, last: int) -> tuple[Turn, ...]:
-        """The turns that a summary could replace: all but the first, those that change the instruction, and the `last`."""
-        return tuple(self.turns[n] for n in self._middle(last))
+        """Return the turns that a summary could replace.
 
-    def summary_prompt(self, last: int, side: int) -> tuple[Message, ...]:
-        """The chat that asks a model for that summary."""
+        These are all but the first, those that change the instruction, and the `last`.
+        """
+        return tuple(self.turns[index] for index in self._middle_indices(last))
+
+    def summary_prompt(self, last: int, model_index: int) -> tuple[Message, ...]:
+        """Return the chat that asks a model to summarize its `middle`."""
         middle = self.middle(last)
-        return ghost(
-            [*(t.user for t in middle), SUMMARY_REQUEST],
-            [t.answers[side] for t in middle],
-            [""] * (len(middle) + 1),
-            "",
-        )
+        users = [*(turn.user for turn in middle), SUMMARY_REQUEST]
+        answers = [turn.answers[model_index] for turn in middle]
+        return ghost(users, answers, [""] * len(users), "")
 
     def with_summaries(self, last: int, summaries: Sequence[str]) -> Conversation:
-        """With each model's summary in the place of the middle."""
-        dropped = self._middle(last)
-        kept = [turn for n, turn in enumerate(self.turns) if n not in dropped]
-        place = max(1, len(kept) - last)
-        return replace(
-            self,
-            turns=(
-                *kept[:place],
-                Turn(SUMMARY_REQUEST, kept[place - 1].instruction, tuple(summaries)),
-                *kept[place:],
-            ),
-        )
+        """Return the conversation with each model's summary in place of the `middle`."""
+        dropped = self._middle_indices(last)
+        turns = [turn for index, turn in enumerate(self.turns) if index not in dropped]
+        start = max(1, len(turns) - last)
+        summary = Turn(SUMMARY_REQUEST, turns[start - 1].instruction, tuple(summaries))
+        return replace(self, turns=(*turns[:start], summary, *turns[start:]))
 
-    def _middle(self, last: int) -> list[int]:
+    def _middle_indices(self, last: int) -> list[int]:
+        instructions = [turn.instruction for turn in self.turns]
         changes = {
-            n
-            for n, (one, then) in enumerate(pairwise(self.turns), 1)
-            if one.instruction != then.instruction
+            index
+            for index, (previous, current) in enumerate(pairwise(instructions), 1)
+            if previous != current
         }
-        return [n for n in range(1, len(self.turns) - last) if n not in changes]
+        return [index for index in range(1, len(self.turns) - last) if index not in changes]
 
-    def marks(self, side: int) -> list[Mark]:
-        """Of every answer to a turn whose instruction can be checked."""
-        found = (self.verdict(side, turn)[0] for turn in range(1, len(self.turns) + 1))
-        return [mark for mark in found if mark]
-
-    def verdict(self, side: int, turn: int) -> tuple[Mark | None, str]:
-        """The mark of the answer of `turn` (from 1) and what makes it no answer; no mark where nothing can be checked."""
-        at = self.turns[turn - 1]
-        if not at.instruction.constraints or at.is_summary:
-            return None, ""
-        text, earlier = at.answers[side], [t.answers[side] for t in self.turns[: turn - 1]]
-        wrong = find_defect(text, earlier, " ".join(c.value for c in at.instruction.constraints))
-        kept = obeys(at.instruction.constraints, text)
-        return ("~" if wrong else "✓") if kept else "✗", wrong
-
-
-def tally(marks: Sequence[Mark]) -> str:
-    """ "kept 2 of 3: ✓✗✓"; "" where there is nothing to count."""
-    return f"kept {marks.count('✓')} of {len(marks)}: {''.join(marks)}" if marks else ""
+    def verdict(self, model_index: int, number: int) -> Verdict:
+        """Return the verdict on a model's answer in turn `number`, given its earlier answers."""
+        turn = self.turns[number - 1]
+        constraints = turn.instruction.constraints
+        if not constraints or turn.is_summary:
+            return Verdict(None)
+        text = turn.answers[model_index]
+        earlier = [previous.answers[model_index] for previous in self.turns[: number - 1]]
+        defect = find_defect(text, earlier, " ".join(c.value for c in constraints))
+        if not obeys(constraints, text):
+            return Verdict("✗", defect)
+        return Verdict("~" if defect else "✓", defect)
 
 
 def parse_conversation(
-    sides: Sequence[Sequence[Message]], told: StandingInstruction
+    chats: Sequence[Sequence[Message]], instruction: StandingInstruction
 ) -> Conversation:
-    """The chat that has these messages on each side (a system message at most, then the user's, which are the same, and
-    answers by turns), to go on with it under `told`, if that has a text.
+    """Return the conversation of `chats`, one for each model, to continue it.
 
-    An instruction is told from the user's words where it is `told` or its wording is known; else it stays part of them.
+    The chats have the same user messages. Each is an optional system message, then messages of
+    user and assistant by turns. `instruction` becomes the active one if it has a text.
+
+    Instructions are separated from the user's messages if they are `instruction` or their wording
+    is known. They remain part of the messages if the chat could not be rendered identically.
     """
-    system = next((m["content"] for m in sides[0] if m["role"] == "system"), "")
-    users = [m["content"] for m in sides[0] if m["role"] == "user"]
-    answers = zip(
-        *([m["content"] for m in side if m["role"] == "assistant"] for side in sides), strict=True
-    )
-    plain = split = Conversation(system)
-    for user, answer in zip(users, answers, strict=True):
-        plain = plain.with_turn(user, answer)
-        words, new = _split(user, told)
-        split = replace(split, instruction=new or split.instruction).with_turn(words, answer)
-    found = split if split.messages(0) == tuple(sides[0]) else plain
-    return replace(found, instruction=told) if told.text else found
+    conversation = _parse(chats, lambda user: _split(user, instruction))
+    if conversation.messages(0) != tuple(chats[0]):
+        conversation = _parse(chats, lambda user: (user, None))
+    return replace(conversation, instruction=instruction) if instruction.text else conversation
 
 
-def _split(user: str, told: StandingInstruction) -> tuple[str, StandingInstruction | None]:
-    """A message of the user, and the instruction behind it, where one is."""
-    for known in ("", CHANGE_PREFIX):
-        if told.text and user.endswith(ending := with_instruction(f"{known}{told.text}", "")):
-            return user.removesuffix(ending), told
-    words, _, behind = user.rpartition("\n\n")
-    text = behind.removeprefix(CHANGE_PREFIX)
+def _parse(
+    chats: Sequence[Sequence[Message]],
+    split: Callable[[str], tuple[str, StandingInstruction | None]],
+) -> Conversation:
+    users = _contents(chats[0], "user")
+    answers = zip(*(_contents(chat, "assistant") for chat in chats), strict=True)
+    conversation = Conversation("".join(_contents(chats[0], "system")))
+    for user, texts in zip(users, answers, strict=True):
+        message, changed = split(user)
+        instruction = changed or conversation.instruction
+        conversation = replace(conversation, instruction=instruction).with_turn(message, texts)
+    return conversation
+
+
+def _contents(chat: Sequence[Message], role: str) -> list[str]:
+    return [message["content"] for message in chat if message["role"] == role]
+
+
+def _split(user: str, instruction: StandingInstruction) -> tuple[str, StandingInstruction | None]:
+    """Return a user's message without the instruction at its end, and that instruction, if any."""
+    for prefix in ("", CHANGE_PREFIX):
+        ending = with_instruction(f"{prefix}{instruction.text}", "")
+        if instruction.text and user.endswith(ending):
+            return user.removesuffix(ending), instruction
+    message, _, last_paragraph = user.rpartition("\n\n")
+    text = last_paragraph.removeprefix(CHANGE_PREFIX)
     constraints = parse_instruction(text)
-    return (
-        (words, StandingInstruction(text, constraints)) if words and constraints else (user, None)
-    )
+    if message and constraints:
+        return message, StandingInstruction(text, constraints)
+    return user, None
 
 
-def _worded(told: Sequence[str]) -> list[str]:
-    """What each turn is told, in the words in which it is said first."""
-    worded = list(told[:1])
-    for one, then in pairwise(told):
-        worded.append(worded[-1] if one == then else f"{CHANGE_PREFIX}{then}" if then else "")
+def _worded(instructions: Sequence[str]) -> list[str]:
+    """Return each turn's instruction in the words in which it was given."""
+    worded = list(instructions[:1])
+    for previous, current in pairwise(instructions):
+        if current == previous:
+            worded.append(worded[-1])
+        else:
+            worded.append(f"{CHANGE_PREFIX}{current}" if current else "")
     return worded

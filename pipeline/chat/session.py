@@ -1,266 +1,273 @@
-"""A chat that goes on: turns, what they are worth, and what to do when the context is full. The commands are in commands.py."""
+"""A chat with one model or several: sampling, turns, verdicts, and what fits in the context.
+
+The terminal and the web page drive the same `ChatSession`. It shows nothing and asks nothing.
+"""
 
 from __future__ import annotations
 
-import difflib
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
-from pipeline.chat.conversation import LAST_TURNS, SUMMARY_TOKENS, Conversation, Turn, tally
-from pipeline.chat.terminal import Screen
+from pipeline.chat.conversation import LAST_TURNS, SUMMARY_TOKENS, Conversation, Turn, Verdict
 from pipeline.errors import GattError
-from pipeline.inference.chat_engine import ChatEngine
 from pipeline.records import Completion, Message, Request
+
+OnText = Callable[[int, str], None]
+"""Receives a model's index and the next piece of its answer, on the event loop's thread."""
+
+
+class ChatBackend(Protocol):
+    """The models of a chat, in the order of their indices."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of the models."""
+
+    @property
+    def context(self) -> int:
+        """The tokens that a prompt and its answer may have together."""
+
+    @property
+    def max_context(self) -> int:
+        """The largest `context` that the backend could be resized to."""
+
+    async def count_tokens(self, prompts: Sequence[Sequence[Message]]) -> list[int]:
+        """Return the tokens of each model's prompt for the next answer."""
+
+    async def generate(self, requests: Sequence[Request], on_text: OnText) -> list[Completion]:
+        """Answer one request with each model; `finish` is "cancelled" for stopped answers."""
+
+    def stop(self) -> None:
+        """End the answers before their next token; signal handlers may call it."""
 
 
 @dataclass(frozen=True, slots=True)
-class ChatParams:
-    """How answers are drawn. `context` and `max_tokens` (of an answer) are in tokens."""
+class SamplingParams:
+    """How answers are sampled; `max_tokens` limits one answer."""
 
     temperature: float = 0.7
     max_tokens: int = 256
-    context: int = 4096
     seed: int = 1
 
-    def checked(self, limit: int) -> ChatParams:
-        """Themselves, where they make sense for a model made for `limit` tokens.
+    def checked(self, context: int) -> SamplingParams:
+        """Return the parameters if they are valid for a context of `context` tokens.
 
         Raises:
-            GattError: they do not.
+            GattError: a value is out of range.
         """
         if not 0 <= self.temperature <= 5:
             raise GattError(
-                f"temperature is {self.temperature:g}; expected 0 (always the likeliest token) to 5."
+                f"temperature is {self.temperature:g}; expected 0 (greedy decoding) to 5."
             )
-        if not 64 <= self.context <= limit:
+        if not 1 <= self.max_tokens <= context // 2:
             raise GattError(
-                f"context is {self.context}; expected 64 to {limit}, for which the model was made."
-            )
-        if not 1 <= self.max_tokens <= self.context // 2:
-            raise GattError(
-                f"max_tokens is {self.max_tokens}; expected 1 to {self.context // 2}, half of the context."
+                f"max_tokens is {self.max_tokens}; expected 1 to {context // 2}, half of the "
+                "context."
             )
         if self.seed < 0:
-            raise GattError(f"seed is {self.seed}; expected a whole number from 0 on.")
+            raise GattError(f"seed is {self.seed}; expected an integer from 0.")
         return self
 
-    def set(self, text: str) -> ChatParams:
-        """With the changes of "name=value name=value".
 
-        Raises:
-            GattError: no such name, or a value of another type.
-        """
-        changed = self
-        for word in text.split():
-            name, _, value = word.partition("=")
-            known = {f.name: getattr(self, f.name) for f in fields(self)}
-            if name not in known:
-                raise GattError(
-                    f"Unknown parameter {name!r}.{did_you_mean(name, known)} Expected name=value of {', '.join(known)}."
-                )
-            try:
-                changed = replace(changed, **{name: type(known[name])(value)})
-            except ValueError as error:
-                raise GattError(
-                    f"{name} is {value!r}; expected a number such as {known[name]}."
-                ) from error
-        return changed
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """Whether a message and an answer fit in the context; sizes are in tokens.
 
-    def __str__(self) -> str:
-        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in fields(self))
+    `larger_context` is the next larger context, or 0. `summarizable_turns` is the number of turns
+    that a summary would replace, or 0.
+    """
+
+    prompt_tokens: int
+    max_tokens: int
+    context: int
+    larger_context: int
+    summarizable_turns: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the prompt and an answer of `max_tokens` fit."""
+        return self.tokens_left >= self.max_tokens
+
+    @property
+    def tokens_left(self) -> int:
+        """The tokens that an answer could have."""
+        return self.context - self.prompt_tokens
 
 
-class Session:
-    """A chat with `speakers` on a `screen`; `names` are those of the models, `limit` the tokens they were made for."""
+class ChatSession:
+    """A conversation with the models of `backend`, each of which continues its own answers.
+
+    `attempts` counts the turns sampled so far. It is added to the seed, so that a retry differs.
+    """
 
     def __init__(
         self,
-        screen: Screen,
-        speakers: ChatEngine,
-        names: Sequence[str],
-        limit: int,
-        parameters: ChatParams,
-        chat: Conversation,
+        backend: ChatBackend,
+        conversation: Conversation,
+        sampling: SamplingParams,
+        attempts: int = 0,
     ) -> None:
-        self.screen, self.speakers, self.chat = screen, speakers, chat
-        self.names, self.limit, self.parameters = names, limit, parameters
-        self.sides = range(len(names))
-        self.draft = ""
-        """What the user has typed and was not sent."""
-        self.saved = chat
-        self._speed = ""
-        self._draws = 0
+        self.backend, self.conversation, self.sampling = backend, conversation, sampling
+        self.attempts = attempts
+        self.is_answering = False
+        self._judged: tuple[Turn, ...] = ()
+        self._verdicts: list[list[Verdict]] = [[] for _ in backend.names]
+
+    def stop(self) -> None:
+        """End the answers before their next token; their text so far remains."""
+        self.backend.stop()
+
+    async def turn(self, user: str, max_tokens: int, on_text: OnText) -> list[Completion]:
+        """Send a message and add a turn with the models' answers.
+
+        Raises:
+            GattError: stopped before the first token; the conversation is unchanged.
+        """
+        # The user may give another instruction while the answers to this prompt are generated.
+        instruction = self.conversation.instruction
+        completions = await self._generate(self._prompts(user), max_tokens, on_text)
+        answers = [completion.text for completion in completions]
+        if not any(answers):
+            raise GattError("Stopped before the first token; the message was not added.")
+        self.attempts += 1
+        self.conversation = self.conversation.with_turn(user, answers, instruction)
+        return completions
+
+    async def probe(self, question: str, on_text: OnText) -> list[Completion]:
+        """Ask a question without adding a turn.
+
+        Raises:
+            GattError: the question and an answer do not fit in the context.
+        """
+        if not (await self.room_for(question)).fits:
+            raise GattError(
+                "The context has no room for this question and an answer. Lower max_tokens, or "
+                "take a larger context."
+            )
+        return await self._generate(self._prompts(question), self.sampling.max_tokens, on_text)
+
+    async def summarize(self, on_text: OnText) -> list[str]:
+        """Return each model's summary of the middle turns, for `replace_middle`.
+
+        Raises:
+            GattError: a model generated nothing.
+        """
+        prompts = [self.conversation.summary_prompt(LAST_TURNS, index) for index in self._models]
+        max_tokens = min(SUMMARY_TOKENS, self.sampling.max_tokens)
+        completions = await self._generate(prompts, max_tokens, on_text)
+        if not all(completion.text.strip() for completion in completions):
+            raise GattError("No summary was generated. Undo some turns, or start a new chat.")
+        return [completion.text for completion in completions]
+
+    def replace_middle(self, summaries: Sequence[str]) -> None:
+        """Replace the middle turns with each model's summary."""
+        self.conversation = self.conversation.with_summaries(LAST_TURNS, summaries)
+
+    async def tokens_used(self, user: str | None = None) -> int:
+        """Return the tokens of the longest prompt: the chat, and the message `user`, if given."""
+        if user is None and not self.conversation.turns:
+            return 0
+        return max(await self.backend.count_tokens(self._prompts(user)))
+
+    async def room_for(self, user: str) -> Room:
+        """Return whether the message `user` and an answer fit, and what would make room."""
+        context, middle = self.backend.context, self.conversation.middle(LAST_TURNS)
+        larger_context = min(2 * context, self.backend.max_context)
+        return Room(
+            prompt_tokens=await self.tokens_used(user),
+            max_tokens=self.sampling.max_tokens,
+            context=context,
+            larger_context=larger_context if larger_context > context else 0,
+            summarizable_turns=0 if all(turn.is_summary for turn in middle) else len(middle),
+        )
+
+    def undo(self) -> str:
+        """Remove the last turn and return its message.
+
+        Raises:
+            GattError: there are no turns.
+        """
+        user = self.turn_at(len(self.conversation.turns)).user
+        self.conversation = self.conversation.without_last_turn()
+        return user
+
+    @contextmanager
+    def resume_from(self, conversation: Conversation) -> Iterator[None]:
+        """Continue from `conversation`; without a new turn, the present one is restored."""
+        previous, attempts = self.conversation, self.attempts
+        self.conversation = conversation
+        try:
+            yield
+        finally:
+            if self.attempts == attempts:
+                self.conversation = previous
+
+    def turn_at(self, number: int) -> Turn:
+        """Return turn `number`, from 1.
+
+        Raises:
+            GattError: there is no such turn.
+        """
+        count = len(self.conversation.turns)
+        if not count:
+            raise GattError("The chat has no turns yet. Type a message first.")
+        if not 1 <= number <= count:
+            raise GattError(f"No turn {number}; expected a turn from 1 to {count}.")
+        return self.conversation.turns[number - 1]
+
+    def verdicts(self) -> list[list[Verdict]]:
+        """Return for each model the verdict on every turn."""
+        turns = self.conversation.turns
+        # A verdict depends on the turns up to its own only: those that are unchanged are reused.
+        unchanged = 0
+        for judged, turn in zip(self._judged, turns, strict=False):
+            if judged is not turn:
+                break
+            unchanged += 1
+        for model_index, verdicts in enumerate(self._verdicts):
+            verdicts[unchanged:] = [
+                self.conversation.verdict(model_index, number)
+                for number in range(unchanged + 1, len(turns) + 1)
+            ]
+        self._judged = turns
+        return self._verdicts
 
     @property
-    def unsaved(self) -> bool:
-        """Whether something was said that stands in no file."""
-        return bool(self.chat.turns) and self.chat is not self.saved
+    def _models(self) -> range:
+        return range(len(self.backend.names))
 
-    def turn(self, user: str) -> None:
-        """Send a message and take the answers.
+    def _prompts(self, user: str | None) -> list[tuple[Message, ...]]:
+        return [self.conversation.messages(index, user) for index in self._models]
 
-        Raises:
-            GattError: there is no room and nobody to choose what to do, or no answer. The chat is as before.
-        """
-        self.draft = user  # to be sent again, should anything go wrong
-        if not self._make_room(user):
-            return
-        done = self.hear(
-            [self.chat.messages(side, user) for side in self.sides], self.parameters.max_tokens
-        )
-        if not any(c.text for c in done):
-            raise GattError("Stopped before a word was said: this turn is taken back.")
-        self.draft = ""
-        self._draws += 1
-        self.chat = self.chat.with_turn(user, [c.text for c in done])
-        self._remark(done)
-
-    def hear(self, chats: Sequence[Sequence[Message]], max_tokens: int) -> list[Completion]:
-        """An answer of each model to its chat, shown while it comes."""
-        # The count of draws: another attempt at the same turn is to be another draw.
-        seed = self.parameters.seed + self._draws
+    async def _generate(
+        self, prompts: Sequence[tuple[Message, ...]], max_tokens: int, on_text: OnText
+    ) -> list[Completion]:
+        seed, temperature = self.sampling.seed + self.attempts, self.sampling.temperature
         requests = [
-            Request(tuple(chat), seed, max_tokens, self.parameters.temperature) for chat in chats
+            Request(messages=prompt, seed=seed, max_tokens=max_tokens, temperature=temperature)
+            for prompt in prompts
         ]
-        done: dict[int, Completion] = {}
-        clock = _Clock(len(chats))
-
-        def status() -> str:
-            return f"turn {len(self.chat.turns) + 1} · {clock.speed()} · Ctrl-C stops the answer"
-
-        with self.screen.answering(self.names, status, self.speakers.stop) as add:
-            for side, heard in self.speakers.answer(requests):
-                if isinstance(heard, Completion):
-                    done[side] = heard
-                    clock.heard(side, heard.tokens)
-                else:
-                    add(side, heard)
-                    clock.heard(side)
-        self._speed = clock.speed()
-        return [done[side] for side in self.sides]
-
-    def _remark(self, done: Sequence[Completion]) -> None:
-        """Whether the last answers keep the instruction, how often that was so, and what cut them off."""
-        cut = {"enough": "stopped", "length": f"cut at {self.parameters.max_tokens} tokens"}
-        remarks: list[str] = []
-        for side, completion in enumerate(done):
-            mark, flaw = self.chat.verdict(side, len(self.chat.turns))
-            parts = [f"{mark} {tally(self.chat.marks(side))}" if mark else ""]
-            parts += [
-                f"obeys, but is no answer ({flaw})" if mark == "~" else "",
-                cut.get(completion.finish, ""),
-            ]
-            remarks.append(" · ".join(filter(None, parts)))
-        if any(remarks):
-            self.screen.beside(self.names, remarks)
-
-    def used(self, user: str | None = None) -> int:
-        """Tokens of the longest side's chat, up to the answer to `user`."""
-        if user is None and not self.chat.turns:
-            return 0
-        return max(
-            self.speakers.tokens(s, self.chat.messages(s, user), user is not None)
-            for s in self.sides
-        )
-
-    def status(self) -> str:
-        """The next turn, what is used and left of the context, and how fast the last answer came."""
-        used, room = self.used(), self.speakers.context
-        parts = [
-            f"turn {len(self.chat.turns) + 1}",
-            f"context {used} of {room}, {room - used} left",
-            self._speed,
-        ]
-        return " · ".join(filter(None, parts))
-
-    def _make_room(self, user: str) -> bool:
-        """Whether message and answer fit, if need be after what the user chooses; nothing is dropped unasked."""
-        while (needed := self.used(user)) + (most := self.parameters.max_tokens) > (
-            room := self.speakers.context
-        ):
-            options: dict[str, str] = {}
-            if (larger := min(2 * room, self.limit)) > room:
-                options["l"] = f"a larger context, of {larger} tokens"
-            middle = self.chat.middle(LAST_TURNS)
-            if not all(turn.is_summary for turn in middle):
-                options["s"] = (
-                    f"a summary in the place of {pluralize(middle)}; turn 1 and the last {LAST_TURNS} stay word for word"
-                )
-            options["q"] = "stop: nothing is sent, and the chat stays as it is"
-            choice = self.screen.choose(
-                f"The context of {room} tokens is nearly full: {needed} with this message, and an answer may take {most}. "
-                "Nothing has been dropped.",
-                options,
-            )
-            if choice == "q":
-                return False
-            try:
-                if choice == "l":
-                    self.resize(larger)
-                else:
-                    self._sum_up()
-            except GattError as error:
-                self.screen.complain(str(error))
-        return True
-
-    def resize(self, context: int) -> None:
-        """Go on with room for `context` tokens.
-
-        Raises:
-            GattError: too little memory; the room stays as it is.
-        """
-        self.speakers = self.speakers.resized(context)
-        self.parameters = replace(self.parameters, context=context)
-        self.screen.say(f"The context has room for {context} tokens now.")
-
-    def _sum_up(self) -> None:
-        chats = [self.chat.summary_prompt(LAST_TURNS, side) for side in self.sides]
-        done = self.hear(chats, min(SUMMARY_TOKENS, self.parameters.max_tokens))
-        if not all(c.text.strip() for c in done):
-            raise GattError(
-                "No summary came of it: the middle is too long for one. Take a larger context, or /undo some turns."
-            )
-        options = {
-            "y": f"put it in the place of {pluralize(self.chat.middle(LAST_TURNS))}",
-            "n": "leave all as it is",
-        }
-        if self.screen.choose("Is this summary good enough?", options) == "y":
-            self.chat = self.chat.with_summaries(LAST_TURNS, [c.text for c in done])
+        self.is_answering = True
+        try:
+            return await self.backend.generate(requests, on_text)
+        finally:
+            self.is_answering = False
 
 
-class _Clock:
-    """Tokens a second of each model, from its first token on."""
-
-    def __init__(self, sides: int) -> None:
-        self._first: list[float | None] = [None] * sides
-        self._tokens = [0] * sides
-        self._seconds = [0.0] * sides
-
-    def heard(self, side: int, tokens: int = 0) -> None:
-        """One more piece of an answer, or all its `tokens`."""
-        now = time.monotonic()
-        first = self._first[side] = self._first[side] or now
-        self._tokens[side] = tokens or self._tokens[side] + 1
-        self._seconds[side] = now - first
-
-    def speed(self) -> str:
-        """As the status shows it."""
-        rates = [(n - 1) / s for n, s in zip(self._tokens, self._seconds, strict=True) if s > 0]
-        return (
-            f"{' and '.join(f'{rate:.2g}' if rate < 10 else f'{rate:.0f}' for rate in rates)} tokens/s"
-            if rates
-            else "reading"
-        )
+def tally(verdicts: Sequence[Verdict]) -> str:
+    """Return "2 of 3": how many checked answers follow their instruction; "" if none is checked."""
+    marks = [verdict.mark for verdict in verdicts if verdict.mark]
+    return f"{marks.count('✓')} of {len(marks)}" if marks else ""
 
 
-def pluralize(turns: Sequence[Turn]) -> str:
-    """How many turns."""
-    return f"{len(turns)} turn{'s' * (len(turns) != 1)}"
+def cut_note(completion: Completion, max_tokens: int) -> str:
+    """Return why an answer is incomplete, or ""."""
+    notes = {"cancelled": "stopped", "length": f"cut at {max_tokens} tokens"}
+    return notes.get(completion.finish, "")
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The question whether the one of the `known` that is near was meant, with a space before it; "" where none is."""
-    names = list(known)
-    near = [k for k in names if k.startswith(name)] or difflib.get_close_matches(name, names, n=1)
-    return f" Did you mean {near[0]}?" if near else ""
+def pluralize(count: int, noun: str) -> str:
+    """Return "1 turn" or "2 turns"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

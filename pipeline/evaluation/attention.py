@@ -1,7 +1,8 @@
-"""Figure 10 of the paper: how strongly answers attend to what was said before, base beside tuned, on the Hugging Face model.
+"""Map how strongly answers attend to what came before: Figure 10 of the paper, base and tuned.
 
-The strongest attention over all heads and layers, from each token of the answers back to each earlier token, neighboring
-tokens binned; and as a number, the share of the attention that falls on the instruction, turn by turn.
+Computed on the Hugging Face model. A map has the strongest attention over all heads and layers,
+from each token of the answers to each earlier token. Neighboring tokens are binned. The map also
+has the share of the attention that falls on the instruction in each turn.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from pipeline.errors import GattError
 from pipeline.gguf.base import Array
@@ -19,17 +21,21 @@ from pipeline.inference.chat_template import ChatTemplate, answer_spans
 from pipeline.records import Message
 from pipeline.training.unsloth import load_tokenizer, nf4_round_trip
 
+if TYPE_CHECKING:
+    import torch
+
 BIN = 8
-"""Neighboring tokens that share a cell of the map."""
+"""Neighboring tokens that share a row or column of the map."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionMap:
     """What the answers of one dialogue attend to.
 
-    `strongest`: (bins of answer tokens, bins of all tokens) maximum over heads and layers. `turns`: the turn (from 1) of each
-    row. `instruction`: first and last column of the instruction. `share`: for each turn, the mean share of the attention of
-    its answer's tokens, over heads and layers, that falls on the instruction's tokens.
+    `strongest`: (bins of answer tokens, bins of all tokens) maximum over heads and layers. `turns`:
+    the turn (from 1) of each row. `instruction`: first and last column of the instruction. `share`:
+    for each turn, the mean share of the attention of its answer's tokens, over heads and layers,
+    that falls on the instruction's tokens.
     """
 
     strongest: list[list[float]]
@@ -38,50 +44,59 @@ class AttentionMap:
     share: list[float]
 
 
+def read_attention_maps(text: str) -> dict[str, AttentionMap]:
+    """Read the text of an `attention.json`: a map for "base" and one for "tuned"."""
+    return TypeAdapter(dict[str, AttentionMap]).validate_json(text)
+
+
 def attention_map(
     folder: Path, adapter: Path | None, messages: Sequence[Message], instruction: str
 ) -> AttentionMap:
-    """The map of one dialogue, for the base in `folder` or with `adapter` on its weights in 4 bits, as it was trained.
+    """Return the map of one dialogue for the base in `folder`, or with the PEFT `adapter` on it.
+
+    With the adapter, the base's weights are rounded to 4 bits as in training.
 
     Raises:
-        GattError: the instruction does not stand in the dialogue.
+        GattError: the instruction is not in the dialogue.
     """
     tokenizer = load_tokenizer(folder)
     template = ChatTemplate(
         tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or ""
     )
-    text, answers = answer_spans(template, messages)
+    text, spans = answer_spans(template, messages)
     start = text.find(instruction)
     if not instruction or start < 0:
-        raise GattError(f"The instruction {instruction!r} does not stand in the dialogue.")
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = coded["offset_mapping"]
-    told = _within(offsets, start, start + len(instruction))
-    turns = [_within(offsets, *span) for span in answers]
-    strongest, shares = _attend(_load(folder, adapter), coded["input_ids"], told)
-    rows = np.concatenate([_binned(strongest[turn.start : turn.stop]) for turn in turns])
-    of_rows = [n for n, turn in enumerate(turns, 1) for _ in range(0, len(turn), BIN)]
-    share = [float(shares[turn.start : turn.stop].mean()) for turn in turns]
+        raise GattError(f"The instruction {instruction!r} is not in the dialogue.")
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoding["offset_mapping"]
+    instruction_tokens = _tokens_between(offsets, start, start + len(instruction))
+    answers = [_tokens_between(offsets, *span) for span in spans]
+    strongest, shares = _attend(_load(folder, adapter), encoding["input_ids"], instruction_tokens)
+    rows = np.concatenate([_binned(strongest[tokens.start : tokens.stop]) for tokens in answers])
     return AttentionMap(
-        rows.round(3).tolist(), of_rows, (told.start // BIN, (told.stop - 1) // BIN), share
+        strongest=rows.round(3).tolist(),
+        turns=[turn for turn, tokens in enumerate(answers, 1) for _ in tokens[::BIN]],
+        instruction=(instruction_tokens.start // BIN, (instruction_tokens.stop - 1) // BIN),
+        share=[float(shares[tokens.start : tokens.stop].mean()) for tokens in answers],
     )
 
 
-def _within(offsets: Sequence[tuple[int, int]], start: int, end: int) -> range:
-    """The tokens that lie between two characters."""
+def _tokens_between(offsets: Sequence[tuple[int, int]], start: int, end: int) -> range:
+    """Return the tokens that lie between two characters; `offsets` are those of all tokens."""
     inside = [
-        n
-        for n, (left, right) in enumerate(offsets)
+        token
+        for token, (left, right) in enumerate(offsets)
         if left < end and right > start and left < right
     ]
     return range(inside[0], inside[-1] + 1)
 
 
-def _load(folder: Path, adapter: Path | None) -> Any:
+def _load(folder: Path, adapter: Path | None) -> torch.nn.Module:
+    """Return the network in float32, with its plain implementation of attention."""
     import torch
     import transformers
 
-    network: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    network = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
     if adapter:
@@ -89,43 +104,50 @@ def _load(folder: Path, adapter: Path | None) -> Any:
 
         for name, module in network.named_modules():
             if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
-                module.weight.data = torch.from_numpy(
-                    nf4_round_trip(module.weight.detach().numpy())
-                )
+                rounded = nf4_round_trip(module.weight.detach().numpy())
+                module.weight.data = torch.from_numpy(rounded)
         network = peft.PeftModel.from_pretrained(network, str(adapter))
     return network.eval()
 
 
-def _attend(network: Any, ids: Sequence[int], told: range) -> tuple[Array, Array]:
-    """(tokens, tokens) strongest attention, and (tokens) mean share on the tokens `told`; one layer in memory at a time."""
+def _attend(
+    network: torch.nn.Module, input_ids: Sequence[int], instruction_tokens: range
+) -> tuple[Array, Array]:
+    """Return (tokens, tokens) strongest attention, and (tokens) mean share on the instruction.
+
+    Hooks drop the weights of each layer at once, so that those of one layer are in memory.
+    """
     import torch
 
-    strongest = np.zeros((len(ids), len(ids)), np.float32)
+    strongest = np.zeros((len(input_ids), len(input_ids)), np.float32)
     shares: list[Array] = []
+    columns = slice(instruction_tokens.start, instruction_tokens.stop)
 
-    def watch(module: Any, arguments: Any, result: Any) -> Any:
-        weights = result[1][0]  # (heads, tokens, tokens)
+    def hook(
+        module: torch.nn.Module, inputs: object, outputs: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor | None, ...]:
+        weights = outputs[1][0]  # (heads, tokens, tokens)
         np.maximum(strongest, weights.amax(0).numpy(), out=strongest)
-        shares.append(weights[:, :, told.start : told.stop].sum(-1).mean(0).numpy())
-        return (result[0], None, *result[2:])
+        shares.append(weights[:, :, columns].sum(-1).mean(0).numpy())
+        return (outputs[0], None, *outputs[2:])
 
-    hooks = [
-        m.register_forward_hook(watch)
-        for name, m in network.named_modules()
+    handles = [
+        module.register_forward_hook(hook)
+        for name, module in network.named_modules()
         if name.endswith(".self_attn")
     ]
     with torch.no_grad():
-        network(input_ids=torch.tensor([list(ids)]), use_cache=False)
-    for hook in hooks:
-        hook.remove()
+        network(input_ids=torch.tensor([list(input_ids)]), use_cache=False)
+    for handle in handles:
+        handle.remove()
     mean: Array = np.mean(shares, axis=0)
     return strongest, mean
 
 
 def _binned(rows: Array) -> Array:
-    """The maximum over squares of BIN by BIN tokens; the last may be smaller."""
-    starts = [np.arange(0, length, BIN) for length in rows.shape]
+    """Return the maximum over squares of BIN by BIN tokens; the last may be smaller."""
+    row_starts, column_starts = (np.arange(0, length, BIN) for length in rows.shape)
     binned: Array = np.maximum.reduceat(
-        np.maximum.reduceat(rows, starts[0], axis=0), starts[1], axis=1
+        np.maximum.reduceat(rows, row_starts, axis=0), column_starts, axis=1
     )
     return binned

@@ -1,7 +1,4 @@
-"""A model as the judge of what no program can check: what it is asked, what it said, and whether it can be trusted.
-
-It is tried on replies whose exact check is known first: below an agreement of 0.8 its verdicts are marked as not reliable.
-"""
+"""The judge's prompt, its verdicts, and the replies that calibrate it."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ from pipeline.records import Message
 
 T = TypeVar("T")
 
-RELIABLE = 0.8
-"""The least agreement with the exact checks."""
+RELIABLE_AGREEMENT = 0.8
+"""Agreement with the exact checks below which verdicts are marked as not reliable."""
 _RUBRIC = """A user gave an assistant this instruction at the beginning of a chat:
 {instruction}
 
@@ -25,12 +22,13 @@ Later in the chat the user wrote:
 The assistant replied:
 {reply}
 
-Judge only whether this reply keeps the instruction, not whether it is right or good. A reply that keeps it in part does not
+Judge only whether this reply keeps the instruction, not whether it is right or good. A reply that \
+keeps it in part does not
 keep it. Answer with one word, yes or no."""
 
 
 def question(instruction: str, user: str, reply: str) -> tuple[Message, ...]:
-    """What the judge is asked about one reply."""
+    """Return the chat that asks the judge about one reply."""
     return (
         {
             "role": "user",
@@ -40,13 +38,16 @@ def question(instruction: str, user: str, reply: str) -> tuple[Message, ...]:
 
 
 def verdict(text: str) -> bool | None:
-    """Yes, no, or None where the judge said neither first."""
+    """Return whether the judge's first word is yes or no; None if it is neither."""
     first = words(text)[:1]
     return {"yes": True, "no": False}.get(first[0]) if first else None
 
 
-def balanced(good: Sequence[T], bad: Sequence[T], most: int) -> list[T]:
-    """Up to `most` of them, half of each kind where there are enough: a judge that always says yes must not look good."""
+def balanced(good: Sequence[T], bad: Sequence[T], limit: int) -> list[T]:
+    """Return up to `limit` items, as many good as bad ones, drawn by a fixed seed.
+
+    Otherwise a judge that always says yes could look good.
+    """
     draw = random.Random("calibration")
-    size = min(len(good), len(bad), most // 2)
+    size = min(len(good), len(bad), limit // 2)
     return [*draw.sample(list(good), size), *draw.sample(list(bad), size)]

@@ -1,209 +1,147 @@
-"""From replies to the numbers of a report: plain data, which `evaluate/scores.json` holds."""
+"""The numbers of an evaluation as typed values; `evaluate/scores.json` holds them.
+
+Fields are JSON keys. A number that the replies do not determine is nan here and null in the file.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
-from statistics import median
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
 
-from pipeline.evaluation.rates import Rate, adherence, rates, wilson
-from pipeline.evaluation.statistics import (
-    distinct_n,
-    kaplan_meier,
-    lifetimes,
-    paired_bootstrap,
-    sample_size,
-)
-from pipeline.gatt.assignment import AssignedDialogue
-from pipeline.gatt.constraints.registry import kind_of, obeys
-from pipeline.records import Constraint, Reply
+from pydantic import TypeAdapter, ValidationError
 
-Table = list[dict[str, Any]]
+from pipeline.errors import GattError
+from pipeline.evaluation.rates import JsonFloat, Rate
+from pipeline.evaluation.statistics import Difference, SampleSize, Survival
 
 
-def scores(
-    replies: Sequence[Reply],
-    suites: Mapping[str, Sequence[AssignedDialogue]],
-    pool: Sequence[Constraint],
-) -> dict[str, Any]:
-    """All figures. `suites` are the pairs that were measured ("evaluate" and those of `gatt.suites`), `pool` what was trained."""
-    ours = {name: _of(replies, pairs) for name, pairs in suites.items()}
-    found = trained(ours["evaluate"], suites["evaluate"])
-    kinds = {c.kind for c in pool}
-    if ours.get("unseen"):
-        found |= _unseen(ours["unseen"], suites["unseen"], kinds)
-    if ours.get("change"):
-        found["change"] = _change(ours["change"], suites["change"])
-    if ours.get("recall"):
-        probes = [r for r in ours["recall"] if r.probe]
-        found["recall"] = table(adherence(probes, lambda r: (r.arm, r.turn)))
-        found["recall_by_attribute"] = table(adherence(probes, lambda r: (r.arm, r.probe)))
-    if ours.get("plain"):
-        found |= _leakage(ours["plain"], pool)
-    if ours.get("single"):
-        kind = {
-            p.dialogue.id: p.instruction.constraints[0].kind
-            for p in suites["single"]
-            if p.instruction
-        }
-        found["single"] = table(adherence(ours["single"], lambda r: (r.arm, "all")))
-        found["single_by_kind"] = table(
-            adherence(ours["single"], lambda r: (r.arm, kind[r.dialogue]))
-        )
-    return found
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateRow(Rate):
+    """The rate of one arm `at` a turn, instruction or other value that replies are grouped by."""
+
+    arm: str
+    at: int | str
 
 
-def _of(replies: Iterable[Reply], pairs: Iterable[AssignedDialogue]) -> list[Reply]:
-    names = {p.dialogue.id for p in pairs}
-    return [r for r in replies if r.dialogue in names]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnseenRow(RateRow):
+    """The rate of an instruction that was not trained; `group` is its row of `generalization`."""
+
+    group: str
 
 
-def trained(replies: Sequence[Reply], pairs: Sequence[AssignedDialogue]) -> dict[str, Any]:
-    """Adherence by arm and turn, by arm and instruction or family, over the last five turns and over all but the first.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyCounts:
+    """Replies of one arm by what they are; they overlap.
 
-    `replies` counts for each arm: all, those that obey (good answers or not), those that are no answer, those that were
-    cut at `max_tokens`, and those left out because turn 1 had left the window. `late_raw` is `late` without the condition
-    that a reply also is an answer. `difference` is that of the last five turns from the base, `survival` the share of
-    dialogues without a broken answer so far.
+    `obey` counts answers that obey, good or not, and `no_answer` loops, repeats and empty ones.
+    `cut` counts those at `max_tokens`, `left_out` those whose turn 1 had left the context window.
     """
-    names = {p.dialogue.id: p.name for p in pairs}
-    families = {
-        p.dialogue.id: " and ".join(dict.fromkeys(kind_of(c).family for c in p.constraints(0)))
-        for p in pairs
-    }
-    last = max((r.turn for r in replies), default=0)
-    first_late = max(1, last - 4)
-    at = f"turns {first_late} to {last}"
-    late, later = [r for r in replies if r.turn >= first_late], [r for r in replies if r.turn > 1]
-    by_arm, late_by_arm = _by_arm(replies), _by_arm(late)
-    return {
-        "turns": last,
-        "by_turn": table(adherence(replies, lambda r: (r.arm, r.turn))),
-        "by_instruction": table(adherence(replies, lambda r: (r.arm, names[r.dialogue]))),
-        "by_family": table(adherence(replies, lambda r: (r.arm, families[r.dialogue]))),
-        "last_five": table(adherence(late, lambda r: (r.arm, at))),
-        "last_five_unfiltered": table(rates(late, lambda r: (r.arm, at), lambda r: r.obeys)),
-        "after_first": table(adherence(later, lambda r: (r.arm, f"turns 2 to {last}"))),
-        "replies": {arm: _count(mine) for arm, mine in by_arm.items()},
-        "difference": {
-            arm: asdict(paired_bootstrap(late_by_arm["base"], mine))
-            for arm, mine in late_by_arm.items()
-            if arm != "base"
-        },
-        "survival": {
-            arm: asdict(kaplan_meier(lifetimes(mine).values())) for arm, mine in by_arm.items()
-        },
-        "distinct_2": {arm: distinct_n(mine, 2) for arm, mine in by_arm.items()},
-        "required_sample_size": asdict(needed)
-        if (needed := sample_size(late_by_arm["tuned"]))
-        else None,
-    }
+
+    all: int
+    obey: int
+    no_answer: int
+    cut: int
+    left_out: int
 
 
-def _by_arm(replies: Iterable[Reply]) -> dict[str, list[Reply]]:
-    found: dict[str, list[Reply]] = {}
-    for reply in replies:
-        found.setdefault(reply.arm, []).append(reply)
-    return found
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeTurn:
+    """Shares of replies in one turn that obey the old and the new instruction, of `n` dialogues."""
+
+    turn: int
+    old: float
+    new: float
+    n: int
 
 
-def _count(replies: Sequence[Reply]) -> dict[str, int]:
-    return {
-        "all": len(replies),
-        "obey": sum(r.obeys for r in replies),
-        "no_answer": sum(bool(r.defect) for r in replies),
-        "cut": sum(r.finish == "length" for r in replies),
-        "left_out": sum(r.finish == "context" for r in replies),
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChangeScores:
+    """Adherence of one arm around a change of instruction in `change_turn` (from 1).
 
-
-def _unseen(
-    replies: Sequence[Reply], pairs: Sequence[AssignedDialogue], trained_kinds: set[str]
-) -> dict[str, Table]:
-    """New values of trained kinds apart from kinds that are new altogether."""
-    told = {p.dialogue.id: p for p in pairs}
-    group = {
-        p.name: "unseen value"
-        if all(c.kind in trained_kinds for c in p.constraints(0))
-        else "unseen kind"
-        for p in pairs
-    }
-    by_name = table(adherence(replies, lambda r: (r.arm, told[r.dialogue].name)))
-    return {
-        "generalization": table(
-            adherence(replies, lambda r: (r.arm, group[told[r.dialogue].name]))
-        ),
-        "by_unseen": [{**row, "group": group[row["at"]]} for row in by_name],
-    }
-
-
-def _change(replies: Sequence[Reply], pairs: Sequence[AssignedDialogue]) -> dict[str, Any]:
-    told = {p.dialogue.id: p for p in pairs}
-    return {
-        arm: _switch([r for r in mine if r.finish != "context"], told)
-        for arm, mine in _by_arm(replies).items()
-    }
-
-
-def _switch(replies: Sequence[Reply], told: Mapping[str, AssignedDialogue]) -> dict[str, Any]:
-    """Adherence of one arm to the old instruction before the change, and after it to the new one and (wrongly) to the old one.
-
-    `turns_to_switch` is the median number of turns from the change to the first answer that obeys the new instruction (0: at
-    once) over the dialogues where one does; `never` counts the others.
+    `before` is that to the old instruction until then, `after` that to the new one from then on.
+    `old_after` is that to the old one, which should have ended. `turns_to_switch` is the median
+    number of turns until the first answer that obeys the new instruction (0: at once). Dialogues
+    without one are left out; `never_switched` counts those that do not.
     """
-    old = {
-        (r.dialogue, r.turn)
-        for r in replies
-        if not r.defect and obeys(told[r.dialogue].constraints(0), r.text)
-    }
-    before = [r for r in replies if r.turn <= told[r.dialogue].change_turn]
-    after = [r for r in replies if r.turn > told[r.dialogue].change_turn]
-    new = {(r.dialogue, r.turn) for r in after if r.adherent}
-    waits = {
-        dialogue: turn - told[dialogue].change_turn - 1
-        for dialogue, turn in sorted(new, reverse=True)
-    }
-    dialogues = {r.dialogue for r in after}
-    by_turn = []
-    for turn in sorted({r.turn for r in replies}):
-        now = [(r.dialogue, r.turn) for r in replies if r.turn == turn]
-        share = {
-            name: sum(place in kept for place in now) / len(now)
-            for name, kept in (("old", old), ("new", new))
-        }
-        by_turn.append({"at": turn, **share, "n": len(now)})
-    return {
-        "at": min((told[dialogue].change_turn + 1 for dialogue in dialogues), default=0),
-        "before": _rate(before, old),
-        "after": _rate(after, new),
-        "old_after": _rate(after, old),
-        "dialogues": len(dialogues),
-        "never": len(dialogues - waits.keys()),
-        "turns_to_switch": median(waits.values()) if waits else None,
-        "by_turn": by_turn,
-    }
+
+    change_turn: int
+    before: Rate
+    after: Rate
+    old_after: Rate
+    dialogues: int
+    never_switched: int
+    turns_to_switch: float | None
+    by_turn: tuple[ChangeTurn, ...]
 
 
-def _rate(replies: Sequence[Reply], hits: set[tuple[str, int]]) -> dict[str, Any]:
-    return asdict(wilson(sum((r.dialogue, r.turn) in hits for r in replies), len(replies)))
+@dataclass(frozen=True, slots=True)
+class Degradation:
+    """Perplexity of each arm on the base's plain answers, and KL(base‖arm) in nats per token."""
+
+    tokens: int
+    perplexity: Mapping[str, JsonFloat]
+    kl: Mapping[str, JsonFloat]
 
 
-def _leakage(replies: Sequence[Reply], pool: Sequence[Constraint]) -> dict[str, Any]:
-    """How often a reply shows something that was trained, where no instruction was given; and what."""
-    shown = {id(r): [c.name for c in pool if obeys((c,), r.text)] for r in replies}
-    return {
-        "leakage": table(
-            rates(replies, lambda r: (r.arm, "plain dialogues"), lambda r: bool(shown[id(r)]))
-        ),
-        "leaked": {
-            arm: dict(Counter(name for r in mine for name in shown[id(r)]))
-            for arm, mine in _by_arm(replies).items()
-        },
-    }
+@dataclass(frozen=True, slots=True)
+class Judgment:
+    """The judge `model`, how often it agrees with exact checks, and the rates by its verdicts."""
+
+    model: str
+    agreement: Rate
+    reliable: bool
+    scores: tuple[RateRow, ...]
 
 
-def table(found: Mapping[tuple[str, Any], Rate]) -> Table:
-    """Rows of `arm`, `at` and the rate."""
-    return [{"arm": arm, "at": at, **asdict(rate)} for (arm, at), rate in found.items()]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """All numbers of an evaluation; what was not measured is empty or None.
+
+    Mappings are by arm. `last_five_unfiltered` is `last_five` whether or not a reply has a defect;
+    `after_first` leaves turn 1 out. `difference` is that of `last_five` from the base.
+    `generalization` has rows for new values of trained kinds and for new kinds; `by_unseen` has one
+    for each instruction. `leaked` counts the trained traits that plain replies show.
+    """
+
+    turns: int
+    by_turn: tuple[RateRow, ...]
+    by_instruction: tuple[RateRow, ...]
+    by_family: tuple[RateRow, ...]
+    last_five: tuple[RateRow, ...]
+    last_five_unfiltered: tuple[RateRow, ...]
+    after_first: tuple[RateRow, ...]
+    replies: Mapping[str, ReplyCounts]
+    difference: Mapping[str, Difference]
+    survival: Mapping[str, Survival]
+    distinct_2: Mapping[str, JsonFloat]
+    required_sample_size: SampleSize | None
+    primary: Literal["last_five", "after_first", "recall", "unseen"] = "last_five"
+    generalization: tuple[RateRow, ...] = ()
+    by_unseen: tuple[UnseenRow, ...] = ()
+    change: Mapping[str, ChangeScores] = field(default_factory=dict)
+    recall: tuple[RateRow, ...] = ()
+    recall_by_attribute: tuple[RateRow, ...] = ()
+    leakage: tuple[RateRow, ...] = ()
+    leaked: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    single: tuple[RateRow, ...] = ()
+    single_by_kind: tuple[RateRow, ...] = ()
+    degradation: Degradation | None = None
+    judge: Judgment | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> Scores:
+        """Read the text of a `scores.json`.
+
+        Raises:
+            GattError: fields are missing, as in a file of another version.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            raise GattError(
+                "evaluate/scores.json does not have the fields that this version of gatt reads "
+                f"({error.error_count()} differ). Delete the folder `evaluate` of the run and "
+                "measure it again with `gatt evaluate`."
+            ) from error

@@ -1,9 +1,11 @@
-"""Is the tuned arm better, how long does an instruction last, would more dialogues tell, and is the text still varied?
+"""Whether the tuned arm is better, how long an instruction holds, how many dialogues are needed.
 
-The unit of independence is the dialogue: its replies follow from one another. Turns are counted from 1, shares lie in 0..1,
-intervals are 95 % ones, and a number that the replies do not determine is nan. Replies whose turn 1 had left the window
-(`finish` "context") are left out everywhere, as in `metrics.adherence`. Every function but `paired_bootstrap` takes the
-replies of *one* arm. Not for the rate of one arm: that is `metrics.adherence`.
+The unit of independence is the dialogue: its replies follow from one another. Turns are counted
+from 1, shares lie in 0..1, intervals are 95 % ones, and a number that the replies do not determine
+is nan. Replies whose turn 1 had left the window (`finish` "context") are left out everywhere, as in
+`rates`. Every function but `paired_bootstrap` takes the replies of one arm.
+
+Why these formulas are written out and not imported: see `rates`.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from fractions import Fraction
 from random import Random
 from statistics import NormalDist, quantiles
 
-from pipeline.evaluation.rates import wilson
+from pipeline.evaluation.rates import JsonFloat, wilson
 from pipeline.gatt.text import words
 from pipeline.records import Reply
 
@@ -23,22 +25,27 @@ _Z = NormalDist().inv_cdf(0.975)
 
 
 def _by_dialogue(replies: Iterable[Reply]) -> dict[str, dict[int, bool]]:
-    """Dialogue → turn → adherent, of what was measured. ValueError for a turn that comes twice: these are several arms."""
-    found: dict[str, dict[int, bool]] = {}
+    """Return dialogue → turn → adherent, of what was measured.
+
+    Raises:
+        ValueError: a turn comes twice, as in the replies of several arms.
+    """
+    dialogues: dict[str, dict[int, bool]] = {}
     for reply in replies:
         if reply.finish == "context":
             continue
-        turns = found.setdefault(reply.dialogue, {})
+        turns = dialogues.setdefault(reply.dialogue, {})
         if reply.turn in turns:
             raise ValueError(
-                f"two replies in turn {reply.turn} of dialogue {reply.dialogue!r}; expected the replies of one arm"
+                f"two replies in turn {reply.turn} of dialogue {reply.dialogue!r}; "
+                "expected the replies of one arm"
             )
         turns[reply.turn] = reply.adherent
-    return found
+    return dialogues
 
 
 def _sums(replies: Iterable[Reply]) -> dict[str, tuple[int, int]]:
-    """Dialogue → adherent replies, measured replies (at least 1)."""
+    """Return dialogue → adherent replies, measured replies (at least 1)."""
     return {
         dialogue: (sum(turns.values()), len(turns))
         for dialogue, turns in _by_dialogue(replies).items()
@@ -47,9 +54,12 @@ def _sums(replies: Iterable[Reply]) -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Adherence of one arm minus that of another, -1..1, with its 95 % interval over so many common dialogues."""
+    """Adherence of an arm minus that of another, -1..1, with its 95 % interval.
 
-    difference: float
+    It is over the `dialogues` that both were measured on.
+    """
+
+    difference: JsonFloat
     low: float
     high: float
     dialogues: int
@@ -58,58 +68,65 @@ class Difference:
 def paired_bootstrap(
     base: Iterable[Reply], tuned: Iterable[Reply], resamples: int = 2000, seed: int = 0
 ) -> Difference:
-    """Adherence of `tuned` minus `base` with a percentile interval: Efron 1979; pairs and clusters, Davison & Hinkley 1997.
+    """Return the adherence of `tuned` minus `base` with a percentile interval.
 
-    Whole dialogues are drawn with replacement, with the replies of both arms. Adherence is that of all replies together, so
-    a longer dialogue weighs more. Dialogues that only one arm was measured on are left out. The interval is -1..1 for fewer
-    than two dialogues, too narrow by some for fewer than about twenty, and without width where all dialogues are alike.
-    ValueError for a turn that comes twice, and for fewer than two resamples.
+    Efron 1979; pairs and clusters, Davison & Hinkley 1997. Dialogues are drawn with replacement,
+    with the replies of both arms. Adherence is that of all replies together, so a longer dialogue
+    weighs more. Dialogues that only one arm was measured on are left out. The interval is -1..1 for
+    fewer than two dialogues, somewhat too narrow for fewer than about twenty, and without width
+    where all dialogues are alike.
+
+    Raises:
+        ValueError: a turn comes twice, or there are fewer than two resamples.
     """
     if resamples < 2:
         raise ValueError(f"{resamples} resamples; expected at least 2")
-    ours, theirs = _sums(tuned), _sums(base)
-    # In one order whatever the order of the replies: the same seed then draws the same dialogues.
-    pairs = [
-        (*ours[dialogue], *theirs[dialogue]) for dialogue in sorted(ours.keys() & theirs.keys())
-    ]
+    tuned_sums, base_sums = _sums(tuned), _sums(base)
+    # Sorted, whatever the order of the replies: the same seed then draws the same dialogues.
+    common = sorted(tuned_sums.keys() & base_sums.keys())
+    pairs = [(*tuned_sums[dialogue], *base_sums[dialogue]) for dialogue in common]
     if len(pairs) < 2:
         return Difference(_difference(pairs) if pairs else math.nan, -1.0, 1.0, len(pairs))
     random = Random(seed)
-    drawn = [_difference(random.choices(pairs, k=len(pairs))) for _ in range(resamples)]
-    cuts = quantiles(drawn, n=40, method="inclusive")
+    differences = [_difference(random.choices(pairs, k=len(pairs))) for _ in range(resamples)]
+    cuts = quantiles(differences, n=40, method="inclusive")
     return Difference(_difference(pairs), cuts[0], cuts[-1], len(pairs))
 
 
 def _difference(pairs: Iterable[tuple[int, int, int, int]]) -> float:
-    our_hits, our_n, their_hits, their_n = map(sum, zip(*pairs, strict=True))
-    return our_hits / our_n - their_hits / their_n
+    tuned_hits, tuned_n, base_hits, base_n = map(sum, zip(*pairs, strict=True))
+    return tuned_hits / tuned_n - base_hits / base_n
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Lifetime:
-    """The turn of a dialogue's first broken answer; or, where none is `broken`, its last measured turn (censored)."""
+    """The turn of a dialogue's first broken answer.
+
+    Where no answer is `broken` it is the last measured turn (censored).
+    """
 
     turn: int
     broken: bool
 
 
 def lifetimes(replies: Iterable[Reply]) -> dict[str, Lifetime]:
-    """Dialogue → how long the instruction lasted; a dialogue without a measured reply is left out.
+    """Return how long the instruction lasted in each dialogue that has a measured reply.
 
-    ValueError for a turn that comes twice.
+    Raises:
+        ValueError: a turn comes twice.
     """
-    found = {}
+    lives = {}
     for dialogue, turns in _by_dialogue(replies).items():
         breaks = [turn for turn, adherent in turns.items() if not adherent]
-        found[dialogue] = Lifetime(min(breaks) if breaks else max(turns), bool(breaks))
-    return found
+        lives[dialogue] = Lifetime(turn=min(breaks) if breaks else max(turns), broken=bool(breaks))
+    return lives
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SurvivalStep:
-    """The share `value` of dialogues that are unbroken *after* `turn`, its 95 % interval, and what the turn adds to it.
+    """The share `value` of dialogues that are unbroken *after* `turn`, with its 95 % interval.
 
-    `at_risk` dialogues came unbroken to this turn and were measured in it; `broken` of them broke in it.
+    `at_risk` dialogues came unbroken to this turn and were measured in it; `broken` of them broke.
     """
 
     turn: int
@@ -122,9 +139,10 @@ class SurvivalStep:
 
 @dataclass(frozen=True, slots=True)
 class Survival:
-    """A survival curve, a step for every turn from 1 to the last measured, over so many dialogues.
+    """A survival curve of `dialogues`, with a step for every turn from 1 to the last measured.
 
-    `median` is the first turn after which at most half of the dialogues are unbroken, None where the curve stays above.
+    `median` is the first turn after which at most half of the dialogues are unbroken, None where
+    the curve stays above.
     """
 
     dialogues: int
@@ -133,43 +151,50 @@ class Survival:
 
 
 def kaplan_meier(lives: Iterable[Lifetime]) -> Survival:
-    """The product-limit estimate (Kaplan & Meier 1958) with the log-log interval (Kalbfleisch & Prentice 1980).
+    """Return the product-limit estimate (Kaplan & Meier 1958) with its log-log interval.
 
-    The variance is Greenwood's (1926). A dialogue censored in a turn was measured in it and counts as at risk there. Where
-    the curve is 1 or 0 the log-log interval is undefined, and the Wilson interval of the dialogues at risk in that turn
-    stands in its place; as fewer are at risk than at the start, it is the wider for it. No lives: no steps, no median.
+    The interval is that of Kalbfleisch & Prentice 1980 with Greenwood's variance (1926). A dialogue
+    censored in a turn was measured in it and counts as at risk there. Where the curve is 1 or 0 the
+    log-log interval is undefined. The Wilson interval of the dialogues at risk in that turn is
+    taken. It is wider, as fewer are at risk than at the start. Without lives there are no steps and
+    no median.
     """
-    found = list(lives)
+    lives = list(lives)
     steps: list[SurvivalStep] = []
-    # Exact, since a product of floats may stop a hair above one half, and the median with it.
+    # Fractions: a product of floats may stop just above one half, and miss the median.
     value, greenwood, high = Fraction(1), Fraction(0), 1.0
-    for turn in range(1, max((life.turn for life in found), default=0) + 1):
-        at_risk = sum(life.turn >= turn for life in found)
-        broken = sum(life.turn == turn and life.broken for life in found)
+    for turn in range(1, max((life.turn for life in lives), default=0) + 1):
+        at_risk = sum(life.turn >= turn for life in lives)
+        broken = sum(life.turn == turn and life.broken for life in lives)
         value *= Fraction(at_risk - broken, at_risk)
         if 0 < value < 1:
             greenwood += Fraction(broken, at_risk * (at_risk - broken))
             spread = math.exp(_Z * math.sqrt(greenwood) / -math.log(value))
             low, high = float(value) ** spread, float(value) ** (1 / spread)
         else:
-            wide = wilson(at_risk - broken, at_risk)
-            low, high = wide.low, min(wide.high, high)
-        steps.append(SurvivalStep(turn, at_risk, broken, float(value), low, high))
+            interval = wilson(at_risk - broken, at_risk)
+            low, high = interval.low, min(interval.high, high)
+        steps.append(
+            SurvivalStep(
+                turn=turn,
+                at_risk=at_risk,
+                broken=broken,
+                value=float(value),
+                low=low,
+                high=high,
+            )
+        )
     median = next((step.turn for step in steps if step.value <= 0.5), None)
-    return Survival(len(found), tuple(steps), median)
+    return Survival(len(lives), tuple(steps), median)
 
 
-def intraclass_correlation(replies: Iterable[Reply]) -> float:
-    """How alike the replies of one dialogue are in adherence, -1..1: the ANOVA estimator (Ridout, Demétrio & Firth 1999).
+def _intraclass_correlation(sums: list[tuple[int, int]]) -> float:
+    """Return how alike the replies of one dialogue are in adherence, -1..1.
 
-    1: each dialogue holds or fails as a whole; 0: replies are as good as independent; below 0: chance, or alternation. nan
-    for fewer than two dialogues, one reply in each, or replies that are all adherent or all not. ValueError for a turn that
-    comes twice.
+    The ANOVA estimator (Ridout, Demétrio & Firth 1999). 1: each dialogue holds or fails as a unit;
+    0: replies are as good as independent; below 0: chance, or alternation. It is nan for fewer than
+    two dialogues, one reply in each, or replies that are all adherent or all not.
     """
-    return _correlation(list(_sums(replies).values()))
-
-
-def _correlation(sums: list[tuple[int, int]]) -> float:
     k, hits, n = len(sums), sum(h for h, _ in sums), sum(m for _, m in sums)
     if k < 2 or n == k or hits in (0, n):
         return math.nan
@@ -180,81 +205,98 @@ def _correlation(sums: list[tuple[int, int]]) -> float:
 
 
 def design_effect(size: float, correlation: float) -> float:
-    """By how much dialogues of `size` replies need more replies than independent ones: 1 + (size - 1) ICC (Kish 1965).
+    """Return how many times the independent replies are needed in dialogues of `size` replies.
 
-    At least 1: a correlation below 0 is taken for chance. `size` itself, the worst, where the correlation is nan.
-    ValueError for a size below 1.
+    1 + (size - 1) ICC (Kish 1965), at least 1: a correlation below 0 is taken for chance. Where it
+    is nan the result is `size`, the worst.
+
+    Raises:
+        ValueError: a size below 1.
     """
     if size < 1:
         raise ValueError(f"dialogues of {size} replies; expected at least 1")
     return 1 + (size - 1) * (1.0 if math.isnan(correlation) else max(0.0, correlation))
 
 
-def answers_needed(
+def independent_sample_size(
     rate: float, difference: float = 0.05, power: float = 0.8, alpha: float = 0.05
 ) -> int:
-    """Independent answers *in each arm* that tell `rate` from `rate + difference`, two-sided (Fleiss, Levin & Paik 2003, ch. 4).
+    """Return the independent replies *per arm* that tell `rate` from `rate + difference`.
 
-    The normal approximation with pooled variance under equality, without correction for continuity. ValueError for rates
-    out of 0..1, for no difference, for a power out of `alpha`/2..1 and an alpha out of 0..1.
+    Two-sided (Fleiss, Levin & Paik 2003, ch. 4): the normal approximation with pooled variance
+    under equality, without correction for continuity.
+
+    Raises:
+        ValueError: rates outside 0..1, no difference, a power outside `alpha`/2..1, or an alpha
+            outside 0..1.
     """
-    other = rate + difference
-    if not (0 <= rate <= 1 and 0 <= other <= 1 and difference):
-        raise ValueError(f"rates {rate} and {other}; expected two different ones in 0..1")
+    changed = rate + difference
+    if not (0 <= rate <= 1 and 0 <= changed <= 1 and difference):
+        raise ValueError(f"rates {rate} and {changed}; expected two different ones in 0..1")
     if not 0 < alpha / 2 < power < 1 or alpha >= 1:
         raise ValueError(
             f"power {power} at alpha {alpha}; expected 0 < alpha < 1 and alpha / 2 < power < 1"
         )
-    middle = (rate + other) / 2
+    middle = (rate + changed) / 2
     equal = NormalDist().inv_cdf(1 - alpha / 2) * math.sqrt(2 * middle * (1 - middle))
-    apart = NormalDist().inv_cdf(power) * math.sqrt(rate * (1 - rate) + other * (1 - other))
+    apart = NormalDist().inv_cdf(power) * math.sqrt(rate * (1 - rate) + changed * (1 - changed))
     return math.ceil(((equal + apart) / difference) ** 2)
 
 
 @dataclass(frozen=True, slots=True)
 class SampleSize:
-    """What an evaluation needs *in each arm* to show a difference, and what that was reckoned from.
+    """What an evaluation needs *per arm* to show a difference, and what it was computed from.
 
-    `answers` would do were they independent; `dialogues` of the measured length do as they are.
+    `independent_replies` would do if they were independent; `dialogues` of the measured length do.
     """
 
-    answers: int
+    independent_replies: int
     dialogues: int
-    correlation: float
+    correlation: JsonFloat
     design_effect: float
 
 
-def sample_size(
+def required_sample_size(
     replies: Iterable[Reply], difference: float = 0.05, power: float = 0.8, alpha: float = 0.05
 ) -> SampleSize | None:
-    """Dialogues that show `difference` from the rate of these replies (`answers_needed`), inflated by their `design_effect`.
+    """Return the dialogues that show `difference` from the rate of these replies.
 
-    From rates too near the end for `difference`, the difference in the other direction. For dialogues of unequal length the
-    size in the design effect is the mean weighted by length (Donner & Klar 2000). An upper bound: arms on the same
-    dialogues are compared in pairs, which tells more. None without a measured reply, else ValueError as in `answers_needed`.
+    `independent_sample_size`, inflated by the `design_effect`. From rates too near the end for
+    `difference`, the difference in the other direction. For dialogues of unequal length the size in
+    the design effect is the mean weighted by length (Donner & Klar 2000). An upper bound: arms on
+    the same dialogues are compared in pairs, which tells more. None without a measured reply.
+
+    Raises:
+        ValueError: as `independent_sample_size`.
     """
     sums = list(_sums(replies).values())
     if not sums:
         return None
     hits, n = sum(h for h, _ in sums), sum(m for _, m in sums)
-    inside = 0 <= hits / n + difference <= 1
-    answers = answers_needed(hits / n, difference if inside else -difference, power, alpha)
-    correlation = _correlation(sums)
+    if not 0 <= hits / n + difference <= 1:
+        difference = -difference
+    independent = independent_sample_size(hits / n, difference, power, alpha)
+    correlation = _intraclass_correlation(sums)
     effect = design_effect(sum(m * m for _, m in sums) / n, correlation)
-    return SampleSize(answers, math.ceil(answers * effect * len(sums) / n), correlation, effect)
+    dialogues = math.ceil(independent * effect * len(sums) / n)
+    return SampleSize(independent, dialogues, correlation, effect)
 
 
 def distinct_n(replies: Iterable[Reply], n: int) -> float:
-    """Different n-grams of words over all n-grams, pooled over the replies: "distinct-n" (Li et al. 2016, who divide by the words).
+    """Return different n-grams of words over all n-grams, pooled over the replies: "distinct-n".
 
-    `words` as in `gatt.text`: lowercase, no punctuation; an n-gram does not reach over two replies. The more text, the
-    smaller: compare arms of like length only. nan where there is no n-gram, ValueError for n below 1.
+    Li et al. 2016, who divide by the words. Words are as in `gatt.text`: lowercase, no punctuation;
+    an n-gram does not reach over two replies. It falls with the length of the text: compare arms of
+    like length only. nan where there is no n-gram.
+
+    Raises:
+        ValueError: n below 1.
     """
     if n < 1:
         raise ValueError(f"{n}-grams; expected n of at least 1")
     grams: list[tuple[str, ...]] = []
     for reply in replies:
         if reply.finish != "context":
-            said = words(reply.text)
-            grams += zip(*(said[start:] for start in range(n)), strict=False)
+            tokens = words(reply.text)
+            grams += zip(*(tokens[start:] for start in range(n)), strict=False)
     return len(set(grams)) / len(grams) if grams else math.nan

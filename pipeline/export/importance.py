@@ -1,4 +1,4 @@
-"""Measure an importance matrix: read texts with a model and sum what its matrices are fed."""
+"""Measure an importance matrix: run texts through a model and sum the inputs of its matrices."""
 
 from __future__ import annotations
 
@@ -6,46 +6,49 @@ import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from pipeline.gguf.imatrix import TEXT_TOKENS, ImportanceMatrix
+from pipeline.gguf.imatrix import CHUNK_TOKENS, ImportanceMatrix
 from pipeline.gguf.reader import open_gguf
-from pipeline.inference.model import Adapter, LoadedModel
+from pipeline.inference.llama.model import Adapter, ContextSettings, LoadedModel
 
 
 def measure_importance(
     source: Path,
     adapter: Adapter | None,
     texts: Iterable[str],
-    most: int,
+    max_tokens: int,
     on_tokens: Callable[[int], object],
 ) -> ImportanceMatrix:
-    """The importance of a GGUF's columns (with an adapter laid over it) while it reads `texts`, up to `most` tokens.
+    """Return the importance of the columns of a GGUF, with `adapter` applied, over `texts`.
 
     Raises:
-        GattError: no GGUF, too little memory, or an adapter of another base.
+        GattError: not a GGUF, too little memory, or an adapter of another base.
     """
     importance = ImportanceMatrix()
-    weights = LoadedModel(open_gguf(source))
-    # The text in one batch: at every observed node all threads wait for one another.
-    context = weights.new_context(
-        1, TEXT_TOKENS, TEXT_TOKENS, "F16", os.cpu_count() or 1, adapter, importance.observe
+    model = LoadedModel(open_gguf(source))
+    # A text is one batch, because all threads wait for one another at every observed node.
+    context = model.new_context(
+        ContextSettings(CHUNK_TOKENS, adapter=adapter),
+        sequences=1,
+        batch_size=CHUNK_TOKENS,
+        threads=os.cpu_count() or 1,
+        eval_callback=importance.observe,
     )
-    memory = weights.api.llama_get_memory(context)
+    memory = model.api.llama_get_memory(context)
     try:
         for text in texts:
-            tokens = weights.tokenize(text)[: min(TEXT_TOKENS, most - importance.tokens)]
+            tokens = model.tokenize(text)[: min(CHUNK_TOKENS, max_tokens - importance.tokens)]
             if not tokens:
                 continue
-            ids = (weights.api.llama_token * len(tokens))(*tokens)
-            if status := weights.api.llama_decode(
-                context, weights.api.llama_batch_get_one(ids, len(tokens))
-            ):
+            ids = (model.api.llama_token * len(tokens))(*tokens)
+            batch = model.api.llama_batch_get_one(ids, len(tokens))
+            if status := model.api.llama_decode(context, batch):
                 raise RuntimeError(f"llama_decode returned {status} for {len(tokens)} tokens")
-            weights.api.llama_memory_clear(memory, True)
+            model.api.llama_memory_clear(memory, True)  # noqa: FBT003
             importance.tokens += len(tokens)
             on_tokens(len(tokens))
-            if importance.tokens >= most:
+            if importance.tokens >= max_tokens:
                 break
     finally:
-        weights.api.llama_free(context)
-        weights.close()
+        model.api.llama_free(context)
+        model.close()
     return importance

@@ -1,7 +1,8 @@
-"""Look at a GGUF from a child process, which a broken file may abort: what llama.cpp makes of texts and tokens.
+"""Checks of a GGUF file: llama.cpp must read chats in the tokens of training, and predict what the
+trained model does.
 
-`python -m pipeline.export.verify FILE ADAPTER QUESTIONS.json ANSWERS.npz` is the child; ADAPTER is "-" for none.
-"""
+A broken file may abort the process, so it is loaded in a child process: `python -m
+pipeline.export.verify FILE ADAPTER INPUT.json OUTPUT.npz`, where "-" stands for no adapter."""
 
 from __future__ import annotations
 
@@ -13,20 +14,133 @@ import tempfile
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from pipeline.errors import GattError
+from pipeline.gatt.ghost import augment
 from pipeline.gguf.base import Array
-from pipeline.inference.model import Adapter
+from pipeline.gguf.reader import open_gguf
+from pipeline.inference.chat_template import NO_THINKING, ChatTemplate
+from pipeline.inference.llama.model import Adapter, ContextSettings
+from pipeline.inference.logits import Logits, mean_kl
+from pipeline.records import Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_KL = 2.0
+"""Nats per token between the trained model and a file in 8 bits or more, above which something is
+wrong.
+
+An adapter that was trained on 4-bit weights and merged into 16-bit ones is 0.3 to 0.4 away.
+"""
+_TRICKY_TEXTS = (
+    "Hi",
+    "  spaces before and after  ",
+    "line\n\n\nbreaks,\ttabs\r\nand 1234567890",
+    "naïve café, 漢字 и 🙂‍↔️ é",
+    "It's 2,026 and I'll pay €35.50 {\"x\": [1, 2]} x**2",
+    "<|im_end|> </s> <eos> <|eot_id|> [/INST] <think>",
+)
+"""Texts that are known to expose differences between tokenizers."""
 
 
 class LoadedFile(NamedTuple):
-    """Token ids of each text, and (tokens, vocabulary) logits of what follows each token of all sequences."""
+    """What llama.cpp made of a file's inputs.
 
-    ids: list[list[int]]
-    logits: Array
+    `token_ids` are those of each text. `logits` are those of the sequences.
+    """
+
+    token_ids: list[list[int]]
+    logits: Logits
+
+
+class SampleChats(NamedTuple):
+    """Chats that a GGUF's chat template accepts, and the text that it renders for each."""
+
+    messages: list[list[Message]]
+    texts: list[str]
+
+
+class Divergence(NamedTuple):
+    """Nats per token from the trained model and from the F16 merge; None where not known."""
+
+    kl_trained: float | None = None
+    kl_f16: float | None = None
+
+
+def verify_file(
+    file: Path,
+    tokenizer: PreTrainedTokenizerBase | None,
+    reference: Logits | None,
+    f16_logits: Array | None,
+    max_kl: float = MAX_KL,
+) -> Divergence:
+    """Load a file in llama.cpp and compare its tokens with `tokenizer` and its logits with
+    `reference`.
+
+    Without a tokenizer tokens are not compared; without a reference the file is only loaded and
+    run.
+
+    Raises:
+        GattError: they differ, or llama.cpp cannot use the file.
+    """
+    chats = sample_chats(file)
+    loaded = load_and_predict(file, chats.texts, reference.sequences if reference else [[0, 0]])
+    mismatch = find_mismatch(chats, loaded.token_ids, tokenizer) if tokenizer else ""
+    if mismatch:
+        raise GattError(
+            f"llama.cpp would tokenize chats for {file.name} differently from the training "
+            f"tokenizer ({mismatch}). Nothing was replaced."
+        )
+    if not reference:
+        return Divergence()
+    kl = mean_kl(reference.values, loaded.logits.values)
+    if not kl < max_kl:  # also where it is NaN
+        raise GattError(
+            f"{file.name} does not predict what the trained model does: the divergence is "
+            f"{kl:.2f} nats per token, less than {max_kl} expected. Nothing was replaced."
+        )
+    return Divergence(kl, None if f16_logits is None else mean_kl(f16_logits, loaded.logits.values))
+
+
+def sample_chats(file: Path) -> SampleChats:
+    """Return the chats to tokenize with the GGUF `file`; some templates refuse system messages."""
+    info = open_gguf(file)
+    template = ChatTemplate(info.chat_template, info.bos, info.eos)
+    chats: list[list[Message]] = [[{"role": "user", "content": text}] for text in _TRICKY_TEXTS]
+    replies = [text.strip() for text in reversed(_TRICKY_TEXTS[1:])]
+    long = list(augment(_TRICKY_TEXTS, replies, [""] * len(_TRICKY_TEXTS), ""))
+    accepted = SampleChats([], [])
+    for chat in [*chats, long, [Message(role="system", content="Be brief."), *long]]:
+        try:
+            text = template.render(chat)
+        except GattError:
+            continue
+        accepted.messages.append(chat)
+        accepted.texts.append(text)
+    return accepted
+
+
+def find_mismatch(
+    chats: SampleChats, token_ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """Describe the first token of llama.cpp that is not the Hugging Face tokenizer's; "" if all
+    agree.
+    """
+    for chat, text, ids in zip(*chats, token_ids, strict=True):
+        expected = list(
+            tokenizer.apply_chat_template(
+                chat, add_generation_prompt=True, return_dict=False, **NO_THINKING
+            )
+        )
+        if ids != expected:
+            pairs = enumerate(zip(ids, expected, strict=False))
+            n = next((n for n, (a, b) in pairs if a != b), min(len(ids), len(expected)))
+            return f"token {n} of {text[:60]!r}: {ids[n : n + 3]} instead of {expected[n : n + 3]}"
+    return ""
 
 
 def load_and_predict(
@@ -35,75 +149,65 @@ def load_and_predict(
     sequences: Sequence[Sequence[int]],
     adapter: Path | None = None,
 ) -> LoadedFile:
-    """Load `path` in llama.cpp, tokenize `texts` and read `sequences` of token ids (without any: load no weights).
+    """Load `path` in llama.cpp, tokenize `texts`, and predict each token of `sequences` of token
+    ids.
+
+    Without sequences no weights are loaded.
 
     Raises:
-        GattError: llama.cpp refuses the file, or dies of it.
+        GattError: llama.cpp refuses the file, or crashes on it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        questions, answers = Path(folder) / "questions.json", Path(folder) / "answers.npz"
-        questions.write_text(
+        inputs, outputs = Path(folder) / "input.json", Path(folder) / "output.npz"
+        inputs.write_text(
             json.dumps({"texts": list(texts), "sequences": [list(s) for s in sequences]}),
             encoding="utf-8",
         )
-        command = [
-            sys.executable,
-            "-m",
-            "pipeline.export.verify",
-            path,
-            adapter or "-",
-            questions,
-            answers,
-        ]
+        command = (sys.executable, "-m", "pipeline.export.verify")
         # The child finds this package where the parent did.
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         done = subprocess.run(
-            [str(word) for word in command],
+            [*command, str(path), str(adapter or "-"), str(inputs), str(outputs)],
             capture_output=True,
             text=True,
             check=False,
             env=environment,
         )
         if done.returncode:
-            why = done.stderr.strip().splitlines()[-1:] or [
-                f"it died with status {done.returncode}"
-            ]
-            raise GattError(f"llama.cpp cannot use {path.name}: {why[0]}")
-        with np.load(answers) as found:
-            ends = np.cumsum(found["lengths"])[:-1]
-            return LoadedFile(
-                [part.tolist() for part in np.split(found["ids"], ends)] if texts else [],
-                found["logits"],
-            )
+            lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+            raise GattError(f"llama.cpp cannot use {path.name}: {lines[-1]}")
+        with np.load(outputs) as arrays:
+            ends = np.cumsum(arrays["lengths"])[:-1]
+            token_ids = [part.tolist() for part in np.split(arrays["ids"], ends)] if texts else []
+            return LoadedFile(token_ids, Logits([list(s) for s in sequences], arrays["logits"]))
 
 
-def _answer(path: Path, adapter: Path | None, questions: Path, answers: Path) -> None:
-    """The child's part."""
-    from pipeline.gguf.reader import open_gguf
+def _child(path: Path, adapter: Path | None, inputs: Path, outputs: Path) -> None:
+    """Do the work of `load_and_predict` in the child process."""
     from pipeline.inference.batch_worker import BatchWorker
-    from pipeline.inference.model import LoadedModel
+    from pipeline.inference.llama.model import LoadedModel
 
-    asked = json.loads(questions.read_text(encoding="utf-8"))
-    sequences = asked["sequences"]
-    weights = LoadedModel(open_gguf(path), vocabulary_only=not sequences)
-    ids = [weights.tokenize(text) for text in asked["texts"]]
-    logits = np.empty((sum(map(len, sequences)), weights.vocabulary), np.float32)
+    request = json.loads(inputs.read_text(encoding="utf-8"))
+    sequences = request["sequences"]
+    model = LoadedModel(open_gguf(path), vocab_only=not sequences)
+    token_ids = [model.tokenize(text) for text in request["texts"]]
+    logits = np.empty((sum(map(len, sequences)), model.vocab_size), np.float32)
     if sequences:
         longest = max(map(len, sequences)) + 1
-        worker = BatchWorker(
-            weights, 1, longest, "F32", os.cpu_count() or 1, Adapter(adapter) if adapter else None
-        )
-        for place, row in enumerate(chain.from_iterable(map(worker.logits, sequences))):
-            logits[place] = row
+        settings = ContextSettings(longest, "F32", Adapter(adapter) if adapter else None)
+        worker = BatchWorker(model, 1, settings, os.cpu_count() or 1)
+        for n, row in enumerate(chain.from_iterable(map(worker.logits, sequences))):
+            logits[n] = row
         worker.close()
-    weights.close()
-    flat = np.array([id for text in ids for id in text], np.int32)
-    np.savez(answers, ids=flat, lengths=[len(text) for text in ids], logits=logits)
+    model.close()
+    flat = np.array([id for ids in token_ids for id in ids], np.int32)
+    np.savez(outputs, ids=flat, lengths=[len(ids) for ids in token_ids], logits=logits)
 
 
 if __name__ == "__main__":
-    file, adapter_file, *rest = sys.argv[1:]
+    file_name, adapter_name, *json_and_npz = sys.argv[1:]
     try:
-        _answer(Path(file), None if adapter_file == "-" else Path(adapter_file), *map(Path, rest))
+        adapter_file = None if adapter_name == "-" else Path(adapter_name)
+        _child(Path(file_name), adapter_file, *map(Path, json_and_npz))
     except GattError as error:
         sys.exit(str(error))

@@ -1,14 +1,17 @@
-"""Read back what `gatt instructions` wrote: each dialogue with what it is to keep."""
+"""A dialogue with its instruction: what teacher and student see of it, and its file.
+
+`gatt instructions` writes assignments by split ("train", "validation", "evaluation") to
+`instructions/assignments.json`, and those of `evaluation.suites` by suite to `suites.json`.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from pipeline.gatt.ghost import augment, ghost
+from pipeline.files import read_json, write_json
+from pipeline.gatt.ghost import CHANGE_PREFIX, augment, ghost
 from pipeline.records import (
     Constraint,
     Dialogue,
@@ -19,13 +22,18 @@ from pipeline.records import (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AssignedDialogue:
-    """A dialogue with its instruction (None: a plain dialogue), which `then` replaces from turn `change` on."""
+    """A dialogue and the instruction that its answers follow; None is a plain dialogue.
+
+    `method` is how synthesis obtains the answers; evaluation does not use it. `shortened` shows
+    the student `Instruction.short`, `in_system` puts it into the system message. From turn
+    `change_turn` (from 0) on, `next_instruction` replaces `instruction`, if there is one.
+    """
 
     dialogue: Dialogue
-    instruction: Instruction | None
-    method: SynthesisMethod
+    instruction: Instruction | None = None
+    method: SynthesisMethod = "plain"
     shortened: bool = False
     in_system: bool = False
     next_instruction: Instruction | None = None
@@ -33,106 +41,93 @@ class AssignedDialogue:
 
     @property
     def name(self) -> str:
-        """What is demanded, as tables show it."""
-        asked = [i for i in (self.instruction, self.next_instruction) if i]
-        return ", then ".join(", ".join(c.name for c in i.constraints) for i in asked) or "none"
+        """Return the name of the instructions, as tables show it: "A, then B", or "none"."""
+        names = [", ".join(c.name for c in i.constraints) for i in self._instructions]
+        return ", then ".join(names) or "none"
 
     @property
     def recall_questions(self) -> tuple[RecallQuestion, ...]:
-        """What is asked for in place of a turn's own message."""
+        """Return the questions that may replace a user message, to test what is remembered."""
         return self.instruction.recall_questions if self.instruction else ()
 
     @property
     def required_words(self) -> str:
-        """The words that the constraints demand, which do not count as content."""
-        return " ".join(
-            c.value for i in (self.instruction, self.next_instruction) if i for c in i.constraints
-        )
+        """Return the values of all constraints; their words do not count as content."""
+        return " ".join(c.value for i in self._instructions for c in i.constraints)
+
+    @property
+    def _instructions(self) -> list[Instruction]:
+        return [i for i in (self.instruction, self.next_instruction) if i]
 
     def active_instruction(self, turn: int) -> Instruction | None:
-        """The instruction that the answer of `turn` (from 0) is to obey."""
-        return (
-            self.next_instruction
-            if self.next_instruction and turn >= self.change_turn
-            else self.instruction
-        )
+        """Return the instruction that the answer of `turn` (from 0) has to follow."""
+        if self.next_instruction and turn >= self.change_turn:
+            return self.next_instruction
+        return self.instruction
 
     def constraints(self, turn: int) -> tuple[Constraint, ...]:
-        """What the answer of `turn` must show."""
+        """Return the constraints on the answer of `turn` (from 0)."""
         instruction = self.active_instruction(turn)
         return instruction.constraints if instruction else ()
 
     @property
     def student_instructions(self) -> list[str]:
-        """The wording in force in each turn, as the student sees it; "" in a plain dialogue."""
-        turns = [self.active_instruction(turn) for turn in range(len(self.dialogue.turns))]
-        wordings = [(i.short if self.shortened else i.text) if i else "" for i in turns]
-        return [
-            f"From now on: {w}" if i and i is self.next_instruction else w
-            for i, w in zip(turns, wordings, strict=True)
-        ]
+        """Return the instruction of each turn in the student's wording; "" is none."""
+        return [self._student_wording(turn) for turn in range(len(self.dialogue.turns))]
+
+    def _student_wording(self, turn: int) -> str:
+        instruction = self.active_instruction(turn)
+        if instruction is None:
+            return ""
+        wording = instruction.short if self.shortened else instruction.text
+        return f"{CHANGE_PREFIX}{wording}" if instruction is self.next_instruction else wording
 
     def teacher_prompt(self, answers: Sequence[str], system: str) -> tuple[Message, ...]:
-        """The next turn as the teacher sees it: the instruction in every message where answers are sampled, else nowhere."""
-        turns = range(len(self.dialogue.turns))
-        told = [
-            i.text if i and self.method == "sampled" else ""
-            for i in map(self.active_instruction, turns)
-        ]
-        return augment(self.dialogue.turns, answers, told, system)
+        """Return the chat up to the next turn, as the teacher sees it.
+
+        Where answers are sampled, the full instruction stands in every user message; else nowhere.
+        """
+        instructions = [""] * len(self.dialogue.turns)
+        if self.method == "sampled":
+            active = map(self.active_instruction, range(len(self.dialogue.turns)))
+            instructions = [i.text if i else "" for i in active]
+        return augment(self.dialogue.turns, answers, instructions, system)
 
     def student_prompt(self, answers: Sequence[str], system: str) -> tuple[Message, ...]:
-        """The dialogue up to the next turn (or the last answer) as the student sees it: ghosted."""
-        users = self.dialogue.turns
+        """Return the ghosted chat up to the next turn (or the last answer): the student's view."""
+        turns, instructions = self.dialogue.turns, self.student_instructions
         if self.in_system:
-            return ghost(
-                users,
-                answers,
-                [""] * len(users),
-                f"{system} {self.student_instructions[0]}".strip(),
-            )
-        return ghost(users, answers, self.student_instructions, system)
+            return ghost(turns, answers, [""] * len(turns), f"{system} {instructions[0]}".strip())
+        return ghost(turns, answers, instructions, system)
 
     def with_question(self, turn: int, question: str) -> AssignedDialogue:
-        """The same up to `turn` (from 1), where the user says `question` instead."""
+        """Return the dialogue up to `turn` (from 1), with `question` as its user message."""
         turns = (*self.dialogue.turns[: turn - 1], question)
         return replace(self, dialogue=replace(self.dialogue, turns=turns))
 
 
-def read_split(path: Path, side: str) -> list[AssignedDialogue]:
-    """The pairs of one side, "train" or "evaluate"."""
-    return read_splits(path)[side]
+Splits = Mapping[str, Sequence[AssignedDialogue]]
+"""Assigned dialogues by split, or by evaluation suite."""
+
+
+def write_splits(path: Path, splits: Splits) -> None:
+    """Write dialogues by split as JSON, for `read_splits`."""
+    write_json(path, splits)
+
+
+def read_split(path: Path, split: str) -> list[AssignedDialogue]:
+    """Return the dialogues of one split: "train", "validation" or "evaluation".
+
+    Raises:
+        GattError: as `read_splits`.
+    """
+    return read_splits(path)[split]
 
 
 def read_splits(path: Path) -> dict[str, list[AssignedDialogue]]:
-    """All pairs of a file by side; in `suites.json` the sides are the suites of `gatt.suites`."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    made = {row["id"]: _instruction(row) for row in data.pop("instructions")}
-    return {side: [_paired(row, made) for row in rows] for side, rows in data.items()}
+    """Return all dialogues of a file by split; in `suites.json`, by suite.
 
-
-def _paired(row: dict[str, Any], made: dict[str, Instruction]) -> AssignedDialogue:
-    return AssignedDialogue(
-        _dialogue(row["dialogue"]),
-        made.get(row["instruction"]),
-        row["way"],
-        row["shortened"],
-        row["in_system"],
-        made.get(row["then"]),
-        row["change"],
-    )
-
-
-def _dialogue(row: dict[str, Any]) -> Dialogue:
-    return Dialogue(row["id"], row["topic"], tuple(row["turns"]))
-
-
-def _instruction(row: dict[str, Any]) -> Instruction:
-    recall_questions = tuple(RecallQuestion(**a) for a in row.get("asks", ()))
-    return Instruction(
-        row["id"],
-        row["text"],
-        row["short"],
-        tuple(Constraint(**c) for c in row["constraints"]),
-        recall_questions,
-    )
+    Raises:
+        GattError: another version wrote the file.
+    """
+    return read_json(path, dict[str, list[AssignedDialogue]], "instructions")

@@ -1,4 +1,4 @@
-"""Which dialogue gets which instruction: wording, combination, shortening (paper, section 3.3)."""
+"""Instructions: their wordings, and their assignment to dialogues (paper, section 3.3)."""
 
 from __future__ import annotations
 
@@ -8,27 +8,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import cycle
 
 from pipeline.errors import GattError
+from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import KINDS, compatible, editable, kind_of
-from pipeline.records import Assignment, Constraint, Dialogue, Instruction, SynthesisMethod
+from pipeline.records import Constraint, Dialogue, Instruction
 
 
 def render_instruction(constraints: tuple[Constraint, ...], wording: int = 0) -> Instruction:
-    """The instruction that asks for all of `constraints`, in the given wording of each."""
-    texts = [
-        k.wordings[wording % len(k.wordings)].format(v=c.value)
-        for c in constraints
-        for k in [kind_of(c)]
-    ]
-    shorts = [kind_of(c).short.format(v=c.value) for c in constraints]
-    name = "+".join(f"{c.kind}={c.value}" for c in constraints)
-    return Instruction(
-        f"{name}#{wording}",
-        " ".join(map(_sentence, texts)),
-        " ".join(map(_sentence, shorts)),
-        constraints,
-    )
+    """Return the instruction that asks for all `constraints`, in the given wording of each."""
+    full, short = [], []
+    for constraint in constraints:
+        kind = kind_of(constraint)
+        template = kind.wordings[wording % len(kind.wordings)]
+        full.append(_sentence(template.format(v=constraint.value)))
+        short.append(_sentence(kind.short.format(v=constraint.value)))
+    return Instruction(" ".join(full), " ".join(short), constraints)
 
 
 def _sentence(text: str) -> str:
@@ -36,45 +32,44 @@ def _sentence(text: str) -> str:
 
 
 def parse_instruction(text: str) -> tuple[Constraint, ...]:
-    """The constraints that `render_instruction` words as `text`, in any wording or shortened; none where they are not all known.
+    """Return the constraints that `render_instruction` renders as `text`, or none.
 
-    Where a wording can be read in two ways, that with the shortest values is taken. Kinds that only a judge can check count
-    as not known.
+    Any wording is recognized, also the shortened one. Of several readings, the one with the
+    shortest values is returned. Kinds that only a judge can check are not recognized.
     """
-    return min(_readings(text.strip().replace("“", '"').replace("”", '"')), key=_said, default=())
+    readings = _readings(text.strip().replace("“", '"').replace("”", '"'))
+    return min(readings, key=_value_length, default=())
 
 
-def _said(constraints: tuple[Constraint, ...]) -> int:
+def _value_length(constraints: tuple[Constraint, ...]) -> int:
     return sum(len(c.value) for c in constraints)
 
 
 def _readings(text: str) -> Iterator[tuple[Constraint, ...]]:
-    yield from ((c,) for c in _single(text))
+    """Yield every way to read `text` as one constraint, or as several after each other."""
+    for constraint in _single_readings(text):
+        yield (constraint,)
     for gap in re.finditer(r"(?<=[.!?\"])\s+", text):
-        rest = (
-            []
-            if not (first := _single(text[: gap.start()]))
-            else list(_readings(text[gap.end() :]))
-        )
-        yield from ((c, *more) for c in first for more in rest)
+        if first := _single_readings(text[: gap.start()]):
+            for rest in list(_readings(text[gap.end() :])):
+                yield from ((constraint, *rest) for constraint in first)
 
 
-def _single(text: str) -> list[Constraint]:
-    found = []
+def _single_readings(text: str) -> list[Constraint]:
+    readings = []
     for name, wording in _wordings():
         if match := wording.fullmatch(text):
             constraint = Constraint(name, match.groupdict().get("v", ""))
-            with suppress(
-                GattError
-            ):  # a value that the kind does not take: another reading may be the right one
+            # Where the kind does not accept the value, another wording may be the right one.
+            with suppress(GattError):
                 kind_of(constraint)
-                found.append(constraint)
-    return found
+                readings.append(constraint)
+    return readings
 
 
 @cache
 def _wordings() -> list[tuple[str, re.Pattern[str]]]:
-    """Every wording of a kind with a check, as a pattern whose group "v" is the value."""
+    """Return every wording of the kinds with a check, as a pattern whose group "v" is the value."""
     return [
         (name, re.compile(_pattern(wording), re.IGNORECASE))
         for name, kind in KINDS.items()
@@ -89,75 +84,109 @@ def _pattern(wording: str) -> str:
     return first + "".join(v + part for v, part in zip(value, more, strict=False)) + r"\.?"
 
 
-def table_of_kinds() -> str:
-    """The kinds as a table. "edited": an answer can be edited to obey; "sampled": answers are drawn until one obeys."""
-    examples = [Constraint(name, kind.values[0]) for name, kind in KINDS.items()]
-    rows = [("kind", "family", "way", "example")] + [
-        (
-            c.kind,
-            kind_of(c).family,
-            "edited" if editable((c,)) else "sampled",
-            render_instruction((c,)).text,
-        )
-        for c in examples
-    ]
-    return "\n".join(f"{name:14} {family:9} {way:8} {text}" for name, family, way, text in rows)
+def kinds_table() -> list[tuple[str, str, str, str]]:
+    """Return kind, family, method and an example of every kind of instruction.
 
-
-@dataclass(frozen=True, slots=True)
-class Ratios:
-    """Of all training dialogues: `plain` ones have no instruction, `system` ones have it in the system message, and in
-    `change` ones it changes half-way. Of the instructions: those that `combine` two constraints, and those that are
-    shown `short`. Of those that can be obeyed by an edit: the `edited` ones.
+    "edited": an answer can be edited to obey; "sampled": answers are sampled until one obeys.
     """
+    examples = [Constraint(name, kind.values[0]) for name, kind in KINDS.items()]
+    return [
+        (
+            constraint.kind,
+            kind_of(constraint).family,
+            "edited" if editable((constraint,)) else "sampled",
+            render_instruction((constraint,)).text,
+        )
+        for constraint in examples
+    ]
 
-    plain: float
-    system: float
-    change_turn: float
-    combine: float
-    short: float
-    edited: float
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratios:
+    """Fractions of training dialogues: each of those that the field's comment names."""
+
+    plain: float  # of all dialogues: no instruction
+    combine: float  # of the instructed ones: two constraints
+    short: float  # of the instructed ones: the shortened wording
+    system: float  # of the instructed ones: the instruction is in the system message
+    change: float  # of the instructed ones: another instruction replaces the first halfway
+    edited: float  # of those that an edit can satisfy: edited, not sampled
 
 
 def assign_training(
-    dialogues: Sequence[Dialogue], pool: Sequence[Constraint], shares: Ratios, seed: int
-) -> tuple[dict[str, Instruction], list[Assignment]]:
-    """Give every dialogue an instruction, or none, evenly over the pool; the same seed gives the same pairs."""
-    rng, harder = random.Random(f"pair {seed}"), random.Random(f"harder {seed}")
-    made: dict[str, Instruction] = {}
-    pairs: list[Assignment] = []
-    turn = 0
+    dialogues: Sequence[Dialogue], pool: Sequence[Constraint], ratios: Ratios, seed: int
+) -> list[AssignedDialogue]:
+    """Assign an instruction, or none, to every dialogue, evenly over the pool.
+
+    The assignments are equal for equal seeds.
+    """
+    rng, changes = random.Random(f"pair {seed}"), random.Random(f"harder {seed}")
+    pool_turns = cycle(pool)
+    assigned: list[AssignedDialogue] = []
     for dialogue in dialogues:
-        if rng.random() < shares.plain:
-            pairs.append(Assignment(dialogue.id, None, "plain"))
-            continue
-        chosen: tuple[Constraint, ...] = (pool[turn % len(pool)],)
-        turn += 1
-        partners = [c for c in pool if compatible(chosen[0], c)]
-        if partners and rng.random() < shares.combine:
-            chosen = (*chosen, rng.choice(partners))
-        instruction = render_instruction(chosen, rng.randrange(3))
-        made[instruction.id] = instruction
-        method: SynthesisMethod = (
-            "edited" if editable(chosen) and rng.random() < shares.edited else "sampled"
-        )
-        pair = Assignment(dialogue.id, instruction.id, method, rng.random() < shares.short)
-        others = [c for c in pool if editable((c,)) == editable(chosen) and c not in chosen]
-        which = harder.random()
-        if which < shares.change_turn and others and len(dialogue.turns) > 1:
-            then = render_instruction((harder.choice(others),), harder.randrange(3))
-            made[then.id] = then
-            pair = replace(pair, next_instruction=then.id, change_turn=len(dialogue.turns) // 2)
-        elif shares.change_turn <= which < shares.change_turn + shares.system:
-            pair = replace(pair, in_system=True)
-        pairs.append(pair)
-    return made, pairs
+        if rng.random() < ratios.plain:
+            assigned.append(AssignedDialogue(dialogue=dialogue))
+        else:
+            chosen = _combine(next(pool_turns), pool, ratios, rng)
+            row = _with_instruction(dialogue, chosen, ratios, rng)
+            assigned.append(_with_change(row, chosen, pool, ratios, changes))
+    return assigned
+
+
+def _combine(
+    constraint: Constraint, pool: Sequence[Constraint], ratios: Ratios, rng: random.Random
+) -> tuple[Constraint, ...]:
+    """Return `constraint`, in `ratios.combine` of the cases with a compatible one."""
+    partners = [c for c in pool if compatible(constraint, c)]
+    if partners and rng.random() < ratios.combine:
+        return constraint, rng.choice(partners)
+    return (constraint,)
+
+
+def _with_instruction(
+    dialogue: Dialogue, constraints: tuple[Constraint, ...], ratios: Ratios, rng: random.Random
+) -> AssignedDialogue:
+    """Draw wording, method and shortening. The order of the draws decides them: keep it."""
+    instruction = render_instruction(constraints, rng.randrange(3))
+    edited = editable(constraints) and rng.random() < ratios.edited
+    return AssignedDialogue(
+        dialogue=dialogue,
+        instruction=instruction,
+        method="edited" if edited else "sampled",
+        shortened=rng.random() < ratios.short,
+    )
+
+
+def _with_change(
+    assigned: AssignedDialogue,
+    constraints: tuple[Constraint, ...],
+    pool: Sequence[Constraint],
+    ratios: Ratios,
+    rng: random.Random,
+) -> AssignedDialogue:
+    """Let the instruction change halfway, or move it to the system message, or do neither.
+
+    The next instruction is obtained by the same method: editable constraints stay editable.
+    """
+    turns = len(assigned.dialogue.turns)
+    candidates = [
+        c for c in pool if editable((c,)) == editable(constraints) and c not in constraints
+    ]
+    draw = rng.random()
+    if draw < ratios.change and candidates and turns > 1:
+        next_instruction = render_instruction((rng.choice(candidates),), rng.randrange(3))
+        return replace(assigned, next_instruction=next_instruction, change_turn=turns // 2)
+    if ratios.change <= draw < ratios.change + ratios.system:
+        return replace(assigned, in_system=True)
+    return assigned
 
 
 def assign_evaluation(
     dialogues: Sequence[Dialogue], pool: Sequence[Constraint]
-) -> tuple[dict[str, Instruction], list[Assignment]]:
-    """One constraint of the pool for each dialogue, in turn, in its full wording."""
-    made = {i.id: i for i in (render_instruction((c,)) for c in pool)}
-    ids = list(made)
-    return made, [Assignment(d.id, ids[n % len(ids)], "plain") for n, d in enumerate(dialogues)]
+) -> list[AssignedDialogue]:
+    """Assign the constraints of the pool in turn, one to each dialogue, in their full wording."""
+    instructions = [render_instruction((constraint,)) for constraint in dict.fromkeys(pool)]
+    return [
+        AssignedDialogue(dialogue=dialogue, instruction=instruction)
+        for dialogue, instruction in zip(dialogues, cycle(instructions), strict=False)
+    ]

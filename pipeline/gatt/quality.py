@@ -1,4 +1,4 @@
-"""Is an answer an answer? Loops, repeats, and whether it is about its dialogue."""
+"""Defects of an answer, whatever its instruction: empty, loop, repeat, unfinished, off topic."""
 
 from __future__ import annotations
 
@@ -10,65 +10,67 @@ from pipeline.gatt.text import SENTENCE_END, words
 
 _FUNCTION_WORDS = frozenset(
     words(
-        "the and but for with from are was were been being does did have has had you she they them your his her its our their "
-        "this that these those what which who how why when where can could would should will shall may might must not yes "
-        "then than there here some any all more most very just also about into out down over"
+        "the and but for with from are was were been being does did have has had you she they them "
+        "your his her its our their this that these those what which who how why when where can "
+        "could would should will shall may might must not yes than then there here some any all "
+        "more most very just also about into out down over"
     )
 )
+_NGRAM, _MAX_NGRAM_COUNT = 5, 3
+"""Five words in a row may occur three times; good lists begin four items with three words."""
 
 
 def find_defect(
     text: str,
     earlier: Sequence[str],
     required_words: str = "",
-    finished: bool = False,
-    alike: float = 0.8,
+    *,
+    require_ending: bool = False,
+    max_similarity: float = 0.8,
 ) -> str:
-    """What makes `text` no answer, or "".
+    """Return the first defect of an answer, or "".
 
-    "empty": no word beside the `demanded` ones; "loop": a phrase again and again; "repeat": shares more than `alike` of its
-    pairs of words with an `earlier` answer; "unfinished": does not end a sentence (asked only where `finished`).
+    "empty": no word except `required_words`. "loop": it repeats itself. "repeat": its word
+    bigrams have a Jaccard similarity of over `max_similarity` to those of an `earlier` answer.
+    "unfinished": its last sentence has no end (checked only with `require_ending`).
     """
-    said = words(text)
-    asked = set(words(required_words))
-    content = [word for word in said if word not in asked]
+    answer_words, required = words(text), set(words(required_words))
+    content = [word for word in answer_words if word not in required]
     if not content:
         return "empty"
-    if _loops(said):
+    if has_repeated_ngrams(answer_words) or len(set(answer_words)) < len(answer_words) / 3:
         return "loop"
-    if any(
-        _bigram_jaccard(content, [w for w in words(old) if w not in asked]) > alike
-        for old in earlier
-    ):
-        return "repeat"
-    if finished and not SENTENCE_END.search(text.rstrip()):
+    for answer in earlier:
+        earlier_content = [word for word in words(answer) if word not in required]
+        if _bigram_jaccard(content, earlier_content) > max_similarity:
+            return "repeat"
+    if require_ending and not SENTENCE_END.search(text.rstrip()):
         return "unfinished"
     return ""
 
 
-def has_repeated_ngrams(said: Sequence[str]) -> bool:
-    """Whether a run of five words comes four times: a loop, whatever may follow. Good lists begin four points with three."""
-    runs = Counter(zip(*(said[start:] for start in range(5)), strict=False))
-    return max(runs.values(), default=0) >= 4
+def has_repeated_ngrams(text_words: Sequence[str]) -> bool:
+    """Return whether five words in a row occur four times: a loop, whatever follows."""
+    ngrams = Counter(zip(*(text_words[start:] for start in range(_NGRAM)), strict=False))
+    return max(ngrams.values(), default=0) > _MAX_NGRAM_COUNT
 
 
-def _loops(said: list[str]) -> bool:
-    """Stuck, or fewer than a third of the words different."""
-    return has_repeated_ngrams(said) or len(set(said)) < len(said) / 3
-
-
-def _bigram_jaccard(one: list[str], other: list[str]) -> float:
-    """Jaccard similarity of the two texts' pairs of words."""
-    first, second = set(pairwise(one)), set(pairwise(other))
-    return len(first & second) / len(first | second) if first and second else 0.0
+def _bigram_jaccard(content: list[str], earlier_content: list[str]) -> float:
+    """Return the Jaccard similarity of the word bigrams of two texts; 0 if one has none."""
+    bigrams, earlier_bigrams = set(pairwise(content)), set(pairwise(earlier_content))
+    if not bigrams or not earlier_bigrams:
+        return 0.0
+    return len(bigrams & earlier_bigrams) / len(bigrams | earlier_bigrams)
 
 
 def is_on_topic(text: str, dialogue: Sequence[str]) -> bool:
-    """Whether a content word of `text` stands in the dialogue too, in whatever ending (its first five letters are compared).
+    """Return whether a content word of `text` occurs in the dialogue, by its first five letters.
 
-    A filter for data, where a good answer lost costs one more draw; too blunt to measure with ("Yes, you can." fails).
+    This is a filter for training data, where a lost good answer costs one more sample. It is not
+    exact enough to measure with: "Yes, you can." fails.
     """
-    return bool(_content_stems(text) & {stem for said in dialogue for stem in _content_stems(said)})
+    dialogue_stems = {stem for message in dialogue for stem in _content_stems(message)}
+    return bool(_content_stems(text) & dialogue_stems)
 
 
 def _content_stems(text: str) -> set[str]:

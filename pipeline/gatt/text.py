@@ -1,4 +1,4 @@
-"""Words, sentences, and what makes a text no answer. English and its neighbors; not a tokenizer."""
+"""Words and sentences of English and related languages. For checks, not a tokenizer of a model."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import re
 WORD = re.compile(
     r"[^\W_]+(?:(?:['’-]|(?<=\d)[.,:](?=\d)|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b))[^\W_]+)*"
 )
-"""One with its apostrophes and hyphens; also a number such as 1,299.50 or 4:30, and letters such as U.S or a.m."""
-_SENTENCE = re.compile(r".+?[.!?…]+[\"'”’)]*(?=\s|$)", re.DOTALL)
+"""A word with its apostrophes and hyphens, a number such as 1,299.50 or 4:30, or "U.S", "a.m"."""
 SENTENCE_END = re.compile(r"[.!?…][\"'”’)]*$")
+_SENTENCE = re.compile(r".+?[.!?…]+[\"'”’)]*(?=\s|$)", re.DOTALL)
 _PART = re.compile(r".+?(?:[.!?…]+[\"'”’)\]}*_]*(?=\s|$)|$)")
 _LETTER = re.compile(r"[^\W\d_]")
 _ABBREVIATION = re.compile(
@@ -19,58 +19,66 @@ _INITIALS = re.compile(r"[\W\d_]*(?:[^\W\d_]\.[\W\d_]*)+")
 
 
 def words(text: str) -> list[str]:
-    """The words of a text, in lowercase, without punctuation."""
+    """Return the words of a text in lowercase, without punctuation."""
     return [word.lower() for word in WORD.findall(text)]
 
 
-def sentences(text: str) -> list[str]:
-    """The finished sentences; a tail without a full stop is left out."""
+def finished_sentences(text: str) -> list[str]:
+    """Return the finished sentences; a tail without a sentence end is left out."""
     return [s.strip() for s in _SENTENCE.findall(text)]
 
 
+def closing_marks(sentence: str) -> str:
+    """Return what follows the last letter or digit: '!"' of '"Yes!"'."""
+    return re.split(r"[^\W_]", sentence)[-1]
+
+
 def split_sentences(text: str) -> list[str]:
-    """The sentences of every line, an unfinished one with them; signs without a word belong to the sentence beside them.
+    """Return the sentences of every line, including an unfinished one.
 
-    A line's end ends a sentence. A number alone, such as the "1." of a list, does not, nor do "Dr." and the initials of a name
-    at the beginning, nor what a small letter follows in a sentence with a capital ("at 5 p.m. on").
+    Marks without a word belong to the sentence next to them. A sentence does not end after a number
+    alone (the "1." of a list), nor after "Dr." or initials at its beginning. Nor does it end before
+    a lowercase letter if it has a capital ("at 5 p.m. on").
     """
-    return [sentence for line in text.splitlines() for sentence in _line_sentences(line)]
+    return [sentence for line in text.splitlines() for sentence in _split_line(line)]
 
 
-def _line_sentences(line: str) -> list[str]:
-    found: list[str] = []
-    begun = ""
+def _split_line(line: str) -> list[str]:
+    sentences: list[str] = []
+    sentence = ""
     parts = [part.strip() for part in _PART.findall(line)]
     for part, following in zip(parts, [*parts, ""][1:], strict=True):
-        begun = f"{begun} {part}".strip()
-        if _LETTER.search(begun) and not _goes_on(
-            begun.replace("*", ""), following.lstrip("*_ ")[:1]
-        ):
-            found.append(begun)
-            begun = ""
-    if WORD.search(begun):
-        found.append(begun)
-    elif begun and found:
-        found[-1] += f" {begun}"
-    return found
+        sentence = f"{sentence} {part}".strip()
+        next_sign = following.lstrip("*_ ")[:1]
+        if _LETTER.search(sentence) and not _continues(sentence.replace("*", ""), next_sign):
+            sentences.append(sentence)
+            sentence = ""
+    if WORD.search(sentence):
+        sentences.append(sentence)
+    elif sentence and sentences:
+        sentences[-1] += f" {sentence}"
+    return sentences
 
 
-def _goes_on(begun: str, sign: str) -> bool:
-    """Whether a sentence goes on behind its full stop, where `sign` follows."""
-    if _ABBREVIATION.search(begun) or _INITIALS.fullmatch(begun):
+def _continues(sentence: str, next_sign: str) -> bool:
+    """Return whether the sentence continues after its period, where `next_sign` follows."""
+    if _ABBREVIATION.search(sentence) or _INITIALS.fullmatch(sentence):
         return True
-    return (sign.islower() and any(map(str.isupper, begun))) or (
-        sign.isdigit() and begun.endswith(" No.")
-    )
+    if next_sign.isdigit() and sentence.endswith(" No."):
+        return True
+    return next_sign.islower() and any(map(str.isupper, sentence))
 
 
 def first_sentences(text: str, count: int) -> str:
-    """The first `count` finished sentences of the first paragraph, or "" where none is finished."""
-    return " ".join(sentences(text.strip().split("\n")[0])[:count])
+    """Return the first `count` finished sentences of the first paragraph, or ""."""
+    return " ".join(finished_sentences(text.strip().split("\n")[0])[:count])
 
 
 def has_sentences(text: str, count: int) -> bool:
-    """Whether nothing that may follow can change `first_sentences(text, count)`: used to stop a generation early."""
+    """Return whether `first_sentences(text, count)` is final: no continuation can change it.
+
+    Generation stops there.
+    """
     first, *rest = text.lstrip().split("\n", 1)
-    # A letter behind the last full stop: it ends a sentence only where a space follows it already.
-    return bool(first and rest) or len(sentences(f"{first}x")) >= count
+    # The appended letter: only a period that a space follows is known to end a sentence.
+    return bool(first and rest) or len(finished_sentences(f"{first}x")) >= count

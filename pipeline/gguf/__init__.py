@@ -1,1 +1,1 @@
-"""GGUF files: read with care, merge an adapter tensor by tensor, write."""
+"""GGUF files: read, merge an adapter tensor by tensor, quantize, write."""

@@ -1,6 +1,6 @@
-"""A merged Hugging Face checkpoint in float32, file by file and some rows at a time: what transformers loads.
+"""A merged Hugging Face checkpoint in float32, written file by file and some rows at a time.
 
-`gatt export` needs none; it is for those who ask for it, and for a converter of their own.
+`gatt export` does not need it. It is for transformers, and for the user's own GGUF converter.
 """
 
 from __future__ import annotations
@@ -20,71 +20,71 @@ from pipeline.gguf.checkpoint import SafetensorsTensor, open_safetensors, shards
 from pipeline.gguf.vocabulary import read_object
 
 _BLOCK = 1 << 22
+"""Weights in memory at a time."""
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "*.py")
+_INDEX = "model.safetensors.index.json"
 
 
 def write_checkpoint(
     source: Path, adapter: Path | None, target: Path, on_file: Callable[[], object] = lambda: None
 ) -> None:
-    """Write the checkpoint in `source` with `adapter` (a PEFT folder, or None) to the folder `target`.
+    """Merge the checkpoint in `source` with `adapter`, a PEFT folder, into the folder `target`.
 
     Raises:
-        GattError: the target holds a checkpoint already, a shard is missing or broken, or the adapter is of another base.
+        GattError: `target` holds a checkpoint, a shard is missing or damaged, or the adapter is of
+            another base.
     """
     require_new(target)
     files = shards(source)
-    stored = {file: open_safetensors(file) for file in files}
-    shapes = {key: tensor.shape for tensors in stored.values() for key, tensor in tensors.items()}
-    deltas = {
-        f"{module}.weight": delta
-        for module, delta in (read_adapter(adapter) if adapter else {}).items()
-    }
-    for key, delta in deltas.items():
-        if shapes.get(key) != delta.shape:
-            found = shapes.get(key, "nothing")
-            raise GattError(
-                f"{key}: the adapter is for {delta.shape}, {source.name} has {found}: it is of another base."
-            )
+    tensors = {file: open_safetensors(file) for file in files}
+    shapes = {key: tensor.shape for by_key in tensors.values() for key, tensor in by_key.items()}
+    deltas = _read_deltas(adapter, shapes, source.name) if adapter else {}
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
-        _write_file(stored[file], deltas, target / file.name)
+        _write_file(tensors[file], deltas, target / file.name)
         on_file()
     for pattern in _COPIED:
-        for other in source.glob(pattern):
-            if other.name not in ("config.json", "model.safetensors.index.json"):
-                shutil.copyfile(other, target / other.name)
+        for file in source.glob(pattern):
+            if file.name not in ("config.json", _INDEX):
+                shutil.copyfile(file, target / file.name)
     if len(files) > 1:
-        index = read_object(source / "model.safetensors.index.json")
-        total = sum(4 * math.prod(shape) for shape in shapes.values())
-        write_json(
-            target / "model.safetensors.index.json", {**index, "metadata": {"total_size": total}}
-        )
-    config = {
-        name: value
-        for name, value in read_object(source / "config.json").items()
-        if name != "torch_dtype"
-    }
-    write_json(
-        target / "config.json", {**config, "dtype": "float32"}
-    )  # last: with it the folder is whole
+        total_size = sum(4 * math.prod(shape) for shape in shapes.values())
+        index = read_object(source / _INDEX)
+        write_json(target / _INDEX, {**index, "metadata": {"total_size": total_size}})
+    config = read_object(source / "config.json")
+    config.pop("torch_dtype", None)
+    # Written last: its presence means that the folder is complete.
+    write_json(target / "config.json", {**config, "dtype": "float32"})
 
 
 def require_new(target: Path) -> None:
-    """Stop before work that could not be written.
+    """Check that `target` is free before any work is done.
 
     Raises:
         GattError: `target` holds a checkpoint.
     """
     if (target / "config.json").exists():
         raise GattError(
-            f"{target} holds a model already; it is left as it is. Name another folder."
+            f"{target} holds a model already, which is not overwritten. Name another folder."
         )
+
+
+def _read_deltas(adapter: Path, shapes: dict[str, tuple[int, ...]], base: str) -> dict[str, Delta]:
+    """Return the adapter's changes by the keys of the checkpoint."""
+    deltas = {f"{module}.weight": delta for module, delta in read_adapter(adapter).items()}
+    for key, delta in deltas.items():
+        if shapes.get(key) != delta.shape:
+            raise GattError(
+                f"{key}: the adapter is for {delta.shape}, {base} has "
+                f"{shapes.get(key, 'nothing')}: it is of another base."
+            )
+    return deltas
 
 
 def _write_file(
     tensors: dict[str, SafetensorsTensor], deltas: dict[str, Delta], target: Path
 ) -> None:
-    """One safetensors file: a length, a JSON header, then the data in its order."""
+    """Write one safetensors file: a length, a JSON header, then the data in its order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for key, tensor in tensors.items():
@@ -103,7 +103,8 @@ def _write_file(
                 weights = tensor.load(slice(first, last))
                 if not np.isfinite(weights.sum()):
                     raise GattError(
-                        f"{key} of {tensor.file.name} holds NaN or infinity. Download the model again."
+                        f"{key} of {tensor.file.name} holds NaN or infinity. "
+                        "Download the model again."
                     )
                 if key in deltas:
                     weights += deltas[key].change(weights, first, last)

@@ -1,6 +1,7 @@
-"""How each family of models stands in GGUF: architecture, hyperparameters, and what changes in its weights.
+"""How each family of models is stored in GGUF: architecture, hyperparameters, changes to its
+weights.
 
-Source: llama.cpp's converter as it comes with llama-cpp-python 0.3.36; the tests compare with it key by key and byte by byte.
+Source: llama.cpp's converter in llama-cpp-python 0.3.36; the tests compare with it byte by byte.
 Keys are named by the methods of `gguf.GGUFWriter` ("context_length" is `add_context_length`).
 """
 
@@ -9,35 +10,36 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from pipeline.errors import GattError
-from pipeline.gguf.base import Array
+from pipeline.gguf.base import Array, JsonObject
 
-Config = dict[str, Any]
-Keys = dict[str, Any]
+Keys = JsonObject
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One architecture of llama.cpp.
 
-    `keys` makes its hyperparameters; `interleaved`: the rows of q and k stand in pairs (llama.cpp's rotary order) and not in
-    halves; `norm_shift` is added to the weights of norms (Gemma multiplies by 1 + w); `without_head`: a stored output matrix is
-    the embedding once more, and left out.
-    """
+    `keys` returns its hyperparameters. Where it is `interleaved`, the rows of q and k stand in
+    pairs (llama.cpp's rotary order), not in halves. `norm_shift` is added to the weights of norms,
+    because Gemma multiplies by 1 + w. Where it is `without_head`, a stored output matrix repeats
+    the embedding and is skipped."""
 
     architecture: str
-    keys: Callable[[Config], Keys]
+    keys: Callable[[JsonObject], Keys]
     interleaved: bool = False
     norm_shift: float = 0.0
     without_head: bool = False
 
 
-def rope_of(config: Config) -> Config:
-    """The rotary settings of full attention: one table since transformers 5, keys of the configuration before."""
+def rope_of(config: JsonObject) -> JsonObject:
+    """Return the rotary settings of full attention.
+
+    transformers 5 stores them in one table, earlier versions as keys of the configuration.
+    """
     table = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     rope = dict(table.get("full_attention") or table)
     for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
@@ -47,13 +49,13 @@ def rope_of(config: Config) -> Config:
     return rope
 
 
-def head_size(config: Config) -> int:
-    """Width of one attention head."""
+def head_size(config: JsonObject) -> int:
+    """Return the width of one attention head."""
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
-def _common(config: Config) -> Keys:
-    """What most families have."""
+def _common(config: JsonObject) -> Keys:
+    """Return the keys that most families have."""
     keys = {
         "block_count": config["num_hidden_layers"],
         "context_length": config.get("max_position_embeddings"),
@@ -73,17 +75,17 @@ def _common(config: Config) -> Keys:
     }
 
 
-def _scaling(config: Config) -> Keys:
-    """The keys of a stretched rotary embedding.
+def _scaling(config: JsonObject) -> Keys:
+    """Return the keys of a scaled rotary embedding.
 
     Raises:
-        GattError: a kind of stretching that llama.cpp does not know by keys.
+        GattError: a kind of scaling that llama.cpp has no keys for.
     """
     import gguf
 
     rope = rope_of(config)
     kind = rope["rope_type"]
-    if kind in ("default", "llama3"):  # Llama 3 has a tensor of factors instead
+    if kind in ("default", "llama3"):  # Llama 3 stores a tensor of factors instead
         return {}
     if kind == "linear":
         return {
@@ -103,11 +105,12 @@ def _scaling(config: Config) -> Keys:
     if kind in ("longrope", "su"):
         return {"rope_scaling_type": gguf.RopeScalingType.LONGROPE}
     raise GattError(
-        f"A rotary embedding scaled by {kind!r} found; 'llama3', 'linear', 'yarn' or 'longrope' expected."
+        f"A rotary embedding with {kind!r} scaling found; "
+        "'llama3', 'linear', 'yarn' or 'longrope' expected."
     )
 
 
-def _llama(config: Config) -> Keys:
+def _llama(config: JsonObject) -> Keys:
     return {
         **_common(config),
         "vocab_size": config["vocab_size"],
@@ -115,15 +118,16 @@ def _llama(config: Config) -> Keys:
     }
 
 
-def _qwen3_moe(config: Config) -> Keys:
+def _qwen3_moe(config: JsonObject) -> Keys:
     if not config.get("norm_topk_prob"):
         raise GattError(
-            "A mixture of experts with norm_topk_prob = false found; llama.cpp always normalizes the experts' shares."
+            "A mixture of experts with norm_topk_prob = false found; "
+            "llama.cpp always normalizes the experts' weights."
         )
     return {**_common(config), "expert_feed_forward_length": config["moe_intermediate_size"]}
 
 
-def _gemma2(config: Config) -> Keys:
+def _gemma2(config: JsonObject) -> Keys:
     keys = _common(config)
     keys.pop("rope_freq_base", None)
     return {
@@ -134,7 +138,7 @@ def _gemma2(config: Config) -> Keys:
     }
 
 
-def _gemma3(config: Config) -> Keys:
+def _gemma3(config: JsonObject) -> Keys:
     keys = {**_common(config), "rope_freq_base": rope_of(config).get("rope_theta", 1_000_000.0)}
     table = config.get("rope_parameters") or {}
     local = (table.get("sliding_attention") or {}).get(
@@ -149,7 +153,7 @@ def _gemma3(config: Config) -> Keys:
     return keys
 
 
-def _phi3(config: Config) -> Keys:
+def _phi3(config: JsonObject) -> Keys:
     rope = rope_of(config)
     keys = {
         name: value
@@ -157,57 +161,62 @@ def _phi3(config: Config) -> Keys:
         if name not in ("key_length", "value_length")
     }
     keys.pop("rope_scaling_type", None)
-    before = rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    original_context = (
+        rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    )
     keys |= {
         "rope_dimension_count": _phi3_dimensions(config),
-        "rope_scaling_orig_ctx_len": before,
+        "rope_scaling_orig_ctx_len": original_context,
         "sliding_window": config.get("sliding_window") or 0,
     }
     if rope.get("long_factor"):
-        scale = config["max_position_embeddings"] / before
+        scale = config["max_position_embeddings"] / original_context
         keys["rope_scaling_attn_factors"] = (
-            math.sqrt(1 + math.log(scale) / math.log(before)) if scale > 1 else 1.0
+            math.sqrt(1 + math.log(scale) / math.log(original_context)) if scale > 1 else 1.0
         )
     return keys
 
 
-def _phi3_dimensions(config: Config) -> int:
+def _phi3_dimensions(config: JsonObject) -> int:
     return int(rope_of(config).get("partial_rotary_factor", 1.0) * config["hidden_size"]) // int(
         config["num_attention_heads"]
     )
 
 
 FAMILIES = {
-    "LlamaForCausalLM": Family("llama", _llama, interleaved=True),
-    "MistralForCausalLM": Family("llama", _llama, interleaved=True),
-    "Qwen2ForCausalLM": Family("qwen2", _common),
-    "Qwen3ForCausalLM": Family("qwen3", _common),
-    "Qwen3MoeForCausalLM": Family("qwen3moe", _qwen3_moe),
-    "Gemma2ForCausalLM": Family("gemma2", _gemma2, norm_shift=1.0, without_head=True),
-    "Gemma3ForCausalLM": Family("gemma3", _gemma3, norm_shift=1.0),
-    "Phi3ForCausalLM": Family("phi3", _phi3),
+    "LlamaForCausalLM": Family(architecture="llama", keys=_llama, interleaved=True),
+    "MistralForCausalLM": Family(architecture="llama", keys=_llama, interleaved=True),
+    "Qwen2ForCausalLM": Family(architecture="qwen2", keys=_common),
+    "Qwen3ForCausalLM": Family(architecture="qwen3", keys=_common),
+    "Qwen3MoeForCausalLM": Family(architecture="qwen3moe", keys=_qwen3_moe),
+    "Gemma2ForCausalLM": Family(
+        architecture="gemma2", keys=_gemma2, norm_shift=1.0, without_head=True
+    ),
+    "Gemma3ForCausalLM": Family(architecture="gemma3", keys=_gemma3, norm_shift=1.0),
+    "Phi3ForCausalLM": Family(architecture="phi3", keys=_phi3),
 }
 """By the first of `architectures` in `config.json`."""
 
 
-def family_of(config: Config, source: str) -> Family:
-    """The family that a configuration names.
+def family_of(config: JsonObject, source: str) -> Family:
+    """Return the family that a configuration names.
 
     Raises:
-        GattError: one that is not known here.
+        GattError: one that is not supported.
     """
-    named = (config.get("architectures") or ["none"])[0]
-    if named not in FAMILIES:
+    name = (config.get("architectures") or ["none"])[0]
+    if name not in FAMILIES:
         raise GattError(
-            f"{source} is a {named}; this version writes GGUF for {', '.join(FAMILIES)}. Give the model's GGUF instead, where it "
-            "is of one of these, or export a folder with `gatt export --model FOLDER --converter PATH` and your own "
-            "convert_hf_to_gguf.py of llama.cpp."
+            f"{source} is a {name}; this version writes GGUF for {', '.join(FAMILIES)}. "
+            "Give a GGUF of the model instead, if it is one of these, or export a folder with "
+            "`gatt export --model FOLDER --converter PATH` and your own convert_hf_to_gguf.py of "
+            "llama.cpp."
         )
-    return FAMILIES[named]
+    return FAMILIES[name]
 
 
-def extra_tensors(family: Family, config: Config) -> dict[str, Array]:
-    """Tensors that no checkpoint holds: the factors by which a rotary embedding is stretched."""
+def extra_tensors(family: Family, config: JsonObject) -> dict[str, Array]:
+    """Return tensors that no checkpoint holds: the factors of a scaled rotary embedding."""
     rope = rope_of(config)
     if family.architecture == "phi3" and rope.get("long_factor"):
         return {
@@ -219,8 +228,10 @@ def extra_tensors(family: Family, config: Config) -> dict[str, Array]:
     return {}
 
 
-def _llama3_factors(rope: Config, size: int) -> Array:
-    """Llama 3's frequency factors (Llama 3.1 model card; transformers' `rope_type = "llama3"`)."""
+def _llama3_factors(rope: JsonObject, size: int) -> Array:
+    """Return Llama 3's frequency factors (Llama 3.1 model card; transformers' `rope_type =
+    "llama3"`).
+    """
     exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     frequencies = np.float32(1) / np.float32(rope["rope_theta"]) ** exponents
     wavelengths = (2 * math.pi / frequencies).astype(np.float32)

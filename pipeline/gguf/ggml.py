@@ -1,6 +1,8 @@
-"""ggml's own quantizers, on any rows of a matrix: the library inside llama-cpp-python, which itself is not imported.
+"""Bindings to the ggml library inside llama-cpp-python: quantizers, and access to the tensors of a
+graph.
 
-Source: `ggml.h` of llama-cpp-python 0.3.36. The functions let go of Python's lock and may run in several threads.
+Source: `ggml.h` of llama-cpp-python 0.3.36. llama_cpp itself is not imported. The functions release
+Python's lock and may run in several threads.
 """
 
 from __future__ import annotations
@@ -9,17 +11,18 @@ import ctypes
 import importlib.util
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipeline.errors import GattError
-from pipeline.gguf.base import Array
+from pipeline.gguf.base import Array, Bytes
 
 _FLOATS = ctypes.POINTER(ctypes.c_float)
+_LIBRARY_NAMES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")
+_F32 = 0
 
 
-class _Traits(ctypes.Structure):
+class _TypeTraits(ctypes.Structure):
     """`struct ggml_type_traits`."""
 
     _fields_ = [
@@ -34,25 +37,30 @@ class _Traits(ctypes.Structure):
 
 
 @cache
-def _library() -> Any:
-    """The shared library beside llama-cpp-python.
+def _library() -> ctypes.CDLL:
+    """Load the shared library of llama-cpp-python.
 
     Raises:
-        GattError: not installed.
+        GattError: it is not installed.
     """
     package = importlib.util.find_spec("llama_cpp")
     folder = Path(package.origin).parent / "lib" if package and package.origin else Path()
-    names = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")
-    found = next((folder / name for name in names if (folder / name).exists()), None)
-    if found is None:
+    file = next((folder / name for name in _LIBRARY_NAMES if (folder / name).exists()), None)
+    if file is None:
         raise GattError(
-            "llama-cpp-python is not installed whole: its library ggml-base is missing. Install it again."
+            "llama-cpp-python is incomplete: its library ggml-base is missing. Install it again."
         )
-    library = ctypes.CDLL(str(found))
+    library = ctypes.CDLL(str(file))
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
-        ctypes.c_int, _FLOATS, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, _FLOATS,
-    ]  # fmt: skip
+        ctypes.c_int,
+        _FLOATS,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        _FLOATS,
+    ]
     library.ggml_op_name.restype = ctypes.c_char_p
     library.ggml_op_name.argtypes = [ctypes.c_int]
     library.ggml_nbytes.restype = ctypes.c_size_t
@@ -64,27 +72,30 @@ def _library() -> Any:
         ctypes.c_size_t,
         ctypes.c_size_t,
     ]
-    library.ggml_get_type_traits.restype = ctypes.POINTER(_Traits)
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     library.ggml_get_type_traits.argtypes = [ctypes.c_int]
     return library
 
 
 def row_bytes(kind: int, columns: int) -> int:
-    """Bytes of a row of `columns` weights stored as the ggml type `kind`.
+    """Return the bytes of a row of `columns` weights in the ggml type `kind`.
 
     Raises:
-        ValueError: no such type, or a row that is no whole number of its blocks (the library would abort).
+        ValueError: no such type, or a row that is not a multiple of its block (ggml would abort).
     """
     import gguf
 
     block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     if columns % block:
-        raise ValueError(f"a row of {columns} weights is no whole number of blocks of {block}")
+        raise ValueError(f"a row of {columns} weights is not a multiple of a block of {block}")
     return int(columns // block * size)
 
 
-def quantize(rows: Array, kind: int, importance: Array | None = None) -> Any:
-    """`rows` (rows, columns) as the ggml type `kind`: (rows, bytes) uint8; `importance` is (columns), or None."""
+def quantize(rows: Array, kind: int, importance: Array | None = None) -> Bytes:
+    """Return `rows` (rows, columns) in the ggml type `kind`: (rows, bytes).
+
+    `importance` (columns) weights the rounding errors.
+    """
     rows = np.ascontiguousarray(rows, np.float32)
     count, columns = rows.shape
     stored = np.empty((count, row_bytes(kind, columns)), np.uint8)
@@ -95,10 +106,10 @@ def quantize(rows: Array, kind: int, importance: Array | None = None) -> Any:
     return stored
 
 
-def dequantize(stored: Any, kind: int, columns: int) -> Array:
-    """(rows, columns) float32 from (rows, bytes) of the ggml type `kind`."""
+def dequantize(stored: Bytes, kind: int, columns: int) -> Array:
+    """Return (rows, columns) float32 of (rows, bytes) in the ggml type `kind`."""
     stored = np.ascontiguousarray(stored)
-    if kind == 0:  # float32 itself, which ggml has no function for
+    if kind == _F32:  # ggml has no function for it
         return np.array(stored.view(np.float32))
     rows = np.empty((len(stored), columns), np.float32)
     traits = _library().ggml_get_type_traits(kind).contents
@@ -108,12 +119,12 @@ def dequantize(stored: Any, kind: int, columns: int) -> Array:
 
 @cache
 def operation(number: int) -> str:
-    """The name of a graph's operation ("MUL_MAT")."""
+    """Return the name of a graph's operation ("MUL_MAT")."""
     return str(_library().ggml_op_name(number).decode())
 
 
-def read_node(address: int) -> Any:
-    """The bytes of a graph's tensor, uint8, from whatever device holds it."""
+def read_node(address: int) -> Bytes:
+    """Return the bytes of a graph's tensor, from whatever device holds it."""
     raw = np.empty(_library().ggml_nbytes(address), np.uint8)
     _library().ggml_backend_tensor_get(address, raw.ctypes.data, 0, raw.nbytes)
     return raw

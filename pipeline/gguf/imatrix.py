@@ -1,15 +1,15 @@
 """An importance matrix: the mean square of each input column of each weight matrix.
 
-Quantizers round the columns that matter more carefully. Collected through llama.cpp's `cb_eval` and stored like
-`llama-imatrix` does (source package of llama-cpp-python 0.3.36).
-"""
+Quantizers round the more important columns more carefully. The sums are collected through
+llama.cpp's `cb_eval` and stored as `llama-imatrix` does (source package of llama-cpp-python
+0.3.36)."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,8 +18,11 @@ from pipeline.files import whole_file
 from pipeline.gguf import ggml
 from pipeline.gguf.base import Array
 
-TEXT_TOKENS = 512
-"""Tokens of a text that are read; longer ones are cut."""
+CHUNK_TOKENS = 512
+"""Tokens of a text that are read; longer texts are truncated."""
+_Doubles = npt.NDArray[np.float64]
+_Ids = npt.NDArray[np.int32]
+_Number = TypeVar("_Number", np.float32, np.int32)
 
 
 class _Node(ctypes.Structure):
@@ -27,76 +30,78 @@ class _Node(ctypes.Structure):
 
 
 _Node._fields_ = [
-    ("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("ne", ctypes.c_int64 * 4), ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int), ("op_params", ctypes.c_int32 * 16), ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Node) * 10), ("view_src", ctypes.c_void_p), ("view_offs", ctypes.c_size_t),
-    ("data", ctypes.c_void_p), ("name", ctypes.c_char * 64),
-]  # fmt: skip
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(_Node) * 10),
+    ("view_src", ctypes.c_void_p),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+]
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Of one matrix, for each of its experts: squares of what came in, by column, and how many rows came."""
+@dataclass(frozen=True, slots=True)
+class _MatrixSums:
+    """Sums of one matrix: `squares` (experts, columns) of its inputs, and `counts` (experts) of
+    their rows.
+    """
 
-    squares: npt.NDArray[np.float64]
-    counts: npt.NDArray[np.float64]
+    squares: _Doubles
+    counts: _Doubles
 
 
 class ImportanceMatrix:
-    """Sums over all matrices of a model: an observer of llama.cpp's graph."""
+    """Sums over all matrices of a model, collected while llama.cpp evaluates its graph."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, _Sums] = {}
+        self._sums: dict[str, _MatrixSums] = {}
         self.tokens = 0
 
     @property
     def chunks(self) -> int:
-        """Texts' worth of tokens that were read."""
-        return -(-self.tokens // TEXT_TOKENS)
+        """Chunks of `CHUNK_TOKENS` tokens that were read, rounded up."""
+        return -(-self.tokens // CHUNK_TOKENS)
 
-    def observe(self, address: int, ask: bool) -> bool:
-        """`cb_eval`: whether a node is a product with a weight, and then the sum over what came in."""
+    def observe(self, address: int, ask: bool) -> bool:  # noqa: FBT001
+        """Collect the inputs of a product with a weight; llama.cpp's callback `cb_eval`.
+
+        It is called twice for each node: before it is computed, to `ask` whether the node is
+        wanted, and afterwards. Returning True asks for the node, or continues."""
         node = _Node.from_address(address)
         operation = ggml.operation(node.op)
         if operation not in ("MUL_MAT", "MUL_MAT_ID"):
             return not ask
         weight = node.src[0].contents
         name = weight.name.decode(errors="replace")
-        if not name.startswith("blk.") or not name.endswith(
-            ".weight"
-        ):  # the cache's products, and the adapter's own
+        # Other products are those of the KV cache and of the adapter.
+        if not name.startswith("blk.") or not name.endswith(".weight"):
             return not ask
         if not ask:
-            ids = _read(node.src[2].contents, np.int32) if operation == "MUL_MAT_ID" else None
-            self._add(name, weight.ne[2], _read(node.src[1].contents, np.float32), ids)
+            inputs = _read(node.src[1].contents, np.float32)
+            sums = self._sums_of(name, experts=weight.ne[2], columns=inputs.shape[-1])
+            if operation == "MUL_MAT_ID":
+                _add_experts(sums, inputs[0], _read(node.src[2].contents, np.int32))
+            else:
+                _add(sums, inputs)
         return True
 
-    def _add(self, name: str, experts: int, rows: Any, ids: Any) -> None:
-        """`rows`: (..., rows, columns) into the matrix; `ids`: (tokens, used experts), or None."""
-        found = self._sums.get(name)
-        if found is None:
-            found = self._sums[name] = _Sums(np.zeros((experts, rows.shape[-1])), np.zeros(experts))
-        if ids is None:
-            flat = rows.reshape(-1, rows.shape[-1])
-            found.squares += np.einsum("rc,rc->c", flat, flat)
-            found.counts += len(flat)
-            return
-        rows = rows[0]  # (tokens, used or 1, columns)
-        squares = np.broadcast_to(rows * rows, (len(rows), ids.shape[-1], rows.shape[-1])).reshape(
-            -1, rows.shape[-1]
-        )
-        chosen = ids.reshape(-1)
-        np.add.at(found.squares, chosen, squares)
-        np.add.at(found.counts, chosen, 1)
+    def _sums_of(self, name: str, experts: int, columns: int) -> _MatrixSums:
+        if name not in self._sums:
+            self._sums[name] = _MatrixSums(np.zeros((experts, columns)), np.zeros(experts))
+        return self._sums[name]
 
     def by_tensor(self) -> dict[str, Array]:
-        """(experts, columns) float32 means of squares; 1 where an expert was never asked."""
+        """Return (experts, columns) float32 means of squares; 1 for an expert never used."""
         means = {}
         for name, sums in self._sums.items():
-            asked = sums.counts[:, None] > 0
-            means[name] = np.where(
-                asked, sums.squares / np.maximum(sums.counts[:, None], 1), 1
-            ).astype(np.float32)
+            counts = sums.counts[:, None]
+            mean = np.where(counts > 0, sums.squares / np.maximum(counts, 1), 1)
+            means[name] = mean.astype(np.float32)
         return means
 
     def save(self, target: Path, dataset: str) -> None:
@@ -109,7 +114,7 @@ class ImportanceMatrix:
             writer.add_type("imatrix")
             writer.add_array("imatrix.datasets", [dataset])
             writer.add_uint32("imatrix.chunk_count", self.chunks)
-            writer.add_uint32("imatrix.chunk_size", TEXT_TOKENS)
+            writer.add_uint32("imatrix.chunk_size", CHUNK_TOKENS)
             for name, sums in sorted(self._sums.items()):
                 writer.add_tensor(f"{name}.in_sum2", sums.squares.astype(np.float32))
                 writer.add_tensor(f"{name}.counts", sums.counts.astype(np.float32)[:, None])
@@ -119,8 +124,26 @@ class ImportanceMatrix:
             writer.close()
 
 
-def _read(node: Any, kind: Any) -> Any:
-    """A node's values, wherever the backend keeps them, with its axes as NumPy has them."""
+def _add(sums: _MatrixSums, inputs: Array) -> None:
+    """Add the inputs (..., rows, columns) of a plain matrix."""
+    rows = inputs.reshape(-1, inputs.shape[-1])
+    sums.squares[:] += np.einsum("rc,rc->c", rows, rows)
+    sums.counts[:] += len(rows)
+
+
+def _add_experts(sums: _MatrixSums, inputs: Array, ids: _Ids) -> None:
+    """Add inputs (tokens, experts used or 1, columns) to the experts `ids` (..., tokens, experts
+    used).
+    """
+    tokens, _, columns = inputs.shape
+    squares = np.broadcast_to(inputs * inputs, (tokens, ids.shape[-1], columns))
+    experts = ids.reshape(-1)
+    np.add.at(sums.squares, experts, squares.reshape(-1, columns))
+    np.add.at(sums.counts, experts, 1)
+
+
+def _read(node: _Node, kind: type[_Number]) -> npt.NDArray[_Number]:
+    """Read a node's values from whatever backend holds them, with the axes in NumPy's order."""
     shape = tuple(reversed(node.ne))
     raw = ggml.read_node(ctypes.addressof(node))
     return np.lib.stride_tricks.as_strided(raw.view(kind), shape, tuple(reversed(node.nb)))

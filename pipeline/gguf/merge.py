@@ -1,6 +1,8 @@
-"""Base model (GGUF or Hugging Face folder) plus LoRA adapter → GGUF in any formats, some rows in memory at a time.
+"""Merge a base model (GGUF or Hugging Face folder) and a LoRA adapter into GGUF files of any
+formats.
 
-The sum `W + scale * B @ A` is taken in float32 and rounded once, by ggml, to the type that is stored.
+Only some rows are in memory at a time. The sum `W + scale * B @ A` is computed in float32 and
+rounded once, by ggml, to the type that is stored.
 """
 
 from __future__ import annotations
@@ -8,13 +10,13 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -23,238 +25,176 @@ from pipeline.errors import GattError
 from pipeline.files import whole_file
 from pipeline.gguf import ggml
 from pipeline.gguf.adapter import Delta, read_adapter, to_gguf_names
-from pipeline.gguf.base import Array, Base, Tensor, row_order
+from pipeline.gguf.base import Array, Base, Bytes, Metadata, Tensor, row_order
 from pipeline.gguf.checkpoint import CheckpointBase
-from pipeline.gguf.families import FAMILIES
-from pipeline.gguf.reader import open_gguf
+from pipeline.gguf.formats import Format, KeyValue, uniform_format
+from pipeline.gguf.gguf_base import GgufBase
 
-UNIFORM_FORMATS = {
-    "F32": "ALL_F32",
-    "F16": "MOSTLY_F16",
-    "BF16": "MOSTLY_BF16",
-    "Q8_0": "MOSTLY_Q8_0",
-}
-"""The formats whose types follow from the tensor alone, and their names as file types; of others llama.cpp decides."""
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+
 _BLOCK = 1 << 18
-"""Weights that are summed and rounded at a time by each thread: as float32 they stay in its cache."""
-_FLUSH = 1 << 26
+"""Weights that each thread merges and rounds at a time; as float32 they fit in its cache."""
+_FLUSH_BYTES = 1 << 26
 """Bytes after which a file is sent to the disk."""
 _LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.weight")
 
 
-@dataclass(frozen=True, slots=True)
-class Format:
-    """How a file stores its tensors: llama.cpp's number of the file type, and the ggml type of each tensor.
-
-    `importance` is that of the columns of a matrix (one row for each expert), and `keys` say in the file what it came from.
-    """
-
-    file_type: int
-    types: dict[str, int]
-    importance: dict[str, Array] = field(default_factory=dict)
-    keys: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MergePlan:
-    """A base with an adapter on it, or none.
+    """A base with an adapter, or without one, ready to be written.
 
-    `four_bits` rounds a matrix to 4 bits and back, as the base was when the adapter was trained on it; without it, the
-    adapter is laid on the weights as they are. `about` is what the file says of itself, by the fields of `gguf.Metadata`;
-    `keys` replace others of the base's keys.
-    """
+    `nf4_round_trip` rounds a matrix to 4 bits and back, as the base was when the adapter was
+    trained. Without it the adapter is merged into the original weights. `keys` replace keys of the
+    base."""
 
     base: Base
     tensors: list[Tensor]
     deltas: dict[str, Delta]
     nf4_round_trip: Callable[[Array], Array] | None = None
-    about: dict[str, Any] = field(default_factory=dict)
-    keys: dict[str, Any] = field(default_factory=dict)
+    metadata: Metadata = field(default_factory=dict)
+    keys: dict[str, KeyValue] = field(default_factory=dict)
+
+
+class _MergedBlock(NamedTuple):
+    """Some rows in one format, and two products of changes that tell how much of the adapter they
+    hold.
+    """
+
+    stored: Bytes
+    stored_change: float
+    change: float
 
 
 def open_base(path: Path) -> Base:
-    """The base in a GGUF file or in a Hugging Face folder.
+    """Open the base model in a GGUF file or in a Hugging Face folder.
 
     Raises:
-        GattError: broken, or of an architecture that is not known here.
+        GattError: damaged, or of an architecture that is not supported.
     """
     return CheckpointBase(path) if path.is_dir() else GgufBase(path)
 
 
-class GgufBase:
-    """A GGUF file; every key of it, its tokenizer and chat template among them, is copied as it stands."""
-
-    def __init__(self, path: Path) -> None:
-        self._info = info = open_gguf(path)
-        self.name, self.architecture, self.layers = path.name, info.architecture, info.layers
-        family = next((f for f in FAMILIES.values() if f.architecture == info.architecture), None)
-        if family is None:
-            known = ", ".join(sorted({f.architecture for f in FAMILIES.values()}))
-            raise GattError(
-                f"{path.name} is of architecture {info.architecture!r}; this version can export {known}."
-            )
-        self.interleaved = family.interleaved
-        self.heads = int(info.field(f"{info.architecture}.attention.head_count"))
-        self.key_heads = int(info.field(f"{info.architecture}.attention.head_count_kv", self.heads))
-
-    def write_fields(self, writer: Any, about: dict[str, Any]) -> None:
-        """Copy them."""
-        import gguf
-
-        told = (
-            ("general.name", "general.finetune", "general.base_model", "general.dataset")
-            if about
-            else ()
-        )
-        replaced = ("general.architecture", "general.file_type", "quantize.imatrix", *told)
-        for name, held in self._info.fields.items():
-            if not name.startswith(replaced):
-                items = None if held.items is None else gguf.GGUFValueType(held.items)
-                writer.add_key_value(name, held.value, gguf.GGUFValueType(held.kind), items)
-        if about:
-            gguf.Metadata(
-                name=self._info.field("general.name", self.name), **about
-            ).set_gguf_meta_model(writer)
-
-    def tensors(self) -> Iterator[Tensor]:
-        """Every weight, dequantized when it is loaded."""
-        for name, shape, kind, data in self._info.tensors:
-            yield Tensor(name, shape, partial(_dequantized, data, kind, shape[-1]))
-
-
-def _dequantized(stored: Any, kind: int, columns: int, first: int, last: int) -> Array:
-    return ggml.dequantize(stored[first:last], kind, columns)
-
-
 def plan_merge(
     source: Path,
-    adapter: Path | None,
-    four_bits: Callable[[Array], Array] | None = None,
-    about: dict[str, Any] | None = None,
-    keys: dict[str, Any] | None = None,
+    adapter: Path | None = None,
+    *,
+    nf4_round_trip: Callable[[Array], Array] | None = None,
+    metadata: Metadata | None = None,
+    keys: dict[str, KeyValue] | None = None,
 ) -> MergePlan:
-    """`source` with `adapter` (a PEFT folder, or None), yet to be written.
+    """Plan the merge of `source` with `adapter`, a PEFT folder.
 
     Raises:
-        GattError: an architecture that is not known here, or an adapter of another base.
+        GattError: an architecture that is not supported, or an adapter of another base.
     """
     base = open_base(source)
     tensors = list(base.tensors())
     deltas = to_gguf_names(read_adapter(adapter), base, tensors) if adapter else {}
-    return MergePlan(base, tensors, deltas, four_bits, about or {}, keys or {})
-
-
-def uniform_format(tensors: list[Tensor], format_name: str) -> Format:
-    """A format of `UNIFORM_FORMATS` for these tensors, in the types of llama.cpp's converter: vectors, norms and routers stay F32."""
-    import gguf
-
-    types = {}
-    for tensor in tensors:
-        small = (
-            len(tensor.shape) < 2
-            or tensor.name.endswith("_norm.weight")
-            or ".ffn_gate_inp." in tensor.name
-        )
-        plain = "F16" if format_name == "Q8_0" and tensor.columns % 32 else format_name
-        types[tensor.name] = int(
-            gguf.GGMLQuantizationType[
-                "F32" if small or not tensor.name.endswith(".weight") else plain
-            ]
-        )
-    return Format(int(gguf.LlamaFileType[UNIFORM_FORMATS[format_name]]), types)
+    return MergePlan(
+        base=base,
+        tensors=tensors,
+        deltas=deltas,
+        nf4_round_trip=nf4_round_trip,
+        metadata=metadata or {},
+        keys=keys or {},
+    )
 
 
 def write(
-    whole: MergePlan, targets: dict[Path, Format], on_tensor: Callable[[], object] = lambda: None
+    plan: MergePlan, targets: dict[Path, Format], on_tensor: Callable[[], object] = lambda: None
 ) -> list[dict[str, float]]:
-    """Write one file for each format, in one pass over the weights; nothing stands under a name before all are whole.
+    """Write one file per format, in one pass over the weights; all take their names at the end.
 
     Returns:
         For each file, by kind of matrix ("attn_q"), how much of the adapter's change it holds:
         `<stored - base, delta> / <delta, delta>`.
 
     Raises:
-        GattError: weights that are no numbers.
+        GattError: weights that are NaN or infinite.
     """
-    kept: list[dict[str, list[float]]] = [defaultdict(lambda: [0.0, 0.0]) for _ in targets]
+    # By file and kind of matrix: the two products that `retained` divides.
+    sums: list[dict[str, list[float]]] = [defaultdict(lambda: [0.0, 0.0]) for _ in targets]
     with ExitStack() as stack:
-        stack.enter_context(threadpool_limits(1, "blas"))  # the pool has all cores already
+        stack.enter_context(threadpool_limits(1, "blas"))  # the pool uses all cores already
         pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
         flusher = stack.enter_context(ThreadPoolExecutor(1))
         files = [
-            _begin(whole, stack.enter_context(whole_file(path)), how, flusher)
-            for path, how in targets.items()
+            _begin(plan, stack.enter_context(whole_file(path)), file_format, flusher)
+            for path, file_format in targets.items()
         ]
         for file in files:
             stack.callback(file.close)
-        ready = pool.submit(_as_trained, whole, whole.tensors[0])
-        for tensor, following in zip(whole.tensors, [*whole.tensors[1:], None], strict=True):
+        # The next tensor is rounded to 4 bits while this one is merged.
+        ready = pool.submit(_as_trained, plan, plan.tensors[0])
+        for tensor, following in zip(plan.tensors, [*plan.tensors[1:], None], strict=True):
             source = ready.result()
-            ready = pool.submit(_as_trained, whole, following or tensor)
-            blocks = pool.map(
-                partial(_merge_rows, whole, source, list(targets.values())), *_ranges(tensor)
-            )
-            for block in blocks:
-                for file, sums, (stored, shares) in zip(files, kept, block, strict=True):
-                    file.append(stored)
-                    for n, share in enumerate(shares):
-                        sums[tensor.name.split(".")[-2]][n] += share
+            ready = pool.submit(_as_trained, plan, following or tensor)
+            merge_rows = partial(_merge_rows, plan, source, list(targets.values()))
+            for blocks in pool.map(merge_rows, *_row_ranges(tensor)):
+                for file, by_kind, block in zip(files, sums, blocks, strict=True):
+                    file.append(block.stored)
+                    products = by_kind[tensor.name.split(".")[-2]]
+                    products[0] += block.stored_change
+                    products[1] += block.change
             for file in files:
-                file.pad()
+                file.end_tensor()
             on_tensor()
     return [
-        {kind: held / wanted for kind, (held, wanted) in sums.items() if wanted} for sums in kept
+        {kind: stored / change for kind, (stored, change) in by_kind.items() if change}
+        for by_kind in sums
     ]
 
 
-def file_size(whole: MergePlan, how: Format) -> int:
-    """Bytes of the data of a file in the format `how`."""
+def file_size(plan: MergePlan, file_format: Format) -> int:
+    """Return the bytes of the weights in a file of this format."""
     return sum(
-        tensor.rows * ggml.row_bytes(how.types[tensor.name], tensor.columns)
-        for tensor in whole.tensors
+        tensor.rows * ggml.row_bytes(file_format.types[tensor.name], tensor.columns)
+        for tensor in plan.tensors
     )
 
 
-def write_skeleton(whole: MergePlan, path: Path) -> None:
-    """A file of the keys and tensors of `whole` in F32, with a hole for the data: what llama.cpp needs to choose types."""
-    file = _begin(whole, path, uniform_format(whole.tensors, "F32"))
+def write_skeleton(plan: MergePlan, path: Path) -> None:
+    """Write the keys and the list of tensors in F32, with a hole for the weights.
+
+    llama.cpp chooses types from it, or reads its vocabulary.
+    """
+    file = _begin(plan, path, uniform_format(plan.tensors, "F32"))
     file.close()
-    sizes = (-(-4 * tensor.rows * tensor.columns // 32) * 32 for tensor in whole.tensors)
+    sizes = (-(-4 * tensor.rows * tensor.columns // 32) * 32 for tensor in plan.tensors)
     os.truncate(path, path.stat().st_size + sum(sizes))
 
 
-class _File:
-    """A GGUF whose keys and list of tensors are written, and whose data come piece by piece.
+class _GgufFile:
+    """A GGUF file whose keys and tensor list are written, and to which weights are appended.
 
-    They go to the disk meanwhile (`flusher`), not all at the end.
+    `flusher` sends them to the disk meanwhile, instead of all at the end.
     """
 
-    def __init__(self, writer: Any, flusher: Executor | None) -> None:
+    def __init__(self, writer: GGUFWriter, flusher: Executor | None) -> None:
         self._writer, self._out, self._flusher = writer, writer.fout[0], flusher
         self._flushed: Future[None] | None = None
-        self._waiting = 0
+        self._unflushed_bytes = 0
         writer.write_padding(self._out, self._out.tell())
-        self._bytes = 0
+        self._tensor_bytes = 0
 
-    def append(self, stored: Any) -> None:
-        """Some rows of the tensor in hand."""
+    def append(self, stored: Bytes) -> None:
+        """Append some rows of the current tensor."""
         self._out.write(stored)
-        self._bytes += stored.nbytes
+        self._tensor_bytes += stored.nbytes
 
-    def pad(self) -> None:
-        """End of a tensor."""
-        self._writer.write_padding(self._out, self._bytes)
-        self._waiting += self._bytes
-        self._bytes = 0
-        if (
-            self._flusher
-            and self._waiting > _FLUSH
-            and (self._flushed is None or self._flushed.done())
-        ):
-            self._flushed, self._waiting = self._flusher.submit(os.fsync, self._out.fileno()), 0
+    def end_tensor(self) -> None:
+        """Pad the current tensor, and flush from time to time."""
+        self._writer.write_padding(self._out, self._tensor_bytes)
+        self._unflushed_bytes += self._tensor_bytes
+        self._tensor_bytes = 0
+        idle = self._flushed is None or self._flushed.done()
+        if self._flusher and idle and self._unflushed_bytes > _FLUSH_BYTES:
+            self._flushed = self._flusher.submit(os.fsync, self._out.fileno())
+            self._unflushed_bytes = 0
 
     def close(self) -> None:
-        """Flush and close."""
+        """Wait for the last flush, and close the file."""
         try:
             if self._flushed:
                 self._flushed.result()
@@ -262,79 +202,86 @@ class _File:
             self._writer.close()
 
 
-def _begin(whole: MergePlan, draft: Path, how: Format, flusher: Executor | None = None) -> _File:
+def _begin(
+    plan: MergePlan, path: Path, file_format: Format, flusher: Executor | None = None
+) -> _GgufFile:
+    """Write everything of a file but the weights."""
     import gguf
 
-    writer = gguf.GGUFWriter(draft, whole.base.architecture)
-    for tensor in whole.tensors:
-        kind = gguf.GGMLQuantizationType(how.types[tensor.name])
+    writer = gguf.GGUFWriter(path, plan.base.architecture)
+    for tensor in plan.tensors:
+        kind = gguf.GGMLQuantizationType(file_format.types[tensor.name])
         shape = gguf.quants.quant_shape_to_byte_shape(tensor.shape, kind)
         writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), int(np.prod(shape)), kind)
-    whole.base.write_fields(writer, whole.about)
-    writer.add_uint32(gguf.Keys.General.FILE_TYPE, how.file_type)
-    for name, value in {**whole.keys, **how.keys}.items():
+    plan.base.write_fields(writer, plan.metadata)
+    writer.add_uint32(gguf.Keys.General.FILE_TYPE, file_format.file_type)
+    add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+    for name, value in {**plan.keys, **file_format.keys}.items():
         writer.kv_data[0].pop(name, None)
-        plan_merge = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}[
-            type(value)
-        ]
-        plan_merge(name, value)
+        add[type(value)](name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    return _File(writer, flusher)
+    return _GgufFile(writer, flusher)
 
 
-def _ranges(tensor: Tensor) -> tuple[list[int], list[int]]:
-    """First and last rows of the blocks that a tensor is done in; none crosses the bound between two experts."""
-    matrix = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+def _row_ranges(tensor: Tensor) -> tuple[list[int], list[int]]:
+    """Return first and last rows of the blocks to merge; none spans two experts."""
+    rows_per_matrix = tensor.shape[-2] if len(tensor.shape) > 1 else 1
     step = max(1, _BLOCK // tensor.columns)
     firsts = [
         first
-        for start in range(0, tensor.rows, matrix)
-        for first in range(start, start + matrix, step)
+        for start in range(0, tensor.rows, rows_per_matrix)
+        for first in range(start, start + rows_per_matrix, step)
     ]
-    return firsts, [min(first + step, (first // matrix + 1) * matrix) for first in firsts]
+    ends = [(first // rows_per_matrix + 1) * rows_per_matrix for first in firsts]
+    return firsts, [min(first + step, end) for first, end in zip(firsts, ends, strict=True)]
 
 
-def _as_trained(whole: MergePlan, tensor: Tensor) -> Tensor:
-    """The tensor as training had it: a linear projection in 4 bits, in Hugging Face's order of rows."""
-    if whole.nf4_round_trip is None or not _LINEAR.fullmatch(tensor.name):
+def _as_trained(plan: MergePlan, tensor: Tensor) -> Tensor:
+    """Return the tensor as in training: linear projections are rounded to 4 bits.
+
+    The blocks of the rounding follow Hugging Face's order of rows.
+    """
+    if plan.nf4_round_trip is None or not _LINEAR.fullmatch(tensor.name):
         return tensor
     if len(tensor.shape) > 2:
         raise GattError(
-            f'{tensor.name}: experts are not rounded to 4 bits as training does it. Take merge_onto = "fp16".'
+            f"{tensor.name}: experts cannot be rounded to 4 bits as in training. "
+            'Set export.merge_base = "fp16".'
         )
-    order = row_order(whole.base, tensor.name, tensor.rows)
+    order = row_order(plan.base, tensor.name, tensor.rows)
     rows = tensor.load(0, tensor.rows)
-    if order is not None:
-        there = np.empty_like(rows)
-        there[order] = rows
-        rows = there
-    rounded = whole.nf4_round_trip(rows)
-    rounded = rounded if order is None else rounded[order]
+    if order is None:
+        rounded = plan.nf4_round_trip(rows)
+    else:
+        original = np.empty_like(rows)
+        original[order] = rows
+        rounded = plan.nf4_round_trip(original)[order]
     return Tensor(tensor.name, tensor.shape, lambda first, last: rounded[first:last])
 
 
 def _merge_rows(
-    whole: MergePlan, tensor: Tensor, formats: list[Format], first: int, last: int
-) -> list[tuple[Any, tuple[float, float]]]:
-    """Some rows of the sum in each format, with the two products that tell how much of the change they hold."""
+    plan: MergePlan, tensor: Tensor, formats: Sequence[Format], first: int, last: int
+) -> list[_MergedBlock]:
+    """Return some rows of the sum in each format."""
     weights = tensor.load(first, last)
     if not np.isfinite(weights.sum()):
         raise GattError(
             f"{tensor.name} of the base holds NaN or infinity. Download the model again."
         )
-    delta = whole.deltas.get(tensor.name)
+    delta = plan.deltas.get(tensor.name)
     change = delta.change(weights, first, last) if delta else None
-    total = weights if change is None else weights + change
-    done = []
-    for how in formats:
-        kind, importance = how.types[tensor.name], how.importance.get(tensor.name)
+    merged = weights if change is None else weights + change
+    blocks = []
+    for file_format in formats:
+        kind, importance = file_format.types[tensor.name], file_format.importance.get(tensor.name)
         columns = None if importance is None else importance[first // tensor.shape[-2]]
-        stored = ggml.quantize(total, kind, columns)
-        shares = (0.0, 0.0)
-        if change is not None:
-            held = ggml.dequantize(stored, kind, tensor.columns) - weights
-            shares = (float(np.vdot(held, change)), float(np.vdot(change, change)))
-        done.append((stored, shares))
-    return done
+        stored = ggml.quantize(merged, kind, columns)
+        if change is None:
+            blocks.append(_MergedBlock(stored, 0.0, 0.0))
+            continue
+        stored_change = ggml.dequantize(stored, kind, tensor.columns) - weights
+        products = float(np.vdot(stored_change, change)), float(np.vdot(change, change))
+        blocks.append(_MergedBlock(stored, *products))
+    return blocks

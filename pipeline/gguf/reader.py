@@ -1,7 +1,7 @@
-"""Open a GGUF file without trusting it: a broken one can abort the process inside llama.cpp, so it is checked first.
+"""Read and check a GGUF file, because llama.cpp may abort the process on a damaged one.
 
-Format: the GGUF specification of ggml (magic, version, key-values, tensor infos, aligned data). The reader of the package
-`gguf` takes seconds for a vocabulary; this one takes a tenth of one.
+Format: the GGUF specification of ggml (magic, version, key-values, tensor infos, aligned data).
+`gguf.GGUFReader` takes seconds for a vocabulary, this reader a tenth of a second.
 """
 
 from __future__ import annotations
@@ -16,26 +16,15 @@ import numpy as np
 
 from pipeline.errors import GattError
 from pipeline.gguf import ggml
+from pipeline.gguf.base import Bytes
 
-_NUMBERS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-"""The specification's numbers of value types, as `struct` writes them; 8 is a string, 9 an array."""
+_NUMBERS = dict(enumerate("BbHhIif?")) | dict(enumerate("Qqd", 10))
+"""`struct` formats by the specification's numbers of value types; 8 is a string, 9 an array."""
 _STRING, _ARRAY = 8, 9
 
 
 class Field(NamedTuple):
-    """A key's value, its type, and the type of an array's items (numbers of the specification)."""
+    """A key's value, its type, and the type of an array's items (the specification's numbers)."""
 
     value: Any
     kind: int
@@ -43,17 +32,29 @@ class Field(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as it stands in the mapped file: (rows, bytes) uint8 of the ggml type `kind`; `shape` as in PyTorch."""
+    """A tensor in the mapped file: `data` (rows, bytes) of the ggml type `kind`; `shape` as in
+    PyTorch.
+    """
 
     name: str
     shape: tuple[int, ...]
     kind: int
-    data: Any
+    data: Bytes
+
+
+class _TensorInfo(NamedTuple):
+    """A tensor's entry in the header; its data are the bytes from `first` to `last` behind it."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True, slots=True)
 class GgufInfo:
-    """What a GGUF says about its model; sizes are in bytes."""
+    """Keys and tensors of a GGUF file, which has `bytes` bytes."""
 
     fields: dict[str, Field]
     tensors: list[StoredTensor]
@@ -61,27 +62,26 @@ class GgufInfo:
     bytes: int
 
     def field(self, name: str, default: Any = None) -> Any:
-        """A key's value, or `default`."""
-        found = self.fields.get(name)
-        return default if found is None else found.value
+        """Return a key's value, or `default`."""
+        return self.fields[name].value if name in self.fields else default
 
     def hyperparameter(self, name: str, default: Any = None) -> Any:
-        """A key of the model's architecture ("block_count"), or `default`."""
+        """Return a key of the model's architecture ("block_count"), or `default`."""
         return self.field(f"{self.architecture}.{name}", default)
 
     def token(self, name: str) -> str:
-        """The text of the special token `name` ("bos", "eos", "eot"), or ""."""
+        """Return the text of the special token `name` ("bos", "eos", "eot"), or ""."""
         id = self.field(f"tokenizer.ggml.{name}_token_id")
         return "" if id is None else str(self.field("tokenizer.ggml.tokens")[id])
 
     @property
     def architecture(self) -> str:
-        """llama.cpp's name for the family of models."""
+        """llama.cpp's name of the architecture."""
         return str(self.field("general.architecture", ""))
 
     @property
     def chat_template(self) -> str:
-        """Its Jinja text."""
+        """The source of the Jinja template, or ""."""
         return str(self.field("tokenizer.chat_template", ""))
 
     @property
@@ -101,37 +101,37 @@ class GgufInfo:
 
     @property
     def context_length(self) -> int:
-        """Tokens that the model was made for."""
+        """Tokens that the model was trained for."""
         return int(self.hyperparameter("context_length", 2048))
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Keys and values of one token in F16."""
+        """Bytes of keys and values of one token in F16."""
         heads = self.hyperparameter("attention.head_count", 1)
-        of_keys = self.hyperparameter("attention.head_count_kv", heads)
+        key_heads = self.hyperparameter("attention.head_count_kv", heads)
+        if isinstance(key_heads, list):  # one number per layer
+            key_heads = max(key_heads)
         width = self.hyperparameter("embedding_length", 0)
-        head = self.hyperparameter(
+        head_size = self.hyperparameter(
             "attention.key_length", width // heads if isinstance(heads, int) else 128
         )
-        return int(
-            2 * 2 * self.layers * (max(of_keys) if isinstance(of_keys, list) else of_keys) * head
-        )
+        return int(2 * 2 * self.layers * key_heads * head_size)
 
 
 def open_gguf(path: Path) -> GgufInfo:
     """Map a chat model's GGUF and read its header.
 
     Raises:
-        GattError: missing, not a GGUF, cut short, or without an architecture or chat template.
+        GattError: missing, not a GGUF, truncated, or without an architecture or chat template.
     """
     info = read_gguf(path)
-    if not info.architecture or not info.chat_template:
-        missing = (
-            "a chat template: only chat models can be taught"
-            if info.architecture
-            else "general.architecture"
+    if not info.architecture:
+        raise GattError(f"{path} lacks general.architecture. Take an instruct model's GGUF.")
+    if not info.chat_template:
+        raise GattError(
+            f"{path} lacks a chat template: only chat models can be taught. "
+            "Take an instruct model's GGUF."
         )
-        raise GattError(f"{path} lacks {missing}. Take an instruct model's GGUF.")
     return info
 
 
@@ -139,7 +139,7 @@ def read_gguf(path: Path) -> GgufInfo:
     """Map any GGUF (a model, an adapter, an importance matrix) and read its header.
 
     Raises:
-        GattError: missing, not a GGUF, or cut short.
+        GattError: missing, not a GGUF, or truncated.
     """
     if not path.is_file():
         raise GattError(f"No file at {path}. Expected a GGUF model.")
@@ -149,62 +149,61 @@ def read_gguf(path: Path) -> GgufInfo:
         raise GattError(f"{path} is not a GGUF file (it begins with {magic!r}, not b'GGUF').")
     raw = np.memmap(path, np.uint8, "r")
     try:
-        fields, tensors = _Header(raw).read()
-    except (
-        struct.error,
-        ValueError,
-        KeyError,
-        OverflowError,
-    ) as error:  # what damage leads to (a bad UTF-8 is a ValueError)
+        fields, infos = _HeaderReader(raw.data).read()
+    # Everything that damage leads to; UnicodeDecodeError is a ValueError.
+    except (struct.error, ValueError, KeyError, OverflowError) as error:
         raise GattError(
-            f"{path} is a damaged GGUF file, perhaps cut short ({error}). Download or export it again."
+            f"{path} is a damaged GGUF file, perhaps cut short ({error}). "
+            "Download or export it again."
         ) from error
-    end = max((t.data for t in tensors), default=(0, 0), key=lambda span: span[1])[1]
-    if not end or end > raw.size:
+    size = max((info.last for info in infos), default=0)
+    if not size or size > raw.size:
         raise GattError(
-            f"{path} is cut short: {raw.size:,} bytes found, {end:,} expected. Download or export it again."
+            f"{path} is cut short: {raw.size:,} bytes found, {size:,} expected. "
+            "Download or export it again."
         )
-    plain = np.asarray(raw)  # slices of a plain view of the map are cheap
-    mapped = [
-        t._replace(data=plain[t.data[0] : t.data[1]].reshape(math.prod(t.shape[:-1]), -1))
-        for t in tensors
+    # Slices of a plain view are cheap, those of a memmap are not.
+    view = np.asarray(raw)
+    tensors = [
+        StoredTensor(name, shape, kind, view[first:last].reshape(math.prod(shape[:-1]), -1))
+        for name, shape, kind, first, last in infos
     ]
-    return GgufInfo(fields, mapped, path, raw.size)
+    return GgufInfo(fields, tensors, path, raw.size)
 
 
-class _Header:
-    """Reads one thing after another."""
+class _HeaderReader:
+    """Reads the values of a header one after another."""
 
-    def __init__(self, raw: Any) -> None:
-        self._raw = memoryview(raw)
-        self._at = 4
+    def __init__(self, raw: memoryview) -> None:
+        self._raw = raw
+        self._position = 4  # after the magic
 
-    def read(self) -> tuple[dict[str, Field], list[StoredTensor]]:
-        """The keys, and the tensors with (first, last) byte for their data."""
+    def read(self) -> tuple[dict[str, Field], list[_TensorInfo]]:
+        """Return the keys, and the tensors with their bytes in the file."""
         version = self._number("I")
         if version not in (2, 3):
             raise ValueError(f"version {version} found, 2 or 3 expected")
-        count, keys = self._number("Q"), self._number("Q")
+        tensors, keys = self._number("Q"), self._number("Q")
         fields = {}
         for _ in range(keys):
             name = self._string()
             fields[name] = self._field(self._number("I"))
-        infos = [self._info() for _ in range(count)]
+        infos = [self._tensor_info() for _ in range(tensors)]
         alignment = int(fields["general.alignment"].value) if "general.alignment" in fields else 32
-        start = -(-self._at // alignment) * alignment
-        return fields, [t._replace(data=(start + t.data[0], start + t.data[1])) for t in infos]
+        start = -(-self._position // alignment) * alignment
+        return fields, [t._replace(first=start + t.first, last=start + t.last) for t in infos]
 
     def _number(self, kind: str) -> Any:
-        (value,) = struct.unpack_from(f"<{kind}", self._raw, self._at)
-        self._at += struct.calcsize(f"<{kind}")
+        (value,) = struct.unpack_from(f"<{kind}", self._raw, self._position)
+        self._position += struct.calcsize(f"<{kind}")
         return value
 
     def _string(self) -> str:
-        end = self._number("Q") + self._at
+        end = self._number("Q") + self._position
         if end > len(self._raw):
             raise ValueError("a text goes beyond the end of the file")
-        text = str(self._raw[self._at : end], "utf-8")
-        self._at = end
+        text = str(self._raw[self._position : end], "utf-8")
+        self._position = end
         return text
 
     def _field(self, kind: int) -> Field:
@@ -215,16 +214,16 @@ class _Header:
         items, count = self._number("I"), self._number("Q")
         if items == _STRING:
             return Field([self._string() for _ in range(count)], kind, items)
-        form = f"<{count}{_NUMBERS[items]}"
-        values = list(struct.unpack_from(form, self._raw, self._at))
-        self._at += struct.calcsize(form)
+        numbers = f"<{count}{_NUMBERS[items]}"
+        values = list(struct.unpack_from(numbers, self._raw, self._position))
+        self._position += struct.calcsize(numbers)
         return Field(values, kind, items)
 
-    def _info(self) -> StoredTensor:
+    def _tensor_info(self) -> _TensorInfo:
         name, axes = self._string(), self._number("I")
         if not 0 < axes <= 4:
             raise ValueError(f"{name} has {axes} axes")
         shape = tuple(reversed([self._number("Q") for _ in range(axes)]))
         kind, offset = self._number("I"), self._number("Q")
         size = math.prod(shape[:-1]) * ggml.row_bytes(kind, shape[-1])
-        return StoredTensor(name, shape, kind, (offset, offset + size))
+        return _TensorInfo(name, shape, kind, offset, offset + size)

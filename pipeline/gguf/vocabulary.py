@@ -1,112 +1,154 @@
-"""Vocabularies as llama.cpp's converter writes them: SentencePiece, BPE with byte fallback, byte-level BPE.
+"""Vocabularies as llama.cpp's converter writes them: SentencePiece, BPE with byte fallback,
+byte-level BPE.
 
-Source: llama.cpp's converter as it comes with llama-cpp-python 0.3.36.
+Source: llama.cpp's converter in llama-cpp-python 0.3.36.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pipeline.errors import GattError
+from pipeline.gguf.base import JsonObject
 
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}", 1)
-_CASED = (
-    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]",
-    r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
+    from sentencepiece import SentencePieceProcessor
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}", 1)
+_UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
+_LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 _GPT4O = (
-    rf"[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}*{_CASED[1]}+{_CASED[2]}|[^\r\n\p{{L}}\p{{N}}]?{_CASED[0]}+{_CASED[1]}*{_CASED[2]}"
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_CONTRACTION}"
+    rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _BYTES = {**_WORDS, "use_regex": False}
 
 
-def _split(pattern: str) -> dict[str, Any]:
+def _split(pattern: str) -> JsonObject:
     return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
-PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
+PRE_TOKENIZERS: dict[str, list[JsonObject]] = {
     "gpt-2": [_WORDS],
     "smollm": [{"type": "Digits", "individual_digits": True}, _WORDS],
     "llama-bpe": [_split(_LLAMA3), _BYTES],
     "qwen2": [_split(_QWEN2), _BYTES],
     "gpt-4o": [_split(_GPT4O), _BYTES],
 }
-"""llama.cpp's `tokenizer.ggml.pre` and the same rule as `tokenizers` writes it in `tokenizer.json`."""
+"""llama.cpp's `tokenizer.ggml.pre`, and the same rule as it stands in `tokenizer.json`."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+
+
+_Kind = Literal["sentencepiece", "byte fallback", "byte level"]
+
+
+class _Token(NamedTuple):
+    """The text of a token, and llama.cpp's type of it."""
+
+    text: str
+    kind: int
+
+
+class _AddedToken(NamedTuple):
+    """A token that the tokenizer adds to those of its model."""
+
+    id: int
+    text: str
+    special: bool
+
+
+class _Pieces(NamedTuple):
+    """Text, score and llama.cpp's type of every token, in the order of their ids."""
+
+    texts: list[bytes]
+    scores: list[float]
+    kinds: list[int]
+
+    def set(self, id: int, text: bytes, score: float, kind: int) -> None:
+        """Replace a token."""
+        self.texts[id], self.scores[id], self.kinds[id] = text, score, kind
 
 
 class Vocabulary:
     """The tokenizer of a Hugging Face folder.
 
     Raises:
-        GattError: no tokenizer there, or one that is not known here.
+        GattError: no tokenizer there, or one that is not supported.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], architecture: str) -> None:
+    def __init__(self, folder: Path, config: JsonObject, architecture: str) -> None:
         self._folder, self._config, self._architecture = folder, config, architecture
         self._settings = read_object(folder / "tokenizer_config.json")
         self._tokenizer = read_object(folder / "tokenizer.json")
-        self._pieces = folder / "tokenizer.model"
-        self._kind = self._find_kind()
-        self._pre = (
-            name_of_pre_tokenizer(self._tokenizer, folder) if self._kind == "gpt2" else "default"
+        self._model_file = folder / "tokenizer.model"
+        self._kind: _Kind = self._find_kind()
+        self._pre_tokenizer = (
+            name_of_pre_tokenizer(self._tokenizer, folder)
+            if self._kind == "byte level"
+            else "default"
         )
 
-    def _find_kind(self) -> str:
+    def _find_kind(self) -> _Kind:
         phi4 = (
             self._architecture == "phi3"
             and self._settings.get("tokenizer_class") == "GPT2Tokenizer"
         )
-        if self._pieces.is_file() and not phi4:
+        if self._model_file.is_file() and not phi4:
             return "sentencepiece"
         if not self._tokenizer:
             raise GattError(f"{self._folder} lacks tokenizer.json. A Hugging Face folder holds it.")
         model = self._tokenizer["model"]
-        # What transformers makes of a GGUF says both: bytes as letters (ByteLevel), and a fallback that is never taken.
-        bytes_as_letters = "ByteLevel" in str(self._tokenizer.get("pre_tokenizer"))
-        falls_back = (
-            model.get("type") == "BPE" and model.get("byte_fallback") and not bytes_as_letters
-        )
-        return "byte fallback" if falls_back and self._architecture == "llama" else "gpt2"
+        # transformers converts a GGUF's tokenizer to one with both: a ByteLevel rule, and a
+        # byte fallback that is never used.
+        byte_level = "ByteLevel" in str(self._tokenizer.get("pre_tokenizer"))
+        falls_back = model.get("type") == "BPE" and model.get("byte_fallback") and not byte_level
+        return "byte fallback" if falls_back and self._architecture == "llama" else "byte level"
 
     @property
     def size(self) -> int:
-        """How many tokens the tokenizer itself has; the embedding may hold more rows."""
+        """Number of tokens of the tokenizer; the embedding may have more rows."""
         if self._kind == "sentencepiece":
-            return len(self._sentencepiece()[0])
+            return len(self._sentencepiece().texts)
         return len(self._tokenizer["model"]["vocab"]) + len(self._tokenizer.get("added_tokens", ()))
 
-    def write(self, writer: Any) -> None:
-        """Tokens with their types, merges or scores, special tokens, chat template."""
+    def write(self, writer: GGUFWriter) -> None:
+        """Write tokens with their types, merges or scores, special tokens, chat template."""
         import gguf
 
-        tokens: list[Any]
+        texts: list[bytes] | list[str]
         scores: list[float] = []
         if self._kind == "sentencepiece":
-            tokens, scores, types = self._sentencepiece()
+            texts, scores, kinds = self._sentencepiece()
         elif self._kind == "byte fallback":
-            tokens, scores, types = map(
-                list, zip(*gguf.LlamaHfVocab(self._folder).all_tokens(), strict=True)
-            )
+            tokens = gguf.LlamaHfVocab(self._folder).all_tokens()
+            texts, scores, kinds = map(list, zip(*tokens, strict=True))
         else:
-            tokens, types = token_types(self._tokenizer, int(self._config["vocab_size"]))
-        writer.add_tokenizer_model("gpt2" if self._kind == "gpt2" else "llama")
-        writer.add_tokenizer_pre(self._pre)
-        writer.add_token_list(tokens)
+            texts, kinds = token_types(self._tokenizer, int(self._config["vocab_size"]))
+        writer.add_tokenizer_model("gpt2" if self._kind == "byte level" else "llama")
+        writer.add_tokenizer_pre(self._pre_tokenizer)
+        writer.add_token_list(texts)
         if scores:
             writer.add_token_scores(scores)
-        writer.add_token_types(types)
+        writer.add_token_types(kinds)
         special = gguf.SpecialVocab(
-            self._folder, load_merges=self._kind == "gpt2", n_vocab=len(tokens)
+            self._folder, load_merges=self._kind == "byte level", n_vocab=len(texts)
         )
         special.add_to_gguf(writer, quiet=True)
+        self._write_flags(writer)
+
+    def _write_flags(self, writer: GGUFWriter) -> None:
+        """Write whether a space is put before a text, and a BOS token."""
         prefix = self._settings.get("add_prefix_space") if self._architecture == "llama" else None
         if self._architecture == "gemma2" or (
             self._architecture == "gemma3" and self._kind == "sentencepiece"
@@ -114,115 +156,114 @@ class Vocabulary:
             prefix = False
         if prefix is not None:
             writer.add_add_space_prefix(prefix)
+        # SmolLM and Granite name a BOS token, but do not use it.
         if self._architecture == "llama" and self._config.get("vocab_size") == 49152:
-            writer.add_add_bos_token(
-                False
-            )  # SmolLM and Granite: a BOS token is named, and not used
+            writer.add_add_bos_token(False)  # noqa: FBT003
 
-    def _sentencepiece(self) -> tuple[list[bytes], list[float], list[int]]:
-        """Text, score and type of every token; ids that the tokenizer leaves out are unused."""
+    def _sentencepiece(self) -> _Pieces:
+        """Return every token; ids that the tokenizer leaves out are unused."""
         from sentencepiece import SentencePieceProcessor
 
         model = SentencePieceProcessor()
-        model.LoadFromFile(str(self._pieces))
+        model.LoadFromFile(str(self._model_file))
         size = int(self._config.get("vocab_size") or model.vocab_size())
-        tokens, scores, types = (
-            [f"[PAD{n}]".encode() for n in range(size)],
-            [-10000.0] * size,
-            [_UNUSED] * size,
-        )
+        padding = [f"[PAD{id}]".encode() for id in range(size)]
+        pieces = _Pieces(padding, [-10000.0] * size, [_UNUSED] * size)
         for id in range(min(size, model.vocab_size())):
-            tokens[id], scores[id], types[id] = (
-                model.IdToPiece(id).encode(),
-                model.GetScore(id),
-                _piece_type(model, id),
-            )
+            piece = model.IdToPiece(id).encode()
+            pieces.set(id, piece, model.GetScore(id), _piece_type(model, id))
+        keeps_spaces = self._architecture == "phi3"
         for id, text, special in self._added():
             if id < size:
-                plain = self._architecture == "phi3"
-                control = special or (not plain and _looks_special(text))
-                # llama.cpp looks for these in the text as it is, so their spaces are spaces.
-                shown = text if control or plain else text.replace("\u2581", " ")
-                tokens[id], scores[id], types[id] = (
-                    shown.encode(),
-                    -1000.0,
-                    _CONTROL if control else _USER_DEFINED,
-                )
-        return tokens, scores, types
+                control = special or (not keeps_spaces and _looks_special(text))
+                # llama.cpp looks for user-defined tokens in the raw text, where a space is " ".
+                raw = text if control or keeps_spaces else text.replace("\u2581", " ")
+                kind = _CONTROL if control else _USER_DEFINED
+                pieces.set(id, raw.encode(), -1000.0, kind)
+        return pieces
 
-    def _added(self) -> list[tuple[int, str, bool]]:
-        """(id, text, special?) of the tokens beside the model's own; what is said later counts."""
-        older = [
-            (int(id), text, False)
-            for text, id in read_object(self._folder / "added_tokens.json").items()
-        ]
-        listed = self._settings.get("added_tokens_decoder", {})
-        found = older + [
-            (int(id), t["content"], bool(t.get("special"))) for id, t in listed.items()
-        ]
+    def _added(self) -> list[_AddedToken]:
+        """Return the added tokens; of several with one id the last counts."""
+        older = read_object(self._folder / "added_tokens.json")
+        tokens = [_AddedToken(int(id), text, special=False) for text, id in older.items()]
+        for id, token in self._settings.get("added_tokens_decoder", {}).items():
+            tokens.append(_AddedToken(int(id), token["content"], bool(token.get("special"))))
         if self._architecture == "phi3":
-            found += [
-                (int(t["id"]), t["content"], bool(t["special"]))
-                for t in self._tokenizer.get("added_tokens", ())
-            ]
-        return found
+            for token in self._tokenizer.get("added_tokens", ()):
+                special = bool(token["special"])
+                tokens.append(_AddedToken(int(token["id"]), token["content"], special))
+        return tokens
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, or nothing where there is no such file."""
+def read_object(path: Path) -> JsonObject:
+    """Return a JSON object, or an empty one where there is no such file.
+
+    Raises:
+        GattError: the file is not JSON.
+    """
     try:
         return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     except ValueError as error:
         raise GattError(f"{path} is not JSON: {error}. Download the checkpoint again.") from error
 
 
-def _piece_type(model: Any, id: int) -> int:
-    asked = (
-        (model.IsUnknown, _UNKNOWN),
-        (model.IsControl, _CONTROL),
-        (model.IsUnused, _UNUSED),
-        (model.IsByte, _BYTE),
-    )
-    return next((kind for holds, kind in asked if holds(id)), _NORMAL)
+def _piece_type(model: SentencePieceProcessor, id: int) -> int:
+    if model.IsUnknown(id):
+        return _UNKNOWN
+    if model.IsControl(id):
+        return _CONTROL
+    if model.IsUnused(id):
+        return _UNUSED
+    return _BYTE if model.IsByte(id) else _NORMAL
 
 
 def _looks_special(text: str) -> bool:
-    """Whether a token is a control token though its tokenizer does not say so (Gemma, DeepSeek, Command R)."""
+    """Return whether a token is a control token that its tokenizer does not mark as one.
+
+    So do those of Gemma, DeepSeek and Command R.
+    """
     framed = (("<|", "|>"), ("<\uff5c", "\uff5c>"), ("<unused", ">"))
     return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
-        text.startswith(a) and text.endswith(b) for a, b in framed
+        text.startswith(start) and text.endswith(end) for start, end in framed
     )
 
 
-def name_of_pre_tokenizer(tokenizer: dict[str, Any], source: Path) -> str:
-    """llama.cpp's name for the pre-tokenizer of a `tokenizer.json`.
+def name_of_pre_tokenizer(tokenizer: JsonObject, source: Path) -> str:
+    """Return llama.cpp's name for the pre-tokenizer of a `tokenizer.json`.
 
     Raises:
-        GattError: not a byte-level BPE, or a rule that is not known here (a wrong one would tokenize wrongly in silence).
+        GattError: not a byte-level BPE, or an unknown rule, which is not guessed: a wrong one would
+            tokenize wrongly without an error.
     """
-    found = tokenizer.get("pre_tokenizer") or {}
-    steps = found.get("pretokenizers", [found])
+    rule = tokenizer.get("pre_tokenizer") or {}
+    steps = rule.get("pretokenizers", [rule])
     if tokenizer["model"].get("type") == "BPE":
-        for name, known in PRE_TOKENIZERS.items():
-            if [_rule(step) for step in steps] == [_rule(step) for step in known]:
+        for name, known_steps in PRE_TOKENIZERS.items():
+            if [_splitting(step) for step in steps] == [_splitting(step) for step in known_steps]:
                 return name
     raise GattError(
-        f"The tokenizer of {source} is none that this version can write (known: SentencePiece, and byte-level BPE of "
-        f"{', '.join(PRE_TOKENIZERS)}). Give the model's GGUF instead."
+        f"The tokenizer of {source} is not supported (supported: SentencePiece, and byte-level BPE "
+        f"of {', '.join(PRE_TOKENIZERS)}). Give a GGUF of the model instead."
     )
 
 
-def _rule(step: dict[str, Any]) -> dict[str, Any]:
-    """What of a step decides where it splits; offsets do not."""
+def _splitting(step: JsonObject) -> JsonObject:
+    """Return the keys of a step that decide where it splits; offsets do not."""
     return {key: value for key, value in step.items() if key != "trim_offsets"}
 
 
-def token_types(tokenizer: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """The text and llama.cpp's type of each of the `size` tokens, in order of their ids; gaps are filled as unused."""
-    tokens = {id: (text, _NORMAL) for text, id in tokenizer["model"]["vocab"].items()}
+def token_types(tokenizer: JsonObject, size: int) -> tuple[list[str], list[int]]:
+    """Return the text and llama.cpp's type of each of the `size` tokens, by their ids.
+
+    Ids without a token are filled as unused.
+    """
+    tokens = {id: _Token(text, _NORMAL) for text, id in tokenizer["model"]["vocab"].items()}
     for added in tokenizer.get("added_tokens", ()):
-        control = added["special"] or _looks_special(added["content"])
-        shown = added["content"] if control else added["content"].replace("\u2581", " ")
-        tokens[added["id"]] = (shown, _CONTROL if control else _USER_DEFINED)
-    filled = [tokens.get(id, (f"[PAD{id}]", _UNUSED)) for id in range(max(size, max(tokens) + 1))]
-    return [text for text, _ in filled], [kind for _, kind in filled]
+        text = added["content"]
+        if added["special"] or _looks_special(text):
+            tokens[added["id"]] = _Token(text, _CONTROL)
+        else:
+            tokens[added["id"]] = _Token(text.replace("\u2581", " "), _USER_DEFINED)
+    ids = range(max(size, max(tokens) + 1))
+    filled = [tokens.get(id, _Token(f"[PAD{id}]", _UNUSED)) for id in ids]
+    return [token.text for token in filled], [token.kind for token in filled]

@@ -1,4 +1,4 @@
-"""The sizes of a model, from a preset, a config.json or a GGUF."""
+"""The sizes of a decoder, and the parameter counts that follow from them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.gguf.reader import GgufInfo
 from pipeline.recipe import Train
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The sizes of a decoder: numbers of layers and tokens, and widths; `queries` and `keys` are those of all heads together."""
+    """The sizes of a decoder, called as in Hugging Face configurations.
+
+    `q_size` and `kv_size` are the output widths of `q_proj` and of `k_proj` and `v_proj`, over all
+    heads.
+    """
 
     num_hidden_layers: int
     hidden_size: int
@@ -22,25 +27,42 @@ class ModelShape:
     tie_word_embeddings: bool
 
     @classmethod
-    def of_config(cls, config: Mapping[str, Any]) -> ModelShape:
-        """From a Hugging Face `config.json`."""
-        config = {**config, **config.get("text_config", {})}
-        heads, width = config["num_attention_heads"], config["hidden_size"]
-        head = config.get("head_dim") or width // heads
-        keys = (config.get("num_key_value_heads") or heads) * head
+    def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
+        """Read the sizes from a Hugging Face `config.json`.
+
+        Raises:
+            KeyError: a size is missing.
+        """
+        text_config = {**config, **config.get("text_config", {})}
+        heads, hidden_size = text_config["num_attention_heads"], text_config["hidden_size"]
+        head_dim = text_config.get("head_dim") or hidden_size // heads
         return cls(
-            config["num_hidden_layers"],
-            width,
-            config["intermediate_size"],
-            heads * head,
-            keys,
-            config["vocab_size"],
-            config.get("tie_word_embeddings", True),
+            num_hidden_layers=text_config["num_hidden_layers"],
+            hidden_size=hidden_size,
+            intermediate_size=text_config["intermediate_size"],
+            q_size=heads * head_dim,
+            kv_size=(text_config.get("num_key_value_heads") or heads) * head_dim,
+            vocab_size=text_config["vocab_size"],
+            tie_word_embeddings=text_config.get("tie_word_embeddings", True),
+        )
+
+    @classmethod
+    def from_gguf(cls, info: GgufInfo) -> ModelShape:
+        """Read the sizes from the keys and tensors of a GGUF file."""
+        shapes = {tensor.name: tensor.shape for tensor in info.tensors}
+        return cls(
+            num_hidden_layers=info.layers,
+            hidden_size=info.hyperparameter("embedding_length"),
+            intermediate_size=info.hyperparameter("feed_forward_length"),
+            q_size=shapes["blk.0.attn_q.weight"][0],
+            kv_size=shapes["blk.0.attn_k.weight"][0],
+            vocab_size=shapes["token_embd.weight"][0],
+            tie_word_embeddings="output.weight" not in shapes,
         )
 
     @property
-    def matrices(self) -> dict[str, tuple[int, int]]:
-        """Inputs and outputs of a layer's projections."""
+    def projection_shapes(self) -> dict[str, tuple[int, int]]:
+        """Return (input features, output features) of each projection of a layer."""
         return {
             "q_proj": (self.hidden_size, self.q_size),
             "k_proj": (self.hidden_size, self.kv_size),
@@ -52,33 +74,32 @@ class ModelShape:
         }
 
     @property
-    def projections(self) -> int:
-        """Weights of all layers' projections, those that are held in 4 bits."""
+    def projection_parameters(self) -> int:
+        """Return the parameters of all layers' projections, which QLoRA holds in 4 bits."""
         return self.num_hidden_layers * sum(
-            inputs * outputs for inputs, outputs in self.matrices.values()
+            inputs * outputs for inputs, outputs in self.projection_shapes.values()
         )
 
     @property
-    def embeddings(self) -> int:
-        """Weights of the embedding, and of the output where that has its own."""
+    def embedding_parameters(self) -> int:
+        """Return the parameters of the embedding, and of the output layer if it is not tied."""
         return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
 
     @property
     def parameters(self) -> int:
-        """Weights of the model; norms are left out."""
-        return self.projections + self.embeddings
+        """Return the parameters of the model, norms left out."""
+        return self.projection_parameters + self.embedding_parameters
 
-    def adapter(self, settings: Train) -> int:
-        """Weights of the recipe's adapter."""
-        return (
-            self.num_hidden_layers
-            * settings.rank
-            * sum(sum(self.matrices[name]) for name in settings.target_modules)
-        )
+    def adapter_parameters(self, settings: Train) -> int:
+        """Return the parameters of the recipe's LoRA adapter."""
+        features = sum(sum(self.projection_shapes[name]) for name in settings.target_modules)
+        return self.num_hidden_layers * settings.rank * features
 
     @property
     def activation_bytes_per_token(self) -> int:
-        """Bytes that one layer keeps of a token for the way back: norms in float32; queries, keys and values for all heads,
-        attention's output, and the inputs and outputs of the feed-forward in bfloat16.
+        """Return the bytes that one layer saves of a token for the backward pass.
+
+        Norms are in float32. Queries, keys and values of all heads, attention's output, and the
+        inputs and outputs of the feed-forward network are in bfloat16.
         """
         return 12 * self.hidden_size + 8 * self.q_size + 8 * self.intermediate_size

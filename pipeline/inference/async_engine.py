@@ -1,184 +1,252 @@
-"""Generation for requests that come at any time: batched with those that run, and each conversation's cache is kept.
+"""Generation for requests that arrive at any time, batched with those that are running.
 
-Every core has a context and a thread of its own over one copy of the weights (`lanes`), as in `llama`. Unlike there, no token
-is fed a second one for company: what is reused or runs beside an answer may change its rounding (`streams` says why).
+Like `batch_engine`, it has one context and thread per core over one copy of the weights
+(`scheduler`). Unlike there, results are not batch-invariant: cached prefixes and concurrent
+requests can change rounding (`context` explains why).
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+
 from pipeline.errors import GattError
 from pipeline.gguf.reader import open_gguf
-from pipeline.inference.cpu_monitor import FreeCores
-from pipeline.inference.model import Adapter, LoadedModel
-from pipeline.inference.scheduler import (
+from pipeline.inference.llama.model import Adapter, LoadedModel
+from pipeline.inference.request import (
     EngineClosedError,
-    EngineStats,
     GenerationRequest,
     GenerationResult,
     Job,
-    Limits,
-    ServedModel,
 )
+from pipeline.inference.scheduler import EngineStats, Limits, ServedModel
 from pipeline.records import Message
 
 LIMITS = Limits()
+_CPU_INTERVAL_SECONDS = 1.0
 
 
 class ModelSource(NamedTuple):
-    """A model to be served: a GGUF file, and what is laid over it. Sources of one file share its weights."""
+    """A model to serve: a GGUF file and an adapter. Sources of one file share its weights."""
 
     path: Path
     adapter: Adapter | None = None
 
 
 class AnswerStream:
-    """An answer on its way: iterate to get its pieces of text; `outcome` is there when it has ended.
+    """An answer that is being generated: iterate to get its text; `result` is set at its end.
 
     Raises, while iterated:
-        Closed: the engine was stopped.
+        EngineClosedError: the engine was stopped.
         RuntimeError: a step failed.
     """
 
     def __init__(
         self,
         model: ServedModel,
-        question: GenerationRequest,
-        observe: Callable[[GenerationResult], None],
+        request: GenerationRequest,
+        on_result: Callable[[GenerationResult], None],
     ) -> None:
         loop = asyncio.get_running_loop()
-        self.outcome: GenerationResult | None = None
+        self.result: GenerationResult | None = None
         self._pieces: asyncio.Queue[str | GenerationResult] = asyncio.Queue()
         self._model = model
 
-        def tell(piece: str | GenerationResult) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody listens any more
+        # Both are called from the engine's threads.
+        def put(piece: str | GenerationResult) -> None:
+            with suppress(RuntimeError):  # the event loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
-        def end(outcome: GenerationResult) -> None:
-            observe(outcome)
-            tell(outcome)
+        def finish(result: GenerationResult) -> None:
+            on_result(result)
+            put(result)
 
-        self._job = Job(question, tell, end)
+        self._job = Job(request, put, finish)
         model.submit(self._job)
 
     def __aiter__(self) -> AnswerStream:
         return self
 
     async def __anext__(self) -> str:
-        if self.outcome:
+        if self.result:
             raise StopAsyncIteration
         piece = await self._pieces.get()
         if isinstance(piece, str):
             return piece
-        self.outcome = piece
+        self.result = piece
         if piece.finish == "closed":
-            raise EngineClosedError("The server is stopping. Try again when it is back.")
+            raise EngineClosedError
         if piece.finish == "failed":
-            raise RuntimeError("generation failed; the server's log says why")
+            raise RuntimeError("generation failed; the server's log has the error")
         raise StopAsyncIteration
 
     def cancel(self) -> None:
-        """End it before its next token."""
-        if not self.outcome:
+        """End the answer before its next token."""
+        if not self.result:
             self._model.cancel(self._job)
 
-    async def ended(self) -> GenerationResult:
-        """How it ended, after the pieces that nobody has taken."""
-        while not self.outcome:
+    async def wait(self) -> GenerationResult:
+        """Wait for the end, skip the text that was not read, and return the result."""
+        while not self.result:
             piece = await self._pieces.get()
-            self.outcome = None if isinstance(piece, str) else piece
-        return self.outcome
+            self.result = None if isinstance(piece, str) else piece
+        return self.result
 
 
 class AsyncEngine:
-    """The models of `sources` by name, ready to answer. `observe`, once set, is told of every answer's end, from any thread.
+    """The models of `sources`, by the names under which they are served.
+
+    `on_result`, if set, is called at the end of every answer with the model's name and the result,
+    from any thread.
 
     Raises:
-        GattError: no GGUF, a broken one, an adapter of another base, or too little memory.
+        GattError: not a GGUF, a broken one, an adapter of another base, or too little memory.
     """
 
     def __init__(self, sources: Mapping[str, ModelSource], limits: Limits = LIMITS) -> None:
-        self.observe: Callable[[str, GenerationResult], None] = lambda name, outcome: None
-        self._cores = FreeCores()
-        self._weights = {
+        self.on_result: Callable[[str, GenerationResult], None] = lambda name, result: None
+        self._cpu = CpuMonitor()
+        self._loaded = {
             path: LoadedModel(open_gguf(path))
-            for path in dict.fromkeys(s.path for s in sources.values())
+            for path in dict.fromkeys(source.path for source in sources.values())
         }
         self._models = {
-            name: ServedModel(name, self._weights[s.path], s.adapter, limits, self._threads)
-            for name, s in sources.items()
+            name: ServedModel(
+                name, self._loaded[source.path], source.adapter, limits, self._threads_per_context
+            )
+            for name, source in sources.items()
         }
-        self._lanes = [lane for model in self._models.values() for lane in model.decode_threads]
-        for thread in (self._cores, *self._lanes):
+        self._decode_threads = [
+            thread for model in self._models.values() for thread in model.decode_threads
+        ]
+        for thread in (self._cpu, *self._decode_threads):
             thread.start()
 
     @property
     def names(self) -> list[str]:
-        """The models that are served."""
+        """Return the names of the models."""
         return list(self._models)
 
     def chat_tokens(self, name: str, messages: tuple[Message, ...]) -> list[int]:
-        """The prompt for the next assistant message.
+        """Return the prompt for the next assistant message of a chat.
 
         Raises:
             GattError: the model's chat template refuses this chat.
         """
-        weights = self._models[name].weights
+        model = self._models[name].loaded
         try:
-            text = weights.template.render(messages)
+            text = model.template.render(messages)
         except GattError:
             raise
-        except Exception as error:  # a template is a program, which can fail in any way
+        except Exception as error:  # a template is a program and can raise anything
             raise GattError(
                 f"The model's chat template fails on this chat ({type(error).__name__}: {error})."
             ) from error
-        return weights.tokenize(text)
+        return model.tokenize(text)
 
     def text_tokens(self, name: str, text: str) -> list[int]:
-        """The prompt for what follows a text that is no chat."""
-        return self._models[name].weights.tokenize(text, opening=True)
+        """Return the prompt for the continuation of plain text."""
+        return self._models[name].loaded.tokenize(text, add_special=True)
 
-    def context(self, name: str) -> int:
-        """Tokens that prompt and answer may have together."""
-        return self._models[name].context
+    def context_length(self, name: str) -> int:
+        """Return how many tokens prompt and answer may have together."""
+        return self._models[name].context_length
 
-    def state(self, name: str) -> EngineStats:
-        """What the model is doing."""
-        return self._models[name].state()
+    def stats(self, name: str) -> EngineStats:
+        """Return what the model is doing now."""
+        return self._models[name].stats()
 
-    def ask(self, name: str, question: GenerationRequest) -> AnswerStream:
-        """Begin to answer; to be called in a running event loop, where the answer is then iterated.
+    def generate(self, name: str, request: GenerationRequest) -> AnswerStream:
+        """Start an answer; to be called in the running event loop that iterates over it.
 
         Raises:
-            TooLong: prompt and answer do not fit in the context.
-            Busy: too many wait already.
-            Closed: the engine was stopped.
+            ContextLengthError: prompt and answer do not fit in the context.
+            QueueFullError: too many requests wait already.
+            EngineClosedError: the engine was stopped.
         """
         return AnswerStream(
-            self._models[name], question, lambda outcome: self.observe(name, outcome)
+            self._models[name], request, lambda result: self.on_result(name, result)
         )
 
     def stop(self) -> None:
-        """End all answers, as soon as their present step is done; may be called from anywhere."""
+        """End all answers at their next step; may be called from any thread."""
         for model in self._models.values():
             model.stop()
 
     def close(self) -> None:
-        """Stop, wait for the threads and give the memory back."""
-        self._cores.close()
+        """Stop, wait for the threads to end, and free the memory."""
+        self._cpu.close()
         self.stop()
         for model in self._models.values():
             model.close()
-        for weights in self._weights.values():
-            weights.close()
-        self._models, self._weights = {}, {}
+        for loaded in self._loaded.values():
+            loaded.close()
+        self._models, self._loaded = {}, {}
 
-    def _threads(self) -> int:
-        """How many threads each lane may use: the free cores are shared by those that have something to do."""
-        return max(1, self._cores.count // max(1, sum(lane.active for lane in self._lanes)))
+    def _threads_per_context(self) -> int:
+        """Return how many threads each busy context may use: they share the free cores."""
+        busy = sum(thread.active for thread in self._decode_threads)
+        return max(1, self._cpu.free_cores // max(1, busy))
+
+
+class CpuTimes(NamedTuple):
+    """Seconds: wall clock, and CPU time of all processes and of this one."""
+
+    wall: float
+    used: float
+    used_here: float
+
+
+class CpuMonitor(threading.Thread):
+    """Measures once a second how many cores other programs leave free: `free_cores`.
+
+    llama.cpp's threads wait for each other hundreds of times per token. If another program holds
+    a core, one thread less is faster by far than one that waits for that core.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(name="gatt cpu monitor")
+        self.free_cores = os.cpu_count() or 1
+        self._closed = threading.Event()
+        self._last = _cpu_times()
+
+    def run(self) -> None:
+        """Measure until the monitor is closed."""
+        self._measure()
+        while not self._closed.wait(_CPU_INTERVAL_SECONDS):
+            self._measure()
+
+    def close(self) -> None:
+        """Stop measuring, and wait for the thread to end."""
+        self._closed.set()
+        if self.ident:
+            self.join()
+
+    def _measure(self) -> None:
+        before, self._last = self._last, _cpu_times()
+        self.free_cores = count_free_cores(before, self._last, os.cpu_count() or 1)
+
+
+def count_free_cores(before: CpuTimes, after: CpuTimes, cores: int) -> int:
+    """Return how many of the `cores` other processes left free between two times; at least 1."""
+    seconds = after.wall - before.wall
+    used = after.used - before.used
+    used_here = after.used_here - before.used_here
+    others = (used - used_here) / seconds if seconds else 0.0
+    return max(1, cores - round(others))
+
+
+def _cpu_times() -> CpuTimes:
+    """Return the times now. Guest time is in user time already, and is not counted twice."""
+    cores, process = psutil.cpu_times(), psutil.Process().cpu_times()
+    not_used: Sequence[str] = ("idle", "iowait", "guest", "guest_nice")
+    idle = sum(getattr(cores, field, 0.0) for field in not_used)
+    return CpuTimes(time.monotonic(), sum(cores) - idle, process.user + process.system)

@@ -1,4 +1,7 @@
-"""Models that talk: each one stream of its cache for as long as the chat lasts, so that only new tokens are ever fed."""
+"""One or several models that answer in an interactive chat, each in its own thread.
+
+Each model keeps one sequence for as long as the chat lasts, so that only new tokens are decoded.
+"""
 
 from __future__ import annotations
 
@@ -6,71 +9,91 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from queue import Empty, SimpleQueue
+from typing import NamedTuple
 
 from pipeline.inference.batch_engine import BatchEngine
-from pipeline.inference.model import Adapter, LoadedModel
+from pipeline.inference.llama.model import Adapter, LoadedModel
 from pipeline.records import Completion, Message, Request, Task
 
-Heard = tuple[int, str | Completion]
-"""Which model, and a piece of its answer or, last, the whole."""
-_Heard = tuple[int, str | Completion | Exception]
+_POLL_SECONDS = 0.2
+
+
+class AnswerPiece(NamedTuple):
+    """A piece of a model's answer or, at its end, the completion."""
+
+    model_index: int
+    piece: str | Completion
+
+
+class _Failure(NamedTuple):
+    """An error that ended a model's thread."""
+
+    error: Exception
 
 
 class TurnLock:
-    """Lets one model compute at a time, a token each in turn.
+    """Lets one model compute at a time, for a token each, in the order in which they wait.
 
-    Each wants all cores, and waits for its threads at every operation: two at once hold each other up.
+    Each model uses all cores, and its threads wait for each other at every operation: two models
+    at once would slow each other down.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._given = self._served = 0
+        self._last_ticket = self._served = 0
 
-    def take(self) -> None:
-        """Wait until those who came before have had their turn."""
+    def acquire(self) -> None:
+        """Wait for all who came before."""
         with self._changed:
-            mine = self._given
-            self._given += 1
-            self._changed.wait_for(lambda: self._served == mine)
+            ticket = self._last_ticket
+            self._last_ticket += 1
+            self._changed.wait_for(lambda: self._served == ticket)
 
-    def give(self) -> None:
-        """Let the next one go on."""
+    def release(self) -> None:
+        """Let the next one compute."""
         with self._changed:
             self._served += 1
             self._changed.notify_all()
 
 
-class _ModelThread:
-    """One model in a thread of its own, which ends when it is asked None."""
+class _ModelThread(threading.Thread):
+    """One model, which answers the `requests` one after another until it gets None."""
 
     def __init__(
-        self, number: int, llama: BatchEngine, turns: TurnLock, heard: SimpleQueue[_Heard]
+        self,
+        index: int,
+        engine: BatchEngine,
+        turns: TurnLock,
+        pieces: SimpleQueue[AnswerPiece | _Failure],
     ) -> None:
-        self.llama, self.asked = llama, SimpleQueue[Request | None]()
-        self._number, self._turns, self._heard = number, turns, heard
-        self.thread = threading.Thread(target=self._work, daemon=True)
-        self.thread.start()
+        super().__init__(name=f"gatt chat {index}", daemon=True)
+        self.engine, self.requests = engine, SimpleQueue[Request | None]()
+        self._index, self._turns, self._pieces = index, turns, pieces
 
-    def _work(self) -> None:
+    def run(self) -> None:
+        """Answer all requests as one task of the engine, which keeps the cache between them."""
         task = self._task()
         try:
-            self.llama.run([task], lambda piece: self._heard.put((self._number, piece)))
-        except Exception as error:  # it is raised again where the answer is waited for
-            task.close()  # which gives its turn to the other
-            self._heard.put((self._number, error))
+            self.engine.run([task], lambda text: self._pieces.put(AnswerPiece(self._index, text)))
+        except Exception as error:  # raised again by `ChatEngine.generate`
+            task.close()  # releases the turn for the other models
+            self._pieces.put(_Failure(error))
 
     def _task(self) -> Task:
-        while (request := self.asked.get()) is not None:
-            self._turns.take()
+        while (request := self.requests.get()) is not None:
+            self._turns.acquire()
             try:
                 completion = yield request
             finally:
-                self._turns.give()
-            self._heard.put((self._number, completion))
+                self._turns.release()
+            # In a chat only `ChatEngine.stop` makes `stop_when` true.
+            if completion.finish == "stop_when":
+                completion = replace(completion, finish="cancelled")
+            self._pieces.put(AnswerPiece(self._index, completion))
 
 
 class ChatEngine:
-    """One or several models side by side with room for `context` tokens each; equal weights are there once.
+    """The models of a chat, with a context of `context` tokens each; none of them is closed here.
 
     Raises:
         GattError: an adapter of another base, or too little memory.
@@ -81,70 +104,76 @@ class ChatEngine:
         self._models = models
         self._stop = threading.Event()
         self._turns = TurnLock()
-        self._heard = SimpleQueue[_Heard]()
-        llamas: list[BatchEngine] = []
+        self._pieces = SimpleQueue[AnswerPiece | _Failure]()
+        engines: list[BatchEngine] = []
         try:
-            for weights, adapter in models:
-                llamas.append(BatchEngine(weights, 1, context, adapter=adapter))
+            for model, adapter in models:
+                engines.append(BatchEngine(model, 1, context, adapter=adapter))
         except BaseException:
-            for llama in llamas:
-                llama.close()
+            for engine in engines:
+                engine.close()
             raise
-        self._speakers = [
-            _ModelThread(n, llama, self._turns, self._heard) for n, llama in enumerate(llamas)
+        self._threads = [
+            _ModelThread(index, engine, self._turns, self._pieces)
+            for index, engine in enumerate(engines)
         ]
+        for thread in self._threads:
+            thread.start()
 
     def resized(self, context: int) -> ChatEngine:
-        """The same models with other room, in place of these, which are closed.
+        """Return the same models with another context, and close this engine.
 
         Raises:
-            GattError: too little memory; these stay open.
+            GattError: too little memory; this engine stays open.
         """
-        other = ChatEngine(self._models, context)
+        engine = ChatEngine(self._models, context)
         self.close()
-        return other
+        return engine
 
     def close(self) -> None:
-        """Give the memory of the caches back; the weights stay."""
+        """Free the memory of the contexts; the models stay loaded."""
         self._stop.set()
-        for speaker in self._speakers:
-            speaker.asked.put(None)
-        for speaker in self._speakers:
-            speaker.thread.join()
-            speaker.llama.close()
+        for thread in self._threads:
+            thread.requests.put(None)
+        for thread in self._threads:
+            thread.join()
+            thread.engine.close()
 
-    def tokens(self, side: int, messages: Sequence[Message], answer_follows: bool) -> int:
-        """How much room a chat takes."""
-        llama = self._speakers[side].llama
-        return len(llama.tokenize(llama.template.render(messages, answer_follows)))
+    def count_tokens(
+        self, model_index: int, messages: Sequence[Message], *, add_generation_prompt: bool
+    ) -> int:
+        """Return the number of tokens of a chat in a model's template."""
+        engine = self._threads[model_index].engine
+        text = engine.template.render(messages, add_generation_prompt=add_generation_prompt)
+        return len(engine.tokenize(text))
 
     def stop(self) -> None:
-        """End the answers in hand at their next token; may be called from a signal handler."""
+        """End the running answers at their next token; may be called from a signal handler."""
         self._stop.set()
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[Heard]:
-        """One request of each model: the pieces as they come, then each answer, with "enough" as its end if it was stopped.
+    def generate(self, requests: Sequence[Request]) -> Iterator[AnswerPiece]:
+        """Answer one request with each model; yield the pieces, and each completion at its end.
 
-        All of it must be taken, or the rest would be taken for the next answer.
+        A stopped answer has the `finish` "cancelled". The iterator must be exhausted: a piece that
+        is left over would be part of the next answer.
         """
         self._stop.clear()
-        for speaker, request in zip(self._speakers, requests, strict=True):
-            speaker.asked.put(replace(request, stop_when=self._pause))
-        left = len(requests)
-        while left:
+        for thread, request in zip(self._threads, requests, strict=True):
+            thread.requests.put(replace(request, stop_when=self._take_turns))
+        running = len(requests)
+        while running:
             try:
-                side, heard = self._heard.get(
-                    timeout=0.2
-                )  # without one, Ctrl-C would not be seen on Windows
+                # Without a timeout Windows would not deliver Ctrl-C.
+                piece = self._pieces.get(timeout=_POLL_SECONDS)
             except Empty:
                 continue
-            if isinstance(heard, Exception):
-                raise heard
-            left -= isinstance(heard, Completion)
-            yield side, heard
+            if isinstance(piece, _Failure):
+                raise piece.error
+            running -= isinstance(piece.piece, Completion)
+            yield piece
 
-    def _pause(self, text: str) -> bool:
-        """Called by a model after each token: let the other one go on, and say whether to stop."""
-        self._turns.give()
-        self._turns.take()
+    def _take_turns(self, text: str) -> bool:
+        """Let another model compute, after each token; return whether to stop."""
+        self._turns.release()
+        self._turns.acquire()
         return self._stop.is_set()

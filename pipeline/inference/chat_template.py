@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from itertools import takewhile
+from typing import NoReturn
 
 from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -14,17 +15,24 @@ from pipeline.errors import GattError
 from pipeline.records import Message
 
 NO_THINKING = {"enable_thinking": False}
-"""For `apply_chat_template` too: the variable that templates of models which think aloud ask for."""
+"""Template variables that make a reasoning model answer at once; for `apply_chat_template` too."""
+
+Span = tuple[int, int]
+"""First character of a piece of text, and the one after its last."""
 
 
 class ChatTemplate:
-    """A model's Jinja chat template with the texts of its BOS and EOS tokens."""
+    """A model's Jinja chat template with the texts of its BOS and EOS tokens.
+
+    Raises:
+        GattError: the template is not valid Jinja.
+    """
 
     def __init__(self, source: str, bos: str, eos: str) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.globals["raise_exception"] = _refuse
+        environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now(timezone.utc).strftime(form)
         try:
             self._template = environment.from_string(source)
@@ -32,82 +40,85 @@ class ChatTemplate:
             raise GattError(f"The model's chat template is not valid Jinja: {error}") from error
         self._bos, self._eos = bos, eos
 
-    def render(self, messages: Sequence[Message], answer_follows: bool = True) -> str:
-        """The chat as text; with the opening of an assistant message at its end where `answer_follows`.
+    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = True) -> str:
+        """Return the chat as text, followed by the start of an assistant message if wanted.
 
-        A model that thinks aloud is asked to answer at once: training data have no thoughts.
+        Reasoning is switched off, because the training data have none.
         """
         return self._template.render(
             messages=list(messages),
-            add_generation_prompt=answer_follows,
+            add_generation_prompt=add_generation_prompt,
             bos_token=self._bos,
             eos_token=self._eos,
             **NO_THINKING,
         )
 
 
-def answer_spans(
-    template: ChatTemplate, messages: Sequence[Message]
-) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered chat, and for each assistant message the characters of its text and its end-of-turn token.
+def answer_spans(template: ChatTemplate, messages: Sequence[Message]) -> tuple[str, list[Span]]:
+    """Return the rendered chat, and where each answer stands in it with its end-of-turn token.
 
-    Some templates write earlier answers in another way than the last one (Qwen3 drops their thoughts), so that the chat up to
-    an answer is no prefix of the whole. Contents are found by what the template puts between them, and the end of a turn is
-    what follows an answer in the middle of a chat and at its end alike.
+    Rendering the chat up to an answer would not do. Some templates write earlier answers otherwise
+    than the last (Qwen3 drops their reasoning), so this is not a prefix of the chat. Instead, the
+    contents are located between the fixed texts that the template writes around them.
 
     Raises:
         GattError: the template changes the words of a message.
     """
-    whole = template.render(messages, answer_follows=False)
-    more: list[Message] = [
+    text = template.render(messages, add_generation_prompt=False)
+    fixed = _fixed_texts(template, messages)
+    end_of_turn = _end_of_turn(template, messages)
+    contents = [message["content"] for message in messages]
+    # Many templates strip the contents.
+    for candidates in (contents, [content.strip() for content in contents]):
+        spans = _content_spans(text, fixed, candidates)
+        if spans:
+            return text, [
+                (start, end + len(end_of_turn) if text.startswith(end_of_turn, end) else end)
+                for (start, end), message in zip(spans, messages, strict=True)
+                if message["role"] == "assistant"
+            ]
+    raise GattError(
+        "The model's chat template changes the words of a message, so the answers cannot be "
+        "located in the rendered chat. Take a model with another template."
+    )
+
+
+def _end_of_turn(template: ChatTemplate, messages: Sequence[Message]) -> str:
+    """Return the text that ends an answer: what follows one in the middle of a chat and at its end.
+
+    In the middle, the start of the next message follows too; at the end, perhaps another token.
+    """
+    longer: list[Message] = [
         *messages,
         {"role": "user", "content": "Go on."},
         {"role": "assistant", "content": "Yes."},
     ]
-    between, between_more = _between(template, messages), _between(template, more)
-    # Cut where two different special tokens begin alike.
-    alike = takewhile(
-        lambda pair: pair[0] == pair[1],
-        zip(between_more[len(messages)], between_more[-1], strict=False),
-    )
-    end = re.sub(r"\s*(<[^>]*)?$", "", "".join(sign for sign, _ in alike))
-    for said in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
-        places = _places(whole, between, said)
-        if places:
-            return whole, [
-                (first, last + len(end) * whole.startswith(end, last))
-                for (first, last), m in zip(places, messages, strict=True)
-                if m["role"] == "assistant"
-            ]
-    raise GattError(
-        "This chat template changes the words of a message; answers cannot be told from it."
-    )
+    fixed = _fixed_texts(template, longer)
+    pairs = zip(fixed[len(messages)], fixed[-1], strict=False)
+    common = "".join(char for char, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    # Two different special tokens may begin alike: cut an incomplete one.
+    return re.sub(r"\s*(<[^>]*)?$", "", common)
 
 
-def _between(template: ChatTemplate, messages: Sequence[Message]) -> list[str]:
-    """What the template writes before the first message's words, between those of two, and behind the last's."""
-    marks = [f"QX{n}XQ" for n in range(len(messages))]
+def _fixed_texts(template: ChatTemplate, messages: Sequence[Message]) -> list[str]:
+    """Return what the template writes before, between and after the contents of `messages`."""
     marked: list[Message] = [
-        {"role": m["role"], "content": mark} for m, mark in zip(messages, marks, strict=True)
+        {"role": message["role"], "content": f"QX{n}XQ"} for n, message in enumerate(messages)
     ]
-    return re.split(r"QX\d+XQ", template.render(marked, answer_follows=False))
+    return re.split(r"QX\d+XQ", template.render(marked, add_generation_prompt=False))
 
 
-def _places(whole: str, between: Sequence[str], said: Sequence[str]) -> list[tuple[int, int]]:
-    """Where each message's words stand, if `whole` is made of these parts; else nothing."""
-    found: list[tuple[int, int]] = []
-    at = 0
-    for n, part in enumerate(between):
-        if not whole.startswith(part, at) or len(between) != len(said) + 1:
-            return []
-        at += len(part)
-        if n < len(said):
-            if not whole.startswith(said[n], at):
-                return []
-            found.append((at, at + len(said[n])))
-            at += len(said[n])
-    return found if at == len(whole) else []
+def _content_spans(text: str, fixed: Sequence[str], contents: Sequence[str]) -> list[Span]:
+    """Return where `contents` stand in `text`; [] if it is not made of `fixed` and `contents`."""
+    if len(fixed) != len(contents) + 1:
+        return []
+    spans: list[Span] = []
+    rebuilt = fixed[0]
+    for content, after in zip(contents, fixed[1:], strict=True):
+        spans.append((len(rebuilt), len(rebuilt) + len(content)))
+        rebuilt += content + after
+    return spans if rebuilt == text else []
 
 
-def _refuse(reason: str) -> None:
+def _raise_exception(reason: str) -> NoReturn:
     raise GattError(f"The model's chat template refuses this chat: {reason}")

@@ -1,76 +1,87 @@
-"""Logits of a model, and what is computed from them: log-softmax, KL divergence, negative log-likelihood."""
+"""Logits of a model, and what is computed from them: log-softmax, KL divergence, NLL.
+
+Logits are stored in float32 or less; everything computed from them is in float64 and in nats.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.files import whole_file
 from pipeline.gguf.base import Array
 
-
-def mean_kl(trained: Array, other: Array) -> float:
-    """The mean Kullback-Leibler divergence, in nats a token, of `other` from `trained`, both (tokens, vocabulary) logits.
-
-    A file may leave out rows of the vocabulary that no token has: what both have counts.
-    """
-    width = min(trained.shape[1], other.shape[1])
-    total = 0.0
-    for one, two in zip(trained, other, strict=True):
-        first, second = (log_softmax(row[:width].astype(np.float64)) for row in (one, two))
-        total += float((np.exp(first) * (first - second)).sum())
-    return total / len(trained)
-
-
-def mean_nll(sequences: Sequence[Sequence[int]], logits: Array) -> float:
-    """The mean negative log-likelihood of the sequences, nats a token, under (all their tokens, vocabulary) logits."""
-    losses: list[float] = []
-    rows = iter(logits)
-    for sequence in sequences:
-        mine = [next(rows) for _ in sequence]
-        losses += [
-            -log_softmax(row.astype(np.float64))[token]
-            for row, token in zip(mine, sequence[1:], strict=False)
-        ]
-    return float(np.mean(losses))
-
-
-def log_softmax(row: Any) -> Any:
-    """The logarithms of the probabilities that logits stand for."""
-    shifted = row - row.max()
-    return shifted - np.log(np.exp(shifted).sum())
+LogProbs = npt.NDArray[np.float64]
 
 
 class Logits(NamedTuple):
-    """What a model predicts: sequences of token ids, and (all their tokens, vocabulary) logits of what follows each."""
+    """What a model predicts after each token of some sequences of token ids.
+
+    `values` has the shape (tokens of all sequences, vocab_size).
+    """
 
     sequences: list[list[int]]
-    logits: Any
+    values: Array
 
     def save(self, path: Path) -> None:
-        """Keep it as NumPy arrays; the logits in half precision."""
-        import numpy as np
-
+        """Write an .npz file, with the values in float16."""
         with whole_file(path) as draft, draft.open("wb") as file:
-            lengths = [len(s) for s in self.sequences]
             np.savez(
                 file,
                 ids=np.concatenate(self.sequences),
-                lengths=lengths,
-                logits=self.logits.astype(np.float16),
+                lengths=[len(sequence) for sequence in self.sequences],
+                logits=self.values.astype(np.float16),
             )
 
     @classmethod
     def load(cls, path: Path) -> Logits:
-        """As saved."""
-        import numpy as np
+        """Return what `save` wrote, with the values in float32."""
+        with np.load(path) as arrays:
+            ends = np.cumsum(arrays["lengths"])[:-1]
+            sequences = [ids.tolist() for ids in np.split(arrays["ids"], ends)]
+            return cls(sequences, arrays["logits"].astype(np.float32))
 
-        with np.load(path) as found:
-            ends = np.cumsum(found["lengths"])[:-1]
-            return cls(
-                [part.tolist() for part in np.split(found["ids"], ends)],
-                found["logits"].astype(np.float32),
-            )
+    def next_tokens(self) -> Iterator[tuple[Array, int]]:
+        """Yield each row that has a next token in its sequence, with that token."""
+        start = 0
+        for sequence in self.sequences:
+            rows = self.values[start : start + len(sequence)]
+            yield from zip(rows[:-1], sequence[1:], strict=True)
+            start += len(sequence)
+
+
+def log_softmax(logits: Array) -> LogProbs:
+    """Return the log-probabilities of a row of logits (vocab_size)."""
+    exact = logits.astype(np.float64)
+    shifted = exact - exact.max()  # exp of the largest is 1: nothing overflows
+    log_probs: LogProbs = shifted - np.log(np.exp(shifted).sum())
+    return log_probs
+
+
+def nll(logits: Array, token: int) -> float:
+    """Return the negative log-likelihood of a token under a row of logits."""
+    return -float(log_softmax(logits)[token])
+
+
+def kl_divergence(p: LogProbs, q: LogProbs) -> float:
+    """Return KL(p‖q) of two rows of log-probabilities."""
+    return float((np.exp(p) * (p - q)).sum())
+
+
+def mean_kl(reference: Array, values: Array) -> float:
+    """Return the mean KL(reference‖model) of two (tokens, vocab_size) arrays of logits.
+
+    A model file may lack vocabulary rows that no token uses: only the common ones count.
+    """
+    width = min(reference.shape[1], values.shape[1])
+    pairs = zip(reference[:, :width], values[:, :width], strict=True)
+    return sum(kl_divergence(log_softmax(p), log_softmax(q)) for p, q in pairs) / len(reference)
+
+
+def mean_nll(logits: Logits) -> float:
+    """Return the mean NLL of the sequences' tokens, without the first token of each."""
+    return float(np.mean([nll(row, token) for row, token in logits.next_tokens()]))

@@ -1,11 +1,12 @@
-"""Any OpenAI-compatible server as the teacher: vLLM, llama-server, Ollama, LM Studio, llama-cpp-python's own.
+"""Generate with an OpenAI-compatible server: vLLM, llama-server, Ollama, LM Studio, and others.
 
-The way to scale out: the server batches, this file only keeps enough dialogues in flight. What the server decides: its chat
-template, its sampling beyond temperature and seed, and whether an answer depends on what runs beside it.
+This is the way to scale out: the server batches, and this client keeps enough requests in flight.
+The server decides on its chat template and on sampling parameters other than temperature and seed.
+It also decides whether an answer depends on the other requests in its batch.
 
-Two servers to set up with care. Ollama drops old messages in silence where its context is full: start it with
-OLLAMA_CONTEXT_LENGTH large enough. llama-cpp-python's breaks a stream off when the next request arrives: start it with
-`--interrupt_requests False`, or most answers are asked for twice.
+Two servers need an option. Ollama drops old messages silently when its context is full: set
+OLLAMA_CONTEXT_LENGTH large enough. The server of llama-cpp-python aborts a stream when the next
+request arrives: start it with `--interrupt_requests False`, or most answers are requested twice.
 """
 
 from __future__ import annotations
@@ -16,238 +17,272 @@ import os
 import re
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import closing
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.errors import GattError
-from pipeline.records import Completion, Request, Task
+from pipeline.records import Completion, FinishReason, Request, Task
 
-_EXAMPLE = "http://127.0.0.1:8000/v1"
-_RETRIES = 6
-"""Of a request that the server had no room for or failed at; the waits between them add up to about 25 s."""
-_FIRST_RETRIES = 2
-"""The same at the first contact, where a wrong address is likelier than a server that comes back."""
-_SECONDS = 1200
-"""For one answer. It spans the wait in the server's own queue, which is long where a CPU answers one at a time."""
-_OVERFLOW = re.compile(r"context.?(length|size|window)|maximum model length", re.IGNORECASE)
-_CUT = ("length", "content_filter", "abort")
+if TYPE_CHECKING:
+    from openai import APIConnectionError, APIStatusError, AsyncOpenAI, AsyncStream
+    from openai.types.chat import ChatCompletion, ChatCompletionChunk
+    from openai.types.completion_usage import CompletionUsage
+
+DEFAULT_MAX_PARALLEL = 24
+"""Requests in flight."""
+_EXAMPLE_URL = "http://127.0.0.1:8000/v1"
+_MAX_RETRIES = 6
+"""Retries after status 429, 5xx or a lost connection, with waits of about 25 s in all."""
+_MAX_RETRIES_FIRST_REQUEST = 2
+"""Fewer, because a wrong address is likelier there than a server that is restarting."""
+_CONNECT_SECONDS = 10
+_ANSWER_SECONDS = 1200
+"""Timeout of one answer. It includes the server's queue, which is long for a server on a CPU."""
+_CONTEXT_OVERFLOW = re.compile(r"context.?(length|size|window)|maximum model length", re.IGNORECASE)
+_TRUNCATED = ("length", "content_filter", "abort")
+"""Finish reasons of an answer that did not come to its own end."""
+_MESSAGE_CHARACTERS = 200
 
 
 class OpenAIClient:
-    """The model `model` behind `url`, with `concurrency` dialogues in flight; "" is the first model that it offers.
+    """The model `model` behind `url`; "" takes the first model that the server lists.
 
-    `name` is that of the model in use, once a run has begun. The key is taken from the environment variable OPENAI_API_KEY.
+    `name` is the name of that model, known once a run has begun. The API key is read from the
+    environment variable OPENAI_API_KEY.
 
     Raises:
-        GattError: `url` is no address.
+        GattError: `url` is not a valid address.
     """
 
-    def __init__(self, url: str, model: str = "", concurrency: int = 24) -> None:
-        if not _is_address(url):
+    def __init__(self, url: str, model: str = "", max_parallel: int = DEFAULT_MAX_PARALLEL) -> None:
+        if not _is_valid_url(url):
             raise GattError(
-                f"{url!r} is not the address of a server. Expected one such as {_EXAMPLE}."
+                f"{url!r} is not the address of a server. Expected one such as {_EXAMPLE_URL}."
             )
-        self._url, self.name, self._concurrency = url, model, concurrency
-        self._offered: list[str] = []
-        self._options: dict[str, Any] = {"stream_options": {"include_usage": True}}
+        self._url, self.name, self._max_parallel = url, model, max_parallel
+        self._listed_models: list[str] = []
+        self._takes_stream_options = True
 
     def __enter__(self) -> OpenAIClient:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing to give back: connections are closed at the end of each run."""
+        """Do nothing: the connections are closed at the end of each run."""
 
     def run(self, tasks: Iterable[Task]) -> None:
         """Drive all `tasks` to their end; they are advanced in this thread, one at a time.
 
         Raises:
-            GattError: nobody answers, the key or the model is refused, or the server fails again and again.
+            GattError: no server answers, it refuses the key or the model, or it keeps failing.
         """
         asyncio.run(self._run(tasks))
 
     async def _run(self, tasks: Iterable[Task]) -> None:
         import openai
 
-        key = os.environ.get("OPENAI_API_KEY") or "none"
-        # Only connecting has a limit of its own: how long the first token may take depends on the queue (see _SECONDS).
-        timeout = openai.Timeout(None, connect=10)
         async with openai.AsyncOpenAI(
-            base_url=self._url, api_key=key, timeout=timeout, max_retries=_RETRIES
+            base_url=self._url,
+            api_key=os.environ.get("OPENAI_API_KEY") or "none",
+            timeout=openai.Timeout(None, connect=_CONNECT_SECONDS),  # see _ANSWER_SECONDS
+            max_retries=_MAX_RETRIES,
         ) as client:
             try:
-                await self._meet(client)
+                await self._choose_model(client)
                 waiting = iter(tasks)
-                await _together([self._work(client, waiting) for _ in range(self._concurrency)])
-            except (openai.APIConnectionError, openai.APIStatusError) as error:
-                raise GattError(self._reason(error)) from error
+                await _run_all([self._work(client, waiting) for _ in range(self._max_parallel)])
+            except openai.APIConnectionError as error:
+                raise GattError(self._connection_message(error)) from error
+            except openai.APIStatusError as error:
+                raise GattError(self._status_message(error)) from error
 
-    async def _meet(self, client: Any) -> None:
-        """Ask for the list of models: a wrong address shows here at once, and the first model is the default."""
+    async def _choose_model(self, client: AsyncOpenAI) -> None:
+        """List the server's models: the first is the default, and a wrong address shows here."""
         import openai
 
+        first_request = client.with_options(max_retries=_MAX_RETRIES_FIRST_REQUEST)
         try:
-            answer = await client.with_options(max_retries=_FIRST_RETRIES).get(
-                "/models", cast_to=object
-            )
+            response = await first_request.get("/models", cast_to=object)
         except json.JSONDecodeError as error:
-            raise self._stranger("broken JSON") from error
+            raise self._incompatible("broken JSON") from error
         except openai.APIStatusError:
             if self.name:
-                return  # Some gateways have no list, or keep it from a key that may chat.
+                return  # some gateways have no list, or refuse it to a key that may chat
             raise
         try:
-            self._offered = [str(model["id"]) for model in answer["data"]]
+            self._listed_models = [str(model["id"]) for model in response["data"]]
         except (TypeError, KeyError) as error:
-            raise self._stranger(answer) from error
-        if not self.name and not self._offered:
+            raise self._incompatible(response) from error
+        if not self.name and not self._listed_models:
             raise GattError(
                 f"The server at {self._url} offers no model. Load one there, and run again."
             )
-        self.name = self.name or self._offered[0]
+        self.name = self.name or self._listed_models[0]
 
-    async def _work(self, client: Any, waiting: Iterator[Task]) -> None:
-        """One place in flight: start the next dialogue whenever the last one has ended."""
+    async def _work(self, client: AsyncOpenAI, waiting: Iterator[Task]) -> None:
+        """Drive one task after another, until none is waiting."""
         for task in waiting:
             with closing(task):
-                await self._converse(client, task)
+                await self._drive(client, task)
 
-    async def _converse(self, client: Any, task: Task) -> None:
+    async def _drive(self, client: AsyncOpenAI, task: Task) -> None:
         completion: Completion | None = None
         while True:
             try:
                 request = task.send(completion) if completion else next(task)
             except StopIteration:
                 return
-            completion = await _within(_SECONDS, self._complete(client, request))
+            completion = await _wait_at_most(_ANSWER_SECONDS, self._complete(client, request))
             if completion is None:
                 raise GattError(
-                    f"The server at {self._url} took more than {_SECONDS} s for one answer. See whether it hangs; "
-                    f"if it is only slow, lower the concurrency ({self._concurrency}). Then run again."
+                    f"The server at {self._url} took more than {_ANSWER_SECONDS} s for one "
+                    "answer. Check its log. If it is only slow, lower max_parallel "
+                    f"({self._max_parallel}) and run again."
                 )
 
-    async def _complete(self, client: Any, request: Request) -> Completion:
-        """One answer; a stream that broke off is asked for again as a whole, where an error has a status to name it."""
-        import openai
+    async def _complete(self, client: AsyncOpenAI, request: Request) -> Completion:
+        """Return one answer, requested again without streaming if the stream broke off.
 
-        try:
-            return await self._streamed(client, request) or await self._whole(client, request)
-        except openai.APIStatusError as error:
-            told = f"{error.code} {_said(error)}"
-            if error.status_code in (400, 413, 422) and _OVERFLOW.search(told):
-                return Completion("", 0, 0, "context")
-            raise
-
-    async def _streamed(self, client: Any, request: Request) -> Completion | None:
-        """The answer, cut off as soon as it is enough; None where the stream ended before the answer did.
-
-        Tokens are counted in pieces of the stream where the server does not say, and then `prompt_tokens` is 0.
+        An error in a stream has no HTTP status; the second response shows it.
         """
         import openai
 
-        text, tokens, prompt_tokens, reason = "", 0, 0, ""
-        async with await self._open(client, request) as stream:
-            try:
-                async for chunk in stream:
-                    for choice in chunk.choices or ():
-                        piece = (choice.delta and choice.delta.content) or ""
-                        text, tokens = text + piece, tokens + bool(piece)
-                        reason = choice.finish_reason or reason
-                        if piece and request.stop_when and request.stop_when(text):
-                            return Completion(text, tokens, prompt_tokens, "enough")
-                    if chunk.usage:
-                        tokens, prompt_tokens = (
-                            chunk.usage.completion_tokens,
-                            chunk.usage.prompt_tokens,
-                        )
-            except (openai.APIError, json.JSONDecodeError):
-                return None
-        return Completion(text, tokens, prompt_tokens, _finish(reason)) if reason else None
+        try:
+            completion = await self._complete_streaming(client, request)
+            return completion or await self._complete_at_once(client, request)
+        except openai.APIStatusError as error:
+            description = f"{error.code} {_error_text(error)}"
+            if error.status_code in (400, 413, 422) and _CONTEXT_OVERFLOW.search(description):
+                return Completion("", 0, 0, "context")
+            raise
 
-    async def _open(self, client: Any, request: Request) -> Any:
+    async def _complete_streaming(self, client: AsyncOpenAI, request: Request) -> Completion | None:
+        """Return the answer, closing the stream once `stop_when` holds; None if it broke off.
+
+        If the server sends no usage, `tokens` counts the chunks and `prompt_tokens` is 0.
+        """
         import openai
 
-        options = self._options
-        try:
-            return await self._create(client, request, stream=True, **options)
-        except openai.APIStatusError as error:
-            if not options or "stream_options" not in _said(error):
-                raise
-        self._options = {}
-        return await self._create(client, request, stream=True)
+        text, chunks, finish_reason = "", 0, ""
+        usage: CompletionUsage | None = None
+        async with await self._open_stream(client, request) as stream:
+            try:
+                async for chunk in stream:
+                    usage = chunk.usage or usage
+                    for choice in chunk.choices or ():
+                        delta = (choice.delta and choice.delta.content) or ""
+                        text, chunks = text + delta, chunks + bool(delta)
+                        finish_reason = choice.finish_reason or finish_reason
+                        if delta and request.stop_when and request.stop_when(text):
+                            return _completion(text, "stop_when", usage, chunks)
+            except (openai.APIError, json.JSONDecodeError):
+                return None
+        if not finish_reason:
+            return None
+        return _completion(text, _finish(finish_reason), usage, chunks)
 
-    async def _whole(self, client: Any, request: Request) -> Completion:
+    async def _open_stream(
+        self, client: AsyncOpenAI, request: Request
+    ) -> AsyncStream[ChatCompletionChunk]:
+        """Request a stream with its usage, or without for a server that refuses the option."""
+        import openai
+
+        if self._takes_stream_options:
+            try:
+                return await client.chat.completions.create(
+                    **self._body(request), stream=True, stream_options={"include_usage": True}
+                )
+            except openai.APIStatusError as error:
+                if "stream_options" not in _error_text(error):
+                    raise
+            self._takes_stream_options = False
+        return await client.chat.completions.create(**self._body(request), stream=True)
+
+    async def _complete_at_once(self, client: AsyncOpenAI, request: Request) -> Completion:
         try:
-            answer = await self._create(client, request)
+            response: ChatCompletion = await client.chat.completions.create(**self._body(request))
         except json.JSONDecodeError as error:
-            raise self._stranger("broken JSON") from error
-        choices = getattr(answer, "choices", None)
+            raise self._incompatible("broken JSON") from error
+        choices = getattr(response, "choices", None)
         if not choices:
-            raise self._stranger(answer)
+            raise self._incompatible(response)
         text = choices[0].message.content or ""
-        tokens, prompt_tokens = (
-            (answer.usage.completion_tokens, answer.usage.prompt_tokens) if answer.usage else (0, 0)
-        )
-        enough = request.stop_when and request.stop_when(text)
-        return Completion(
-            text, tokens, prompt_tokens, "enough" if enough else _finish(choices[0].finish_reason)
-        )
+        stopped = request.stop_when and request.stop_when(text)
+        finish: FinishReason = "stop_when" if stopped else _finish(choices[0].finish_reason)
+        return _completion(text, finish, response.usage)
 
-    async def _create(self, client: Any, request: Request, **how: Any) -> Any:
-        return await client.chat.completions.create(
-            model=self.name,
-            messages=list(request.messages),
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            seed=request.seed,
-            **how,
-        )
+    def _body(self, request: Request) -> dict[str, object]:
+        return {
+            "model": self.name,
+            "messages": list(request.messages),
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "seed": request.seed,
+        }
 
-    def _stranger(self, found: object) -> GattError:
+    def _incompatible(self, response: object) -> GattError:
         return GattError(
-            f"What answers at {self._url} is no OpenAI-compatible server (found {_short(found)!r}). "
-            f"Correct the address; it mostly ends in /v1, as in {_EXAMPLE}."
+            f"The server at {self._url} is not OpenAI-compatible (it sent {_one_line(response)!r})."
+            f" Correct the address; it usually ends in /v1, as in {_EXAMPLE_URL}."
         )
 
-    def _reason(self, error: Any) -> str:
-        """What a refusal or a failure means, and what to do next."""
-        status = getattr(error, "status_code", 0)
-        said = f"({status}: {_said(error)})"
-        if not status:
-            cause = _short(error.__cause__ or error)
-            return f"No server answers at {self._url} ({cause}). Start it or correct the address ({_EXAMPLE}), and run again."
-        if status in (401, 403):
-            key = (
-                "the key in OPENAI_API_KEY"
-                if os.environ.get("OPENAI_API_KEY")
-                else "a request without a key"
+    def _connection_message(self, error: APIConnectionError) -> str:
+        return (
+            f"No server answers at {self._url} ({_one_line(error.__cause__ or error)}). Start it "
+            f"or correct the address ({_EXAMPLE_URL}), and run again."
+        )
+
+    def _status_message(self, error: APIStatusError) -> str:
+        """Return what a 4xx or 5xx response means for the user, and what to do next."""
+        import openai
+
+        server = f"The server at {self._url}"
+        details = f"({error.status_code}: {_error_text(error)})"
+        if isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
+            has_key = os.environ.get("OPENAI_API_KEY")
+            key = "the key in OPENAI_API_KEY" if has_key else "a request without a key"
+            return f"{server} refuses {key} {details}. Set OPENAI_API_KEY to a valid key."
+        unknown_model = isinstance(error, openai.NotFoundError) or error.code == "model_not_found"
+        if unknown_model and self.name not in self._listed_models:
+            if self._listed_models:
+                known = ", ".join(self._listed_models)
+                return f"{server} has no model {self.name!r}. Take one of: {known}."
+            return (
+                f"No chat completions at {self._url} {details}. Correct the address (it usually "
+                "ends in /v1) or the model's name."
             )
-            return f"The server at {self._url} refuses {key} {said}. Set OPENAI_API_KEY to one that it knows."
-        if (status == 404 or error.code == "model_not_found") and self.name not in self._offered:
-            if self._offered:
-                return f"The server at {self._url} has no model {self.name!r}. Take one of: {', '.join(self._offered)}."
-            return f"Nothing to chat with at {self._url} {said}. Correct the address (it mostly ends in /v1) or the model's name."
-        if status == 429:
-            return f"The server at {self._url} has no room {said}. Lower the concurrency ({self._concurrency}) and run again."
-        if status >= 500:
-            return f"The server at {self._url} fails again and again {said}. See its log, then run again."
-        return f"The server at {self._url} refuses the request {said}. Correct the recipe, or take another server."
+        if isinstance(error, openai.RateLimitError):
+            return (
+                f"{server} has too many requests {details}. Lower max_parallel "
+                f"({self._max_parallel}) and run again."
+            )
+        if isinstance(error, openai.InternalServerError):
+            return f"{server} keeps failing {details}. Check its log, then run again."
+        return f"{server} refuses the request {details}. Correct the recipe, or use another server."
 
 
-async def _together(workers: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run `workers` to their end; where one fails, the others are stopped before its exception goes on."""
+def is_server_url(name: str) -> bool:
+    """Return whether `name` is meant as the address of a server, not as the name of a model."""
+    return name.startswith(("http://", "https://"))
+
+
+async def _run_all(workers: Iterable[Coroutine[object, object, None]]) -> None:
+    """Run `workers` to their end; if one fails, cancel the rest before raising its exception."""
     running = [asyncio.ensure_future(worker) for worker in workers]
     try:
         await asyncio.gather(*running)
     finally:
-        for one in running:
-            one.cancel()
+        for worker in running:
+            worker.cancel()
         await asyncio.gather(*running, return_exceptions=True)
 
 
-async def _within(seconds: float, answer: Coroutine[Any, Any, Completion]) -> Completion | None:
-    """The answer, or None where it takes longer.
+async def _wait_at_most(
+    seconds: float, answer: Coroutine[object, object, Completion]
+) -> Completion | None:
+    """Return the answer, or None after `seconds`.
 
-    Not `asyncio.wait_for`: before Python 3.12 that can lose a cancellation, and its dialogue would go on to the end.
+    `asyncio.wait_for` would not do: before Python 3.12 it can lose a cancellation, and the task
+    would run on to its end.
     """
     running = asyncio.ensure_future(answer)
     try:
@@ -258,7 +293,7 @@ async def _within(seconds: float, answer: Coroutine[Any, Any, Completion]) -> Co
         await asyncio.gather(running, return_exceptions=True)
 
 
-def _is_address(url: str) -> bool:
+def _is_valid_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -266,17 +301,25 @@ def _is_address(url: str) -> bool:
         return False
 
 
-def _finish(reason: str) -> str:
-    return "length" if reason in _CUT else "stop"
+def _completion(
+    text: str, finish: FinishReason, usage: CompletionUsage | None, chunks: int = 0
+) -> Completion:
+    if usage:
+        return Completion(text, usage.completion_tokens, usage.prompt_tokens, finish)
+    return Completion(text, chunks, 0, finish)
 
 
-def _said(error: Any) -> str:
-    """The server's own words."""
+def _finish(finish_reason: str) -> FinishReason:
+    return "length" if finish_reason in _TRUNCATED else "stop"
+
+
+def _error_text(error: APIStatusError) -> str:
+    """Return the message in the body of an error response."""
     body = error.body
     if isinstance(body, dict):
         body = body.get("message") or body.get("detail") or body
-    return _short(body or error.message)
+    return _one_line(body or error.message)
 
 
-def _short(words: object) -> str:
-    return " ".join(str(words).split())[:200]
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())[:_MESSAGE_CHARACTERS]

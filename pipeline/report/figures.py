@@ -1,376 +1,278 @@
-"""Pictures: numbers in, SVG and PNG out. Text and axes are drawn in one color, which a page replaces by its own.
-
-Each is drawn twice, for a desk and for a phone, whose text would be too small in a picture that was shrunk.
-"""
+"""Draw the figures of a report from its numbers."""
 
 from __future__ import annotations
 
-import functools
-import html
-import io
-import re
 import textwrap
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Concatenate, NamedTuple, ParamSpec
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from pipeline.evaluation.rates import wilson
+from pipeline.evaluation.rates import Rate, wilson
+from pipeline.evaluation.scores import ChangeScores, RateRow
+from pipeline.evaluation.statistics import Survival
+from pipeline.report.styles import STYLES, Style, arm_label, styles_for
+from pipeline.report.svg import FONT_SIZE, TEXT_COLOR, Layout, rendered
 
-Rows = list[dict[str, Any]]
-P = ParamSpec("P")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
 
-_TEXT = "#1b1e23"
-_STYLES = {
-    "base": ("#d1602c", "o", "-"),
-    "tuned": ("#2a8fb4", "s", "-"),
-    "ceiling": ("#868b93", "", "--"),
-}
-_OTHERS = (
-    ("#9467bd", "^", "-."),
-    ("#4d9a3b", "D", ":"),
-    ("#c0568f", "v", "-."),
-    ("#a08328", "P", ":"),
-    ("#2a8fb4", "s", "-"),
-    ("#b23b3b", "X", "--"),
-    ("#3f6fd1", "<", "-."),
-    ("#6b7d2a", ">", ":"),
-)
-_NAMES = {"tuned": "GAtt-tuned", "ceiling": "base, told every turn"}
-_TICKS = (1, 5, 10, 15, 20)
+    from pipeline.evaluation.attention import AttentionMap
 
 
-class Picture(NamedTuple):
-    """A figure as SVG on no ground, wide and narrow, and as PNG (150 dpi) on white. `title` says what it shows."""
+class _Label(NamedTuple):
+    """The name of an arm at the end (x, y) of its line."""
 
-    svg: str
-    narrow: str
-    png: bytes
-    title: str
-
-    @property
-    def inline(self) -> str:
-        """The SVGs for a page, which shows one of them: their text takes the color of the page's."""
-        return f'<span class="desk">{self._for_page(self.svg)}</span><span class="phone">{self._for_page(self.narrow)}</span>'
-
-    def _for_page(self, svg: str) -> str:
-        # Without matplotlib's names of groups (figure_1, axes_1), of which a page may have one each.
-        plain = re.sub(r' id="[\w.]+_\d+"', "", svg).replace(_TEXT, "currentColor")
-        return plain.replace("<svg ", f'<svg role="img" aria-label="{html.escape(self.title)}" ', 1)
-
-    @property
-    def alone(self) -> str:
-        """The SVG as a file of its own: on white, whatever shows it."""
-        return self.svg.replace(">", '>\n <rect width="100%" height="100%" fill="#fff"/>', 1)
+    arm: str
+    x: float
+    y: float
+    color: str
 
 
-def _drawn(title: str) -> Callable[[Callable[Concatenate[bool, P], Any]], Callable[P, Picture]]:
-    """Of a function that draws a figure, narrow or not, the one that gives the picture."""
-
-    def of(draw: Callable[Concatenate[bool, P], Any]) -> Callable[P, Picture]:
-        @functools.wraps(draw)
-        def picture(*numbers: P.args, **named: P.kwargs) -> Picture:
-            wide, narrow = (
-                _rendered(draw(thin, *numbers, **named), title, thin) for thin in (False, True)
-            )
-            return Picture(wide[0], narrow[0], wide[1], title)
-
-        return picture
-
-    return of
+_LABELED_TURNS = (1, 5, 10, 15, 20)
 
 
-@_drawn("Share of the answers that keep the instruction, by turn")
-def adherence_curve(narrow: bool, rows: Rows, turns: int) -> Any:
-    """Adherence by turn for each arm, with its 95 % interval. `rows` is `by_turn` of the scores."""
-    figure, axes = _figure(narrow, 4.2)
-    ends = []
-    for arm, style in _styled([r["arm"] for r in rows]).items():
-        mine = sorted((r for r in rows if r["arm"] == arm), key=lambda r: r["at"])
-        at = [r["at"] for r in mine]
-        _band(axes, at, [r["low"] for r in mine], [r["high"] for r in mine], style)
-        _line(axes, at, [r["value"] for r in mine], style)
-        ends.append((arm, at[-1], mine[-1]["value"], style[0]))
-    _by_turn(
-        axes,
-        turns,
-        "turn (the instruction is given in turn 1)",
-        "answers that keep the instruction",
-    )
-    _labels(axes, ends)
+@rendered("adherence", "Share of the answers that keep the instruction, by turn")
+def adherence_curve(layout: Layout, rows: Sequence[RateRow], turns: int) -> Figure:
+    """Draw the adherence of each arm by turn, with its 95 % interval; `rows` are `by_turn`."""
+    by_arm: dict[str, list[RateRow]] = {}
+    for row in rows:
+        by_arm.setdefault(row.arm, []).append(row)
+    figure, axes = _single_axes(layout, 4.2)
+    labels = []
+    for arm, style in styles_for(by_arm).items():
+        points = sorted(by_arm[arm], key=lambda row: int(row.at))
+        _draw_rates(axes, [int(row.at) for row in points], points, style)
+        labels.append(_Label(arm, int(points[-1].at), points[-1].value, style.color))
+    dialogues = _count_text(max(row.n for row in by_arm[arm]) for arm in by_arm)
+    _format_turns(axes, layout, turns, f"turn ({dialogues}; the instruction is given in turn 1)")
+    axes.set_ylabel("answers that keep the instruction")
+    _draw_labels(axes, layout, labels)
     return figure
 
 
-@_drawn("Share of the dialogues without a broken answer so far, by turn")
-def survival_curve(narrow: bool, survival: dict[str, Any], turns: int) -> Any:
-    """The share of dialogues without a broken answer so far, for each arm, with its 95 % interval."""
-    figure, axes = _figure(narrow, 3.4)
-    ends = []
-    for arm, style in _styled(survival).items():
-        steps = survival[arm]["steps"]
+@rendered("survival", "Share of the dialogues without a broken answer so far, by turn")
+def survival_curve(layout: Layout, survival: Mapping[str, Survival], turns: int) -> Figure:
+    """Draw the share of dialogues without a broken answer so far, with its 95 % interval."""
+    figure, axes = _single_axes(layout, 3.4)
+    labels = []
+    for arm, style in styles_for(survival).items():
+        steps = survival[arm].steps
         if not steps:
             continue
-        at, value, low, high = ([s[key] for s in steps] for key in ("turn", "value", "low", "high"))
-        axes.fill_between(
-            [0.5, *at], [1, *low], [1, *high], step="post", color=style[0], alpha=0.14, linewidth=0
-        )
-        if not value[-1]:  # all are broken, and remain so
-            at, value = [*at, max(turns, at[-1])], [*value, 0.0]
-        axes.step([0.5, *at], [1, *value], style[2], where="post", color=style[0], linewidth=1.8)
-        ends.append((arm, at[-1], value[-1], style[0]))
-    _by_turn(axes, turns, "turn", "dialogues not broken so far")
-    _labels(axes, ends)
+        x = [0.5, *(step.turn for step in steps)]
+        values = [1.0, *(step.value for step in steps)]
+        low, high = [1.0, *(step.low for step in steps)], [1.0, *(step.high for step in steps)]
+        axes.fill_between(x, low, high, step="post", color=style.color, alpha=0.14, linewidth=0)
+        if values[-1] == 0:  # all dialogues are broken and remain so
+            x, values = [*x, max(turns, x[-1])], [*values, 0.0]
+        _draw_line(axes, x, values, style._replace(marker=""), drawstyle="steps-post")
+        labels.append(_Label(arm, x[-1], values[-1], style.color))
+    dialogues = _count_text(survival[arm].dialogues for arm in survival)
+    _format_turns(axes, layout, turns, f"turn ({dialogues})")
+    axes.set_ylabel("dialogues not broken so far")
+    _draw_labels(axes, layout, labels)
     return figure
 
 
-@_drawn("Share of the answers that keep the old and the new instruction, by turn")
-def change_curve(narrow: bool, change: dict[str, Any], arms: Sequence[str] = ()) -> Any:
-    """Adherence of each arm to the old instruction (dashed) and, from the change on, to the new one, with 95 % intervals.
+@rendered("change", "Share of the answers that keep the old and the new instruction, by turn")
+def change_curve(
+    layout: Layout, change: Mapping[str, ChangeScores], arms: Sequence[str] = ()
+) -> Figure:
+    """Draw each arm's adherence to the old instruction and, from the change on, to the new one.
 
-    `arms` of the other curves, some of which are not here: each keeps its color.
+    `arms` are those of the other figures, some of which are not measured here: all keep their
+    colors.
     """
-    figure, axes = _figure(narrow, 3.2)
-    ends = []
-    turns = 1
-    for arm, (color, marker, _) in _styled([*arms, *change]).items():
+    figure, axes = _single_axes(layout, 3.2)
+    labels = []
+    for arm, style in styles_for([*arms, *change]).items():
         if arm not in change:
             continue
-        rows = change[arm]["by_turn"]
-        turns = max(turns, rows[-1]["at"])
-        new = [r for r in rows if r["at"] >= change[arm]["at"]] or rows
-        for share, mine, style in (
-            ("old", rows, (color, "", "--")),
-            ("new", new, (color, marker, "-")),
-        ):
-            at, rates = (
-                [r["at"] for r in mine],
-                [wilson(round(r[share] * r["n"]), r["n"]) for r in mine],
-            )
-            _band(
-                axes,
-                at,
-                [r.low for r in rates],
-                [r.high for r in rates],
-                style,
-                0.14 if share == "new" else 0.07,
-            )
-            _line(axes, at, [r[share] for r in mine], style, 1.8 if share == "new" else 1.2)
-        ends.append((arm, rows[-1]["at"], rows[-1]["new"], color))
-    axes.axvline(
-        max(found["at"] for found in change.values()) - 0.5,
-        color=_TEXT,
-        linewidth=0.8,
-        linestyle=":",
-    )
-    _by_turn(
-        axes,
-        turns,
-        "turn (the instruction changes at the dotted line; dashed: the old one)",
-        "answers that keep it",
-    )
-    _labels(axes, ends)
+        rows = change[arm].by_turn
+        old = [wilson(round(row.old * row.n), row.n) for row in rows]
+        _draw_rates(axes, [row.turn for row in rows], old, Style(style.color, "", "--"), faint=True)
+        changed = [row for row in rows if row.turn >= change[arm].change_turn] or rows
+        new = [wilson(round(row.new * row.n), row.n) for row in changed]
+        _draw_rates(axes, [row.turn for row in changed], new, style._replace(dashes="-"))
+        labels.append(_Label(arm, rows[-1].turn, rows[-1].new, style.color))
+    change_turn = max(scores.change_turn for scores in change.values())
+    axes.axvline(change_turn - 0.5, color=TEXT_COLOR, linewidth=0.8, linestyle=":")
+    turns = max(scores.by_turn[-1].turn for scores in change.values())
+    dialogues = _count_text(scores.dialogues for scores in change.values())
+    note = "new instruction from the dotted line on; dashed: old"
+    _format_turns(axes, layout, turns, f"turn ({dialogues}; {note})")
+    axes.set_ylabel("answers that keep it")
+    _draw_labels(axes, layout, labels)
     return figure
 
 
-@_drawn("Loss by training step")
-def loss_curve(narrow: bool, losses: Sequence[float]) -> Any:
-    """The loss of every training step."""
-    figure, axes = _figure(narrow, 2.8)
-    axes.plot(range(1, len(losses) + 1), losses, color=_STYLES["tuned"][0], linewidth=1.4)
-    axes.set(
-        xlim=(0.5, len(losses) + 0.5), ylim=(0, None), xlabel="step", ylabel="loss, nats a token"
-    )
-    axes.xaxis.get_major_locator().set_params(integer=True)
+@rendered("loss", "Loss by training step")
+def loss_curve(layout: Layout, losses: Sequence[float]) -> Figure:
+    """Draw the loss of every training step."""
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = _single_axes(layout, 2.8)
+    axes.plot(range(1, len(losses) + 1), losses, color=STYLES["tuned"].color, linewidth=1.4)
+    axes.set(xlim=(0.5, len(losses) + 0.5), ylim=(0, None))
+    axes.set(xlabel="step", ylabel="loss, nats per token")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-@_drawn("Strongest attention of base and tuned model, and the share on the instruction by turn")
-def attention_picture(narrow: bool, maps: dict[str, Any]) -> Any:
-    """What answers attend to, base beside tuned, and the share that falls on the instruction by turn.
+@rendered(
+    "attention", "Strongest attention of base and tuned model, and the share on the instruction"
+)
+def attention_figure(layout: Layout, maps: Mapping[str, AttentionMap]) -> Figure:
+    """Draw what the answers of base and tuned attend to, and the instruction's share by turn."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    `maps`: for each arm `strongest` (rows of answers, columns of the dialogue so far), `turns`, `instruction` and `share`.
-    """
-    size: dict[str, Any] = (
-        {"figsize": (3.9, 10)} if narrow else {"figsize": (11.6, 3.9), "width_ratios": (1, 1, 1.1)}
+    figure = Figure(figsize=(3.9, 10) if layout == "narrow" else (11.6, 3.9), layout="constrained")
+    *map_axes, share_axes = (
+        figure.subplots(3, 1)
+        if layout == "narrow"
+        else figure.subplots(1, 3, width_ratios=(1, 1, 1.1))
     )
-    figure, (*both, share) = _pyplot().subplots(
-        *((3, 1) if narrow else (1, 3)), layout="constrained", **size
-    )
-    ends = []
-    for (arm, found), axes in zip(
-        ((arm, maps[arm]) for arm in ("base", "tuned")), both, strict=True
-    ):
-        color, marker, _ = _STYLES[arm]
-        axes.imshow(
-            found["strongest"],
-            aspect="auto",
-            cmap=_shades(color),
-            vmin=0,
-            vmax=1,
-            interpolation="nearest",
-        )
-        middle = sum(found["instruction"]) / 2
-        axes.plot(
-            [middle],
-            [1.025],
-            "v",
-            color=_TEXT,
-            markersize=6,
-            transform=axes.get_xaxis_transform(),
-            clip_on=False,
-        )
-        turns = found["turns"]
-        firsts = [turns.index(turn) for turn in sorted(set(turns)) if turn in _TICKS]
-        axes.set_yticks(firsts, [f"turn {turns[row]}" for row in firsts])
-        axes.set(title=_NAMES.get(arm, arm), xlabel="the dialogue so far (▾ the instruction)")
-        axes.set_xticks([])
-        _line(share, list(range(1, len(found["share"]) + 1)), found["share"], (color, marker, "-"))
-        ends.append((arm, len(found["share"]), found["share"][-1], color))
-    share.set(title="attention on the instruction", xlabel="turn")
-    if min(value for found in maps.values() for value in found["share"]) > 0:
-        share.set_yscale("log")
-    share.xaxis.get_major_locator().set_params(integer=True)
-    share.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.2g}%")
-    share.yaxis.set_minor_formatter(lambda value, _: "")
-    _labels(share, ends)
-    share.spines[["top", "right"]].set_visible(False)
+    labels = []
+    for arm, axes in zip(("base", "tuned"), map_axes, strict=True):
+        style, shares = STYLES[arm], maps[arm].share
+        _draw_map(axes, maps[arm], style.color)
+        axes.set_title(arm_label(arm))
+        _draw_line(share_axes, list(range(1, len(shares) + 1)), shares, style)
+        labels.append(_Label(arm, len(shares), shares[-1], style.color))
+    share_axes.set(title="attention on the instruction", xlabel="turn")
+    if min(share for attention in maps.values() for share in attention.share) > 0:
+        share_axes.set_yscale("log")
+    share_axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    share_axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.2g}%")
+    share_axes.yaxis.set_minor_formatter(lambda value, _: "")
+    _draw_labels(share_axes, layout, labels)
     return figure
 
 
-def _styled(arms: Iterable[str]) -> dict[str, tuple[str, str, str]]:
-    """Color, marker and dashes for base, tuned, ceiling and up to eight other arms, in the order that they come in."""
-    others = iter(_OTHERS)
-    found = {}
-    for arm in dict.fromkeys(arms):
-        style = _STYLES.get(arm) or next(others, None)
-        if style:
-            found[arm] = style
-    return found
+def _single_axes(layout: Layout, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.9, 0.95 * height) if layout == "narrow" else (7, height))
+    return figure, figure.subplots()
 
 
-def _shades(color: str) -> Any:
-    """From nothing at all to the color: reads on any ground."""
+def _draw_rates(
+    axes: Axes, turns: Sequence[int], rates: Sequence[Rate], style: Style, *, faint: bool = False
+) -> None:
+    """Draw a line with its interval as a band."""
+    low, high = [rate.low for rate in rates], [rate.high for rate in rates]
+    alpha = 0.07 if faint else 0.14
+    axes.fill_between(turns, low, high, color=style.color, alpha=alpha, linewidth=0)
+    _draw_line(axes, turns, [rate.value for rate in rates], style, width=1.2 if faint else 1.8)
+
+
+def _draw_line(
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[float],
+    style: Style,
+    *,
+    width: float = 1.8,
+    drawstyle: Literal["default", "steps-post"] = "default",
+) -> None:
+    axes.plot(
+        x,
+        y,
+        style.dashes,
+        color=style.color,
+        marker=style.marker,
+        markersize=4,
+        linewidth=width,
+        drawstyle=drawstyle,
+        zorder=2 if style.dashes == "-" else 3,  # lines with gaps do not hide those below them
+    )
+
+
+def _draw_map(axes: Axes, attention: AttentionMap, color: str) -> None:
+    """Draw the strongest attention of each answer (down) to the dialogue so far (across)."""
+    axes.imshow(
+        attention.strongest,
+        aspect="auto",
+        cmap=_shades(color),
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+    )
+    axes.spines[["top", "right"]].set_visible(True)
+    axes.plot(
+        [sum(attention.instruction) / 2],
+        [1.025],
+        "v",
+        color=TEXT_COLOR,
+        markersize=6,
+        transform=axes.get_xaxis_transform(),
+        clip_on=False,
+    )
+    turns = attention.turns
+    first_rows = [turns.index(turn) for turn in sorted(set(turns)) if turn in _LABELED_TURNS]
+    axes.set_yticks(first_rows, [f"turn {turns[row]}" for row in first_rows])
+    axes.set_xticks([])
+    axes.set_xlabel("the dialogue so far (▾ the instruction)")
+
+
+def _shades(color: str) -> Colormap:
+    """Return the shades from transparent to `color`, which work on any background."""
     from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
     return LinearSegmentedColormap.from_list("shades", [to_rgba(color, 0), to_rgba(color, 1)])
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams.update(
-        {
-            "svg.fonttype": "none",
-            "font.family": "sans-serif",
-            "font.size": 12.5,
-            "text.color": _TEXT,
-            "axes.edgecolor": _TEXT,
-            "axes.labelcolor": _TEXT,
-            "xtick.color": _TEXT,
-            "ytick.color": _TEXT,
-        }
-    )
-    return pyplot
+def _count_text(dialogues: Iterable[int]) -> str:
+    """Return the number of dialogues of the arms, as "24 dialogues" or "24 to 48 dialogues"."""
+    counts = sorted(set(dialogues))
+    if counts == [1]:
+        return "1 dialogue"
+    return f"{' to '.join(map(str, counts[:1] + counts[1:][-1:]))} dialogues"
 
 
-def _figure(narrow: bool, height: float) -> tuple[Any, Any]:
-    figure, axes = _pyplot().subplots(figsize=(3.9, 0.95 * height) if narrow else (7, height))
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _is_narrow(axes: Any) -> bool:
-    return bool(axes.figure.get_size_inches()[0] < 5)
-
-
-def _line(
-    axes: Any,
-    at: Sequence[float],
-    values: Sequence[float],
-    style: tuple[str, str, str],
-    width: float = 1.8,
-) -> None:
-    color, marker, dashes = style
-    axes.plot(at, values, dashes, color=color, marker=marker, markersize=4, linewidth=width)
-
-
-def _band(
-    axes: Any,
-    at: Sequence[float],
-    low: Sequence[float],
-    high: Sequence[float],
-    style: tuple[str, str, str],
-    alpha: float = 0.14,
-) -> None:
-    axes.fill_between(at, low, high, color=style[0], alpha=alpha, linewidth=0)
-
-
-def _by_turn(axes: Any, turns: int, along: str, up: str) -> None:
-    axes.set(
-        xlim=(0.5, turns + 0.5),
-        ylim=(-0.02, 1.04),
-        xlabel=textwrap.fill(along, 36 if _is_narrow(axes) else 80),
-        ylabel=up,
-    )
+def _format_turns(axes: Axes, layout: Layout, turns: int, label: str) -> None:
+    """Set limits, ticks and x label of axes with turns across and shares up."""
+    axes.set(xlim=(0.5, 1.02 * turns), ylim=(-0.02, 1.04))  # ends before the labels of the lines
+    axes.set_xlabel(textwrap.fill(label, 36 if layout == "narrow" else 80))
     axes.set_xticks([1, *range(5, turns + 1, 5)] if turns > 10 else range(1, turns + 1))
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
 
 
-def _labels(axes: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """The name of each line at its end, moved apart where lines end close to each other; long names in two lines."""
-    line = (
-        1.5 * 12.5 / 72 / (axes.get_position().height * axes.figure.get_size_inches()[1])
-    )  # of the height of the axes
-    axes.get_ylim()  # settles the limits, which the transformation does not ask for
+def _draw_labels(axes: Axes, layout: Layout, labels: Sequence[_Label]) -> None:
+    """Write the name of each line at its end, in up to two lines, moved apart to stay readable."""
+    axes_inches = axes.bbox.height / axes.figure.dpi
+    line_height = 1.5 * FONT_SIZE / 72 / axes_inches  # as a fraction of the axes
+    axes.get_ylim()  # settles the limits, which the transformation does not request
     to_axes = axes.transData + axes.transAxes.inverted()
-    width = 14 if _is_narrow(axes) else 24
-    below, placed = -1e9, []
-    for name, x, y, color in sorted(ends, key=lambda end: end[2]):
-        lines = textwrap.wrap(_NAMES.get(name, name), width, max_lines=2, placeholder="…")
-        half = len(lines) * line / 2
-        place = max(to_axes.transform((x, y))[1], below + half)
-        below = place + half
-        placed.append((lines, x, place, half, color))
-    above = max(1.04, 2 * sum(half for _, _, _, half, _ in placed))
-    for lines, x, place, half, color in reversed(placed):
-        place = min(place, above - half)
-        above = place - half
+    columns = 14 if layout == "narrow" else 26
+    texts = [
+        textwrap.wrap(arm_label(label.arm), columns, max_lines=2, placeholder="…")
+        for label in labels
+    ]
+    heights = [len(lines) * line_height for lines in texts]
+    order = sorted(range(len(labels)), key=lambda index: labels[index].y)
+    centers: dict[int, float] = {}
+    bottom = -1e9
+    for index in order:  # up from the lowest: each above the one before
+        label, half = labels[index], heights[index] / 2
+        centers[index] = max(to_axes.transform((label.x, label.y))[1], bottom + half)
+        bottom = centers[index] + half
+    top = max(1.04, sum(heights))
+    for index in reversed(order):  # and down from the top, where they would leave the axes
+        centers[index] = min(centers[index], top - heights[index] / 2)
+        top = centers[index] - heights[index] / 2
+    for index, label in enumerate(labels):
         axes.annotate(
-            "\n".join(lines),
-            (x, place),
-            (7, 0),
+            "\n".join(texts[index]),
+            (label.x, centers[index]),
+            (10, 0),
             xycoords=("data", "axes fraction"),
             textcoords="offset points",
-            color=color,
+            color=label.color,
             va="center",
             annotation_clip=False,
             fontweight="bold",
             linespacing=1.0,
         )
-
-
-def _rendered(figure: Any, title: str, narrow: bool) -> tuple[str, bytes]:
-    from matplotlib import pyplot
-
-    drawn, pixels = io.StringIO(), io.BytesIO()
-    # The names of parts come from the salt. A page has each once: what it hides must not be referred to.
-    pyplot.rcParams["svg.hashsalt"] = f"{title}, {'narrow' if narrow else 'wide'}"
-    figure.savefig(
-        drawn,
-        format="svg",
-        bbox_inches="tight",
-        metadata={"Date": None, "Creator": None},
-        transparent=True,
-    )
-    if not narrow:
-        figure.savefig(
-            pixels,
-            format="png",
-            bbox_inches="tight",
-            dpi=150,
-            facecolor="white",
-            metadata={"Software": None},
-        )
-    pyplot.close(figure)
-    return drawn.getvalue()[drawn.getvalue().index("<svg") :], pixels.getvalue()

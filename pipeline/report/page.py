@@ -1,4 +1,4 @@
-"""A self-contained page of sections, with the figures and tables in it as files beside it."""
+"""A self-contained HTML page of sections, with its figures and tables as files next to it."""
 
 from __future__ import annotations
 
@@ -6,54 +6,104 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
-from jinja2 import Environment
-
+from pipeline.evaluation.rates import Rate
 from pipeline.files import whole_file, write_text
-from pipeline.report.figures import Picture
-from pipeline.report.tables import Table, as_csv, format_cell, interval_text, sort_key
+from pipeline.records import Reply
+from pipeline.report.svg import Picture
+from pipeline.report.tables import Table, as_csv, format_cell, interval_text, markdown, sort_key
+
+_MARKDOWN_TABLES = (
+    "overview",
+    "recall",
+    "by_instruction",
+    "generalization",
+    "change",
+    "leakage",
+    "degradation",
+    "single",
+    "export",
+    "facts",
+)
+"""Tables that a reader of a model card wants."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportSection:
-    """A part of the page: how to read it, perhaps a figure (by its file's name), tables, and remarks below."""
+    """A part of the page: how to read it, perhaps a figure, tables, and notes below them."""
 
     title: str
-    how: str
+    caption: str
     tables: Sequence[Table] = ()
-    figure: str = ""
     picture: Picture | None = None
-    remarks: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class ComparedTurn:
+    """One turn of an evaluation dialogue with the replies of base and tuned."""
+
+    turn: int
+    user: str
+    replies: tuple[Reply, Reply]
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedDialogue:
+    """An evaluation dialogue, its instruction, and the replies to it."""
+
+    instruction: str
+    turns: Sequence[ComparedTurn]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReportPage:
-    """What a reader sees: one sentence and one chart, then the sections. `dialogues` stand behind "By instruction"."""
+    """The page: a headline and a chart, then the sections.
+
+    The `dialogues` follow the section "By instruction".
+    """
 
     title: str
-    sentence: str
+    headline: str
     warning: str
     chart: Picture
-    how: str
+    caption: str
     sections: Sequence[ReportSection]
-    dialogues: Sequence[dict[str, Any]] = ()
+    dialogues: Sequence[ComparedDialogue] = ()
 
-    def write(self, file: Path, tables: Sequence[Table] = ()) -> None:
-        """Write `file`, and beside it `figures/` (SVG, PNG) and `tables/` (CSV), these with the further `tables`."""
-        template = Environment(autoescape=True).from_string(
-            (resources.files("pipeline.report") / "report.html").read_text(encoding="utf-8")
-        )
-        figures = {
-            "adherence": self.chart,
-            **{s.figure: s.picture for s in self.sections if s.picture},
+    def write(self, file: Path, more_tables: Sequence[Table] = ()) -> None:
+        """Write the page to `file`, and `figures/` (SVG, PNG) and `tables/` (CSV) next to it.
+
+        `more_tables` are only written as CSV.
+        """
+        from jinja2 import Environment
+
+        environment = Environment(autoescape=True)
+        environment.tests["rate"] = lambda cell: isinstance(cell, Rate) and cell.n > 0
+        environment.filters |= {
+            "cell_text": format_cell,
+            "interval": interval_text,
+            "sort_key": sort_key,
         }
-        for name, picture in figures.items():
-            write_text(file.parent / "figures" / f"{name}.svg", picture.alone)
-            with whole_file(file.parent / "figures" / f"{name}.png") as draft:
+        source = resources.files("pipeline.report") / "report.html"
+        template = environment.from_string(source.read_text(encoding="utf-8"))
+        pictures = [self.chart, *(s.picture for s in self.sections if s.picture)]
+        for picture in pictures:
+            path = file.parent / "figures" / f"{picture.name}.svg"
+            write_text(path, picture.standalone_svg)
+            with whole_file(path.with_suffix(".png")) as draft:
                 draft.write_bytes(picture.png)
-        for table in (*tables, *(t for s in self.sections for t in s.tables)):
+        for table in (*more_tables, *(t for s in self.sections for t in s.tables)):
             write_text(file.parent / "tables" / f"{table.name}.csv", as_csv(table))
-        write_text(
-            file, template.render(page=self, shown=format_cell, hint=interval_text, key=sort_key)
-        )
+        write_text(file, template.render(page=self))
+
+
+def as_markdown(headline: str, sections: Sequence[ReportSection]) -> str:
+    """Return the headline and the main tables in Markdown, as for a model card."""
+    parts = [f"**{headline}**\n"]
+    for section in sections:
+        tables = [table for table in section.tables if table.name in _MARKDOWN_TABLES]
+        if tables:
+            parts += [f"### {section.title}\n", f"{section.caption}\n", *map(markdown, tables)]
+            parts += [f"{note}\n" for note in section.notes]
+    return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Tables of a report: the same rows as HTML cells, Markdown and CSV. A cell is a text, a number, or a rate with its interval."""
+"""Tables of a report, as Markdown, as CSV, and as the cells of an HTML page."""
 
 from __future__ import annotations
 
@@ -7,88 +7,82 @@ import io
 import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
-from pipeline.evaluation.rates import wilson
+from pipeline.evaluation.rates import Rate, wilson
+from pipeline.evaluation.scores import RateRow, ReplyCounts, Scores
 
-_COUNTS = {
-    "obey": "obey, good answer or not",
-    "no_answer": "are no answer (loop, repeat, empty)",
-    "cut": "cut at the longest length allowed",
-    "left_out": "left out: turn 1 had left the window",
-}
-_PARTS = ("value", "low", "high", "hits", "n")
-
-Cell = Any
-"""A text, a number, None for nothing, or a rate: {"hits", "n", "value", "low", "high"}."""
+Cell = str | int | float | Rate | None
+"""A text, a number, a rate with its interval, or None for an empty cell."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Table:
-    """`name` is that of its CSV file; the first of the `columns` names the rows."""
+    """Rows of cells; `name` is that of the CSV file, and the first column names the rows."""
 
     name: str
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
 
-def by_arm(name: str, first: str, rows: Sequence[dict[str, Any]], arms: Sequence[str]) -> Table:
-    """Rates as the scores hold them, {"arm", "at", ...}: a row for each `at`, a column for each arm that has some."""
-    found = {(row["at"], row["arm"]): row for row in rows}
-    present = [arm for arm in arms if any(row["arm"] == arm for row in rows)]
-    places = list(dict.fromkeys(row["at"] for row in rows))
-    return Table(
-        name, [first, *present], [[at, *(found.get((at, arm)) for arm in present)] for at in places]
-    )
+def by_arm(name: str, first: str, rates: Sequence[RateRow], arms: Sequence[str]) -> Table:
+    """Return a table with a row for each `RateRow.at` and a column for each measured arm."""
+    cells = {(rate.at, rate.arm): rate for rate in rates}
+    measured = [arm for arm in arms if any(rate.arm == arm for rate in rates)]
+    rows: list[list[Cell]] = [
+        [at, *(cells.get((at, arm)) for arm in measured)]
+        for at in dict.fromkeys(rate.at for rate in rates)
+    ]
+    return Table(name, [first, *measured], rows)
 
 
-def overview(scores: dict[str, Any], arms: Sequence[str]) -> Table:
-    """A row for each figure over several turns, a column for each arm."""
+def overview(scores: Scores, arms: Sequence[str]) -> Table:
+    """Return the table of figures over several turns, with a column for each arm."""
 
-    def row(name: str, table: str) -> list[Any]:
-        found = {r["arm"]: r for r in scores[table]}
-        return [name.format(at=scores[table][0]["at"]), *(found.get(arm) for arm in arms)]
+    def rates(meaning: str, by_arm: Sequence[RateRow]) -> list[Cell]:
+        cells = {rate.arm: rate for rate in by_arm}
+        return [f"{by_arm[0].at}, {meaning}", *(cells.get(arm) for arm in arms)]
 
-    rows = [row("{at}, strict", "last_five"), row("{at}, strict", "after_first")]
-    if scores.get("last_five_unfiltered"):
-        rows.insert(1, row("{at}, whether a good answer or not", "last_five_unfiltered"))
-    for name, meaning in _COUNTS.items():
-        counts = [scores["replies"][arm] for arm in arms]
-        rows.append(
-            [
-                f"all turns: {meaning}",
-                *(asdict(wilson(count[name], count["all"])) for count in counts),
-            ]
-        )
-    rows.append(
-        [
-            "all turns: different pairs of words, of all (distinct-2)",
-            *(scores["distinct_2"][arm] for arm in arms),
-        ]
-    )
+    def counts(meaning: str, field: str) -> list[Cell]:
+        return [f"all turns: {meaning}", *(_share(scores.replies[arm], field) for arm in arms)]
+
+    rows: list[list[Cell]] = [
+        rates("strict", scores.last_five),
+        rates("valid answer or not", scores.last_five_unfiltered),
+        rates("strict", scores.after_first),
+        counts("obey, valid answer or not", "obey"),
+        counts("not a valid answer (loop, repeat, empty)", "no_answer"),
+        counts("cut at the maximum length", "cut"),
+        counts("left out (turn 1 no longer in the context window)", "left_out"),
+        ["all turns: distinct word pairs (distinct-2)", *(scores.distinct_2[arm] for arm in arms)],
+    ]
     return Table("overview", ["", *arms], rows)
 
 
-def curves(scores: dict[str, Any], losses: Sequence[float]) -> Iterator[Table]:
-    """The numbers behind the curves that a page shows as pictures only."""
+def _share(counts: ReplyCounts, field: str) -> Rate:
+    return wilson(getattr(counts, field), counts.all)
+
+
+def curve_tables(scores: Scores, losses: Sequence[float], arms: Sequence[str]) -> Iterator[Table]:
+    """Yield the numbers of the figures, for those of which the page has no table."""
+    yield by_arm("by_turn", "turn", scores.by_turn, arms)
     yield Table(
         "survival_by_turn",
         ["model", "turn", "value", "low", "high"],
         [
-            [arm, *(step[sort_key] for sort_key in ("turn", "value", "low", "high"))]
-            for arm, found in scores["survival"].items()
-            for step in found["steps"]
+            [arm, step.turn, step.value, step.low, step.high]
+            for arm, survival in scores.survival.items()
+            for step in survival.steps
         ],
     )
-    if scores.get("change"):
+    if scores.change:
         yield Table(
             "change_by_turn",
             ["model", "turn", "old", "new", "n"],
             [
-                [arm, *(row[sort_key] for sort_key in ("at", "old", "new", "n"))]
-                for arm, found in scores["change"].items()
-                for row in found["by_turn"]
+                [arm, row.turn, row.old, row.new, row.n]
+                for arm, change in scores.change.items()
+                for row in change.by_turn
             ],
         )
     if losses:
@@ -96,34 +90,30 @@ def curves(scores: dict[str, Any], losses: Sequence[float]) -> Iterator[Table]:
 
 
 def format_cell(cell: Cell) -> str:
-    """The cell as a reader sees it."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
-        return ""
-    if isinstance(cell, dict):
-        return f"{cell['value']:.0%} ({cell['hits']} of {cell['n']})" if cell["n"] else ""
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+    """Return the text of a cell; a rate is "75% (3 of 4)"."""
+    if isinstance(cell, Rate):
+        return f"{cell.value:.0%} ({cell.hits} of {cell.n})" if cell.n else ""
+    if isinstance(cell, float):
+        return "" if math.isnan(cell) else f"{cell:.4g}"
+    return "" if cell is None else str(cell)
 
 
-def interval_text(cell: Cell) -> str:
-    """The 95 % interval of a rate."""
-    return (
-        f"{100 * cell['low']:.0f} to {cell['high']:.0%}"
-        if isinstance(cell, dict) and cell["n"]
-        else ""
-    )
+def interval_text(rate: Rate) -> str:
+    """Return the 95 % interval of a rate as "30 to 95%"."""
+    return f"{100 * rate.low:.0f} to {rate.high:.0%}"
 
 
 def sort_key(cell: Cell) -> float | str:
-    """What a column is sorted by."""
-    if isinstance(cell, dict):
-        return cell["value"] if cell["n"] else ""
+    """Return what a column is sorted by; "" for an empty cell."""
+    if isinstance(cell, Rate):
+        cell = cell.value if cell.n else None
     if isinstance(cell, str) and re.fullmatch(r"[+-]?[\d.]+%", cell):
         return float(cell[:-1])
-    return "" if cell is None or cell != cell else cell
+    return "" if cell is None or (isinstance(cell, float) and math.isnan(cell)) else cell
 
 
 def markdown(table: Table) -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     names, *rows = (
         [" ".join(format_cell(cell).replace("|", "\\|").split()) for cell in row]
         for row in (table.columns, *table.rows)
@@ -133,30 +123,33 @@ def markdown(table: Table) -> str:
 
 
 def as_csv(table: Table) -> str:
-    """The table as CSV, a rate in five columns: its value, both ends of the interval, hits and n."""
-    rates = [
-        n for n in range(len(table.columns)) if any(isinstance(row[n], dict) for row in table.rows)
+    """Return the table as CSV.
+
+    A rate takes five columns: value, low and high end of the interval, hits, n.
+    """
+    has_rates = [
+        any(isinstance(row[column], Rate) for row in table.rows)
+        for column in range(len(table.columns))
     ]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        title
-        for n, name in enumerate(table.columns)
-        for title in ([name, *(f"{name} {part}" for part in _PARTS[1:])] if n in rates else [name])
-    )
+    header: list[str] = []
+    for name, rates in zip(table.columns, has_rates, strict=True):
+        header += [name, *(f"{name} {part}" for part in ("low", "high", "hits", "n"))][
+            : 5 if rates else 1
+        ]
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(header)
     for row in table.rows:
         writer.writerow(
             value
-            for n, cell in enumerate(row)
-            for value in (_parts(cell) if n in rates else [cell])
+            for cell, rates in zip(row, has_rates, strict=True)
+            for value in (_five_columns(cell) if rates else (cell,))
         )
-    return out.getvalue()
+    return stream.getvalue()
 
 
-def _parts(cell: Cell) -> list[Any]:
-    """A rate in its five columns; a plain number among rates is a value without the others."""
-    return (
-        [cell[part] for part in _PARTS]
-        if isinstance(cell, dict)
-        else [cell, *[None] * (len(_PARTS) - 1)]
-    )
+def _five_columns(cell: Cell) -> tuple[Cell, ...]:
+    """Return a rate in its five columns; a plain number in a column of rates is only a value."""
+    if isinstance(cell, Rate):
+        return (cell.value if cell.n else None, cell.low, cell.high, cell.hits, cell.n)
+    return (cell, None, None, None, None)

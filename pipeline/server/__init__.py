@@ -1,1 +1,1 @@
-"""The HTTP server: OpenAI's interface over the engine of `backends.serving`."""
+"""The OpenAI-compatible HTTP server over `inference.async_engine`."""

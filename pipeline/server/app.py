@@ -1,4 +1,4 @@
-"""OpenAI's interface as a FastAPI application: chat completions, completions, models; and health and metrics beside it."""
+"""The OpenAI-compatible API: chat completions, completions, models, health and metrics."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -18,38 +17,50 @@ from starlette.middleware.cors import CORSMiddleware
 import pipeline
 from pipeline.errors import GattError
 from pipeline.inference.async_engine import AnswerStream, AsyncEngine
-from pipeline.inference.scheduler import GenerationRequest
-from pipeline.server.errors import ApiError, of_engine, of_validation
-from pipeline.server.metrics import Metrics
+from pipeline.inference.request import GenerationRequest
+from pipeline.records import Message
+from pipeline.server.errors import ApiError, from_engine, from_validation
+from pipeline.server.metrics import CONTENT_TYPE, Metrics
 from pipeline.server.middleware import (
     CLIENT_CLOSED_REQUEST,
     AccessMiddleware,
     AccessSettings,
     RequestLog,
 )
-from pipeline.server.protocol import Body, ChatBody, ResponseBuilder, TextBody
+from pipeline.server.protocol import (
+    Body,
+    ChatBody,
+    Json,
+    ResponseBuilder,
+    TextBody,
+    TextResponseBuilder,
+)
 
-_MISTAKES: dict[int | str, dict[str, Any]] = {
-    400: {"description": "The request is wrong, or does not fit in the context."},
-    401: {"description": "The API key is missing or wrong."},
-    404: {"description": "No such model."},
-    413: {"description": "The body is too large."},
-    429: {"description": "Too many requests wait already."},
-    503: {"description": "The server is stopping."},
+_ERROR_DESCRIPTIONS = {
+    400: "The request is wrong, or does not fit in the context.",
+    401: "The API key is missing or wrong.",
+    404: "No such model.",
+    413: "The body is too large.",
+    429: "Too many requests wait already.",
+    503: "The server is stopping.",
 }
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
 def make_app(engine: AsyncEngine, settings: AccessSettings) -> FastAPI:
-    """The application over `engine`, which stays the caller's to close. It watches every answer (`engine.observe`)."""
-    metrics, interface = Metrics(), _Interface(engine)
-    engine.observe = metrics.outcome
+    """Return the application over `engine`, which the caller closes.
+
+    The application counts every answer's result (`engine.on_result`).
+    """
+    metrics, api = Metrics(engine), _Api(engine)
+    engine.on_result = metrics.count_result
     app = FastAPI(
         title="gatt",
         version=pipeline.__version__,
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        responses=_MISTAKES,
+        responses={status: {"description": text} for status, text in _ERROR_DESCRIPTIONS.items()},
         generate_unique_id_function=lambda route: route.name,
     )
     app.add_middleware(AccessMiddleware, settings=settings, metrics=metrics)
@@ -60,193 +71,181 @@ def make_app(engine: AsyncEngine, settings: AccessSettings) -> FastAPI:
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
-    app.add_exception_handler(ApiError, _as_it_is)
-    app.add_exception_handler(RequestValidationError, _as_validation)
-    app.add_exception_handler(HTTPException, _as_http)
-    app.add_exception_handler(Exception, _as_bug)
-    app.add_api_route("/v1/chat/completions", interface.chat, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/completions", interface.complete, methods=["POST"], response_model=None)
-    app.add_api_route("/v1/models", interface.models)
-    app.add_api_route("/v1/models/{model:path}", interface.model)
-    app.add_api_route("/health", interface.health)
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(Exception, _on_bug)
+    app.add_api_route("/v1/chat/completions", api.chat, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/completions", api.complete, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/models", api.models)
+    app.add_api_route("/v1/models/{model:path}", api.model)
+    app.add_api_route("/health", api.health)
     app.add_api_route(
         "/metrics",
-        lambda: PlainTextResponse(metrics.text(engine)),
+        lambda: Response(metrics.render(), media_type=CONTENT_TYPE),
         response_model=None,
         name="metrics",
     )
-    _describe(app, engine.names)
+    _describe_models(app, engine.names)
     return app
 
 
-class _Interface:
-    """The requests that an engine answers."""
+class _Api:
+    """The handlers of requests to `engine`."""
 
     def __init__(self, engine: AsyncEngine) -> None:
         self._engine = engine
-        self._models = {name: _model(name) for name in engine.names}
+        created = int(time.time())
+        self._models: dict[str, Json] = {
+            name: {"id": name, "object": "model", "created": created, "owned_by": "gatt"}
+            for name in engine.names
+        }
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
-        """The next message of a chat, whole or (`stream`) as server-sent events."""
-        messages = tuple(message.plain for message in body.messages)
+        """Return the next message of a chat, or (`stream`) its pieces as server-sent events."""
         self._check(body)
+        messages = tuple(message.to_message() for message in body.messages)
         try:
             tokens = await run_in_threadpool(self._engine.chat_tokens, body.model, messages)
-            left = self._engine.context(body.model) - len(tokens)
-            answer = self._engine.ask(
-                body.model, GenerationRequest(tokens, body.request(messages, left), body.stops)
-            )
+            answer = self._ask(body, tokens, messages)
         except GattError as error:
-            raise of_engine(error, "messages") from error
-        return await _respond(request, body, answer, ResponseBuilder(True, body.model))
+            raise from_engine(error, "messages") from error
+        return await _respond(request, body, answer, ResponseBuilder(body.model))
 
     async def complete(self, body: TextBody, request: Request) -> Response:
-        """What follows a text that is no chat, whole or (`stream`) as server-sent events."""
+        """Return the continuation of a text, or (`stream`) its pieces as server-sent events."""
         self._check(body)
         tokens = await run_in_threadpool(self._engine.text_tokens, body.model, body.prompt)
         if not tokens:
             raise ApiError(400, "The prompt is empty. Begin a text.", "prompt", "invalid_value")
-        left = self._engine.context(body.model) - len(tokens)
         try:
-            answer = self._engine.ask(
-                body.model, GenerationRequest(tokens, body.request((), left), body.stops)
-            )
+            answer = self._ask(body, tokens, ())
         except GattError as error:
-            raise of_engine(error, "prompt") from error
-        return await _respond(request, body, answer, ResponseBuilder(False, body.model))
+            raise from_engine(error, "prompt") from error
+        return await _respond(request, body, answer, TextResponseBuilder(body.model))
 
-    async def models(self) -> dict[str, Any]:
-        """The models that are served."""
+    async def models(self) -> Json:
+        """Return the models that are served."""
         return {"object": "list", "data": list(self._models.values())}
 
-    async def model(self, model: str) -> dict[str, Any]:
-        """One of them."""
+    async def model(self, model: str) -> Json:
+        """Return one model."""
         if model not in self._models:
-            raise self._unknown()
+            raise self._unknown_model()
         return self._models[model]
 
     async def health(self) -> dict[str, str]:
-        """Whether the server answers."""
+        """Return that the server responds."""
         return {"status": "ok"}
+
+    def _ask(self, body: Body, tokens: list[int], messages: tuple[Message, ...]) -> AnswerStream:
+        request = body.request(messages, self._engine.context_length(body.model) - len(tokens))
+        return self._engine.generate(body.model, GenerationRequest(tokens, request, body.stops))
 
     def _check(self, body: Body) -> None:
         if body.model not in self._models:
-            raise self._unknown()
+            raise self._unknown_model()
         body.check()
 
-    def _unknown(self) -> ApiError:
-        return ApiError(
-            404,
-            f"No such model here. Served: {', '.join(self._models)}.",
-            "model",
-            "model_not_found",
-        )
-
-
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "gatt"}
+    def _unknown_model(self) -> ApiError:
+        message = f"Unknown model. Served: {', '.join(self._models)}."
+        return ApiError(404, message, "model", "model_not_found")
 
 
 async def _respond(
-    request: Request, body: Body, answer: AnswerStream, form: ResponseBuilder
+    request: Request, body: Body, answer: AnswerStream, builder: ResponseBuilder
 ) -> Response:
-    """The answer in the way that is wanted; the guard ends it if the client leaves."""
-    note: RequestLog = request.scope["gatt"]
-    note.model, note.answer = body.model, answer
+    """Return the answer; the middleware ends it if the client disconnects."""
+    log: RequestLog = request.scope["gatt"]
+    log.model, log.answer = body.model, answer
     if body.stream:
-        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-        return StreamingResponse(
-            _events(answer, form, body.wants_usage), media_type="text/event-stream", headers=headers
-        )
-    text = asyncio.create_task(_whole(answer))
-    gone = asyncio.create_task(_gone(request))
+        events = _events(answer, builder, include_usage=body.include_usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
+    reading = asyncio.create_task(_read_text(answer))
+    disconnect = asyncio.create_task(_wait_for_disconnect(request))
     try:
-        await asyncio.wait({text, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not text.done():
+        await asyncio.wait({reading, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        said = await text
+        text = await reading
     except (GattError, RuntimeError) as error:
-        raise of_engine(error, "") from error
+        raise from_engine(error) from error
     finally:
-        gone.cancel()
-        text.cancel()
-    assert answer.outcome is not None
-    return JSONResponse(form.whole(said, answer.outcome))
+        disconnect.cancel()
+        reading.cancel()
+    assert answer.result is not None
+    return JSONResponse(builder.completion(text, answer.result))
 
 
-async def _whole(answer: AnswerStream) -> str:
+async def _read_text(answer: AnswerStream) -> str:
     return "".join([piece async for piece in answer])
 
 
-async def _gone(request: Request) -> None:
-    """Wait until the client leaves."""
+async def _wait_for_disconnect(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 async def _events(
-    answer: AnswerStream, form: ResponseBuilder, wants_usage: bool
+    answer: AnswerStream, builder: ResponseBuilder, *, include_usage: bool
 ) -> AsyncIterator[str]:
-    opening = form.opening()
-    if opening:
-        yield _event(opening)
+    """Yield the server-sent events of a streamed answer."""
+    if role_chunk := builder.role_chunk():
+        yield _event(role_chunk)
     try:
         async for piece in answer:
-            yield _event(form.piece(piece))
+            yield _event(builder.content_chunk(piece))
     except (GattError, RuntimeError) as error:
-        yield _event(of_engine(error, "").body)
+        yield _event(from_engine(error).body)
         return
-    assert answer.outcome is not None
-    yield _event(form.closing(answer.outcome))
-    if wants_usage:
-        yield _event(form.bill(answer.outcome))
+    assert answer.result is not None
+    yield _event(builder.final_chunk(answer.result))
+    if include_usage:
+        yield _event(builder.usage_chunk(answer.result))
     yield "data: [DONE]\n\n"
 
 
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"
+def _event(body: object) -> str:
+    return f"data: {json.dumps(body)}\n\n"
 
 
-def _describe(app: FastAPI, names: list[str]) -> None:
-    """Name the models in /openapi.json, and none of the statuses that FastAPI has by itself and we do not."""
-    make = app.openapi
+def _describe_models(app: FastAPI, names: list[str]) -> None:
+    """Name the models in /openapi.json, and remove FastAPI's status 422, which is not used."""
+    default_openapi = app.openapi
 
-    def openapi() -> dict[str, Any]:
+    def openapi() -> Json:
         if not app.openapi_schema:
-            schema = make()
+            schema = default_openapi()
             for path in schema["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
+            bodies = schema["components"]["schemas"]
             for name in ("ChatBody", "TextBody"):
-                schema["components"]["schemas"][name]["properties"]["model"] = {
-                    "type": "string",
-                    "enum": names,
-                }
+                bodies[name]["properties"]["model"] = {"type": "string", "enum": names}
         return app.openapi_schema or {}
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-async def _as_it_is(request: Request, error: Exception) -> Response:
+async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
 
 
-async def _as_validation(request: Request, error: Exception) -> Response:
+async def _on_validation_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    return of_validation(error).response()
+    return from_validation(error).response()
 
 
-async def _as_http(request: Request, error: Exception) -> Response:
+async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    known = {
-        404: "No such address. This server has /v1/chat/completions, /v1/completions and /v1/models.",
-        405: "This address does not take that method.",
+    messages = {
+        404: "Unknown address. The API has /v1/chat/completions, /v1/completions and /v1/models.",
+        405: "This address does not support that method.",
     }
-    return ApiError(
-        error.status_code, known.get(error.status_code, str(error.detail)), headers=error.headers
-    ).response()
+    message = messages.get(error.status_code, str(error.detail))
+    return ApiError(error.status_code, message, headers=error.headers).response()
 
 
-async def _as_bug(request: Request, error: Exception) -> Response:
-    return of_engine(error, "").response()
+async def _on_bug(request: Request, error: Exception) -> Response:
+    return from_engine(error).response()

@@ -1,21 +1,23 @@
-"""What goes wrong, in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors in OpenAI's form: `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from pipeline.errors import GattError
-from pipeline.inference.scheduler import ContextLengthError, EngineClosedError, QueueFullError
+from pipeline.inference.request import ContextLengthError, EngineClosedError, QueueFullError
 
-_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """A request that is not answered: the status, and what clients are told."""
+    """A request that is refused: the HTTP status, and what the client reads.
+
+    `param` names the part of the request that is wrong; `code` is for programs.
+    """
 
     def __init__(
         self,
@@ -26,31 +28,32 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code, self.headers = (
-            status,
-            message,
-            param,
-            code,
-            headers,
-        )
+        self.status, self.message = status, message
+        self.param, self.code, self.headers = param, code, headers
 
     @property
-    def body(self) -> dict[str, Any]:
-        """As JSON."""
-        kind = _KINDS.get(
-            self.status, "server_error" if self.status >= 500 else "invalid_request_error"
-        )
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The error as JSON data."""
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
         return {
-            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+            "error": {
+                "message": self.message,
+                "type": _TYPES.get(self.status, default),
+                "param": self.param,
+                "code": self.code,
+            }
         }
 
     def response(self) -> JSONResponse:
-        """As a response."""
+        """Return the error as a response."""
         return JSONResponse(self.body, self.status, dict(self.headers or {}))
 
 
-def of_engine(error: Exception, param: str) -> ApiError:
-    """What the engine or the chat template has refused; `param` is where the prompt stands. Anything else is a bug."""
+def from_engine(error: Exception, param: str | None = None) -> ApiError:
+    """Return the error of an engine or a chat template; `param` names the prompt's field.
+
+    An error that is not expected is a bug, whose text the client does not see.
+    """
     message = " ".join(str(error).split())
     match error:
         case ContextLengthError():
@@ -62,29 +65,21 @@ def of_engine(error: Exception, param: str) -> ApiError:
         case GattError():
             return ApiError(400, message, param, "invalid_prompt")
         case _:
-            return ApiError(500, "The server failed; its log says why.", code="internal_error")
+            return ApiError(500, "The server failed; its log has the error.", code="internal_error")
 
 
-def of_validation(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body; what stood there is not repeated."""
+def from_validation(error: RequestValidationError) -> ApiError:
+    """Return the first error of a request body; the invalid value is not repeated."""
     first = error.errors()[0]
-    where = [str(part) for part in first["loc"] if part != "body"]
+    path = [str(part) for part in first["loc"] if part != "body"]
+    param = ".".join(path)
     if first["type"] == "json_invalid":
-        return ApiError(400, f"The body is not valid JSON (at character {where[0]}).")
-    if not where:
+        return ApiError(400, f"The body is not valid JSON (at character {path[0]}).")
+    if not path:
         return ApiError(
-            400, "The body is no JSON object. Send one, with content-type application/json."
+            400, "The body is not a JSON object. Send one, with content-type application/json."
         )
     if first["type"] == "missing":
-        return ApiError(
-            400,
-            f"Missing required parameter: '{where[-1]}'.",
-            ".".join(where),
-            "missing_required_parameter",
-        )
-    return ApiError(
-        400,
-        f"Invalid value for '{'.'.join(where)}': {first['msg']}.",
-        ".".join(where),
-        "invalid_value",
-    )
+        message = f"Missing required parameter: '{path[-1]}'."
+        return ApiError(400, message, param, "missing_required_parameter")
+    return ApiError(400, f"Invalid value for '{param}': {first['msg']}.", param, "invalid_value")

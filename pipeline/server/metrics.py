@@ -1,101 +1,85 @@
-"""Counts of what the server does, in the text form of Prometheus."""
+"""What the server counts, for Prometheus."""
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.registry import Collector
 
 from pipeline.inference.async_engine import AsyncEngine
-from pipeline.inference.scheduler import GenerationResult
+from pipeline.inference.request import GenerationResult
 
-_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Upper bounds of the histogram of the time to the first token."""
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+_FIRST_TOKEN_BUCKETS_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+disable_created_metrics()  # type: ignore[no-untyped-call]  # one series for each counter
 
 
 class Metrics:
-    """Counts; any thread may add to them."""
+    """Counters of one application; any thread may add to them."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._requests: Counter[tuple[str, int]] = Counter()
-        self._tokens: Counter[tuple[str, str]] = Counter()
-        self._first: dict[str, list[float]] = {}
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = self._counter("requests", "requests by model and status", "status")
+        self._prompt_tokens = self._counter("prompt_tokens", "tokens of prompts")
+        self._cached_tokens = self._counter("cached_tokens", "prompt tokens found in the cache")
+        self._generated_tokens = self._counter("generated_tokens", "tokens of answers")
+        self._first_token_seconds = Histogram(
+            "gatt_first_token_seconds",
+            "from a request's arrival in the engine to its first token",
+            ("model",),
+            buckets=_FIRST_TOKEN_BUCKETS_SECONDS,
+            registry=self._registry,
+        )
+        for name in engine.names:  # a counter exists, with 0, before its first increment
+            for counter in (self._prompt_tokens, self._cached_tokens, self._generated_tokens):
+                counter.labels(name)
+        self._registry.register(_EngineState(engine))
 
-    def request(self, model: str, status: int) -> None:
-        """A request has been answered with this status; `model` is "" where it named none that is served."""
-        with self._lock:
-            self._requests[model, status] += 1
+    def count_request(self, model: str, status: int) -> None:
+        """Count a response with this status; `model` is "" if the request named none served."""
+        self._requests.labels(model, status).inc()
 
-    def outcome(self, model: str, outcome: GenerationResult) -> None:
-        """An answer has ended."""
-        with self._lock:
-            for kind in ("prompt_tokens", "cached_tokens", "tokens"):
-                self._tokens[kind, model] += getattr(outcome, kind)
-            if outcome.first_seconds is not None:
-                found = self._first.setdefault(model, [0.0] * (len(_SECONDS) + 2))
-                for n, bound in enumerate(_SECONDS):
-                    found[n] += outcome.first_seconds <= bound
-                found[-2] += 1
-                found[-1] += outcome.first_seconds
+    def count_result(self, model: str, result: GenerationResult) -> None:
+        """Count the tokens of an answer that has ended."""
+        self._prompt_tokens.labels(model).inc(result.prompt_tokens)
+        self._cached_tokens.labels(model).inc(result.cached_tokens)
+        self._generated_tokens.labels(model).inc(result.tokens)
+        if result.first_token_seconds is not None:
+            self._first_token_seconds.labels(model).observe(result.first_token_seconds)
 
-    def text(self, engine: AsyncEngine) -> str:
-        """All of them, and what the engine is doing now."""
-        with self._lock:
-            lines = [_kind("requests_total", "counter", "requests by model and status")]
-            lines += [
-                f'gatt_requests_total{{model={_quoted(model)},status="{status}"}} {n}'
-                for (model, status), n in sorted(self._requests.items())
-            ]
-            for kind, name, means in (
-                ("prompt_tokens", "prompt_tokens_total", "tokens of prompts"),
-                (
-                    "cached_tokens",
-                    "cached_tokens_total",
-                    "tokens of prompts that were in the cache",
-                ),
-                ("tokens", "generated_tokens_total", "tokens of answers"),
-            ):
-                lines.append(_kind(name, "counter", means))
-                lines += [
-                    f"gatt_{name}{{model={_quoted(model)}}} {self._tokens[kind, model]}"
-                    for model in engine.names
-                ]
-            lines.append(
-                _kind(
-                    "first_token_seconds",
-                    "histogram",
-                    "from a request's arrival in the engine to its first token",
-                )
+    def render(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _counter(self, name: str, documentation: str, *labels: str) -> Counter:
+        """Return a counter that is exposed as gatt_NAME_total."""
+        labels = ("model", *labels)
+        return Counter(f"gatt_{name}", documentation, labels, registry=self._registry)
+
+
+class _EngineState(Collector):
+    """Gauges that are read from the engine when the metrics are."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Yield the present state of every model."""
+        sequences, in_use, queue = (
+            GaugeMetricFamily(f"gatt_{name}", documentation, labels=("model",))
+            for name, documentation in (
+                ("sequences", "answers that can be generated at the same time"),
+                ("sequences_in_use", "answers that are being generated"),
+                ("queue", "requests that wait"),
             )
-            for model, found in sorted(self._first.items()):
-                for bound, n in zip([*map(str, _SECONDS), "+Inf"], found, strict=False):
-                    lines.append(
-                        f'gatt_first_token_seconds_bucket{{model={_quoted(model)},le="{bound}"}} {n:.0f}'
-                    )
-                lines.append(
-                    f"gatt_first_token_seconds_sum{{model={_quoted(model)}}} {found[-1]:.6f}"
-                )
-                lines.append(
-                    f"gatt_first_token_seconds_count{{model={_quoted(model)}}} {found[-2]:.0f}"
-                )
-        states = {model: engine.state(model) for model in engine.names}
-        for field, name, means in (
-            ("sequences", "sequences", "answers that may run side by side"),
-            ("busy", "sequences_in_use", "answers that run"),
-            ("waiting", "queue", "requests that wait"),
-        ):
-            lines.append(_kind(name, "gauge", means))
-            lines += [
-                f"gatt_{name}{{model={_quoted(model)}}} {getattr(state, field)}"
-                for model, state in states.items()
-            ]
-        return "\n".join(lines) + "\n"
-
-
-def _kind(name: str, kind: str, means: str) -> str:
-    return f"# HELP gatt_{name} {means}\n# TYPE gatt_{name} {kind}"
-
-
-def _quoted(label: str) -> str:
-    escaped = label.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{escaped}"'
+        )
+        for name in self._engine.names:
+            state = self._engine.stats(name)
+            sequences.add_metric((name,), state.sequences)
+            in_use.add_metric((name,), state.busy)
+            queue.add_metric((name,), state.waiting)
+        yield from (sequences, in_use, queue)

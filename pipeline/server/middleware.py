@@ -1,6 +1,6 @@
-"""What stands before the interface: who may ask, how large a body may be, and one line of log for each request.
+"""What every request passes before the API: host, key, size of the body, and a line of log.
 
-The log has no text of a request or an answer.
+The log contains no text of a request or an answer.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import logging
 import time
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
-from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.inference.async_engine import AnswerStream
@@ -22,169 +22,169 @@ from pipeline.server.metrics import Metrics
 
 LOG = logging.getLogger("gatt.serve")
 CLIENT_CLOSED_REQUEST = 499
-"""The status in log and metrics of a request whose client has left."""
-_BODY_SECONDS = 30
+"""The status, in log and metrics, of a request whose client has disconnected (nginx's code)."""
+_BODY_TIMEOUT_SECONDS = 30
+_MAX_BODY_BYTES = 1 << 20
+_KEY_PATHS = ("/metrics", "/openapi.json")
+"""Paths outside /v1 that require the key, too."""
 
 
 @dataclass(frozen=True, slots=True)
 class AccessSettings:
-    """Who may ask, and how much at once.
+    """Who may use the server.
 
-    `key` is what clients must name ("" for none); `cors` are the web pages' origins that may read answers; `hosts` are the
-    names under which the server may be addressed (none: any), so that no web page reaches it under a name of its own.
+    `key` is the API key ("" for none). `cors` are the origins of web pages that may read answers.
+    `hosts` are the names under which the server may be addressed (none: any). They keep web pages
+    from reaching it under a name of their own (DNS rebinding).
     """
 
     key: str = ""
     cors: tuple[str, ...] = ()
     hosts: tuple[str, ...] = ()
-    body_bytes: int = 1 << 20
 
 
 @dataclass(slots=True)
 class RequestLog:
-    """What the log will say about a request; the interface fills it in."""
+    """What the log will say about a request; the API fills in `model` and `answer`."""
 
     model: str = ""
     answer: AnswerStream | None = None
     status: int = CLIENT_CLOSED_REQUEST
     start: float = field(default_factory=time.monotonic)
 
+    def write(self) -> None:
+        """Write the line."""
+        result = self.answer.result if self.answer else None
+        first_token = result.first_token_seconds if result else None
+        line = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "model": self.model or None,
+            "prompt_tokens": result.prompt_tokens if result else 0,
+            "cached_tokens": result.cached_tokens if result else 0,
+            "tokens": result.tokens if result else 0,
+            "first_token_seconds": None if first_token is None else round(first_token, 4),
+            "seconds": round(time.monotonic() - self.start, 4),
+            "status": self.status,
+        }
+        LOG.info(json.dumps(line))
+
 
 class AccessMiddleware:
-    """Wraps the application; `scope["gatt"]` of what gets through is its `RequestLog`."""
+    """Wraps the application, which finds the `RequestLog` of an API request in `scope["gatt"]`.
+
+    Starlette's TrustedHostMiddleware is not used for the host, because it answers in plain text.
+    """
 
     def __init__(self, app: ASGIApp, settings: AccessSettings, metrics: Metrics) -> None:
         self._app, self._settings, self._metrics = app, settings, metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
+        """Refuse the request, or pass it on."""
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
-        elif not self._addressed(scope):
-            await self._refuse(
-                ApiError(403, "Unknown host name. Use this server's own.", code="unknown_host"),
-                scope,
-                send,
-            )
-        elif scope["path"] in ("/metrics", "/openapi.json") and not self._knows_key(scope):
-            await self._refuse(_no_key(), scope, send)
+        elif not self._is_host_allowed(scope):
+            message = "Unknown host name. Use this server's own."
+            await _refuse(ApiError(403, message, code="unknown_host"), scope, send)
+        elif scope["path"] in _KEY_PATHS and not self._has_key(scope):
+            await _refuse(_invalid_key(), scope, send)
         elif scope["type"] == "http" and scope["path"].startswith("/v1"):
-            await self._noted(scope, receive, send)
+            await self._handle_logged(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
-    async def _noted(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Whatever becomes of the request, its answer is ended and its line is written."""
-        note = scope["gatt"] = RequestLog()
+    async def _handle_logged(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle an API request; in any case its answer is ended and its line is written."""
+        log = scope["gatt"] = RequestLog()
 
-        async def sending(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             if message["type"] == "http.response.start":
-                note.status = message["status"]
+                log.status = message["status"]
             await send(message)
 
         try:
-            if self._knows_key(scope):
-                await self._with_body(scope, receive, sending)
+            if self._has_key(scope):
+                await self._handle_body(scope, receive, send_and_note)
             else:
-                await self._refuse(_no_key(), scope, sending)
+                await _refuse(_invalid_key(), scope, send_and_note)
         except Exception:
-            note.status = 500
+            log.status = 500
             raise
         finally:
-            if note.answer:
-                if not note.answer.outcome:
-                    note.status = CLIENT_CLOSED_REQUEST
-                note.answer.cancel()
-                await note.answer.ended()
-            self._metrics.request(note.model, note.status)
-            self._write(note)
+            if log.answer:
+                if not log.answer.result:
+                    log.status = CLIENT_CLOSED_REQUEST
+                log.answer.cancel()
+                await log.answer.wait()
+            self._metrics.count_request(log.model, log.status)
+            log.write()
 
-    async def _with_body(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Take the body in before anybody works for it."""
+    async def _handle_body(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Read the body, within its limits, before the application sees the request."""
         try:
-            body = await asyncio.wait_for(self._body(receive), _BODY_SECONDS)
+            body = await asyncio.wait_for(_read_body(receive), _BODY_TIMEOUT_SECONDS)
         except asyncio.TimeoutError:
-            await self._refuse(
-                ApiError(408, f"The body has not come within {_BODY_SECONDS} seconds."), scope, send
-            )
+            message = f"The body has not arrived within {_BODY_TIMEOUT_SECONDS} seconds."
+            await _refuse(ApiError(408, message), scope, send)
             return
         except ApiError as error:
-            await self._refuse(error, scope, send)
+            await _refuse(error, scope, send)
             return
         if body is None:
             return
-        left = [body]
+        bodies = [body]
 
-        async def again() -> Message:
-            return (
-                {"type": "http.request", "body": left.pop(), "more_body": False}
-                if left
-                else await receive()
-            )
+        async def receive_body() -> Message:
+            if bodies:
+                return {"type": "http.request", "body": bodies.pop(), "more_body": False}
+            return await receive()
 
-        await self._app(scope, again, send)
+        await self._app(scope, receive_body, send)
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """All of it; None where the client has left."""
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._settings.body_bytes:
-                most = self._settings.body_bytes
-                raise ApiError(
-                    413,
-                    f"The body has more than {most} bytes, the most that is taken.",
-                    code="body_too_large",
-                )
-        return bytes(body)
+    def _is_host_allowed(self, scope: Scope) -> bool:
+        host = Headers(scope=scope).get("host", "")
+        address, bracket, _ = host.rpartition("]")  # [::1]:8080
+        name = address + bracket if bracket else host.partition(":")[0]
+        return not self._settings.hosts or name.lower() in ("", *self._settings.hosts)
 
-    def _addressed(self, scope: Scope) -> bool:
-        hosts = self._settings.hosts
-        name = _header(scope, b"host").rsplit("]", 1)
-        host = f"{name[0]}]" if len(name) == 2 else name[0].split(":")[0]
-        return not hosts or host.lower() in ("", *hosts)
-
-    def _knows_key(self, scope: Scope) -> bool:
-        scheme, _, key = _header(scope, b"authorization").partition(" ")
-        given, wanted = key.strip().encode(), self._settings.key.encode()
-        return not wanted or (scheme.lower() == "bearer" and hmac.compare_digest(given, wanted))
-
-    @staticmethod
-    async def _refuse(error: ApiError, scope: Scope, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            await error.response()(scope, _nothing, send)
-
-    @staticmethod
-    def _write(note: RequestLog) -> None:
-        outcome = note.answer.outcome if note.answer else None
-        first = outcome.first_seconds if outcome else None
-        line: dict[str, Any] = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "model": note.model or None,
-            "prompt_tokens": outcome.prompt_tokens if outcome else 0,
-            "cached_tokens": outcome.cached_tokens if outcome else 0,
-            "tokens": outcome.tokens if outcome else 0,
-            "first_token_seconds": None if first is None else round(first, 4),
-            "seconds": round(time.monotonic() - note.start, 4),
-            "status": note.status,
-        }
-        LOG.info(json.dumps(line))
+    def _has_key(self, scope: Scope) -> bool:
+        scheme, _, credentials = Headers(scope=scope).get("authorization", "").partition(" ")
+        key, expected = credentials.strip().encode(), self._settings.key.encode()
+        return not expected or (scheme.lower() == "bearer" and hmac.compare_digest(key, expected))
 
 
-def _header(scope: Scope, name: bytes) -> str:
-    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), "")
+async def _read_body(receive: Receive) -> bytes | None:
+    """Return the body, or None if the client has disconnected.
+
+    Raises:
+        ApiError: the body is too large.
+    """
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if len(body) > _MAX_BODY_BYTES:
+            text = f"The body has more than {_MAX_BODY_BYTES} bytes, the maximum."
+            raise ApiError(413, text, code="body_too_large")
+        if not message.get("more_body", False):
+            return bytes(body)
 
 
-def _no_key() -> ApiError:
-    message = "No API key, or a wrong one. Send the header 'Authorization: Bearer KEY' with the server's key."
+async def _refuse(error: ApiError, scope: Scope, send: Send) -> None:
+    if scope["type"] == "websocket":
+        await send({"type": "websocket.close", "code": 1008})
+    else:
+        await error.response()(scope, _receive_nothing, send)
+
+
+def _invalid_key() -> ApiError:
+    message = (
+        "The API key is missing or wrong. Send the header 'Authorization: Bearer KEY' with the "
+        "server's key."
+    )
     return ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
 
-async def _nothing() -> Message:
+async def _receive_nothing() -> Message:
     return {"type": "http.disconnect"}

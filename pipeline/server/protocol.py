@@ -1,4 +1,4 @@
-"""The bodies of OpenAI's interface: what is taken, what is refused, and what is sent."""
+"""OpenAI's request and response bodies: what is accepted, what is refused, and what is sent."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import json
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+from openai.types import Completion, CompletionChoice, CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
+from openai.types.chat.chat_completion import Choice
+from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
+from openai.types.chat.chat_completion_chunk import ChoiceDelta
+from openai.types.completion_usage import PromptTokensDetails
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.inference.scheduler import GenerationResult
+from pipeline.inference.request import GenerationResult
 from pipeline.records import Message, Request
 from pipeline.server.errors import ApiError
 
-_ONLY: Mapping[str, tuple[Any, ...]] = {
+Json = dict[str, object]
+"""A JSON object."""
+
+_NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "n": (1,),
     "best_of": (1,),
     "presence_penalty": (0,),
@@ -34,26 +43,26 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "prediction": (),
     "web_search_options": (),
 }
-"""Fields that would change the answer, and their values under which they do not; with others they are refused.
+"""Unsupported fields, and the values with which they do not change the answer; others are refused.
 
-Fields that change nothing (`user`, `metadata`, `store`, ...) are ignored.
+Fields that never change the answer (`user`, `metadata`, `store`, ...) are ignored.
 """
 
-_TEMPERATURE = Request((), 0, 1).temperature
+_DEFAULT_TEMPERATURE = Request(messages=(), seed=0, max_tokens=1).temperature
 
 
-def _unicode(text: str) -> str:
-    """JSON can name halves of characters, which no tokenizer takes."""
+def _check_unicode(text: str) -> str:
+    """Refuse unpaired surrogates, which JSON can contain and no tokenizer accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("half of a surrogate pair is no character") from error
+        raise ValueError("an unpaired surrogate is not a character") from error
     return text
 
 
-Text = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[str, AfterValidator(_check_unicode)]
 Stop = Annotated[str, Field(min_length=1)]
-Whole = Annotated[int, Field(ge=1, le=1 << 31)]
+MaxTokens = Annotated[int, Field(ge=1, le=1 << 31)]
 
 
 class StreamOptions(BaseModel):
@@ -68,7 +77,7 @@ class Body(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
     model: str
-    max_tokens: Whole | None = None
+    max_tokens: MaxTokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
@@ -77,51 +86,44 @@ class Body(BaseModel):
     stream_options: StreamOptions | None = None
 
     def check(self) -> None:
-        """Refuse what cannot be had.
+        """Refuse fields and values that are not supported.
 
         Raises:
-            ApiError: a field that is not supported, or not with this value.
+            ApiError: the first of them.
         """
         for name, value in (self.model_extra or {}).items():
-            if value is not None and name in _ONLY and value not in _ONLY[name]:
-                allowed = " or ".join(map(json.dumps, _ONLY[name]))
-                hint = f"Only {allowed} is." if allowed else "Leave it out."
-                raise ApiError(
-                    400,
-                    f"This value of '{name}' is not supported here. {hint}",
-                    name,
-                    "unsupported_parameter",
-                )
+            neutral = _NEUTRAL_VALUES.get(name)
+            if value is None or neutral is None or value in neutral:
+                continue
+            hint = f"Only {' or '.join(map(json.dumps, neutral))} is." if neutral else "Omit it."
+            message = f"This value of '{name}' is not supported here. {hint}"
+            raise ApiError(400, message, name, "unsupported_parameter")
         if self.stream_options and not self.stream:
-            raise ApiError(
-                400,
-                "'stream_options' goes with 'stream': true only.",
-                "stream_options",
-                "invalid_value",
-            )
+            message = "'stream_options' requires 'stream': true."
+            raise ApiError(400, message, "stream_options", "invalid_value")
 
     @property
     def stops(self) -> tuple[str, ...]:
-        """Texts before which the answer ends."""
+        """The texts before which the answer ends."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
-    def wants_usage(self) -> bool:
-        """Whether the last event of a stream tells the usage."""
+    def include_usage(self) -> bool:
+        """Whether a stream ends with an event that holds the usage."""
         return bool(self.stream_options and self.stream_options.include_usage)
 
     @property
     def answer_tokens(self) -> int | None:
-        """The most tokens of the answer."""
+        """The maximum tokens of the answer."""
         return self.max_tokens
 
-    def request(self, messages: tuple[Message, ...], left: int) -> Request:
-        """As the engine takes it; an answer without a limit has the `left` tokens of the context."""
+    def request(self, messages: tuple[Message, ...], tokens_left: int) -> Request:
+        """Return the engine's request; without a limit, an answer may have `tokens_left`."""
         return Request(
-            messages,
-            secrets.randbits(32) if self.seed is None else self.seed,
-            self.answer_tokens or max(left, 1),
-            _TEMPERATURE if self.temperature is None else self.temperature,
+            messages=messages,
+            seed=secrets.randbits(32) if self.seed is None else self.seed,
+            max_tokens=self.answer_tokens or max(tokens_left, 1),
+            temperature=_DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
         )
 
@@ -141,14 +143,11 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
-    @property
-    def plain(self) -> Message:
-        """As chat templates take it."""
-        text = (
-            self.content
-            if isinstance(self.content, str)
-            else "\n".join(part.text for part in self.content)
-        )
+    def to_message(self) -> Message:
+        """Return the message as chat templates accept it."""
+        text = self.content
+        if not isinstance(text, str):
+            text = "\n".join(part.text for part in text)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -156,85 +155,128 @@ class ChatBody(Body):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_completion_tokens: Whole | None = None
+    max_completion_tokens: MaxTokens | None = None
 
     @property
     def answer_tokens(self) -> int | None:
-        """The most tokens of the answer."""
+        """The maximum tokens of the answer."""
         return self.max_completion_tokens or self.max_tokens
 
 
 class TextBody(Body):
-    """The body of /v1/completions: one text, also as a list of one."""
+    """The body of /v1/completions: one text, or a list of one."""
 
     prompt: Text
 
     @model_validator(mode="before")
     @classmethod
-    def _one(cls, data: Any) -> Any:
+    def _unpack_prompt(cls, data: object) -> object:
         prompt = data.get("prompt") if isinstance(data, dict) else None
-        return (
-            {**data, "prompt": prompt[0]} if isinstance(prompt, list) and len(prompt) == 1 else data
-        )
+        if isinstance(data, dict) and isinstance(prompt, list) and len(prompt) == 1:
+            return {**data, "prompt": prompt[0]}
+        return data
 
 
 class ResponseBuilder:
-    """How one answer is written, as a chat or as a text, whole or in pieces."""
+    """Builds the response bodies of one chat completion."""
 
-    def __init__(self, chat: bool, model: str) -> None:
-        self._chat, self._model = chat, model
-        self._id = f"{'chatcmpl' if chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self._created = int(time.time())
+    prefix = "chatcmpl"
 
-    def whole(self, text: str, outcome: GenerationResult) -> dict[str, Any]:
-        """The answer in one."""
-        said = (
-            {"message": {"role": "assistant", "content": text, "refusal": None}}
-            if self._chat
-            else {"text": text}
-        )
-        choice = {"index": 0, **said, "logprobs": None, "finish_reason": outcome.finish}
-        return self._envelope("chat.completion", [choice], usage=usage(outcome))
-
-    def opening(self) -> dict[str, Any] | None:
-        """The first event of a stream, before there is any text."""
-        return self._event({"delta": {"role": "assistant", "content": ""}}) if self._chat else None
-
-    def piece(self, text: str) -> dict[str, Any]:
-        """An event with a piece of text."""
-        return self._event({"delta": {"content": text}} if self._chat else {"text": text})
-
-    def closing(self, outcome: GenerationResult) -> dict[str, Any]:
-        """The event that says why the answer ended."""
-        return self._event({"delta": {}} if self._chat else {"text": ""}, outcome.finish)
-
-    def bill(self, outcome: GenerationResult) -> dict[str, Any]:
-        """The event with the usage."""
-        return self._envelope("chat.completion.chunk", [], usage=usage(outcome))
-
-    def _event(self, said: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
-        return self._envelope(
-            "chat.completion.chunk",
-            [{"index": 0, **said, "logprobs": None, "finish_reason": finish}],
-        )
-
-    def _envelope(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        kind = kind if self._chat else "text_completion"
-        return {
-            "id": self._id,
-            "object": kind,
-            "created": self._created,
-            "model": self._model,
-            "choices": choices,
-            **more,
+    def __init__(self, model: str) -> None:
+        self._envelope = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": model,
         }
 
+    def completion(self, text: str, result: GenerationResult) -> Json:
+        """Return the body of a response that is not streamed."""
+        message = ChatCompletionMessage(role="assistant", content=text, refusal=None)
+        choice = Choice(index=0, message=message, logprobs=None, finish_reason=result.finish)
+        return _dump(
+            ChatCompletion(
+                **self._envelope, object="chat.completion", choices=[choice], usage=_usage(result)
+            )
+        )
 
-def usage(outcome: GenerationResult) -> dict[str, Any]:
-    """Tokens of the prompt, how many of them were in the cache, and of the answer (with the one that ends it)."""
-    return {
-        "prompt_tokens": outcome.prompt_tokens,
-        "completion_tokens": outcome.tokens,
-        "total_tokens": outcome.prompt_tokens + outcome.tokens,
-        "prompt_tokens_details": {"cached_tokens": outcome.cached_tokens},
-    }
+    def role_chunk(self) -> Json | None:
+        """Return the first event of a stream, before any text; None if there is none."""
+        return self._chunk(ChoiceDelta(role="assistant", content=""))
+
+    def content_chunk(self, text: str) -> Json:
+        """Return an event with a piece of text."""
+        return self._chunk(ChoiceDelta(content=text))
+
+    def final_chunk(self, result: GenerationResult) -> Json:
+        """Return the event that gives the reason for the answer's end."""
+        return self._chunk(ChoiceDelta(), result.finish)
+
+    def usage_chunk(self, result: GenerationResult) -> Json:
+        """Return the event with the usage."""
+        return self._event([], usage=_usage(result))
+
+    def _chunk(self, delta: ChoiceDelta, finish_reason: str | None = None) -> Json:
+        choice = ChunkChoice(index=0, delta=delta, logprobs=None, finish_reason=finish_reason)
+        return self._event([choice])
+
+    def _event(self, choices: list[ChunkChoice], **usage: CompletionUsage) -> Json:
+        return _dump(
+            ChatCompletionChunk(
+                **self._envelope, object="chat.completion.chunk", choices=choices, **usage
+            )
+        )
+
+
+class TextResponseBuilder(ResponseBuilder):
+    """Builds the response bodies of one text completion, which are alike in a stream and not."""
+
+    prefix = "cmpl"
+
+    def completion(self, text: str, result: GenerationResult) -> Json:
+        """Return the body of a response that is not streamed."""
+        return self._text([self._choice(text, result.finish)], usage=_usage(result))
+
+    def role_chunk(self) -> Json | None:
+        """Return None: a text has no role."""
+        return None
+
+    def content_chunk(self, text: str) -> Json:
+        """Return an event with a piece of text."""
+        return self._text([self._choice(text)])
+
+    def final_chunk(self, result: GenerationResult) -> Json:
+        """Return the event that gives the reason for the answer's end."""
+        return self._text([self._choice("", result.finish)])
+
+    def usage_chunk(self, result: GenerationResult) -> Json:
+        """Return the event with the usage."""
+        return self._text([], usage=_usage(result))
+
+    @staticmethod
+    def _choice(text: str, finish_reason: str | None = None) -> CompletionChoice:
+        # Not validated: the type has no place for a stream's pieces, whose reason is null.
+        return CompletionChoice.model_construct(
+            index=0, text=text, logprobs=None, finish_reason=finish_reason
+        )
+
+    def _text(self, choices: list[CompletionChoice], **usage: CompletionUsage) -> Json:
+        return _dump(
+            Completion.model_construct(
+                **self._envelope, object="text_completion", choices=choices, **usage
+            )
+        )
+
+
+def _usage(result: GenerationResult) -> CompletionUsage:
+    """Return the tokens of the prompt and the answer, which includes its end-of-turn token."""
+    return CompletionUsage(
+        prompt_tokens=result.prompt_tokens,
+        completion_tokens=result.tokens,
+        total_tokens=result.prompt_tokens + result.tokens,
+        prompt_tokens_details=PromptTokensDetails(cached_tokens=result.cached_tokens),
+    )
+
+
+def _dump(body: BaseModel) -> Json:
+    # Clients expect the fields that are null here, such as finish_reason, but no others.
+    return body.model_dump(exclude_unset=True, warnings="none")

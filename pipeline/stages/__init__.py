@@ -1,1 +1,1 @@
-"""The verbs of the command line, one file each. A stage reads files and writes files; none imports another."""
+"""The commands, one file each. A stage reads and writes files; none imports another."""

@@ -1,146 +1,289 @@
-"""Training examples: which tokens of a dialogue are learned, and how much each counts."""
+"""Training examples: which tokens of a dialogue are learned, and their weights in the loss."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import random
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.console import log
+from pipeline.data.dialogues import load_chats
 from pipeline.errors import GattError
+from pipeline.files import read_jsonl
 from pipeline.gatt.ghost import loss_turns
 from pipeline.inference.chat_template import ChatTemplate, answer_spans
-from pipeline.recipe import Train
-from pipeline.records import Message
+from pipeline.recipe import Recipe, Train
+from pipeline.records import Message, SynthesizedDialogue
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
+"""The label of a token that is not learned, as in torch and transformers."""
+
+Span = tuple[int, int]
+"""First and last + 1 character of a part of a text."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingExample:
-    """One dialogue as the model learns it: token ids, the same ids or -100 where nothing is learned, and weights in the loss.
+    """One tokenized dialogue; `input_ids`, `labels` and `weights` have one value per token.
 
-    `asked_ids` is the chat as the teacher had it, empty unless it is distilled; `twins` are (place, place there) of the
-    teacher's own tokens in both.
+    `labels` repeat the token id, or are `IGNORE_INDEX`; `weights` are those of the loss.
+    With "distill", `teacher_ids` is the chat with the teacher's prompt, and `alignment` has the
+    (index in `input_ids`, index in `teacher_ids`) of each unedited token.
     """
 
-    input_ids: list[int]
-    labels: list[int]
-    weights: list[float]
-    teacher_ids: list[int]
-    alignment: list[tuple[int, int]]
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    weights: Sequence[float]
+    teacher_ids: Sequence[int] = ()
+    alignment: Sequence[tuple[int, int]] = ()
+
+    @property
+    def max_tokens(self) -> int:
+        """Return the tokens of the longer one of its two chats."""
+        return max(len(self.input_ids), len(self.teacher_ids))
+
+    @property
+    def learned_tokens(self) -> int:
+        """Return the number of tokens that have a label."""
+        return sum(label != IGNORE_INDEX for label in self.labels)
 
 
 class RenderedChat(NamedTuple):
-    """A rendered chat: its text, token ids, their (first, last + 1) characters; where the answers stand with their ends, and
-    where their words alone.
+    """A tokenized chat. `offsets` has the characters of each token.
+
+    `answers` are the spans of the assistant messages with their end-of-turn tokens, `contents`
+    those of their text alone.
     """
 
     text: str
     ids: list[int]
-    offsets: list[tuple[int, int]]
-    answers: list[tuple[int, int]]
-    words: list[tuple[int, int]]
+    offsets: list[Span]
+    answers: list[Span]
+    contents: list[Span]
+
+
+class UnchangedSpan(NamedTuple):
+    """Characters `start` to `end` that the student's chat shares with the teacher's."""
+
+    start: int
+    end: int
+    teacher_start: int
+
+
+def training_examples(
+    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, file: Path
+) -> list[TrainingExample]:
+    """Return the examples of a run: the dialogues in `file`, and the recipe's `replay_data`."""
+    rows: list[SynthesizedDialogue] = [row for _, row in read_jsonl(file)]
+    examples = [example_from_row(tokenizer, row, recipe) for row in rows]
+    if recipe.train.replay_data:
+        chats = replay_chats(recipe, len(examples))
+        examples += [build_example(tokenizer, chat, recipe.train) for chat in chats]
+    return examples
+
+
+def example_from_row(
+    tokenizer: PreTrainedTokenizerBase, row: SynthesizedDialogue, recipe: Recipe
+) -> TrainingExample:
+    """Return one synthesized dialogue, labeled.
+
+    Sampled answers were generated with the instruction visible. Without distillation, all of their
+    tokens have full weight.
+    """
+    full_weight = row["way"] == "sampled" and recipe.train.loss != "distill"
+    teacher_messages = () if full_weight else row["asked"]
+    return build_example(tokenizer, row["messages"], recipe.train, teacher_messages)
+
+
+def replay_chats(recipe: Recipe, synthesized: int) -> list[tuple[Message, ...]]:
+    """Return as many of the user's own chats as the recipe mixes with the synthesized ones."""
+    ratio = recipe.train.replay_ratio
+    chats = load_chats(recipe.train.replay_data)
+    count = round(synthesized * ratio / (1 - ratio))
+    if len(chats) < count:
+        log(
+            f"train: {recipe.train.replay_data} has {len(chats)} chats, fewer than the {count} of "
+            f"train.replay_ratio = {ratio:g}. All of them are used."
+        )
+    return random.Random(f"mix {recipe.seed}").sample(chats, min(count, len(chats)))
 
 
 def build_example(
-    tokenizer: Any, messages: Sequence[Message], settings: Train, asked: Sequence[Message] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    settings: Train,
+    teacher_messages: Sequence[Message] = (),
 ) -> TrainingExample:
-    """Tokenize a dialogue and label the answers that `settings.loss` learns, each with its end-of-turn token.
+    """Tokenize a dialogue and label the answers that `settings.loss` learns, end-of-turn included.
 
-    Where `asked` has the chat as the teacher had it and an edit changed it, the words that are in both weigh `own_weight`, and
-    everything else 1.
-    A dialogue over `max_length` is cut at a turn boundary, from the end.
+    `teacher_messages` is the same dialogue as the teacher answered it. If its answers were edited,
+    the tokens that the edit left unchanged weigh `settings.unedited_weight`, and all others 1.
+    A dialogue of more than `settings.max_length` tokens loses its last turns.
 
     Raises:
         GattError: not even turn 1 fits.
     """
-    while messages:
-        chat = render_and_tokenize(tokenizer, messages)
-        if len(chat.ids) <= settings.max_length:
-            break
-        messages, asked = messages[:-2], asked[:-2]
-    if not messages or not chat.answers:
-        raise GattError(
-            f"Turn 1 of a dialogue is longer than train.max_length = {settings.max_length} tokens. Raise it."
-        )
+    truncated, chat = _truncate(tokenizer, messages, settings.max_length)
+    # Counted from the end: only one of the two chats may have a system message.
+    dropped = len(messages) - len(truncated)
+    teacher_messages = teacher_messages[: len(teacher_messages) - dropped]
+    teacher = render_chat(tokenizer, teacher_messages) if teacher_messages else None
+    edited = _answers(truncated) != _answers(teacher_messages)
+    unchanged = _unchanged_spans(chat, teacher, edited=edited) if teacher else []
     learned = [chat.answers[turn] for turn in loss_turns(len(chat.answers), settings.loss)]
-    source = render_and_tokenize(tokenizer, asked) if asked else None
-    edited = _answers(messages) != _answers(asked)
-    shared = list(_unchanged_spans(chat, source, edited)) if source else []
-    own_weight = settings.unedited_weight if edited else 1.0
-    labels, weights = [], []
-    for token, place in zip(chat.ids, chat.offsets, strict=True):
-        own = _within(place, [(first, last) for first, last, _ in shared])
-        labels.append(token if _within(place, learned) else IGNORE_INDEX)
-        weights.append(0.0 if labels[-1] == IGNORE_INDEX else own_weight if own else 1.0)
-    if source is None or settings.loss != "distill":
-        return TrainingExample(chat.ids, labels, weights, [], [])
-    return TrainingExample(chat.ids, labels, weights, source.ids, _align(chat, source, shared))
+    is_learned = [n >= 0 for n in _enclosing_spans(chat.offsets, learned)]
+    unchanged_index = _enclosing_spans(chat.offsets, [(span.start, span.end) for span in unchanged])
+    unedited_weight = settings.unedited_weight if edited else 1.0
+    example = TrainingExample(
+        input_ids=chat.ids,
+        labels=[
+            token if learn else IGNORE_INDEX
+            for token, learn in zip(chat.ids, is_learned, strict=True)
+        ],
+        weights=[
+            (unedited_weight if n >= 0 else 1.0) if learn else 0.0
+            for n, learn in zip(unchanged_index, is_learned, strict=True)
+        ],
+    )
+    if teacher is None or settings.loss != "distill":
+        return example
+    alignment = _align(chat, teacher, unchanged, unchanged_index)
+    return replace(example, teacher_ids=teacher.ids, alignment=alignment)
+
+
+def _truncate(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int
+) -> tuple[Sequence[Message], RenderedChat]:
+    """Drop turns from the end until the chat has at most `max_length` tokens."""
+    while messages:
+        chat = render_chat(tokenizer, messages)
+        if chat.answers and len(chat.ids) <= max_length:
+            return messages, chat
+        messages = messages[:-2]
+    raise GattError(
+        f"Turn 1 of a dialogue is longer than train.max_length = {max_length} tokens. Raise it."
+    )
 
 
 def _answers(messages: Sequence[Message]) -> list[str]:
     return [m["content"] for m in messages if m["role"] == "assistant"]
 
 
-def render_and_tokenize(tokenizer: Any, messages: Sequence[Message]) -> RenderedChat:
+def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> RenderedChat:
+    """Render `messages` with the tokenizer's chat template, and tokenize the text."""
     template = ChatTemplate(
         tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or ""
     )
     text, answers = answer_spans(template, messages)
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    said = [m["content"].strip() for m in messages if m["role"] == "assistant"]
-    firsts = [text.index(words, *span) for words, span in zip(said, answers, strict=True)]
-    words = [(first, first + len(its)) for first, its in zip(firsts, said, strict=True)]
-    offsets = list(coded["offset_mapping"])
-    answers, words = (
-        [_with_space(text, offsets, span) for span in spans] for spans in (answers, words)
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    offsets = list(encoding["offset_mapping"])
+    contents: list[Span] = []
+    for answer, span in zip(_answers(messages), answers, strict=True):
+        start = text.index(answer.strip(), *span)
+        contents.append((start, start + len(answer.strip())))
+    return RenderedChat(
+        text=text,
+        ids=list(encoding["input_ids"]),
+        offsets=offsets,
+        answers=[_with_leading_space(text, offsets, span) for span in answers],
+        contents=[_with_leading_space(text, offsets, span) for span in contents],
     )
-    return RenderedChat(text, list(coded["input_ids"]), offsets, answers, words)
 
 
-def _with_space(
-    text: str, offsets: Sequence[tuple[int, int]], span: tuple[int, int]
-) -> tuple[int, int]:
-    """The span with the space before it, where a template writes one (Mistral's) that is part of its first token."""
+def _with_leading_space(text: str, offsets: Sequence[Span], span: Span) -> Span:
+    """Extend a span to the start of its first token, if only white space lies between.
+
+    Mistral's template writes a space before an answer, and the first token includes it.
+    """
     start, end = span
-    first = next((left for left, right in offsets if left < start < right), start)
-    return (first if text[first:start].isspace() else start), end
+    token_start = next((left for left, right in offsets if left < start < right), start)
+    return (token_start if text[token_start:start].isspace() else start), end
 
 
-def _within(place: tuple[int, int], spans: Sequence[tuple[int, int]]) -> bool:
-    left, right = place
-    return any(start <= left and right <= end and left < right for start, end in spans)
+def _enclosing_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+    """Return for each token the index of the span that contains all of it, or -1.
+
+    `spans` are in order and do not overlap. A token without characters is in none of them.
+    """
+    starts = [start for start, _ in spans]
+    indices: list[int] = []
+    for left, right in offsets:
+        n = bisect_right(starts, left) - 1
+        indices.append(n if n >= 0 and left < right <= spans[n][1] else -1)
+    return indices
 
 
 def _unchanged_spans(
-    chat: RenderedChat, source: RenderedChat, edited: bool
-) -> Iterator[tuple[int, int, int]]:
-    """The stretches of answers that an edit has left as they were: first and last + 1 character, and the first in `source`.
+    chat: RenderedChat, teacher: RenderedChat, *, edited: bool
+) -> list[UnchangedSpan]:
+    """Return the parts of the answers that an edit left unchanged.
 
-    Edited answers were cut to a few sentences, too: where they end is a lesson. In others that is the teacher's own.
+    Edits also shorten answers, so where an edited answer ends is learned in full. An answer that
+    was not edited is unchanged up to its end-of-turn token.
     """
-    for (start, end), (first, last), (_, whole) in zip(
-        chat.words, source.words, chat.answers, strict=True
+    spans: list[UnchangedSpan] = []
+    for (start, end), (teacher_start, teacher_end), (_, answer_end) in zip(
+        chat.contents, teacher.contents, chat.answers, strict=True
     ):
-        match = difflib.SequenceMatcher(
-            None, source.text[first:last], chat.text[start:end], autojunk=False
+        matcher = difflib.SequenceMatcher(
+            None, teacher.text[teacher_start:teacher_end], chat.text[start:end], autojunk=False
         )
-        for block in match.get_matching_blocks():
-            left, right = start + block.b, start + block.b + block.size
-            if block.size:
-                yield left, right if edited else whole, first + block.a
+        spans += [
+            UnchangedSpan(
+                start=start + block.b,
+                end=start + block.b + block.size if edited else answer_end,
+                teacher_start=teacher_start + block.a,
+            )
+            for block in matcher.get_matching_blocks()
+            if block.size
+        ]
+    return spans
 
 
 def _align(
-    chat: RenderedChat, source: RenderedChat, shared: Sequence[tuple[int, int, int]]
+    chat: RenderedChat,
+    teacher: RenderedChat,
+    unchanged: Sequence[UnchangedSpan],
+    unchanged_index: Sequence[int],
 ) -> list[tuple[int, int]]:
-    """The tokens that stand for the same characters in both."""
-    there = {place: n for n, place in enumerate(source.offsets)}
-    moved = [
-        (n, (left - first + begin, right - first + begin))
-        for first, last, begin in shared
-        for n, (left, right) in enumerate(chat.offsets)
-        if first <= left < right <= last
-    ]
-    return [(n, there[place]) for n, place in moved if place in there]
+    """Return the (index in `chat`, index in `teacher`) of tokens for the same characters.
+
+    `unchanged_index` has for each token of `chat` its span in `unchanged`, or -1.
+    """
+    # The tokens of one emoji share its offsets; only their ids tell them apart.
+    teacher_index = {
+        (span, token): n
+        for n, (span, token) in enumerate(zip(teacher.offsets, teacher.ids, strict=True))
+    }
+    alignment: list[tuple[int, int]] = []
+    for n, (token, (left, right), index) in enumerate(
+        zip(chat.ids, chat.offsets, unchanged_index, strict=True)
+    ):
+        if index < 0:
+            continue
+        shift = unchanged[index].teacher_start - unchanged[index].start
+        match = teacher_index.get(((left + shift, right + shift), token))
+        if match is not None:
+            alignment.append((n, match))
+    return alignment
+
+
+def mark_learned(
+    tokenizer: PreTrainedTokenizerBase, example: TrainingExample, start: str, end: str
+) -> str:
+    """Return the dialogue as text, with the learned tokens between `start` and `end`."""
+    pieces: list[str] = []
+    inside = False
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        if (label != IGNORE_INDEX) != inside:
+            pieces.append(end if inside else start)
+            inside = not inside
+        pieces.append(tokenizer.decode([token]))
+    return "".join(pieces) + (end if inside else "")

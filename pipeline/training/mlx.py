@@ -1,7 +1,7 @@
-"""4-bit QLoRA through Unsloth's MLX backend, for Apple's processors: data, order, loss and files are those of `trainer`.
+"""4-bit QLoRA through Unsloth's MLX backend, for Apple silicon: a `Backend`.
 
-The base is rounded to MLX's own 4 bits (in groups of 64, with an offset), not to NF4. It was run on MLX's build for Linux on a CPU
-only, never on Apple's hardware.
+Data, order, loss and files are those of `trainer`. The base model is in MLX's own 4 bits (groups of
+64 with an offset), not in NF4. Run so far on MLX's CPU build for Linux, never on Apple hardware.
 """
 
 from __future__ import annotations
@@ -13,21 +13,24 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.errors import GattError
 from pipeline.files import write_json
+from pipeline.inference.logits import Logits
 from pipeline.recipe import Train
-from pipeline.training.examples import IGNORE_INDEX, TrainingExample
-from pipeline.training.loss import collate
-from pipeline.training.trainer import (
+from pipeline.training import unsloth
+from pipeline.training.examples import TrainingExample
+from pipeline.training.job import (
     GracefulStop,
     Step,
     TokenCounts,
+    TrainingJob,
+    TrainingResult,
     adapter_weights,
+    checkpoint_step,
     interrupted_error,
     last_checkpoint,
     length_grouped_batches,
@@ -36,299 +39,250 @@ from pipeline.training.trainer import (
     nonfinite_loss_error,
 )
 
-_KEPT = 2
-"""Checkpoints."""
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn
+    import mlx.optimizers
+
+_MAX_CHECKPOINTS = 2
+_MAX_GRADIENT_NORM = 1.0
 
 
 def available() -> bool:
-    """Whether Unsloth computes with MLX on this machine."""
-    apple = (platform.system(), platform.machine()) == ("Darwin", "arm64")
-    return apple and all(importlib.util.find_spec(name) for name in ("mlx", "mlx_lm"))
+    """Return whether Unsloth computes with MLX on this machine."""
+    is_apple_silicon = (platform.system(), platform.machine()) == ("Darwin", "arm64")
+    return is_apple_silicon and all(importlib.util.find_spec(name) for name in ("mlx", "mlx_lm"))
 
 
-def train(
-    loader: Any,
-    folder: Path,
-    examples: Sequence[TrainingExample],
-    settings: Train,
-    seed: int,
-    checkpoints: Path,
-    adapter: Path,
-    on_step: Callable[[Step], None],
-    enough: Callable[[int, Path], bool],
-) -> tuple[list[float], Any]:
-    """As `unsloth.train`, with Unsloth's `loader`; returns the loss of every step, and the network.
-
-    Raises:
-        GattError: as `trainer.loop`, or a setting that is not for MLX.
-    """
-    import mlx.core as mx
-
+def train(job: TrainingJob) -> TrainingResult:
+    """Train an adapter on the base model in 4 bits and save it; see `Backend.train`."""
+    settings = job.settings
     if settings.dora or settings.report_to:
         raise GattError(
-            "MLX has no train.dora and no train.report_to. Leave them out, or uninstall mlx to train on the CPU."
+            "MLX has no train.dora and no train.report_to. Leave them out, or uninstall mlx to "
+            "train on the CPU."
         )
-    mx.random.seed(seed)
-    network = load(loader, folder, settings.max_length)
-    network = loader.get_peft_model(
-        network,
+    import mlx.core as mx
+
+    mx.random.seed(job.seed)
+    model = unsloth.load_unsloth().get_peft_model(
+        _load_base(job.model_dir, settings.max_length),
         r=settings.rank,
         lora_alpha=settings.alpha or settings.rank,
         lora_dropout=settings.dropout,
         target_modules=list(settings.target_modules),
-        random_state=seed,
+        random_state=job.seed,
         use_rslora=settings.rslora,
     )
     if settings.init_adapter:
-        _load_adapter(network, Path(settings.init_adapter).expanduser())
-    losses = train_loop(network, examples, settings, seed, checkpoints, on_step, enough)
-    _save_adapter(network, adapter, settings)
-    return losses, network
+        load_adapter(model, Path(settings.init_adapter).expanduser())
+    losses = train_loop(model, job)
+    _save_adapter(model, job.adapter_dir, settings)
+    return TrainingResult(losses, _compute_logits(model, [e.input_ids for e in job.examples]))
 
 
-def load(loader: Any, folder: Path, length: int) -> Any:
-    """The base in 4 bits.
+def predict(
+    model_dir: Path,
+    adapter_dir: Path | None,
+    sequences: Sequence[Sequence[int]],
+    *,
+    load_in_4bit: bool,
+) -> Logits:
+    """Return the logits of the base model with an adapter, always in float32."""
+    del load_in_4bit  # MLX's 4-bit format is not that of the exported files
+    return unsloth.predict(model_dir, adapter_dir, sequences, load_in_4bit=False)
 
-    transformers 5 writes a rotary embedding's settings under a name of their own; MLX, which has older names for them, would take
-    its defaults instead, and say nothing.
+
+def _load_base(model_dir: Path, max_length: int) -> mlx.nn.Module:
+    """Return the base model in 4 bits.
+
+    transformers 5 writes the settings of rotary embeddings as `rope_parameters`. MLX only knows
+    the older keys, and would use its defaults without a warning.
     """
-    config = json.loads((folder / "config.json").read_text())
-    rotary = config.get("rope_parameters") or {}
+    config = json.loads((model_dir / "config.json").read_text())
+    rope = config.get("rope_parameters") or {}
     with tempfile.TemporaryDirectory() as scratch:
-        for file in folder.iterdir():
+        for file in model_dir.iterdir():
             (Path(scratch) / file.name).symlink_to(file.resolve())
-        if "rope_theta" in rotary:
-            scaling = rotary if rotary.get("rope_type", "default") != "default" else None
+        if "rope_theta" in rope:
+            scaling = rope if rope.get("rope_type", "default") != "default" else None
             (Path(scratch) / "config.json").unlink()
             write_json(
                 Path(scratch) / "config.json",
-                config | {"rope_theta": rotary["rope_theta"], "rope_scaling": scaling},
+                config | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling},
             )
-        network, _ = loader.from_pretrained(
-            scratch, max_seq_length=length, load_in_4bit=True, local_files_only=True
+        model, _ = unsloth.load_unsloth().from_pretrained(
+            scratch, max_seq_length=max_length, load_in_4bit=True, local_files_only=True
         )
-    return network
+    return model
 
 
-def train_loop(
-    network: Any,
-    examples: Sequence[TrainingExample],
-    settings: Train,
-    seed: int,
-    checkpoints: Path,
-    on_step: Callable[[Step], None],
-    enough: Callable[[int, Path], bool] = lambda step, folder: False,
-) -> list[float]:
-    """As `trainer.loop`, in one process."""
+def train_loop(model: mlx.nn.Module, job: TrainingJob) -> list[float]:
+    """Train the adapter of `model` in one process, and return the loss of every step.
+
+    Raises:
+        GattError: the loss is not finite, or the user stopped it.
+    """
     import mlx.core as mx
     import mlx.optimizers
 
+    settings = job.settings
     optimizer = mlx.optimizers.AdamW(0.0, weight_decay=settings.weight_decay, bias_correction=True)
-    done = last_checkpoint(checkpoints)
-    losses = _resume(network, optimizer, checkpoints / f"checkpoint-{done}") if done else []
-    rows = [asdict(example) for example in length_grouped_batches(examples, settings, seed)]
-    counted, seconds = TokenCounts(), 0.0
-    network.train()
+    first = last_checkpoint(job.checkpoint_dir)
+    losses: list[float] = []
+    if first:
+        losses = _resume(model, optimizer, job.checkpoint_dir / f"checkpoint-{first}")
+    examples, size = length_grouped_batches(job), settings.batch_size
+    tokens, seconds = TokenCounts(), 0.0
+    model.train()
     with GracefulStop() as stop:
-        for number in range(done + 1, settings.max_steps + 1):
+        for number in range(first + 1, settings.max_steps + 1):
             start = time.monotonic()
-            mx.random.seed(seed + number)  # of the dropout: a run that goes on draws the same
-            split = micro_batches(
-                rows[(number - 1) * settings.batch_size : number * settings.batch_size],
-                settings.max_tokens_per_micro_batch,
+            mx.random.seed(job.seed + number)  # for dropout: a resumed run draws the same numbers
+            optimizer.learning_rate = learning_rate(settings, number - 1)
+            batches = micro_batches(
+                examples[(number - 1) * size : number * size], settings.max_tokens_per_micro_batch
             )
-            optimizer.learning_rate = rate(settings, number - 1)
-            losses.append(_step(network, optimizer, split, settings))
-            counted, seconds = counted.plus(split), seconds + time.monotonic() - start
+            losses.append(_training_step(model, optimizer, batches, settings))
+            tokens, seconds = tokens.plus(batches), seconds + time.monotonic() - start
             if not math.isfinite(losses[-1]):
-                raise nonfinite_loss_error(number, losses[-1], checkpoints)
-            on_step(
+                raise nonfinite_loss_error(number, losses[-1], job.checkpoint_dir)
+            job.on_step(
                 Step(
-                    number,
-                    losses[-1],
-                    rate(settings, number - 1),
-                    *counted,
-                    seconds,
-                    mx.get_peak_memory(),
+                    number=number,
+                    loss=losses[-1],
+                    learning_rate=learning_rate(settings, number - 1),
+                    tokens=tokens,
+                    seconds=seconds,
+                    peak_memory_bytes=mx.get_peak_memory(),
                 )
             )
-            saved = checkpoints / f"checkpoint-{number}"
-            if stop.asked or number % settings.save_steps == 0 or number == settings.max_steps:
-                _save(network, optimizer, losses, saved, settings)
-                if not stop.asked and enough(number, saved):
+            is_last = number == settings.max_steps
+            if stop.requested or is_last or number % settings.save_steps == 0:
+                checkpoint = job.checkpoint_dir / f"checkpoint-{number}"
+                _save_checkpoint(model, optimizer, losses, checkpoint, settings)
+                if not stop.requested and job.should_stop(number, checkpoint):
                     break
-            if stop.asked and number < settings.max_steps:
+            if stop.requested and not is_last:
                 raise interrupted_error(number)
     return losses
 
 
-def rate(settings: Train, step: int) -> float:
-    """The learning rate of a step (from 0), as transformers' schedules have it."""
-    rising = max(1, int(settings.max_steps * settings.warmup_ratio))
-    if step < rising:
-        return settings.learning_rate * step / rising
-    gone = (step - rising) / max(1, settings.max_steps - rising)
-    falls = {
-        "cosine": (1 + math.cos(math.pi * gone)) / 2,
-        "linear": 1 - gone,
+def learning_rate(settings: Train, step: int) -> float:
+    """Return the learning rate of a step (from 0), as the schedules of transformers have it."""
+    warmup_steps = max(1, int(settings.max_steps * settings.warmup_ratio))
+    if step < warmup_steps:
+        return settings.learning_rate * step / warmup_steps
+    progress = (step - warmup_steps) / max(1, settings.max_steps - warmup_steps)
+    decay = {
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "linear": 1 - progress,
         "constant_with_warmup": 1.0,
     }
-    return settings.learning_rate * falls[settings.lr_scheduler_type]
+    return settings.learning_rate * decay[settings.lr_scheduler_type]
 
 
-def _step(
-    network: Any, optimizer: Any, split: Sequence[Sequence[dict[str, Any]]], settings: Train
+def _training_step(
+    model: mlx.nn.Module,
+    optimizer: mlx.optimizers.Optimizer,
+    batches: Sequence[Sequence[TrainingExample]],
+    settings: Train,
 ) -> float:
-    """One step of the optimizer over its parts; the loss."""
+    """Update the adapter with the gradients of all micro-batches, and return the step's loss."""
     import mlx.core as mx
     import mlx.nn
     import mlx.optimizers
     import mlx.utils
 
-    weight = sum(sum(row["weights"]) for part in split for row in part)
-    differentiate = mlx.nn.value_and_grad(network, gatt_loss)
+    from pipeline.training import mlx_loss
+
+    total_weight = sum(sum(e.weights) for batch in batches for e in batch)
+    loss_and_gradients = mlx.nn.value_and_grad(model, mlx_loss.gatt_loss)
     total, gradients = mx.array(0.0), None
-    for part in split:
-        batch = {name: mx.array(tensor.numpy()) for name, tensor in collate(part, 0).items()}
-        loss, found = differentiate(network, batch, _teacher(network, batch), settings, weight)
+    for examples in batches:
+        batch = mlx_loss.collate(examples)
+        teacher = mlx_loss.teacher_logits(model, batch)
+        loss, increments = loss_and_gradients(model, batch, teacher, settings, total_weight)
         total += loss
-        gradients = found if gradients is None else mlx.utils.tree_map(mx.add, gradients, found)
-        mx.eval(total, gradients)
-    clipped, _ = mlx.optimizers.clip_grad_norm(gradients, 1.0)
-    optimizer.update(network, clipped)
-    mx.eval(network.trainable_parameters(), optimizer.state)
+        gradients = (
+            increments if gradients is None else mlx.utils.tree_map(mx.add, gradients, increments)
+        )
+        mx.eval(total, gradients)  # computes now: MLX is lazy, and would hold every micro-batch
+    clipped, _ = mlx.optimizers.clip_grad_norm(gradients, _MAX_GRADIENT_NORM)
+    optimizer.update(model, clipped)
+    mx.eval(model.trainable_parameters(), optimizer.state)
     return float(total)
 
 
-def gatt_loss(
-    network: Any, batch: dict[str, Any], teacher: Any, settings: Train, weight: float
-) -> Any:
-    """As `objective.learned_loss`; `teacher` has the logits of the twins, or is None."""
-    import mlx.core as mx
-    import mlx.nn
-    import numpy as np
-
-    labels, weights = batch["labels"], np.array(batch["weights"])
-    rows, places = np.nonzero(np.array(labels)[:, 1:] != IGNORE_INDEX)
-    order = {
-        (row, place + 1): n
-        for n, (row, place) in enumerate(zip(rows.tolist(), places.tolist(), strict=True))
-    }
-    logits = network(batch["input_ids"])[mx.array(rows), mx.array(places)].astype(mx.float32)
-    losses = mlx.nn.losses.cross_entropy(logits, labels[mx.array(rows), mx.array(places + 1)])
-    share = weights[rows, places + 1]
-    if teacher is None:
-        return (losses * mx.array(share)).sum() / weight
-    alignment = np.array(
-        [order.get((row, here), -1) for row, here, _ in np.array(batch["twins"]).T.tolist()]
-    )
-    own = alignment[alignment >= 0]
-    apart = _divergence(
-        teacher[mx.array(np.nonzero(alignment >= 0)[0])], logits[mx.array(own)], settings
-    )
-    apart_share = share[own] * (1 - settings.cross_entropy)
-    share[own] *= settings.cross_entropy
-    return ((losses * mx.array(share)).sum() + (apart * mx.array(apart_share)).sum()) / weight
-
-
-def _teacher(network: Any, batch: dict[str, Any]) -> Any:
-    """What the base, the adapter switched off, predicts of the twins in the chat as the teacher had it: logits in float32."""
-    import mlx.core as mx
-
-    if "twins" not in batch:
-        return None
-    row, _, there = batch["twins"]
-    adapted = [module for _, module in network.named_modules() if "lora_a" in module]
-    scales = [module.scale for module in adapted]
-    network.eval()
-    try:
-        for module in adapted:
-            module.scale = 0.0
-        logits = network(batch["asked_ids"])[row, there - 1].astype(mx.float32)
-        mx.eval(logits)
-    finally:
-        for module, scale in zip(adapted, scales, strict=True):
-            module.scale = scale
-        network.train()
-    return logits
-
-
-def _divergence(target: Any, logits: Any, settings: Train) -> Any:
-    """As `objective.divergence`."""
-    import mlx.core as mx
-
-    wanted, found = (its / settings.temperature for its in (target, logits))
-    wanted, found = (its - mx.logsumexp(its, axis=-1, keepdims=True) for its in (wanted, found))
-    if settings.top_k and settings.top_k < wanted.shape[-1]:
-        likeliest = mx.argpartition(-wanted, settings.top_k - 1, axis=-1)[:, : settings.top_k]
-        wanted, found = (
-            _with_rest(mx.take_along_axis(its, likeliest, axis=-1)) for its in (wanted, found)
-        )
-    return (mx.exp(wanted) * (wanted - found)).sum(-1) * settings.temperature**2
-
-
-def _with_rest(logs: Any) -> Any:
-    import mlx.core as mx
-
-    rest = mx.log(mx.maximum(1 - mx.exp(logs).sum(-1, keepdims=True), 1e-6))
-    return mx.concatenate([logs, rest], -1)
-
-
-def predict(network: Any, sequences: Sequence[list[int]]) -> Any:
-    """Logits (all tokens, vocabulary) of what follows each token, float32."""
+def _compute_logits(model: mlx.nn.Module, sequences: Sequence[Sequence[int]]) -> Logits:
+    """Return the logits of what follows each token of the first tokens of `sequences`."""
     import mlx.core as mx
     import numpy as np
 
-    network.eval()
-    return np.concatenate(
-        [np.array(network(mx.array([ids]))[0].astype(mx.float32)) for ids in sequences]
-    )
+    model.eval()
+    prefixes = unsloth.first_tokens(sequences)
+    rows = [np.array(model(mx.array([ids]))[0].astype(mx.float32)) for ids in prefixes]
+    return Logits(prefixes, np.concatenate(rows))
 
 
-def _save(network: Any, optimizer: Any, losses: list[float], folder: Path, settings: Train) -> None:
-    """A checkpoint; of earlier ones the last few stay."""
+def _save_checkpoint(
+    model: mlx.nn.Module,
+    optimizer: mlx.optimizers.Optimizer,
+    losses: list[float],
+    checkpoint: Path,
+    settings: Train,
+) -> None:
+    """Write a checkpoint, and delete all but the last few."""
     import mlx.core as mx
     import mlx.utils
 
-    _save_adapter(network, folder, settings)
-    mx.save_safetensors(
-        str(folder / "optimizer.safetensors"), dict(mlx.utils.tree_flatten(optimizer.state))
-    )
-    write_json(folder / "losses.json", losses)
-    mark_complete(folder)
-    old = sorted(folder.parent.glob("checkpoint-*"), key=lambda its: int(its.name.split("-")[1]))
-    for gone in old[:-_KEPT]:
-        shutil.rmtree(gone)
+    _save_adapter(model, checkpoint, settings)
+    state = dict(mlx.utils.tree_flatten(optimizer.state))
+    mx.save_safetensors(str(checkpoint / "optimizer.safetensors"), state)
+    write_json(checkpoint / "losses.json", losses)
+    mark_complete(checkpoint)
+    checkpoints = sorted(checkpoint.parent.glob("checkpoint-*"), key=checkpoint_step)
+    for outdated in checkpoints[:-_MAX_CHECKPOINTS]:
+        shutil.rmtree(outdated)
 
 
-def _resume(network: Any, optimizer: Any, folder: Path) -> list[float]:
-    """Go on from a checkpoint; the losses up to there."""
+def _resume(
+    model: mlx.nn.Module, optimizer: mlx.optimizers.Optimizer, checkpoint: Path
+) -> list[float]:
+    """Load a checkpoint, and return the losses up to it."""
     import mlx.core as mx
     import mlx.utils
 
-    _load_adapter(network, folder)
-    state = mx.load(str(folder / "optimizer.safetensors"))
+    load_adapter(model, checkpoint)
+    state = mx.load(str(checkpoint / "optimizer.safetensors"))
     optimizer.state = mlx.utils.tree_unflatten(list(state.items()))
-    return list(json.loads((folder / "losses.json").read_text()))
+    return list(json.loads((checkpoint / "losses.json").read_text()))
 
 
-def _pairs(network: Any) -> Iterator[tuple[str, str, Any]]:
-    """PEFT's name, MLX's name, and the matrix: PEFT keeps it the other way round."""
+class _AdapterMatrix(NamedTuple):
+    """A LoRA matrix under both libraries' names. PEFT stores it transposed."""
+
+    peft_name: str
+    mlx_name: str
+    matrix: mx.array
+
+
+def _adapter_matrices(model: mlx.nn.Module) -> Iterator[_AdapterMatrix]:
     import mlx.utils
 
-    for name, matrix in mlx.utils.tree_flatten(network.trainable_parameters()):
+    for name, matrix in mlx.utils.tree_flatten(model.trainable_parameters()):
         module, side = name.rsplit(".lora_", 1)
-        yield f"base_model.model.{module}.lora_{side.upper()}.weight", name, matrix
+        yield _AdapterMatrix(f"base_model.model.{module}.lora_{side.upper()}.weight", name, matrix)
 
 
-def _save_adapter(network: Any, folder: Path, settings: Train) -> None:
-    """The adapter as PEFT writes it."""
+def _save_adapter(model: mlx.nn.Module, folder: Path, settings: Train) -> None:
+    """Write the adapter as PEFT does."""
     import mlx.core as mx
 
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(
         str(folder / "adapter_model.safetensors"),
-        {theirs: mx.contiguous(matrix.T) for theirs, _, matrix in _pairs(network)},
+        {row.peft_name: mx.contiguous(row.matrix.T) for row in _adapter_matrices(model)},
         metadata={"format": "pt"},
     )
     write_json(
@@ -345,23 +299,23 @@ def _save_adapter(network: Any, folder: Path, settings: Train) -> None:
     )
 
 
-def _load_adapter(network: Any, folder: Path) -> None:
-    """The adapter as PEFT wrote it.
+def load_adapter(model: mlx.nn.Module, folder: Path) -> None:
+    """Load an adapter that PEFT wrote.
 
     Raises:
-        GattError: there is none, or it has another rank or other targets.
+        GattError: there is none, or it differs in rank, target modules or base model.
     """
     import mlx.core as mx
 
-    found = mx.load(str(adapter_weights(folder)))
-    wanted = {theirs: (ours, matrix.T.shape) for theirs, ours, matrix in _pairs(network)}
-    if {name: matrix.shape for name, matrix in found.items()} != {
-        name: shape for name, (_, shape) in wanted.items()
-    }:
+    weights = mx.load(str(adapter_weights(folder)))
+    expected = list(_adapter_matrices(model))
+    actual_shapes = {name: matrix.shape for name, matrix in weights.items()}
+    if actual_shapes != {row.peft_name: row.matrix.T.shape for row in expected}:
         raise GattError(
-            f"train.init_adapter: {folder} is of another rank, other targets or another base than the recipe's."
+            f"train.init_adapter: {folder} is of another rank, other targets or another base model "
+            "than the recipe's. Set train.rank and train.target_modules as it has them."
         )
-    network.load_weights(
-        [(ours, mx.contiguous(found[theirs].T)) for theirs, (ours, _) in wanted.items()],
+    model.load_weights(
+        [(row.mlx_name, mx.contiguous(weights[row.peft_name].T)) for row in expected],
         strict=False,
     )

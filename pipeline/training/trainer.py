@@ -1,378 +1,287 @@
-"""The loop around the loss: dialogues in order, parts of a step that fit, checkpoints, an orderly stop."""
+"""The training loop on torch: a `transformers.Trainer` with GAtt's loss, split into micro-batches.
+
+This module imports torch and transformers. Import it where training runs, after Unsloth, which
+patches transformers.
+"""
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, TypedDict
+
+import peft.helpers
+import torch
+import transformers
 
 from pipeline.console import log
 from pipeline.errors import GattError
-from pipeline.recipe import Train
 from pipeline.system import is_main_process, peak_memory, trim_memory
-from pipeline.training.examples import IGNORE_INDEX, TrainingExample
+from pipeline.training.examples import TrainingExample
+from pipeline.training.job import (
+    GracefulStop,
+    Step,
+    TokenCounts,
+    TrainingJob,
+    interrupted_error,
+    last_checkpoint,
+    length_grouped_batches,
+    mark_complete,
+    micro_batches,
+    nonfinite_loss_error,
+    world_size,
+)
 from pipeline.training.loss import collate, gatt_loss
 
-_COMPLETE = "complete"
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
-class Step(NamedTuple):
-    """A step that is done. `learned` are the tokens of all steps so far that were learned, `computed` all that were computed,
-    padding and the teacher's chats with them, of which `padding` were nothing; in `seconds`. `memory` in bytes is the peak.
-    """
+class Inputs(TypedDict):
+    """The examples of a step that this process computes; each micro-batch is collated later."""
 
-    number: int
-    loss: float
-    learning_rate: float
-    learned: int
-    computed: int
-    padding: int
-    seconds: float
-    memory: int
+    examples: list[TrainingExample]
 
 
-class TokenCounts(NamedTuple):
-    """Tokens of the steps so far, as in `Step`."""
+def train_loop(model: PeftModel, job: TrainingJob, pad_token_id: int) -> list[float]:
+    """Train the adapter of `model` and return the loss of every step.
 
-    learned: int = 0
-    computed: int = 0
-    padding: int = 0
-
-    def plus(self, split: Sequence[Sequence[dict[str, Any]]]) -> TokenCounts:
-        """With those of a step in its parts."""
-        learned, computed, padding = self
-        for part in split:
-            learned += sum(token != IGNORE_INDEX for row in part for token in row["labels"])
-            for key in ("input_ids", "asked_ids"):
-                lengths = [len(row[key]) for row in part]
-                computed += len(part) * max(lengths)
-                padding += len(part) * max(lengths) - sum(lengths)
-        return TokenCounts(learned, computed, padding)
-
-
-def length_grouped_batches(
-    examples: Sequence[TrainingExample], settings: Train, seed: int
-) -> list[TrainingExample]:
-    """The dialogues of all steps, one batch after another, each epoch anew; dialogues of like length share a batch.
-
-    A batch is padded to its longest dialogue: drawn at random, a fifth of what is computed would be padding.
-    """
-    rng = random.Random(f"order {seed}")
-    rows: list[TrainingExample] = []
-    while len(rows) < settings.max_steps * settings.batch_size:
-        epoch = rng.sample(examples, len(examples))
-        batches: list[list[TrainingExample]] = []
-        for start in range(0, len(epoch), 8 * settings.batch_size):
-            alike = sorted(
-                epoch[start : start + 8 * settings.batch_size], key=lambda e: len(e.input_ids)
-            )
-            batches += [
-                alike[n : n + settings.batch_size]
-                for n in range(0, len(alike), settings.batch_size)
-            ]
-        rng.shuffle(batches)
-        rows += [
-            row
-            for batch in batches
-            if len(batch) == settings.batch_size or len(epoch) < settings.batch_size
-            for row in batch
-        ]
-    return rows[: settings.max_steps * settings.batch_size]
-
-
-def world_size() -> int:
-    """How many share each step."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-@contextmanager
-def main_process_first() -> Iterator[None]:
-    """What is in it the leading process does alone, and then the others."""
-    if world_size() == 1:
-        yield
-        return
-    import accelerate
-    import torch
-
-    with accelerate.PartialState(cpu=not torch.cuda.is_available()).main_process_first():
-        yield
-
-
-def last_checkpoint(checkpoints: Path) -> int:
-    """The step of the last whole checkpoint; 0 where there is none."""
-    return max(
-        (int(c.parent.name.split("-")[1]) for c in checkpoints.glob(f"checkpoint-*/{_COMPLETE}")),
-        default=0,
-    )
-
-
-def mark_complete(checkpoint: Path) -> None:
-    """Say so, last of all: one that does not was cut off."""
-    (checkpoint / _COMPLETE).touch()
-
-
-def nonfinite_loss_error(step: int, loss: float, checkpoints: Path) -> GattError:
-    """The loss is NaN or infinity."""
-    return GattError(
-        f"The loss of step {step} is {loss}. The checkpoint of step {last_checkpoint(checkpoints)} is kept. Lower "
-        "train.learning_rate, or begin anew with --restart."
-    )
-
-
-def interrupted_error(step: int) -> GattError:
-    """The user has stopped it."""
-    return GattError(
-        f"Stopped after step {step}, which is saved. The same command goes on from there."
-    )
-
-
-def adapter_weights(folder: Path) -> Path:
-    """The file of an adapter to go on from.
+    Training resumes from the last complete checkpoint. Several processes, as started by
+    `accelerate launch`, share the dialogues of each step.
 
     Raises:
-        GattError: there is none.
+        GattError: the loss is not finite, memory is short even for one dialogue, the processes
+            cannot share a batch, or the user stopped it.
     """
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise GattError(
-            f"train.init_adapter: no adapter_model.safetensors in {folder}. Name the folder of a PEFT LoRA."
-        )
-    return file
-
-
-class GracefulStop:
-    """While it is open, Ctrl-C and SIGTERM only ask to stop at the end of the step; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> GracefulStop:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.signal(number, self._ask)
-                for number in (signal.SIGINT, signal.SIGTERM)
-            }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-
-def micro_batches(rows: Sequence[dict[str, Any]], tokens: int) -> list[list[dict[str, Any]]]:
-    """The dialogues of a step in parts of at most `tokens` each, padding included, or of one dialogue; 0 is one part."""
-    found: list[list[dict[str, Any]]] = []
-    # Short ones first: the next is always the longest of its part.
-    for row in sorted(rows, key=_length):
-        if not found or (tokens and (len(found[-1]) + 1) * _length(row) > tokens):
-            found.append([])
-        found[-1].append(row)
-    return found
-
-
-def _length(row: dict[str, Any]) -> int:
-    return max(len(row["input_ids"]), len(row["asked_ids"]))
-
-
-def train_loop(
-    network: Any,
-    pad: int,
-    examples: Sequence[TrainingExample],
-    settings: Train,
-    seed: int,
-    checkpoints: Path,
-    on_step: Callable[[Step], None],
-    enough: Callable[[int, Path], bool] = lambda step, folder: False,
-) -> list[float]:
-    """Train the adapter of `network`; goes on from the last whole checkpoint. Returns the loss of every step.
-
-    At each checkpoint `enough` is asked with the step and the folder of the adapter whether to stop there. Several processes, as
-    `accelerate launch` starts them, share the dialogues of each step.
-
-    Raises:
-        GattError: the loss is no number, memory is short even for one dialogue, or the user has stopped it.
-    """
-    import torch
-    import transformers
-
+    settings = job.settings
     if settings.batch_size % world_size():
         raise GattError(
-            f"{world_size()} processes cannot share train.batch_size = {settings.batch_size} dialogues a step evenly."
+            f"{world_size()} processes cannot share train.batch_size = {settings.batch_size} "
+            "dialogues evenly. Set it to a multiple of the processes."
         )
-
-    class Watch(transformers.TrainerCallback):  # type: ignore[misc]
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                on_step(
-                    Step(
-                        state.global_step,
-                        logs["loss"],
-                        logs["learning_rate"],
-                        *trainer.counted,
-                        *trainer.spent(),
-                    )
-                )
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            # Signals do not reach all processes in the same step.
-            stop.asked = _any_rank(stop.asked, network.device)
-            if stop.asked:
-                control.should_save = control.should_training_stop = True
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            if is_main_process():
-                mark_complete(folder)
-            if not stop.asked and _any_rank(enough(state.global_step, folder), network.device):
-                control.should_training_stop = True
-            trim_memory()  # steps of many lengths leave holes: after 70 the process would have twice the memory of a few
-
-    class Weighted(transformers.Trainer):  # type: ignore[misc]
-        budget = settings.max_tokens_per_micro_batch
-        counted = TokenCounts()
-        seconds = 0.0
-
-        def spent(self) -> tuple[float, int]:
-            """Seconds in steps, and bytes at the peak."""
-            return (
-                self.seconds,
-                torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory(),
-            )
-
-        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            """The loss of a step, its gradients summed over its parts and over all processes."""
-            rows, start = inputs["rows"], time.monotonic()
-            weight = _all_reduce_sum(
-                torch.tensor(sum(sum(row["weights"]) for row in rows), device=network.device)
-            )
-            while True:
-                try:
-                    total = self._in_parts(rows, weight)
-                    break
-                except (MemoryError, RuntimeError) as error:
-                    split = micro_batches(rows, self.budget)
-                    if not _is_out_of_memory(error):
-                        raise
-                    if len(split) == len(rows):
-                        raise GattError(
-                            f"Too little memory to train on a dialogue of {_length(split[-1][0])} tokens. Lower train.max_length "
-                            "or dialogues.turns, close other programs, or take a smaller model."
-                        ) from error
-                    network.zero_grad()
-                    self.budget = max(len(part) * _length(part[-1]) for part in split) // 2
-                    log(
-                        f"train: out of memory; going on with at most {self.budget} tokens at a time"
-                    )
-            for parameter in network.parameters():
-                if parameter.grad is not None:
-                    _all_reduce_sum(parameter.grad)
-            total = _all_reduce_sum(total)
-            if not torch.isfinite(total):
-                raise nonfinite_loss_error(self.state.global_step + 1, float(total), checkpoints)
-            self.counted = self.counted.plus(micro_batches(rows, self.budget))
-            self.seconds += time.monotonic() - start
-            return total
-
-        def _in_parts(self, rows: Sequence[dict[str, Any]], weight: Any) -> Any:
-            network.train()
-            total = torch.zeros((), device=network.device)
-            for part in micro_batches(rows, self.budget):
-                batch = {
-                    name: tensor.to(network.device) for name, tensor in collate(part, pad).items()
-                }
-                with _mixed(network):
-                    loss = gatt_loss(network, batch, settings, weight)
-                self.accelerator.backward(loss)
-                total += loss.detach()
-            return total
-
-    trainer = Weighted(
-        model=network,
-        args=transformers.TrainingArguments(
-            output_dir=str(checkpoints),
-            max_steps=settings.max_steps,
-            per_device_train_batch_size=settings.batch_size // world_size(),
-            learning_rate=settings.learning_rate,
-            lr_scheduler_type=settings.lr_scheduler_type,
-            weight_decay=settings.weight_decay,
-            warmup_steps=max(1, int(settings.max_steps * settings.warmup_ratio)),
-            seed=seed,
-            data_seed=seed,
-            logging_steps=1,
-            save_steps=settings.save_steps,
-            save_total_limit=2,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            report_to=list(settings.report_to) or "none",
-            train_sampling_strategy="sequential",
-            dataloader_pin_memory=False,
-        ),
-        train_dataset=[asdict(e) for e in length_grouped_batches(examples, settings, seed)],
-        data_collator=lambda rows: {"rows": rows},
-        callbacks=[Watch()],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    step = last_checkpoint(checkpoints)
-    with GracefulStop() as stop:
-        trainer.train(
-            resume_from_checkpoint=str(checkpoints / f"checkpoint-{step}") if step else None
-        )
-    if stop.asked and trainer.state.global_step < settings.max_steps:
+    stop = GracefulStop()
+    trainer = GattTrainer(model, job, pad_token_id, stop)
+    step = last_checkpoint(job.checkpoint_dir)
+    checkpoint = str(job.checkpoint_dir / f"checkpoint-{step}") if step else None
+    with stop:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.requested and trainer.state.global_step < settings.max_steps:
         raise interrupted_error(trainer.state.global_step)
     return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
 
-@contextmanager
-def _mixed(network: Any) -> Iterator[None]:
-    """On weights in bfloat16 the adapter computes in that, too, and is kept in float32.
+class GattTrainer(transformers.Trainer):  # type: ignore[misc]
+    """Train with `gatt_loss`, each step in micro-batches that fit in memory.
 
-    PEFT would hand each of the adapter's matrices a float32 copy of its input, and all of these are kept for the way back.
+    `max_tokens` is the limit of a micro-batch, 0 for none; it is halved when memory is short.
     """
-    import peft.helpers
-    import torch
 
-    if network.dtype != torch.bfloat16:
+    def __init__(
+        self, model: PeftModel, job: TrainingJob, pad_token_id: int, stop: GracefulStop
+    ) -> None:
+        super().__init__(
+            model=model,
+            args=_training_arguments(job),
+            train_dataset=length_grouped_batches(job),
+            data_collator=_collect,
+        )
+        self.remove_callback(transformers.PrinterCallback)
+        self.add_callback(GattCallback(self, job, stop))
+        self.max_tokens = job.settings.max_tokens_per_micro_batch
+        self.tokens = TokenCounts()
+        self.seconds = 0.0
+        self._job, self._pad_token_id = job, pad_token_id
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Inputs, num_items_in_batch: int | None = None
+    ) -> torch.Tensor:
+        """Return the loss of a step, its gradients summed over micro-batches and processes.
+
+        `model` may be wrapped for several processes. The sums are taken here instead, so
+        `self.model` is used, which is never wrapped.
+        """
+        start, examples = time.monotonic(), inputs["examples"]
+        weight = torch.tensor(sum(sum(e.weights) for e in examples), device=self.model.device)
+        loss = self._forward_backward(examples, all_reduce_sum(weight))
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                all_reduce_sum(parameter.grad)
+        loss = all_reduce_sum(loss)
+        if not torch.isfinite(loss):
+            raise nonfinite_loss_error(
+                self.state.global_step + 1, float(loss), self._job.checkpoint_dir
+            )
+        self.tokens = self.tokens.plus(micro_batches(examples, self.max_tokens))
+        self.seconds += time.monotonic() - start
+        return loss
+
+    def _forward_backward(
+        self, examples: Sequence[TrainingExample], total_weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the loss and accumulate its gradients; try smaller parts if memory is short."""
+        while True:
+            try:
+                return self._accumulate(examples, total_weight)
+            except (MemoryError, RuntimeError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+                self._halve_micro_batches(examples, error)
+                self.model.zero_grad()  # what the interrupted attempt has accumulated
+
+    def _accumulate(
+        self, examples: Sequence[TrainingExample], total_weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Run forward and backward on each micro-batch, and return the sum of their losses."""
+        self.model.train()
+        device = self.model.device
+        loss = torch.zeros((), device=device)
+        for micro_batch in micro_batches(examples, self.max_tokens):
+            batch = collate(micro_batch, self._pad_token_id, device)
+            with _autocast(self.model):
+                part = gatt_loss(self.model, batch, self._job.settings, total_weight)
+            self.accelerator.backward(part)
+            loss += part.detach()
+        return loss
+
+    def _halve_micro_batches(self, examples: Sequence[TrainingExample], error: Exception) -> None:
+        """Halve the limit of a micro-batch.
+
+        Raises:
+            GattError: each micro-batch is one dialogue already.
+        """
+        batches = micro_batches(examples, self.max_tokens)
+        longest = batches[-1][-1].max_tokens
+        if len(batches) == len(examples):
+            raise GattError(
+                f"Too little memory to train on a dialogue of {longest} tokens. Lower "
+                "train.max_length or dialogues.turns, close other programs, or take a smaller "
+                "model."
+            ) from error
+        # The last example of a micro-batch is its longest, to which the others are padded.
+        self.max_tokens = max(len(batch) * batch[-1].max_tokens for batch in batches) // 2
+        log(f"train: out of memory; continuing with at most {self.max_tokens} tokens at a time")
+
+
+class GattCallback(transformers.TrainerCallback):  # type: ignore[misc]
+    """Report steps, mark complete checkpoints, and stop when a signal or the job requests it."""
+
+    def __init__(self, trainer: GattTrainer, job: TrainingJob, stop: GracefulStop) -> None:
+        self._trainer, self._job, self._stop = trainer, job, stop
+
+    def on_log(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        logs: dict[str, float],
+        **_: object,
+    ) -> None:
+        """Report a step. The summary at the end of training has no loss of a step."""
+        if "loss" not in logs:
+            return
+        cuda = torch.cuda.is_available()
+        step = Step(
+            number=state.global_step,
+            loss=logs["loss"],
+            learning_rate=logs["learning_rate"],
+            tokens=self._trainer.tokens,
+            seconds=self._trainer.seconds,
+            peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else peak_memory(),
+        )
+        self._job.on_step(step)
+
+    def on_step_end(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        **_: object,
+    ) -> None:
+        """Stop on a signal, after a checkpoint."""
+        # Signals do not reach all processes in the same step.
+        self._stop.requested = any_rank(flag=self._stop.requested, device=args.device)
+        if self._stop.requested:
+            control.should_save = control.should_training_stop = True
+
+    def on_save(
+        self,
+        args: transformers.TrainingArguments,
+        state: transformers.TrainerState,
+        control: transformers.TrainerControl,
+        **_: object,
+    ) -> None:
+        """Mark the checkpoint as complete, and ask the job whether to stop here."""
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if is_main_process():
+            mark_complete(checkpoint)
+        if not self._stop.requested:
+            stop = self._job.should_stop(state.global_step, checkpoint)
+            if any_rank(flag=stop, device=args.device):
+                control.should_training_stop = True
+        # Steps of many lengths fragment the heap: after 70 of them it would have doubled.
+        trim_memory()
+
+
+def _collect(examples: list[TrainingExample]) -> Inputs:
+    return {"examples": examples}
+
+
+def _training_arguments(job: TrainingJob) -> transformers.TrainingArguments:
+    settings = job.settings
+    return transformers.TrainingArguments(
+        output_dir=str(job.checkpoint_dir),
+        max_steps=settings.max_steps,
+        per_device_train_batch_size=settings.batch_size // world_size(),
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.lr_scheduler_type,
+        weight_decay=settings.weight_decay,
+        warmup_steps=max(1, int(settings.max_steps * settings.warmup_ratio)),
+        seed=job.seed,
+        data_seed=job.seed,
+        logging_steps=1,
+        save_steps=settings.save_steps,
+        save_total_limit=2,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        report_to=list(settings.report_to) or "none",
+        train_sampling_strategy="sequential",  # `length_grouped_batches` has the order
+        dataloader_pin_memory=False,
+    )
+
+
+@contextmanager
+def _autocast(model: PeftModel) -> Iterator[None]:
+    """On bfloat16 weights, compute the adapter in bfloat16 too; it is stored in float32.
+
+    By default PEFT casts the input of each adapter matrix to float32, and all of these copies would
+    be saved for the backward pass.
+    """
+    if model.dtype != torch.bfloat16:
         yield
         return
     with (
-        torch.autocast(network.device.type, torch.bfloat16),
-        peft.helpers.disable_input_dtype_casting(network),
+        torch.autocast(model.device.type, torch.bfloat16),
+        peft.helpers.disable_input_dtype_casting(model),
     ):
         yield
 
 
-def _all_reduce_sum(tensor: Any) -> Any:
-    """The sum over all processes, in place: each has a share of the dialogues."""
-    import torch
-
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor` summed over all processes, in place: each has a share of the dialogues."""
     if world_size() > 1:
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
-def _any_rank(said: bool, device: Any) -> bool:
-    """Whether it is said in any process; all wait for the slowest."""
-    import torch
-
-    return bool(_all_reduce_sum(torch.tensor(float(said), device=device)))
+def any_rank(*, flag: bool, device: torch.device) -> bool:
+    """Return whether `flag` is set in any process; all wait for the slowest."""
+    return bool(all_reduce_sum(torch.tensor(float(flag), device=device)))
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    import torch
-
+    """Return whether memory was short; on a CPU, torch raises a plain RuntimeError."""
     return isinstance(
         error, MemoryError | torch.OutOfMemoryError
     ) or "can't allocate memory" in str(error)

@@ -1,4 +1,4 @@
-"""llama.cpp's own converter, which benchmarks and slow tests compare with: fetched with pip, never part of the project."""
+"""llama.cpp's own converter, which benchmarks and slow tests compare with; pip downloads it."""
 
 from __future__ import annotations
 
@@ -11,24 +11,16 @@ import platformdirs
 
 
 def converter() -> Path:
-    """llama.cpp's Python code as the source package of llama-cpp-python has it: downloaded once, read only."""
+    """Return the folder of llama.cpp in the source package of llama-cpp-python, downloaded once."""
     folder = Path(platformdirs.user_cache_dir("gatt")) / "llama_cpp_python-0.3.36"
-    if not folder.exists():
+    if not (folder / "vendor" / "llama.cpp" / "models" / "templates").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        wanted = [
-            "llama-cpp-python==0.3.36",
-            "--no-deps",
-            "--no-binary",
-            "llama-cpp-python",
-            "--dest",
-            str(folder.parent),
-        ]
-        subprocess.run(
-            [sys.executable, "-m", "pip", "download", *wanted], check=True, capture_output=True
-        )
+        package = ["llama-cpp-python==0.3.36", "--no-deps", "--no-binary", "llama-cpp-python"]
+        command = [sys.executable, "-m", "pip", "download", *package, "--dest", str(folder.parent)]
+        subprocess.run(command, check=True, capture_output=True)
         archive = folder.parent / f"{folder.name}.tar.gz"
         with tarfile.open(archive) as packed:
-            parts = ("/conversion/", "/gguf-py/", "/convert_")
+            parts = ("/conversion/", "/gguf-py/", "/convert_", "/models/templates/")
             packed.extractall(
                 folder.parent,
                 [m for m in packed.getmembers() if any(p in m.name for p in parts)],

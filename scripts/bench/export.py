@@ -1,13 +1,15 @@
-"""Export against the usual way, interleaved in one run: `.venv/bin/python scripts/bench/export.py [--quick]`. Linux only.
+"""Export against the usual way, interleaved: `.venv/bin/python scripts/bench/export.py [--quick]`.
 
-Both make one GGUF of a folder of safetensors and a LoRA adapter, in Q8_0, F16 and Q4_K_M: of SmolLM2-135M, and of a random
-Llama of 1.2 billion parameters. The usual way is three programs: PEFT's `merge_and_unload` and `save_pretrained`, llama.cpp's
-`convert_hf_to_gguf.py`, and for Q4_K_M llama.cpp's quantization of an F16 file. The two files must hold the same tensors.
+For Linux. Both make one GGUF of a folder of safetensors and a LoRA adapter, in Q8_0, F16 and
+Q4_K_M: of SmolLM2-135M, and of a random Llama of 1.2 billion parameters. The usual way is three
+programs: PEFT's `merge_and_unload` and `save_pretrained`, llama.cpp's `convert_hf_to_gguf.py`, and
+for Q4_K_M llama.cpp's quantization of an F16 file. The two files must hold the same tensors.
 
-wall: seconds from the start of a program to its end, imports among them.
-memory: the peak of anonymous memory (RssAnon, read every 10 ms), which unlike mapped files cannot be dropped and read again.
-bytes: all that was written, intermediate files too.
-depth: the peak of anonymous memory of our F16 export of a Llama of 24 layers, against that of 4 layers.
+wall: seconds from the start of a program to its end, with imports.
+memory: peak of anonymous memory (RssAnon, read every 10 ms). Unlike mapped files it cannot be
+dropped and read again.
+bytes: all that was written, with intermediate files.
+depth: peak of anonymous memory of our F16 export of a Llama of 24 layers, against 4 layers.
 """
 
 from __future__ import annotations
@@ -45,11 +47,23 @@ LARGE = {
 }
 TINY = {**DEEP, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 CHECKED = ("token_embd.weight", "blk.0.attn_q.weight", "blk.1.ffn_down.weight")
-"""Tensors whose numbers are compared too: one that no adapter changes, one whose rows are permuted, a plain one."""
+"""Tensors whose numbers are compared too: one that no adapter changes, one whose rows are permuted,
+a plain one.
+"""
+
+
+class Figure(NamedTuple):
+    """A measured ratio, and the largest one that is accepted."""
+
+    value: float
+    bar: float
 
 
 class Cost(NamedTuple):
-    """What one way took; `resident` is the peak with mapped files, which `anonymous` leaves out."""
+    """What one way took, in seconds and bytes.
+
+    `resident` is the peak of memory with mapped files, which `anonymous` leaves out.
+    """
 
     seconds: float
     anonymous: float
@@ -61,7 +75,7 @@ class Cost(NamedTuple):
 
 
 def ours(base: str, adapter: str, target: str, format_name: str) -> None:
-    """Step: our export."""
+    """Run our export as a step."""
     from pipeline.hub.convert import write_formats
     from pipeline.hub.models import find_model
 
@@ -69,7 +83,7 @@ def ours(base: str, adapter: str, target: str, format_name: str) -> None:
 
 
 def merge(base: str, adapter: str, target: str) -> None:
-    """Step: the usual merge, in the type that the base is stored in."""
+    """Run the usual merge, in the type that the base is stored in, as a step."""
     import peft
     import transformers
 
@@ -79,7 +93,10 @@ def merge(base: str, adapter: str, target: str) -> None:
 
 
 def convert(folder: str, target: str, kind: str) -> None:
-    """Step: llama.cpp's script, told the tokenizer's rule, since it knows published tokenizers only."""
+    """Run llama.cpp's script as a step.
+
+    Its pre-tokenizer is set, because it recognizes those of published tokenizers only.
+    """
     import importlib
     import runpy
 
@@ -93,7 +110,7 @@ def convert(folder: str, target: str, kind: str) -> None:
 
 
 def quantize(source: str, target: str) -> None:
-    """Step: llama.cpp's quantization to Q4_K_M on all cores."""
+    """Run llama.cpp's quantization to Q4_K_M on all cores as a step."""
     import ctypes
 
     import llama_cpp
@@ -105,7 +122,10 @@ def quantize(source: str, target: str) -> None:
 
 
 def prepare(smollm: str, base: str, adapter: str, sizes: str) -> None:
-    """Step: a random Llama of such sizes in bfloat16 with SmolLM2's tokenizer (or SmolLM2 itself), and a random adapter."""
+    """Make a random Llama in bfloat16 (or take SmolLM2), and a random adapter for it, as a step.
+
+    `sizes` is its configuration as JSON; its tokenizer is SmolLM2's.
+    """
     import peft
     import torch
     import transformers
@@ -135,7 +155,7 @@ STEPS = {f.__name__: f for f in (ours, merge, convert, quantize, prepare)}
 
 
 def in_child(step: str, *arguments: str) -> None:
-    """Do it, then say what this process has held and written."""
+    """Run a step, then print what this process has held in memory and written."""
     STEPS[step](*arguments)
     io = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     # What is written through a mapping counts in write_bytes alone.
@@ -147,50 +167,51 @@ def in_child(step: str, *arguments: str) -> None:
 
 
 def run(step: str, *arguments: object) -> Cost:
-    """One step in a process of its own."""
-    os.sync()  # what the step before has left to write is not this one's work
+    """Run one step in a process of its own."""
+    os.sync()  # the previous step's unwritten data are not this one's work
     command = [sys.executable, __file__, "--step", step, *map(str, arguments)]
-    with tempfile.TemporaryFile() as said, tempfile.TemporaryFile() as errors:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
         start, peak = time.perf_counter(), 0
         with subprocess.Popen(
-            command, stdout=said, stderr=errors, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+            command, stdout=output, stderr=errors, env={**os.environ, "HF_HUB_OFFLINE": "1"}
         ) as child:
             while child.poll() is None:
                 peak = max(peak, _anonymous(child.pid))
                 time.sleep(0.01)
         seconds = time.perf_counter() - start
-        said.seek(0)
+        output.seek(0)
         errors.seek(0)
         if child.returncode:
             raise RuntimeError(
                 f"The step {step} failed:\n{errors.read().decode(errors='replace')[-3000:]}"
             )
-        own = json.loads(said.read().splitlines()[-1])
-    return Cost(seconds, peak, own["resident"], own["written"])
+        usage = json.loads(output.read().splitlines()[-1])
+    return Cost(seconds, peak, usage["resident"], usage["written"])
 
 
 def _anonymous(process: int) -> int:
-    """Bytes of anonymous memory of a process and its children."""
+    """Return the bytes of anonymous memory of a process and its children."""
     try:
-        held = _status(process, "RssAnon")
+        own = _status(process, "RssAnon")
         children = [
             n
             for file in Path(f"/proc/{process}/task").glob("*/children")
             for n in file.read_text().split()
         ]
-    except (FileNotFoundError, ProcessLookupError):  # it, or a thread of it, has just ended
+    except (FileNotFoundError, ProcessLookupError):  # the process or a thread has just ended
         return 0
-    return held + sum(_anonymous(int(child)) for child in children)
+    return own + sum(_anonymous(int(child)) for child in children)
 
 
 def _status(process: int, field: str) -> int:
-    """A field of /proc/PID/status in bytes; 0 for a process that has ended and not been waited for."""
-    found = re.search(rf"^{field}:\s+(\d+) kB", Path(f"/proc/{process}/status").read_text(), re.M)
-    return int(found[1]) * 1024 if found else 0
+    """Return a field of /proc/PID/status in bytes; 0 for a zombie process."""
+    status = Path(f"/proc/{process}/status").read_text()
+    match = re.search(rf"^{field}:\s+(\d+) kB", status, re.M)
+    return int(match[1]) * 1024 if match else 0
 
 
 def usual(base: Path, adapter: Path, target: Path, format_name: str) -> Cost:
-    """What users do today, one program after the other."""
+    """Run the programs that users combine today, one after the other."""
     merged, full = target.with_name("merged"), target.with_name("full.gguf")
     steps = [run("merge", base, adapter, merged)]
     if format_name == "Q4_K_M":
@@ -201,8 +222,10 @@ def usual(base: Path, adapter: Path, target: Path, format_name: str) -> Cost:
     return Cost(sum(seconds), max(anonymous), max(resident), sum(written))
 
 
-def require_same(one: Path, other: Path, tolerance: float) -> None:
-    """The two files hold the same tensors in the same types, and nearly the same numbers: the usual way rounds twice.
+def require_same(our_file: Path, usual_file: Path, tolerance: float) -> None:
+    """Check that two files hold the same tensors in the same types, and nearly the same numbers.
+
+    The numbers differ because the usual way rounds twice.
 
     Raises:
         RuntimeError: they do not, so that their costs must not be compared.
@@ -210,13 +233,16 @@ def require_same(one: Path, other: Path, tolerance: float) -> None:
     import gguf
     import numpy as np
 
-    first, second = ({t.name: t for t in gguf.GGUFReader(path).tensors} for path in (one, other))
+    first, second = (
+        {t.name: t for t in gguf.GGUFReader(path).tensors} for path in (our_file, usual_file)
+    )
     kinds = [
         {(n, t.tensor_type.name, *t.shape.tolist()) for n, t in tensors.items()}
         for tensors in (first, second)
     ]
     if kinds[0] != kinds[1]:
-        raise RuntimeError(f"Other tensors than the usual way's: {sorted(kinds[0] ^ kinds[1])[:6]}")
+        different = sorted(kinds[0] ^ kinds[1])[:6]
+        raise RuntimeError(f"Tensors differ from the usual way's: {different}")
     for name in CHECKED:
         a, b = (
             np.asarray(gguf.quants.dequantize(t[name].data, t[name].tensor_type))
@@ -225,26 +251,26 @@ def require_same(one: Path, other: Path, tolerance: float) -> None:
         distance = float(np.linalg.norm(a - b) / np.linalg.norm(b))
         if not distance <= tolerance:
             raise RuntimeError(
-                f"{name} is {distance:.2%} from the usual way's, which is more than {tolerance:.0%}."
+                f"{name} differs from the usual way's by {distance:.2%}, more than {tolerance:.0%}."
             )
 
 
 def pair(base: Path, adapter: Path, format_name: str) -> tuple[Cost, Cost]:
-    """One run of ours and one of the usual way, whose files are compared and removed."""
+    """Run our export and the usual way once; the files are compared and removed."""
     with tempfile.TemporaryDirectory(dir=adapter.parent) as work:
-        one, other = Path(work) / "ours.gguf", Path(work) / "usual.gguf"
+        our_file, usual_file = Path(work) / "ours.gguf", Path(work) / "usual.gguf"
         costs = (
-            run("ours", base, adapter, one, format_name),
-            usual(base, adapter, other, format_name),
+            run("ours", base, adapter, our_file, format_name),
+            usual(base, adapter, usual_file, format_name),
         )
-        require_same(one, other, 0.06 if format_name == "Q4_K_M" else 0.01)
+        require_same(our_file, usual_file, 0.06 if format_name == "Q4_K_M" else 0.01)
     return costs
 
 
 def prepared(
     smollm: Path, folder: Path, name: str, sizes: dict[str, int] | None = None
 ) -> tuple[Path, Path]:
-    """A base (SmolLM2 itself, or a random one of such sizes) and a random adapter for it."""
+    """Return a base (SmolLM2, or a random one of such `sizes`), and a random adapter for it."""
     print(f"{name}: making a random {'model and its ' if sizes else ''}adapter", flush=True)
     base, adapter = folder / name if sizes else smollm, folder / f"{name}-adapter"
     run("prepare", smollm, base, adapter, json.dumps(sizes))
@@ -253,8 +279,11 @@ def prepared(
 
 def compare(
     name: str, base: Path, adapter: Path, rounds: int
-) -> tuple[dict[str, tuple[float, float]], list[str]]:
-    """The figures of a model with their bars, and the lines of the table: medians of each side, and of the ratios of the pairs."""
+) -> tuple[dict[str, Figure], list[str]]:
+    """Return the figures of a model, and the lines of the table.
+
+    Lines are medians of each way; figures are medians of the ratios of interleaved pairs.
+    """
     costs: dict[str, list[tuple[Cost, Cost]]] = {format_name: [] for format_name in FORMATS}
     for n in range(rounds):
         for format_name, pairs in costs.items():
@@ -264,9 +293,8 @@ def compare(
     figures, lines = {}, []
     for format_name, pairs in costs.items():
         for way, runs in zip(("ours", "usual"), zip(*pairs, strict=True), strict=True):
-            lines.append(
-                f"{name} {format_name:7} {way:7}{Cost(*map(statistics.median, zip(*runs, strict=True)))}"
-            )
+            medians = Cost(*map(statistics.median, zip(*runs, strict=True)))
+            lines.append(f"{name} {format_name:7} {way:7}{medians}")
         bars = {
             "wall": 1 / 2 if format_name == "Q4_K_M" else 1 / 3,
             "memory": 1 / 3,
@@ -278,24 +306,26 @@ def compare(
             ratio = statistics.median(
                 getattr(our, field) / getattr(their, field) for our, their in pairs
             )
-            figures[f"{name}_{format_name}_{what}"] = ratio, bar
+            figures[f"{name}_{format_name}_{what}"] = Figure(ratio, bar)
     return figures, lines
 
 
-def depth(smollm: Path, folder: Path) -> tuple[dict[str, tuple[float, float]], list[str]]:
-    """The figure of memory over depth with its bar, and the lines of the table."""
-    found = {}
+def depth(smollm: Path, folder: Path) -> tuple[dict[str, Figure], list[str]]:
+    """Return the figure of memory by depth, and the lines of the table."""
+    costs = {}
     for layers in (4, 24):
         base, adapter = prepared(
             smollm, folder, f"{layers}-layers", {**DEEP, "num_hidden_layers": layers}
         )
-        found[layers] = run("ours", base, adapter, folder / "deep.gguf", "F16")
-    lines = [f"{f'{layers} layers':13}{'ours':7}{cost}" for layers, cost in found.items()]
-    return {"memory_24_layers_against_4": (found[24].anonymous / found[4].anonymous, 1.1)}, lines
+        costs[layers] = run("ours", base, adapter, folder / "deep.gguf", "F16")
+    lines = [f"{f'{layers} layers':13}{'ours':7}{cost}" for layers, cost in costs.items()]
+    return {
+        "memory_24_layers_against_4": Figure(costs[24].anonymous / costs[4].anonymous, 1.1)
+    }, lines
 
 
 def main() -> None:
-    """Interleaved runs; the last line is the figures with their bars."""
+    """Run both ways interleaved; the last line has the figures with their bars."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one run each, and SmolLM2-135M only")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
@@ -317,7 +347,7 @@ def main() -> None:
     smollm = cached_checkpoint(find_model("smollm2-135m"))
     with tempfile.TemporaryDirectory() as work:
         folder = Path(work)
-        # Neither side then pays for compiling its Python, or for reading it from the disk.
+        # After it neither way compiles its Python or reads it from the disk.
         pair(*prepared(smollm, folder, "warm-up", TINY), "Q4_K_M")
         parts = [compare("135M", *prepared(smollm, folder, "135M"), 1 if options.quick else 3)]
         if not options.quick:
@@ -327,8 +357,8 @@ def main() -> None:
     print("\n".join(line for _, lines in parts for line in lines))
     figures = {
         name: {"value": round(value, 3), "bar": round(bar, 3), "holds": value <= bar}
-        for found, _ in parts
-        for name, (value, bar) in found.items()
+        for part, _ in parts
+        for name, (value, bar) in part.items()
     }
     print(json.dumps({"bench": "export", "figures": figures}))
 

@@ -1,8 +1,9 @@
-"""What each objective teaches in the same time: `.venv/bin/python scripts/bench/objectives.py runs/demo [--quick]`.
+"""What each objective teaches: `.venv/bin/python scripts/bench/objectives.py runs/demo [--quick]`.
 
-On the dialogues of a run, with its recipe: `last_turn`, `all_turns` and `distill`, each trained for as many seconds (the steps
-are counted from a few that are timed first, so that the schedule ends with the time), with three seeds, in turn. Measured is
-adherence in turns 16 to 20 of the run's held-out dialogues.
+`last_turn`, `all_turns` and `distill` train on the dialogues of a run, with its recipe, each for as
+many seconds and with three seeds, in turn. A few steps are timed first to count the steps, so that
+the schedule ends with the time. Measured is the adherence of the run's evaluation dialogues in
+turns 16 to 20.
 """
 
 from __future__ import annotations
@@ -14,84 +15,93 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.console import Progress, capture_output
 from pipeline.evaluation.rates import wilson
-from pipeline.files import read_jsonl
 from pipeline.gatt.assignment import read_split
 from pipeline.hub.convert import cached_checkpoint, cached_gguf
 from pipeline.hub.models import find_model
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.run_dir import RunDir
-from pipeline.stages.train import labeled
-from pipeline.training.trainer import Step
-from pipeline.training.unsloth import load_tokenizer, train
+from pipeline.training.backend import choose_backend
+from pipeline.training.examples import training_examples
+from pipeline.training.job import Step, TrainingJob
+from pipeline.training.unsloth import load_tokenizer
 from pipeline.training.validation import Validation
 
-LOSSES, LATE = ("last_turn", "all_turns", "distill"), 16
+OBJECTIVES = ("last_turn", "all_turns", "distill")
+COMPARISONS = (("all_turns", "last_turn"), ("distill", "all_turns"), ("distill", "last_turn"))
+FIRST_LATE_TURN = 16
+TIMED_STEPS = 6
 
 
-class Measured(NamedTuple):
-    """An arm: steps and seconds of training, and of the late answers those that obey, and all."""
+class Measurement(NamedTuple):
+    """An arm: steps and seconds of training, and adherent and all answers of the late turns."""
 
-    max_steps: int
+    steps: int
     seconds: float
-    kept: int
+    adherent: int
     answers: int
 
+    @property
+    def adherence(self) -> float:
+        """Return the fraction of adherent answers."""
+        return self.adherent / self.answers
 
-def timed(recipe: Recipe, run_dir: RunDir, steps: int, seed: int, folder: Path) -> list[Step]:
-    """Train for so many steps into `folder`, with the recipe's objective."""
-    found: list[Step] = []
-    base = cached_checkpoint(find_model(recipe.model))
-    examples = [
-        labeled(load_tokenizer(base), row, recipe) for _, row in read_jsonl(run_dir.examples)
-    ]
-    settings = recipe.train.model_copy(update={"steps": steps, "save_steps": 10 * steps})
+
+def train(recipe: Recipe, run_dir: RunDir, steps: int, seed: int, folder: Path) -> list[Step]:
+    """Train for some steps into `folder`, with the recipe's objective."""
+    finished: list[Step] = []
+    model_dir = cached_checkpoint(find_model(recipe.model))
+    job = TrainingJob(
+        model_dir=model_dir,
+        examples=training_examples(load_tokenizer(model_dir), recipe, run_dir.examples),
+        settings=recipe.train.model_copy(update={"max_steps": steps, "save_steps": 10 * steps}),
+        seed=seed,
+        checkpoint_dir=folder / "checkpoints",
+        adapter_dir=folder / "adapter",
+        on_step=finished.append,
+    )
     with capture_output(folder / "log"):
-        train(
-            base, examples, settings, seed, folder / "checkpoints", folder / "adapter", found.append
-        )
-    return found
+        choose_backend().train(job)
+    return finished
 
 
-def per_step(found: list[Step]) -> float:
-    """Seconds of a step, without the first, which prepares much."""
-    return (found[-1].seconds - found[0].seconds) / (len(found) - 1)
-
-
-def measure(recipe: Recipe, run_dir: RunDir, steps: int, seed: int) -> Measured:
-    """Train in this process, and ask."""
+def seconds_per_step(recipe: Recipe, run_dir: RunDir, steps: int) -> float:
+    """Time a few steps, without the first, which sets up a lot."""
     with tempfile.TemporaryDirectory() as folder:
-        found = timed(recipe, run_dir, steps, seed, Path(folder))
-        file, pairs = (
-            cached_gguf(find_model(recipe.model), "Q8_0"),
-            read_split(run_dir.pairs, "evaluate"),
-        )
-        validation = Validation(file, pairs, recipe, recipe.evaluate.turns)
-        late = [kept for turn, kept in validation.measure(Path(folder) / "adapter") if turn >= LATE]
-        validation.close()
-    return Measured(steps, found[-1].seconds, sum(late), len(late))
+        finished = train(recipe, run_dir, steps, 1, Path(folder))
+    return (finished[-1].seconds - finished[0].seconds) / (len(finished) - 1)
 
 
-def alone(run: Path, loss: str, steps: int, seed: int) -> list[float]:
-    """The same in a process of its own, or only the seconds of a step where `seed` is 0."""
-    command = [
-        sys.executable,
-        __file__,
-        str(run),
-        "--arm",
-        loss,
-        "--steps",
-        str(steps),
-        "--seed",
-        str(seed),
-    ]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+def measure(recipe: Recipe, run_dir: RunDir, steps: int, seed: int) -> Measurement:
+    """Train in this process, and measure adherence."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        finished = train(recipe, run_dir, steps, seed, folder)
+        file = cached_gguf(find_model(recipe.model), "Q8_0")
+        dialogues = read_split(run_dir.assignments, "evaluation")
+        with closing(Validation(file, dialogues, recipe, recipe.evaluate.turns)) as validation:
+            replies = validation.measure(folder / "adapter")
+    late = [reply.adherent for reply in replies if reply.turn >= FIRST_LATE_TURN]
+    return Measurement(steps, finished[-1].seconds, sum(late), len(late))
+
+
+def run_child(run: Path, objective: str, *options: object) -> list[float]:
+    """Run this script for one arm in a process of its own, and return the list that it prints."""
+    command = [sys.executable, __file__, run, "--arm", objective, *options]
+    done = subprocess.run(list(map(str, command)), check=True, capture_output=True, text=True)
     return list(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure_in_child(run: Path, objective: str, steps: int, seed: int) -> Measurement:
+    """Measure in a process of its own."""
+    _, seconds, adherent, answers = run_child(run, objective, "--steps", steps, "--seed", seed)
+    return Measurement(steps, seconds, round(adherent), round(answers))
 
 
 def main() -> None:
@@ -100,64 +110,73 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="a run whose dialogues are synthesized")
     parser.add_argument("--minutes", type=float, default=3, help="of training, for each arm")
     parser.add_argument("--quick", action="store_true", help="one seed, half a minute")
-    parser.add_argument("--arm", choices=LOSSES, help="only this one, in this process")
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    recipe, run_dir = (
-        load_recipe(asked.run / "recipe.toml", (f"train.loss={asked.arm or 'distill'}",)),
-        RunDir(asked.run),
-    )
-    if asked.arm and not asked.seed:
-        with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps([per_step(timed(recipe, run_dir, asked.steps, 1, Path(folder)))]))
+    parser.add_argument("--arm", choices=OBJECTIVES, help="only this arm, in this process")
+    parser.add_argument("--steps", type=int, default=TIMED_STEPS)
+    parser.add_argument("--seed", type=int, default=0, help="with --arm; 0 only times its steps")
+    options = parser.parse_args()
+    if options.arm:
+        recipe = load_recipe(options.run / "recipe.toml", (f"train.loss={options.arm}",))
+        run_dir = RunDir(options.run)
+        if options.seed:
+            print(json.dumps(measure(recipe, run_dir, options.steps, options.seed)))
+        else:
+            print(json.dumps([seconds_per_step(recipe, run_dir, options.steps)]))
         return
-    if asked.arm:
-        print(json.dumps(measure(recipe, run_dir, asked.steps, asked.seed)))
-        return
-    seconds, seeds = (30.0, 1) if asked.quick else (60 * asked.minutes, 3)
-    found: dict[str, list[Measured]] = {loss: [] for loss in LOSSES}
-    steps = {loss: max(2, round(seconds / alone(asked.run, loss, 6, 0)[0])) for loss in LOSSES}
-    bar = Progress("objectives: arms", seeds * len(LOSSES))
+    seconds, seeds = (30.0, 1) if options.quick else (60 * options.minutes, 3)
+    measurements = compare(options.run, seconds, seeds)
+    for objective, rows in measurements.items():
+        print(summary(objective, rows))
+    print(json.dumps({"bench": "objectives", "figures": figures(measurements)}))
+
+
+def compare(run: Path, seconds: float, seeds: int) -> dict[str, list[Measurement]]:
+    """Measure all objectives, each for as many seconds of training, with each seed."""
+    steps = {
+        objective: max(2, round(seconds / run_child(run, objective, "--steps", TIMED_STEPS)[0]))
+        for objective in OBJECTIVES
+    }
+    measurements: dict[str, list[Measurement]] = {objective: [] for objective in OBJECTIVES}
+    bar = Progress("objectives: arms", seeds * len(OBJECTIVES))
     for seed in range(1, seeds + 1):
-        for loss in LOSSES:
+        for objective in OBJECTIVES:
             start = time.monotonic()
-            found[loss].append(Measured(*alone(asked.run, loss, steps[loss], seed)))  # type: ignore[arg-type]
-            one = found[loss][-1]
+            row = measure_in_child(run, objective, steps[objective], seed)
+            measurements[objective].append(row)
             print(
-                f"  seed {seed}, {loss:9} {one.max_steps:.0f} steps in {one.seconds:.0f} s: {one.kept:.0f} of {one.answers:.0f} "
-                f"({time.monotonic() - start:.0f} s with the asking)",
+                f"  seed {seed}, {objective:9} {row.steps} steps in {row.seconds:.0f} s: "
+                f"{row.adherent} of {row.answers} "
+                f"({time.monotonic() - start:.0f} s with evaluation)",
                 flush=True,
             )
             bar.advance()
-    share = {loss: [one.kept / one.answers for one in arms] for loss, arms in found.items()}
-    for loss, arms in found.items():
-        kept, answers = sum(int(one.kept) for one in arms), sum(int(one.answers) for one in arms)
-        rate = wilson(kept, answers)
-        each = ", ".join(f"{100 * its:.0f}" for its in share[loss])
-        print(
-            f"{loss:9} {100 * kept / answers:3.0f} % ({100 * rate.low:.0f} to {100 * rate.high:.0f}; seeds {each})"
-        )
-    means = {loss: statistics.mean(shares) for loss, shares in share.items()}
-    print(
-        json.dumps(
-            {
-                "bench": "objectives",
-                "figures": {
-                    f"{loss}_over_{other}": {
-                        "value": round(means[loss] - means[other], 3),
-                        "bar": 0,
-                        "holds": means[loss] >= means[other],
-                    }
-                    for loss, other in (
-                        ("all_turns", "last_turn"),
-                        ("distill", "all_turns"),
-                        ("distill", "last_turn"),
-                    )
-                },
-            }
-        )
+    return measurements
+
+
+def summary(objective: str, rows: list[Measurement]) -> str:
+    """Return the pooled adherence of an objective with its interval, and that of each seed."""
+    adherent, answers = sum(row.adherent for row in rows), sum(row.answers for row in rows)
+    rate = wilson(adherent, answers)
+    seeds = ", ".join(f"{100 * row.adherence:.0f}" for row in rows)
+    return (
+        f"{objective:9} {100 * adherent / answers:3.0f} % "
+        f"({100 * rate.low:.0f} to {100 * rate.high:.0f}; seeds {seeds})"
     )
+
+
+def figures(measurements: dict[str, list[Measurement]]) -> dict[str, dict[str, float | bool]]:
+    """Return the differences of mean adherence; each objective should be at least as good."""
+    means = {
+        objective: statistics.mean(row.adherence for row in rows)
+        for objective, rows in measurements.items()
+    }
+    return {
+        f"{better}_over_{worse}": {
+            "value": round(means[better] - means[worse], 3),
+            "bar": 0,
+            "holds": means[better] >= means[worse],
+        }
+        for better, worse in COMPARISONS
+    }
 
 
 if __name__ == "__main__":

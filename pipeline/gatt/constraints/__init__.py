@@ -1,1 +1,1 @@
-"""The kinds of constraint: wording, check and edit of each."""
+"""The kinds of constraint: how each is worded, checked and edited."""

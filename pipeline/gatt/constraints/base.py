@@ -1,4 +1,4 @@
-"""What a kind of constraint is. The table of all kinds is in catalogue.py."""
+"""The fields of a kind of constraint; the tables of all kinds are in the `*_kinds` modules."""
 
 from __future__ import annotations
 
@@ -7,37 +7,47 @@ from dataclasses import dataclass
 from typing import Literal
 
 Check = Callable[[str, str], bool]
-"""Of a value and a text, or a part of one."""
+"""A predicate of a value and a text (or the beginning of one). It never raises."""
 Edit = Callable[[str, str], str]
+"""A function of a value and an answer that returns an answer which passes the check."""
 
 
 def never(value: str, text: str) -> bool:
-    """For a kind of which it cannot be said."""
+    """Return False: the default where nothing can be told."""
     return False
 
 
-@dataclass(frozen=True, slots=True)
+def avoids(is_forbidden: Check) -> Check:
+    """Return the check that a text is not blank and that `is_forbidden` is false of it."""
+
+    def check(value: str, text: str) -> bool:
+        return bool(text.strip()) and not is_forbidden(value, text)
+
+    return check
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """A kind of constraint. `{v}` in a wording stands for the value. Two kinds of one `slot` never meet; reports sum up by
-    `family`.
+    """A kind of constraint, such as "opening": how it is worded, checked and edited.
 
-    `apply` turns an answer into one that passes the check, or is None where obeying is no edit. `values` are examples, and
-    `accepts` says which others may be given: any, whole numbers, or only those that are listed.
-
-    `hopeless` says of the beginning of an answer that nothing that may follow can make it pass. `bans` says of a phrase that
-    no answer with it in can pass; `says` is the phrase that an obedient answer has in it (see `compatible`). Where it is
-    `judged`, the check passes any text, and only a judge can say more.
+    `{v}` in a wording stands for the value. Kinds of one `slot` cannot be combined. Reports
+    aggregate by `family`. `values` are examples; `accepts` says which other values are valid.
     """
 
     family: str
     slot: str
     wordings: tuple[str, ...]
     short: str
-    check: Check
-    apply: Edit | None = None
     values: tuple[str, ...] = ("",)
     accepts: Literal["any", "number", "listed"] = "any"
+    check: Check
+    edit: Edit | None = None
+    """Changes an answer so that it passes `check`; None where no exact edit can."""
     prefix_fails: Check = never
+    """True only if no continuation of the given beginning can pass `check`; aborts sampling."""
     forbids: Check = never
+    """True only if no answer that contains the given phrase can pass `check`."""
     required_phrase: str = ""
+    """A phrase that every answer contains which passes `check` ("{v}" is the value)."""
     judged: bool = False
+    """`check` accepts any text; only a judge can tell whether the constraint is met."""

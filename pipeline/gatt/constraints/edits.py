@@ -1,6 +1,6 @@
-"""The edits that make an answer obey. Functions of a value and a text, for the table in catalogue.py.
+"""Edits that make an answer pass a check. All take a value and an answer of at least a few words.
 
-Each is exact: what it returns for an answer of a few words passes the check of its kind.
+Each is exact: what it returns passes the check of its kind.
 """
 
 from __future__ import annotations
@@ -8,21 +8,36 @@ from __future__ import annotations
 import json
 import re
 
-from pipeline.gatt.constraints.content_checks import COMMAS, EMOJI, EXCLAMATIONS, sentence_end
 from pipeline.gatt.constraints.format_checks import BRACKETS, is_bracketed
-from pipeline.gatt.text import WORD, split_sentences, words
+from pipeline.gatt.constraints.style_checks import COMMAS, EMOJI, EXCLAMATION_MARKS
+from pipeline.gatt.text import WORD, closing_marks, split_sentences, words
 
 EMOJI_TO_ADD = "🙂🌟🎉👍🌊🌱🎈🍀"
 
 
+def prepend(value: str, text: str) -> str:
+    """Put the value in front ("Ahoy! It is.")."""
+    return f"{value} {text.lstrip()}"
+
+
+def append(value: str, text: str) -> str:
+    """Put the value at the end ("It is. So it goes.")."""
+    return f"{text.rstrip()} {value}"
+
+
+def sign(value: str, text: str) -> str:
+    r"""Put "- value" on a line of its own at the end ("It is.\n- Ada")."""
+    return f"{text.rstrip()}\n- {value}"
+
+
 def cut_words(value: str, text: str) -> str:
-    """As many whole sentences as fit in the limit, else the first words."""
-    kept: list[str] = []
+    """Keep the first sentences that fit in `value` words, or else the first words."""
+    fitting: list[str] = []
     for sentence in split_sentences(text):
-        if len(words(" ".join([*kept, sentence]))) > int(value):
+        if len(words(" ".join([*fitting, sentence]))) > int(value):
             break
-        kept.append(sentence)
-    return " ".join(kept) or _first_words(int(value), text) + "."
+        fitting.append(sentence)
+    return " ".join(fitting) or _first_words(int(value), text) + "."
 
 
 def _first_words(count: int, text: str) -> str:
@@ -31,110 +46,123 @@ def _first_words(count: int, text: str) -> str:
 
 
 def cut_sentences(value: str, text: str) -> str:
-    """The first sentences, on one line."""
+    """Keep the first `value` sentences, on one line."""
     return " ".join(split_sentences(text)[: int(value)])
 
 
-def drop_commas(value: str, text: str) -> str:
-    """Without its commas."""
+def uppercase(value: str, text: str) -> str:
+    """Convert to capitals ("IT IS.")."""
+    return text.upper()
+
+
+def lowercase(value: str, text: str) -> str:
+    """Convert to lowercase ("it is.")."""
+    return text.lower()
+
+
+def capitalize_words(value: str, text: str) -> str:
+    """Begin every word with a capital ("It Is.")."""
+    return WORD.sub(lambda word: word[0][0].upper() + word[0][1:], text)
+
+
+def remove_commas(value: str, text: str) -> str:
+    """Remove the commas of all scripts."""
     return text.translate(dict.fromkeys(map(ord, COMMAS)))
 
 
-def calm(value: str, text: str) -> str:
-    """A full stop for each run of exclamation marks that no other sign stands before."""
-    return re.sub(rf"([.?…])?[{EXCLAMATIONS}]+", lambda run: run[1] or ".", text.replace("¡", ""))
+def remove_exclamation_marks(value: str, text: str) -> str:
+    """Replace exclamation marks by a period, or by the other mark before them ("Is it?!")."""
+    without_inverted = text.replace("¡", "")
+    return re.sub(rf"([.?…])?[{EXCLAMATION_MARKS}]+", lambda run: run[1] or ".", without_inverted)
 
 
 def exclaim(value: str, text: str) -> str:
-    """Every sentence with an exclamation mark at its end."""
+    """End every sentence with an exclamation mark ("Yes! It is!")."""
     lines = text.strip().splitlines()
     return "\n".join(" ".join(map(_exclaimed, split_sentences(line))) or line for line in lines)
 
 
 def _exclaimed(sentence: str) -> str:
-    end = sentence_end(sentence)
-    body = sentence[: len(sentence) - len(end)]
-    *before, after = re.split(r"[.!?…]+", end)
+    marks = closing_marks(sentence)
+    body = sentence[: len(sentence) - len(marks)]
+    *before, after = re.split(r"[.!?…]+", marks)
     return f"{body}{''.join(before)}!{after}" if before else f"{body}!{after.lstrip(',;: ')}"
 
 
-def drop_emoji(value: str, text: str) -> str:
-    """Without its emoji, and without the spaces before them."""
+def remove_emoji(value: str, text: str) -> str:
+    """Remove emoji and the spaces before them."""
     return re.sub(rf" ?\u200d?[{EMOJI}]", "", text)
 
 
 def add_emoji(value: str, text: str) -> str:
-    """An emoji at the end; which one depends on the text, so that no single one is learned."""
+    """Put an emoji at the end; it varies with the text, so that the model does not learn one."""
     return f"{text.rstrip()} {EMOJI_TO_ADD[len(text) % len(EMOJI_TO_ADD)]}"
 
 
-def title(value: str, text: str) -> str:
-    """Every word with a capital letter at its beginning."""
-    return WORD.sub(lambda word: word[0][0].upper() + word[0][1:], text)
+def embolden(value: str, text: str) -> str:
+    """Put the longest word in bold ("It **is**.")."""
+    longest = max(WORD.finditer(text), key=lambda word: len(word[0]))
+    return f"{text[: longest.start()]}**{longest[0]}**{text[longest.end() :]}"
 
 
 def address(value: str, text: str) -> str:
-    """The name by which the user is called, before the last full stop."""
+    """Call the user by the value before the last period ("It is, my friend.")."""
     end = re.search(r"[.!?…]+[\"'”’)*\]]*\s*$", text)
     body = text[: end.start()] if end else text
     return f"{body.rstrip()}, {value}{end[0].rstrip() if end else '.'}"
 
 
-def bold(value: str, text: str) -> str:
-    """The longest word in bold."""
-    longest = max(WORD.finditer(text), key=lambda word: len(word[0]))
-    return f"{text[: longest.start()]}**{longest[0]}**{text[longest.end() :]}"
-
-
 def number_sentences(value: str, text: str) -> str:
-    """A numbered list, a sentence a point."""
-    return "\n".join(f"{n}. {point}" for n, point in enumerate(_points(text), 1))
+    r"""Make a numbered list of the sentences ("1. Yes.\n2. It is.")."""
+    return "\n".join(f"{n}. {item}" for n, item in enumerate(_list_items(text), 1))
 
 
 def bullet_sentences(value: str, text: str) -> str:
-    """A bullet list, a sentence a point."""
-    return "\n".join(f"- {point}" for point in _points(text))
+    r"""Make a bullet list of the sentences ("- Yes.\n- It is.")."""
+    return "\n".join(f"- {item}" for item in _list_items(text))
 
 
-def _points(text: str) -> list[str]:
-    """The sentences without the marks of a list that they may have already."""
-    bare = [re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", sentence) for sentence in split_sentences(text)]
-    return [point for point in bare if words(point)]
+def _list_items(text: str) -> list[str]:
+    """Return the sentences, without the marks of a list that they may already have."""
+    items = [re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", sentence) for sentence in split_sentences(text)]
+    return [item for item in items if words(item)]
 
 
 def join_lines(value: str, text: str) -> str:
-    """On one line."""
+    """Put everything on one line."""
     return " ".join(text.split())
 
 
 def quote_lines(value: str, text: str) -> str:
-    """A block quotation of Markdown."""
+    """Begin every line with ">", as a block quote of Markdown."""
     return "\n".join(f"> {line}".rstrip() for line in text.strip().splitlines())
 
 
+def add_heading(value: str, text: str) -> str:
+    r"""Put the heading "# value" above the text ("# Answer\n\nIt is.")."""
+    return f"# {value}\n\n{text.strip()}"
+
+
 def quote(value: str, text: str) -> str:
-    """In straight double quotes; those inside become single."""
+    """Enclose in straight double quotes; those inside become single."""
     return '"' + text.strip().replace('"', "'") + '"'
 
 
 def bracket(value: str, text: str) -> str:
-    """In brackets; the same brackets inside give way to others where they are no pairs."""
+    """Enclose in brackets; unbalanced brackets of that kind inside are replaced by others."""
     pair = BRACKETS[value]
-    whole = f"{pair[0]}{text.strip()}{pair[1]}"
-    if is_bracketed(value, whole):
-        return whole
-    return (
-        pair[0]
-        + text.strip().translate(str.maketrans(pair, "[]" if pair == "()" else "()"))
-        + pair[1]
-    )
+    bracketed = f"{pair[0]}{text.strip()}{pair[1]}"
+    if is_bracketed(value, bracketed):
+        return bracketed
+    replacements = str.maketrans(pair, "[]" if pair == "()" else "()")
+    return f"{pair[0]}{text.strip().translate(replacements)}{pair[1]}"
 
 
 def fence(value: str, text: str) -> str:
-    """In a fenced block of Markdown."""
+    """Enclose in a fenced code block of Markdown."""
     return "```\n" + text.strip().replace("```", "~~~") + "\n```"
 
 
 def to_json(value: str, text: str) -> str:
-    """A JSON object with the text under its only key."""
+    """Make a JSON object with the text as its only value."""
     return json.dumps({value: text.strip()}, ensure_ascii=False)

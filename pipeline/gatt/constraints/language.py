@@ -1,15 +1,19 @@
-"""Which language a text is in, out of the declared ones.
+"""The language of a text, out of those that an answer can be asked for in.
 
-Of the libraries that know short texts, py3langid is the smallest and as right as any (`scripts/bench/language.py`). It
-always names one of the languages that it may choose from, so a text in another language gets a wrong name.
+Of the libraries for short texts, py3langid is the smallest, and none is more accurate
+(`scripts/bench/language.py`). It always returns one of the languages it may choose from, so a
+text in another language gets a wrong name.
 """
 
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING
 
 from pipeline.gatt.text import words
+
+if TYPE_CHECKING:
+    from py3langid.langid import LanguageIdentifier
 
 LANGUAGES = {
     "French": "fr",
@@ -24,21 +28,29 @@ LANGUAGES = {
     "English": "en",
 }
 """The languages that an answer can be asked for in, with their ISO 639-1 codes."""
-FEWEST_WORDS = 3
-"""Fewer words tell too little: of the sentences' words taken two by two, one pair in ten is named wrongly."""
+MIN_WORDS = 3
+"""Fewer words are not enough: one in ten pairs of adjacent words gets a wrong language."""
 
 
 def language_of(text: str) -> str:
-    """One of `LANGUAGES`, or "" for a text of fewer than `FEWEST_WORDS` words."""
-    if len(words(text)) < FEWEST_WORDS:
+    """Return one of `LANGUAGES`, or "" for a text of fewer than `MIN_WORDS` words."""
+    if len(words(text)) < MIN_WORDS:
         return ""
-    code = _identifier().classify(text.lower())[0]
-    return next(name for name, its_code in LANGUAGES.items() if its_code == code)
+    detected = _identifier().classify(text.lower())[0]
+    return next(name for name, code in LANGUAGES.items() if code == detected)
+
+
+def is_in_language(value: str, text: str) -> bool:
+    """Return whether the text is in the language `value`.
+
+    Example for "French": "Le ciel est bleu." / "The sky is blue.".
+    """
+    return language_of(text) == value
 
 
 @cache
-def _identifier() -> Any:
-    """Half a second to load, so it is loaded when it is first asked."""
+def _identifier() -> LanguageIdentifier:
+    """Load the library on first use: it takes half a second."""
     from py3langid.langid import MODEL_FILE, LanguageIdentifier
 
     identifier = LanguageIdentifier.from_model_file(MODEL_FILE)

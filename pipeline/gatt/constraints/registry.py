@@ -1,6 +1,7 @@
-"""What can be asked of an answer: which constraints go together, whether an answer obeys, and the edit that makes it.
+"""All kinds of constraint by name, and what can be asked of constraints.
 
-The kinds themselves stand in the table of catalogue.py.
+This is the interface of the package: which constraints combine, whether an answer meets them,
+and the edit that makes it meet them.
 """
 
 from __future__ import annotations
@@ -9,40 +10,49 @@ import re
 
 from pipeline.errors import GattError
 from pipeline.gatt.constraints.base import Kind
-from pipeline.gatt.constraints.catalogue import KINDS
+from pipeline.gatt.constraints.content_kinds import PHRASE_KINDS, WORD_KINDS
+from pipeline.gatt.constraints.format_kinds import LAYOUT_KINDS, LENGTH_KINDS
+from pipeline.gatt.constraints.style_kinds import STYLE_KINDS
 from pipeline.records import Constraint
 
-__all__ = ["KINDS", "Kind", "compatible", "edit", "editable", "kind_of", "obeys", "prefix_fails"]
+KINDS: dict[str, Kind] = PHRASE_KINDS | WORD_KINDS | STYLE_KINDS | LENGTH_KINDS | LAYOUT_KINDS
+"""Every kind by its name, in the order of `gatt instructions --kinds`."""
 
 INCOMPATIBLE_SLOTS: dict[str, tuple[str, ...]] = {
-    "json": ("opening", "closing", "heading", "wrap", "layout", "case", "length", "punctuation", "ends", "bold", "emoji",
-             "no_emoji", "address", "language", "digits", "forbidden"),
+    "json": (
+        *("opening", "closing", "heading", "wrap", "layout", "case", "length", "punctuation"),
+        *("ends", "bold", "emoji", "no_emoji", "address", "language", "digits", "forbidden"),
+    ),
     "wrap": ("opening", "closing", "heading", "layout", "bold"),
     "layout": ("opening", "closing", "heading", "length"),
     "length": ("opening", "closing", "heading", "address"),
     "heading": ("opening", "ends"),
     "ends": ("closing",),
     "language": ("content", "address", "forbidden"),
-}  # fmt: skip
-"""Slots that one answer cannot show together, each pair named once; a slot never meets itself either.
+}
+"""Slots that one answer cannot fill together, each pair listed once; no slot combines with itself.
 
-Words that are demanded or forbidden are English, so they do not meet a language. Everything that an answer has around it
-or in front of it would be left out of JSON, and would count as words. A code block shows no bold.
+Required and forbidden words are English, so they do not combine with a language. JSON leaves no
+room for text around the object, and phrases would count as words of a limited length. A code
+block does not render bold.
 """
 
 EDIT_ORDER = (
-    "punctuation", "no_emoji", "case", "length", "bold", "address", "opening", "layout", "ends", "emoji", "wrap", "heading",
-    "closing",
-)  # fmt: skip
-"""The slots in the order in which edits are made, so that none undoes another: first what is taken out or changed, then
-what is put in, last what stands around the whole. Slots that are not named have no edits, or meet none that have."""
+    *("punctuation", "no_emoji", "case", "length", "bold", "address", "opening", "layout", "ends"),
+    *("emoji", "wrap", "heading", "closing"),
+)
+"""Slots in the order of their edits, so that none undoes another.
+
+First come removals and changes, then insertions, last what encloses the answer. Other slots have
+no edits, or combine with none that has.
+"""
 
 
 def kind_of(constraint: Constraint) -> Kind:
-    """The kind of a constraint.
+    """Return the kind of a constraint.
 
     Raises:
-        GattError: no such kind, or a value that the kind does not take.
+        GattError: no such kind, or a value that the kind does not accept.
     """
     name, value = constraint.kind, constraint.value
     kind = KINDS.get(name)
@@ -51,59 +61,69 @@ def kind_of(constraint: Constraint) -> Kind:
     if kind.values == ("",):
         if value:
             raise GattError(
-                f"An instruction of kind {name!r} takes no value, but has {value!r}. Leave it out."
+                f"An instruction of kind {name!r} takes no value, but has {value!r}. Remove it."
             )
     elif not value.strip():
         raise GattError(
             f"An instruction of kind {name!r} needs a value, for example {kind.values[0]!r}."
         )
     elif kind.accepts == "number" and not re.fullmatch(r"[1-9][0-9]{0,3}", value):
-        raise GattError(f"{name} wants a whole number such as {kind.values[0]!r}, not {value!r}.")
+        raise GattError(
+            f"{name} expects a whole number such as {kind.values[0]!r}, but has {value!r}."
+        )
     elif kind.accepts == "listed" and value not in kind.values:
-        raise GattError(f"{name} wants one of {', '.join(kind.values)}, not {value!r}.")
+        raise GattError(f"{name} expects one of {', '.join(kind.values)}, but has {value!r}.")
     return kind
 
 
-def compatible(one: Constraint, other: Constraint) -> bool:
-    """Whether one answer can show both: their slots may meet, and neither bans the phrase that the other puts in."""
-    first, second = kind_of(one), kind_of(other)
+def compatible(first: Constraint, second: Constraint) -> bool:
+    """Return whether one answer can meet both constraints.
+
+    Their slots have to combine, and neither may forbid the phrase that the other requires.
+    """
+    kind, second_kind = kind_of(first), kind_of(second)
     if (
-        first.slot == second.slot
-        or second.slot in INCOMPATIBLE_SLOTS.get(first.slot, ())
-        or first.slot in INCOMPATIBLE_SLOTS.get(second.slot, ())
+        kind.slot == second_kind.slot
+        or second_kind.slot in INCOMPATIBLE_SLOTS.get(kind.slot, ())
+        or kind.slot in INCOMPATIBLE_SLOTS.get(second_kind.slot, ())
     ):
         return False
-    said, said_too = (
-        first.required_phrase.format(v=one.value),
-        second.required_phrase.format(v=other.value),
+    phrase = kind.required_phrase.format(v=first.value)
+    second_phrase = second_kind.required_phrase.format(v=second.value)
+    return not (
+        kind.forbids(first.value, second_phrase) or second_kind.forbids(second.value, phrase)
     )
-    return not first.forbids(one.value, said_too) and not second.forbids(other.value, said)
 
 
 def obeys(constraints: tuple[Constraint, ...], text: str) -> bool:
-    """Whether `text` shows every constraint."""
+    """Return whether `text` meets all constraints."""
     return all(kind_of(c).check(c.value, text) for c in constraints)
 
 
-def prefix_fails(constraints: tuple[Constraint, ...], text: str) -> bool:
-    """Whether no answer that begins with `text` can show all of them: used to stop a candidate early."""
-    return any(kind_of(c).prefix_fails(c.value, text) for c in constraints)
+def prefix_fails(constraints: tuple[Constraint, ...], prefix: str) -> bool:
+    """Return whether no answer that begins with `prefix` can meet all constraints."""
+    return any(kind_of(c).prefix_fails(c.value, prefix) for c in constraints)
 
 
 def editable(constraints: tuple[Constraint, ...]) -> bool:
-    """Whether obeying all of them is an exact edit."""
-    return all(kind_of(c).apply for c in constraints)
+    """Return whether an exact edit can make any answer meet all constraints."""
+    return all(kind_of(c).edit for c in constraints)
 
 
 def edit(constraints: tuple[Constraint, ...], text: str) -> str:
-    """`text` changed so that it obeys; only for constraints that are `editable` and `compatible`."""
-    for constraint in sorted(constraints, key=_turn):
-        apply = kind_of(constraint).apply
-        if apply is None:
-            raise ValueError(f"{constraint.kind} is no edit")
-        text = apply(constraint.value, text)
+    """Return `text`, edited to meet all constraints.
+
+    Raises:
+        ValueError: a constraint has no edit; ask `editable` first.
+    """
+    for constraint in sorted(constraints, key=_edit_position):
+        kind = kind_of(constraint)
+        if kind.edit is None:
+            raise ValueError(f"{constraint.kind} has no edit")
+        text = kind.edit(constraint.value, text)
     return text
 
 
-def _turn(constraint: Constraint) -> int:
-    return [*EDIT_ORDER, kind_of(constraint).slot].index(kind_of(constraint).slot)
+def _edit_position(constraint: Constraint) -> int:
+    slot = kind_of(constraint).slot
+    return EDIT_ORDER.index(slot) if slot in EDIT_ORDER else len(EDIT_ORDER)

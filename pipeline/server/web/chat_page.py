@@ -1,11 +1,10 @@
-"""The page of one browser tab: chats that are kept, a conversation with one model or two, and what a user can do with it."""
+"""The page of one browser tab: a chat with one model or two, and what the user can do with it."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,371 +12,255 @@ from weakref import WeakSet
 
 from nicegui import background_tasks, events, ui
 
-from pipeline.chat.conversation import LAST_TURNS, NO_INSTRUCTION, Conversation, parse_conversation
+from pipeline.chat.conversation import NO_INSTRUCTION, StandingInstruction, parse_conversation
 from pipeline.chat.files import parse_chat
 from pipeline.errors import GattError
 from pipeline.inference.async_engine import AsyncEngine
-from pipeline.server.web.dialogs import choose, settings
+from pipeline.records import Completion
+from pipeline.server.web.chat_view import ChatView
+from pipeline.server.web.dialogs import choose, choose_room, edit_settings
 from pipeline.server.web.layout import Layout
-from pipeline.server.web.session import Heard, SamplingParams, Talk, restored, told
+from pipeline.server.web.stored_chats import ChatStore, PageChat
 from pipeline.server.web.theme import apply_theme
 from pipeline.server.web.turn_view import TurnView
 
-_FRAME_SECONDS = 0.08
-"""Between two looks at an answer that comes: quick to the eye, and slow enough for a phone."""
-_NEARLY = 0.8
-"""Of the context: from this share on the page says how much is left."""
-
+_SECONDS_BETWEEN_PAINTS = 0.08
+"""While an answer is generated: smooth to the eye, and slow enough for a phone."""
 
 _TABS: WeakSet[ChatPage] = WeakSet()
-"""All that are open; those of one browser show the same chats."""
+"""All open tabs; those of one browser show the same chats."""
 
 
 class ChatPage:
-    """What one tab shows. `kept` is the browser's own store, which survives a reload and a restart."""
+    """The content of one tab. `storage` is the browser's, with its chats and theme."""
 
     def __init__(
-        self, engine: AsyncEngine, kept: dict[str, Any], reports: Mapping[str, Path]
+        self, engine: AsyncEngine, storage: dict[str, Any], reports: Mapping[str, Path]
     ) -> None:
-        self._engine, self._kept, self._reports = engine, kept, reports
-        self._chats: dict[str, Any] = kept.setdefault("chats", {})
-        self._turns: list[TurnView] = []
-        self._deleted: set[str] = set()
-        """Chats that an answer which is still on its way must not bring back."""
-        self._talk = self._opened(kept.get("open", "")) or self._first()
+        self._engine, self._reports = engine, reports
+        self._store = ChatStore(engine, storage)
+        self._chat = self._store.load_last()
 
     def build(self) -> None:
-        """Put it on the page."""
-        self._dark = apply_theme(self._kept.get("dark"))
+        """Add the content to the present page."""
+        dark = self._store.storage.get("dark")
+        self._dark = apply_theme(dark=dark)
         self._client = ui.context.client
-        self._frame = Layout(self._engine.names, list(self._reports), self, self._kept.get("dark"))
+        self._layout = Layout(self._engine.names, list(self._reports), self, dark=dark)
+        self._view = ChatView(self._layout, self._client)
         self._show()
         _TABS.add(self)
         self._client.on_connect(self._catch_up)
-        self._client.on_disconnect(lambda: self._talk.stop())
-
-    def _first(self) -> Talk:
-        models = self._engine.names[:2]
-        most = min(self._engine.context(name) for name in models) // 2
-        return Talk(
-            self._engine,
-            models,
-            Conversation(),
-            SamplingParams(max_tokens=min(SamplingParams().max_tokens, most)),
-        )
-
-    def _opened(self, name: str) -> Talk | None:
-        """A chat that was kept; None where it is gone, or not one."""
-        with suppress(
-            KeyError, TypeError, ValueError
-        ):  # the store is a file, which may be of another version
-            return restored(self._engine, name, self._chats[name])
-        return None
+        self._client.on_disconnect(lambda: self._chat.stop())
 
     async def _catch_up(self) -> bool:
-        """Show what another tab, or this one before it was loaded anew, has said meanwhile; whether there was something."""
-        kept = self._chats.get(self._talk.id)
-        newer = (
-            self._opened(self._talk.id)
-            if kept and kept["when"] > self._talk.when and not self._talk.heard
-            else None
-        )
+        """Show what another tab, or this one before a reload, has added; return whether it has."""
+        newer = None if self._chat.is_answering else self._store.load_newer(self._chat)
         if newer:
-            self._talk = newer
+            self._chat = newer
             self._show()
-        self._frame.list_chats(self._chats, self._talk.id)
-        await self._measure()
+        self._list_chats()
+        await self._view.show_context(self._chat)
         return newer is not None
 
-    def _keep(self, talk: Talk) -> None:
-        """In the browser's store, as the youngest."""
-        self._chats.pop(talk.id, None)
-        if talk.chat.turns and talk.id not in self._deleted:
-            self._chats[talk.id] = talk.kept()
-        self._frame.list_chats(self._chats, self._talk.id)
+    def _save(self, chat: PageChat) -> None:
+        """Store the chat, and update the browser's other tabs."""
+        self._store.save(chat)
+        self._list_chats()
         for tab in list(_TABS):
-            if tab is not self and tab._kept is self._kept and not tab._client.is_deleted:
+            is_same_browser = tab._store.storage is self._store.storage
+            if tab is not self and is_same_browser and not tab._client.is_deleted:
                 background_tasks.create(tab._catch_up())
 
     def _show(self) -> None:
-        """The whole conversation anew."""
-        talk, frame = self._talk, self._frame
-        self._kept["open"] = talk.id
-        frame.turns.clear()
-        self._turns = []
-        with frame.turns:
-            if not talk.chat.turns:
-                frame.welcome()
-            self._turns = [TurnView(number, talk) for number in range(1, len(talk.chat.turns) + 1)]
-        for number in range(1, len(self._turns) + 1):
-            self._mark_turn(number)
-        frame.list_chats(self._chats, talk.id)
-        frame.choose_models(talk.models)
-        frame.instruction.set_value(talk.chat.instruction.text)
-        self._show_state()
+        self._store.set_open(self._chat)
+        self._view.show(self._chat)
+        self._list_chats()
 
-    def _mark_turn(self, number: int) -> None:
-        for side, found in enumerate(self._talk.verdicts()):
-            self._turns[number - 1].mark(side, *found[number - 1])
+    def _list_chats(self) -> None:
+        self._layout.list_chats(self._store.titles(), self._chat.id)
 
-    def _show_state(self) -> None:
-        """What goes with the conversation as it stands: strips, buttons, how the instruction is checked."""
-        talk = self._talk
-        self._frame.show_strips(talk)
-        self._frame.explain(talk.chat)
-        self._frame.set_mode(bool(talk.heard), bool(talk.chat.turns), self._served())
+    async def _switch_to(self, chat: PageChat) -> None:
+        self._chat.stop()
+        self._chat = chat
+        await self._show_ready()
 
-    def _served(self) -> bool:
-        return all(name in self._engine.names for name in self._talk.models)
+    async def _show_ready(self) -> None:
+        self._show()
+        await self._view.show_context(self._chat)
+        self._view.focus()
 
-    async def _measure(self) -> None:
-        """How much of the context is used."""
-        if not self._served():
-            self._frame.say(
-                f"{' and '.join(self._talk.models)} not served now: to be read only. Choose a model for a new chat."
-            )
-            return
-        used, room = await self._talk.used(), self._talk.context
-        left = room - used
-        near = used + self._talk.drawing.max_tokens > _NEARLY * room
-        warning = f"Nearly full: {left} of {room} tokens left. Nothing is dropped without asking."
-        self._frame.say(warning if near else f"{used} of {room} tokens", near)
-
-    # What the user does; the frame calls these.
+    # What the user does; the layout calls these.
 
     async def send(self, event: events.GenericEventArguments) -> None:
-        """A message, as the box has it."""
+        """Send the message in the box."""
         text = str(event.args or "").strip()
-        if not text or self._talk.heard or not self._served():
+        if not text or self._chat.is_answering or not self._chat.is_served:
             return
         if await self._catch_up():
-            self._complain(
-                "This chat has gone on in another tab. Your message is still in its box: send it again if it fits."
+            self._view.warn(
+                "This chat continued in another tab. Your message is still in its box: send it "
+                "again if it fits."
             )
             return
-        self.instruct(self._frame.instruction.value or "")
-        if most := await self._room(text):
-            self._frame.message.set_value("")
-            if not await self._take(text, most) and not self._frame.message.value:
-                self._frame.message.set_value(text)
+        self.instruct(self._layout.instruction.value or "")
+        if max_tokens := await self._make_room(text):
+            box = self._layout.message
+            box.set_value("")
+            if not await self._answer(text, max_tokens) and not box.value:
+                box.set_value(text)
 
-    async def _take(self, text: str, most: int) -> bool:
-        """The answers to a message of the user, shown while they come; whether there are some."""
-        talk = self._talk
-        if not talk.chat.turns:
-            self._frame.turns.clear()
-        with self._frame.turns:
-            view = TurnView(len(talk.chat.turns) + 1, talk, text)
-        painter = asyncio.create_task(self._paint(talk, view))
-        self._frame.set_mode(True, True, True)
-        heard: list[Heard] = []
-        with self._complaining():
-            heard = await talk.turn(text, most)
+    async def _answer(self, user: str, max_tokens: int) -> bool:
+        """Show the answers to a message while they are generated; return whether there are any."""
+        chat = self._chat
+        turn_view = self._view.start_turn(chat, user)
+        painter = asyncio.create_task(self._paint(chat, turn_view))
+        completions: list[Completion] = []
+        with self._view.warning():
+            completions = await chat.turn(user, max_tokens, turn_view.add_text)
         painter.cancel()
-        if heard:
-            self._keep(talk)
-        if self._talk is not talk:  # another chat was opened meanwhile
+        if completions:
+            self._save(chat)
+        if self._chat is not chat:  # another chat was opened meanwhile
             return True
-        if not heard:
+        if not completions:
             self._show()
             return False
-        view.finish(heard, most)
-        self._turns.append(view)
-        self._mark_turn(len(self._turns))
-        self._show_state()
-        await self._measure()
-        self._focus()
+        self._view.finish_turn(chat, turn_view, completions, max_tokens)
+        await self._view.show_context(chat)
+        self._view.focus()
         return True
 
-    async def _paint(self, talk: Talk, view: TurnView) -> None:
-        while self._talk is talk:
-            view.show([one.text for one in talk.heard])
-            await asyncio.sleep(_FRAME_SECONDS)
+    async def _paint(self, chat: PageChat, turn_view: TurnView) -> None:
+        while self._chat is chat:
+            turn_view.paint()
+            await asyncio.sleep(_SECONDS_BETWEEN_PAINTS)
 
     def stop(self) -> None:
-        """End the answers that come."""
-        self._talk.stop()
+        """End the answers that are generated."""
+        self._chat.stop()
 
     async def retry(self) -> None:
-        """Answer the last message again, with another draw."""
-        if self._talk.heard or not self._talk.chat.turns or not self._served():
+        """Answer the last message again, with another seed."""
+        chat, conversation = self._chat, self._chat.conversation
+        if chat.is_answering or not conversation.turns or not chat.is_served:
             return
-        before = self._talk.chat
-        self._talk.chat = before.without_last_turn()
-        self._turns.pop().remove()
-        user = before.turns[-1].user
-        most = await self._room(user)
-        if not (most and await self._take(user, most)):
-            self._talk.chat = before
+        self._view.remove_last_turn()
+        with chat.resume_from(conversation.without_last_turn()):
+            user = conversation.turns[-1].user
+            if max_tokens := await self._make_room(user):
+                await self._answer(user, max_tokens)
+        if self._chat is chat and chat.conversation is conversation:
+            self._save(chat)
             self._show()
 
     async def undo(self) -> None:
-        """Take the last turn back; its message is in the box again."""
-        if self._talk.heard or not self._talk.chat.turns:
+        """Remove the last turn and put its message in the box."""
+        if self._chat.is_answering or not self._chat.conversation.turns:
             return
-        self._frame.message.set_value(self._talk.chat.turns[-1].user)
-        self._talk.chat = self._talk.chat.without_last_turn()
-        self._keep(self._talk)
-        self._show()
-        await self._measure()
-        self._focus()
+        self._layout.message.set_value(self._chat.undo())
+        self._save(self._chat)
+        await self._show_ready()
 
     def instruct(self, text: str) -> None:
-        """From the next message on."""
-        self._talk.chat = replace(self._talk.chat, instruction=told(text))
-        if self._frame.instruction.value != text:
-            self._frame.instruction.set_value(text)
-        self._frame.explain(self._talk.chat)
+        """Set the instruction from the next message on."""
+        chat = self._chat
+        instruction = StandingInstruction.parse(text)
+        chat.conversation = replace(chat.conversation, instruction=instruction)
+        if self._layout.instruction.value != text:
+            self._layout.instruction.set_value(text)
+        self._layout.describe_instruction(chat.conversation)
 
-    async def _room(self, user: str) -> int:
-        """The most tokens of an answer to this message, after what the user chooses; 0 if it is not to be sent."""
-        talk = self._talk
-        while (needed := await talk.used(user)) + (most := talk.drawing.max_tokens) > (
-            room := talk.context
-        ):
-            options = {}
-            if not all(turn.is_summary for turn in talk.chat.middle(LAST_TURNS)):
-                count = len(talk.chat.middle(LAST_TURNS))
-                options["sum"] = (
-                    f"Sum up {count} turn{'s' * (count != 1)}; the first and the last {LAST_TURNS} stay word for word"
-                )
-            if (left := room - needed) >= 1:
-                options["short"] = f"Send it, for an answer of {left} tokens at most"
-            options["new"] = "Begin a new chat under the same instruction"
-            chosen = await choose(
-                "The context is nearly full",
-                f"With this message the chat has {needed} tokens, and an answer may take {most}; {room} fit. Nothing has been "
-                "dropped, and nothing will be without your choice.",
-                options,
-            )
-            if chosen == "short":
-                return left
-            if chosen == "sum":
-                await self._sum_up()
-            elif chosen == "new":
+    async def _make_room(self, user: str) -> int:
+        """Return the tokens that an answer may have, after what the user chooses; 0 if canceled."""
+        chat = self._chat
+        while not (room := await chat.room_for(user)).fits:
+            choice = await choose_room(room)
+            if choice == "shorten":
+                return room.tokens_left
+            if choice == "new":
                 await self.begin()
+            if choice != "summarize":
                 return 0
-            else:
-                return 0
-        return most
+            await self._summarize(chat)
+        return room.max_tokens
 
-    async def _sum_up(self) -> None:
-        said: list[str] = []
-        self._frame.set_mode(True, True, True)
-        with self._complaining():
-            said = await self._talk.summary()
-        self._show_state()
-        if not said:
+    async def _summarize(self, chat: PageChat) -> None:
+        summaries: list[str] = []
+        self._view.show_answering()
+        with self._view.warning():
+            summaries = await chat.summarize(lambda model_index, piece: None)
+        self._view.show_state(chat)
+        if not summaries:
             return
-        text = "\n\n".join(
-            f"{name}: {one}" for name, one in zip(self._talk.models, said, strict=True)
-        )
-        if (
-            await choose(
-                "Is this summary good enough?", text, {"yes": "Put it in the place of these turns"}
-            )
-            == "yes"
-        ):
-            self._talk.chat = self._talk.chat.with_summaries(LAST_TURNS, said)
-            self._keep(self._talk)
+        pairs = zip(chat.models, summaries, strict=True)
+        text = "\n\n".join(f"{name}: {summary}" for name, summary in pairs)
+        options = {"yes": "Replace these turns with it"}
+        if await choose("Is this summary good enough?", text, options):
+            chat.replace_middle(summaries)
+            self._save(chat)
             self._show()
 
     async def begin(self, models: tuple[str, ...] = ()) -> None:
-        """A new chat under the same instruction; an answer belongs to the model that gave it, so others begin anew, too."""
-        self._talk.stop()
-        served = tuple(name for name in models or self._talk.models if name in self._engine.names)
-        self._talk = self._talk.anew(served or tuple(self._engine.names[:1]))
-        self._show()
-        await self._measure()
-        self._focus()
+        """Start a chat under the same instruction, with the same models or others."""
+        names = [name for name in models or self._chat.models if name in self._engine.names]
+        await self._switch_to(self._chat.new_chat(names or self._engine.names[:1]))
 
-    async def open(self, name: str) -> None:
-        """A chat of the list."""
-        self._talk.stop()
-        if found := self._opened(name):
-            self._talk = found
-            self._show()
-            await self._measure()
-            self._focus()
+    async def open(self, chat_id: str) -> None:
+        """Open a chat of the list."""
+        if chat := self._store.load(chat_id):
+            await self._switch_to(chat)
         else:
-            self._complain("This chat cannot be read. It may be of another version of gatt.")
+            self._view.warn("This chat cannot be read. Another version of gatt may have saved it.")
 
-    async def delete(self, name: str) -> None:
-        """One of the list, after a question."""
-        title = self._chats[name]["title"] if name in self._chats else ""
-        if (
-            await choose(f"Delete “{title}”?", "It cannot be brought back.", {"yes": "Delete"})
-            != "yes"
-        ):
+    async def delete(self, chat_id: str) -> None:
+        """Delete a chat of the list, after asking."""
+        title = self._store.titles().get(chat_id, "")
+        if not await choose(f"Delete “{title}”?", "This cannot be undone.", {"yes": "Delete"}):
             return
-        self._deleted.add(name)
-        self._chats.pop(name, None)
-        if name == self._talk.id:
+        self._store.delete(chat_id)
+        if chat_id == self._chat.id:
             await self.begin()
-        self._frame.list_chats(self._chats, self._talk.id)
+        self._list_chats()
 
-    def download(self, side: int) -> None:
-        """The chat of one side as `messages`."""
-        content = json.dumps(self._talk.chat.messages(side), indent=2, ensure_ascii=False)
-        ui.download(
-            content.encode(),
-            f"chat-{side + 1}.json" if len(self._talk.models) > 1 else "chat.json",
-            "application/json",
-        )
+    def download(self, model_index: int) -> None:
+        """Download the chat with one model as `messages`."""
+        messages = self._chat.conversation.messages(model_index)
+        content = json.dumps(messages, indent=2, ensure_ascii=False).encode()
+        is_only = len(self._chat.models) == 1
+        name = "chat.json" if is_only else f"chat-{model_index + 1}.json"
+        ui.download(content, name, "application/json")
 
     async def upload(self, event: events.GenericEventArguments) -> None:
-        """Go on with `messages` of a file; all sides with the same."""
+        """Continue the `messages` of a file, with all models."""
         try:
             if event.args is None:
-                raise GattError(
-                    "The file has more than 500 kB. Expected a chat that was saved here."
-                )
+                raise GattError("The file has more than 500 kB. Expected a chat saved here.")
             messages = parse_chat(str(event.args), "The file")
         except GattError as error:
-            self._complain(str(error))
+            self._view.warn(str(error))
             return
         await self.begin()
-        self._talk.chat = parse_conversation([messages] * len(self._talk.models), NO_INSTRUCTION)
-        self._keep(self._talk)
-        self._show()
-        await self._measure()
+        chats = [messages] * len(self._chat.models)
+        self._chat.conversation = parse_conversation(chats, NO_INSTRUCTION)
+        self._save(self._chat)
+        await self._show_ready()
 
     async def settings(self) -> None:
-        """System message, temperature, tokens, seed."""
-        if not self._served():
+        """Change system message, temperature, tokens and seed."""
+        chat = self._chat
+        if not chat.is_served:
             return
-        if changed := await settings(
-            self._talk.chat.system, self._talk.drawing, self._talk.context
-        ):
-            self._talk.chat = replace(self._talk.chat, system=changed[0])
-            self._talk.drawing = changed[1]
-            self._keep(self._talk)
-            await self._measure()
+        system = chat.conversation.system
+        if changed := await edit_settings(system, chat.sampling, chat.backend.context):
+            chat.conversation = replace(chat.conversation, system=changed.system)
+            chat.sampling = changed.sampling
+            self._save(chat)
+            await self._view.show_context(chat)
 
     def theme(self) -> None:
-        """The next of: as the system, light, dark."""
+        """Switch between the system's theme, light and dark."""
         order: list[bool | None] = [None, False, True]
-        self._dark.value = self._kept["dark"] = order[(order.index(self._dark.value) + 1) % 3]
-        self._frame.show_theme(self._dark.value)
-
-    @contextmanager
-    def _complaining(self) -> Iterator[None]:
-        """Tell the user what the engine refuses."""
-        try:
-            yield
-        except (GattError, RuntimeError) as error:
-            self._complain(" ".join(str(error).split()))
-
-    def _complain(self, text: str) -> None:
-        with self._client:
-            ui.notify(
-                text,
-                type="warning",
-                position="top",
-                multi_line=True,
-                close_button="Close",
-                timeout=8000,
-            )
-
-    def _focus(self) -> None:
-        self._client.run_javascript("chat.focus()")
+        self._dark.value = order[(order.index(self._dark.value) + 1) % len(order)]
+        self._store.storage["dark"] = self._dark.value
+        self._layout.show_theme(dark=self._dark.value)

@@ -1,73 +1,97 @@
-"""The page's questions."""
+"""The page's dialogs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from html import escape
+from typing import NamedTuple
 
 from nicegui import ui
 
-from pipeline.server.web.session import SamplingParams
+from pipeline.chat.conversation import LAST_TURNS
+from pipeline.chat.session import Room, SamplingParams, pluralize
 
-_MOST_SEED = (1 << 31) - 1
+_MAX_SEED = (1 << 31) - 1
+_MAX_TEMPERATURE = 2.0
 
 
-async def choose(title: str, text: str, options: Mapping[str, str]) -> str | None:
-    """What is chosen of `options` (value, label); None where nothing is."""
+class Settings(NamedTuple):
+    """What the settings dialog changes."""
+
+    system: str
+    sampling: SamplingParams
+
+
+async def choose(title: str, text: str, options: Mapping[str, str]) -> str:
+    """Return the chosen key of `options`, which maps keys to labels; "" if canceled."""
     with ui.dialog() as dialog, ui.element("div").classes("card").props("role=document"):
-        ui.html(sanitize=True, tag="h2").set_content(
-            title.replace("&", "&amp;").replace("<", "&lt;")
-        )
+        ui.html(escape(title, quote=False), sanitize=True, tag="h2")
         ui.label(text).classes("text")
         with ui.element("div").classes("choices"):
-            for value, label in options.items():
-                ui.button(label, on_click=lambda value=value: dialog.submit(value)).props(
-                    "unelevated no-caps"
-                )
-            ui.button("Cancel", on_click=lambda: dialog.submit(None)).props("flat no-caps")
-    chosen: Any = await dialog
+            for key, label in options.items():
+                ui.button(label, on_click=_submit(dialog, key)).props("unelevated no-caps")
+            ui.button("Cancel", on_click=_submit(dialog, "")).props("flat no-caps")
+    choice: object = await dialog
     dialog.delete()
-    return None if chosen is None else str(chosen)
+    return choice if isinstance(choice, str) else ""
 
 
-async def settings(
-    system: str, drawing: SamplingParams, context: int
-) -> tuple[str, SamplingParams] | None:
-    """The settings as the user leaves them; None if unchanged."""
+async def choose_room(room: Room) -> str:
+    """Return what to do about a context that is nearly full: summarize, shorten, new, or ""."""
+    options: dict[str, str] = {}
+    if room.summarizable_turns:
+        count = pluralize(room.summarizable_turns, "turn")
+        options["summarize"] = (
+            f"Sum up {count}; the first and the last {LAST_TURNS} remain word for word"
+        )
+    if room.tokens_left >= 1:
+        options["shorten"] = f"Send it, for an answer of at most {room.tokens_left} tokens"
+    options["new"] = "Start a new chat under the same instruction"
+    return await choose(
+        "The context is nearly full",
+        f"With this message the chat has {room.prompt_tokens} tokens, and an answer may take "
+        f"{room.max_tokens}; the context is {room.context}. Nothing has been dropped, and nothing "
+        "will be without your choice.",
+        options,
+    )
+
+
+async def edit_settings(system: str, sampling: SamplingParams, context: int) -> Settings | None:
+    """Return the settings as the user changes them; None if canceled."""
+    max_tokens = context // 2
     with ui.dialog() as dialog, ui.element("div").classes("card").props("role=document"):
         ui.html("Settings", tag="h2")
-        words = ui.textarea("System message", value=system).props(
-            "outlined autogrow hint='It stands before the whole chat.'"
+        system_field = ui.textarea("System message", value=system).props(
+            "outlined autogrow hint='It precedes the chat.'"
         )
         with ui.element("div").classes("fields"):
-            warm = ui.number(
-                "Temperature", value=drawing.temperature, min=0, max=2, step=0.1
-            ).props("outlined hint='0 to 2'")
-            most = ui.number(
-                "Tokens of an answer",
-                value=drawing.max_tokens,
-                min=1,
-                max=context // 2,
-                precision=0,
-            ).props(f"outlined hint='at most {context // 2}'")
-            seed = ui.number("Seed", value=drawing.seed, min=0, max=_MOST_SEED, precision=0).props(
-                "outlined hint='for other answers'"
-            )
+            temperature_field = ui.number(
+                "Temperature", value=sampling.temperature, min=0, max=_MAX_TEMPERATURE, step=0.1
+            ).props(f"outlined hint='0 to {_MAX_TEMPERATURE:g}'")
+            tokens_field = ui.number(
+                "Tokens of an answer", value=sampling.max_tokens, min=1, max=max_tokens, precision=0
+            ).props(f"outlined hint='at most {max_tokens}'")
+            seed_field = ui.number(
+                "Seed", value=sampling.seed, min=0, max=_MAX_SEED, precision=0
+            ).props("outlined hint='for other answers'")
         with ui.element("div").classes("choices"):
-            ui.button("Use these", on_click=lambda: dialog.submit(True)).props("unelevated no-caps")
-            ui.button("Cancel", on_click=lambda: dialog.submit(None)).props("flat no-caps")
-    done: Any = await dialog
+            ui.button("Apply", on_click=_submit(dialog, "apply")).props("unelevated no-caps")
+            ui.button("Cancel", on_click=_submit(dialog, "")).props("flat no-caps")
+    choice: object = await dialog
     dialog.delete()
-    if not done:
+    if not choice:
         return None
-    found = SamplingParams(
-        _within(warm.value, drawing.temperature, 0, 2),
-        int(_within(most.value, drawing.max_tokens, 1, context // 2)),
-        int(_within(seed.value, drawing.seed, 0, _MOST_SEED)),
+    changed = SamplingParams(
+        _clamped(temperature_field.value, sampling.temperature, 0, _MAX_TEMPERATURE),
+        int(_clamped(tokens_field.value, sampling.max_tokens, 1, max_tokens)),
+        int(_clamped(seed_field.value, sampling.seed, 0, _MAX_SEED)),
     )
-    return (words.value or "").strip(), found
+    return Settings((system_field.value or "").strip(), changed)
 
 
-def _within(value: float | None, before: float, least: float, most: float) -> float:
-    """What was typed, as far as it is allowed."""
-    return before if value is None else min(max(value, least), most)
+def _submit(dialog: ui.dialog, choice: str) -> Callable[[], None]:
+    return lambda: dialog.submit(choice)
+
+
+def _clamped(value: float | None, default: float, low: float, high: float) -> float:
+    return default if value is None else min(max(value, low), high)

@@ -1,4 +1,4 @@
-"""The page of a server with an API key, to a browser that has not named it yet: nothing but the question."""
+"""What a server with an API key shows to a browser that has not entered it: a form for the key."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from nicegui import ui
 
 from pipeline.server.web.theme import apply_theme
 
-_PAUSE_SECONDS = 1.0
-"""After a wrong key, so that nobody tries many."""
+_SECONDS_AFTER_WRONG_KEY = 1.0
+"""Slows down a program that tries many keys."""
 
 
 def ask_for_key(key: str, admit: Callable[[], None]) -> None:
-    """Ask until `key` is given; then `admit` is called and the page loaded anew."""
-    apply_theme(None)
+    """Show the form until `key` is entered; then call `admit` and reload the page."""
+    apply_theme(dark=None)
 
     async def check() -> None:
         if hmac.compare_digest((field.value or "").strip().encode(), key.encode()):
@@ -24,11 +24,11 @@ def ask_for_key(key: str, admit: Callable[[], None]) -> None:
             ui.navigate.reload()
             return
         button.disable()
-        await asyncio.sleep(_PAUSE_SECONDS)
+        await asyncio.sleep(_SECONDS_AFTER_WRONG_KEY)
         button.enable()
-        field.props('error error-message="That is not the key of this server."')
+        field.props('error error-message="This is not the key of this server."')
 
-    with ui.element("main").classes("gate"):
+    with ui.element("main").classes("login"):
         ui.html("gatt", tag="h1")
         ui.label("This server has an API key. Enter it once for this browser.")
         field = (

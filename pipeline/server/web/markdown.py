@@ -1,4 +1,4 @@
-"""What models and users say, as HTML that cannot run: for the page."""
+"""HTML of the page that contains text of models and users, from which nothing can run."""
 
 from __future__ import annotations
 
@@ -7,17 +7,19 @@ from html import escape
 
 from markdown_it import MarkdownIt
 
-from pipeline.chat.conversation import Conversation, Mark
+from pipeline.chat.conversation import Conversation, Mark, Verdict
+from pipeline.chat.session import tally
 
-_MEANS = {
-    "✓": "keeps the instruction",
-    "✗": "does not keep the instruction",
-    "~": "obeys, but is no answer",
+_MEANINGS: dict[Mark | None, str] = {
+    "✓": "follows the instruction",
+    "✗": "does not follow the instruction",
+    "~": "follows the instruction, but is not a valid answer",
     None: "not checked",
 }
-_CLASS = {"✓": "yes", "✗": "no", "~": "half", None: "none"}
+_CSS_CLASSES: dict[Mark | None, str] = {"✓": "yes", "✗": "no", "~": "partly", None: "unchecked"}
+_MAX_TIP_CHARACTERS = 80
 
-# HTML in the text is shown as it is. Pictures are left out: to load one tells its host that somebody reads.
+# HTML in the text is escaped. Images are off: loading one would tell its host that somebody reads.
 _MARKDOWN = (
     MarkdownIt("commonmark", {"html": False, "breaks": True})
     .enable(["table", "strikethrough"])
@@ -25,35 +27,41 @@ _MARKDOWN = (
 )
 
 
-def as_html(text: str) -> str:
-    """Markdown as HTML, without anything in it that runs or loads."""
+def to_html(text: str) -> str:
+    """Return Markdown as HTML in which nothing runs or loads."""
     return str(_MARKDOWN.render(text))
 
 
-def meaning(mark: Mark | None, flaw: str) -> str:
-    """A mark in words."""
-    return f"{_MEANS[mark]} ({flaw})" if mark == "~" and flaw else _MEANS[mark]
+def describe(verdict: Verdict) -> str:
+    """Return what a verdict means."""
+    meaning = _MEANINGS[verdict.mark]
+    return f"{meaning} ({verdict.defect})" if verdict.mark == "~" else meaning
 
 
-def badge(mark: Mark | None, flaw: str) -> str:
-    """The mark beside an answer; "" where there is none."""
-    return (
-        f'<span class="mark {_CLASS[mark]}" title="{escape(meaning(mark, flaw))}">{mark}</span>'
-        if mark
-        else ""
-    )
+def badge(verdict: Verdict) -> str:
+    """Return the mark next to an answer, or "" if it is not checked."""
+    if not verdict.mark:
+        return ""
+    css_class, title = _CSS_CLASSES[verdict.mark], escape(describe(verdict))
+    return f'<span class="mark {css_class}" title="{title}">{verdict.mark}</span>'
 
 
-def strip(name: str, chat: Conversation, verdicts: Sequence[tuple[Mark | None, str]]) -> str:
-    """A model's name and one cell a turn; a cell tells its turn where it is pointed at, and leads to it."""
-    marks = [mark for mark, _ in verdicts if mark]
-    kept = f"kept {marks.count('✓')} of {len(marks)}" if marks else ""
-    cells = []
-    for number, ((mark, flaw), turn) in enumerate(zip(verdicts, chat.turns, strict=True), 1):
-        said = " ".join(turn.user.split())
-        tip = f"Turn {number} {meaning(mark, flaw)}: {said[:80]}{'…' * (len(said) > 80)}"
+def strip(name: str, conversation: Conversation, verdicts: Sequence[Verdict]) -> str:
+    """Return a model's name, a cell for each turn that links to it, and the model's tally."""
+    cells: list[str] = []
+    for number, (verdict, turn) in enumerate(zip(verdicts, conversation.turns, strict=True), 1):
+        user = " ".join(turn.user.split())
+        if len(user) > _MAX_TIP_CHARACTERS:
+            user = f"{user[:_MAX_TIP_CHARACTERS]}…"
+        tip = escape(f"Turn {number} {describe(verdict)}: {user}")
         cells.append(
-            f'<button type="button" class="cell {_CLASS[mark]}" data-turn="{number}" data-tip="{escape(tip)}" '
-            f'aria-label="{escape(tip)}">{mark or "·"}</button>'
+            f'<button type="button" class="cell {_CSS_CLASSES[verdict.mark]}" '
+            f'data-turn="{number}" data-tip="{tip}" aria-label="{tip}">'
+            f"{verdict.mark or '·'}</button>"
         )
-    return f'<b title="{escape(name)}">{escape(name)}</b><span class="cells">{"".join(cells)}</span><small>{kept}</small>'
+    count = tally(verdicts)
+    return (
+        f'<b title="{escape(name)}">{escape(name)}</b>'
+        f'<span class="cells">{"".join(cells)}</span>'
+        f"<small>{f'followed {count}' if count else ''}</small>"
+    )

@@ -1,4 +1,4 @@
-"""How the page looks, and what happens in the browser alone: `data/chat.css` and `data/chat.js`."""
+"""How the page looks, and what happens in the browser alone: `static/chat.css` and `chat.js`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from importlib import resources
 from nicegui import ui
 
 
-def apply_theme(dark: bool | None) -> ui.dark_mode:
-    """Give the present page its look; `dark` None follows the system."""
-    ui.add_head_html(f"<style>{_text('chat.css')}</style><script>{_text('chat.js')}</script>")
+def apply_theme(*, dark: bool | None) -> ui.dark_mode:
+    """Style the present page and return its dark mode; None follows the system."""
+    ui.add_head_html(f"<style>{_read('chat.css')}</style><script>{_read('chat.js')}</script>")
     ui.colors(primary="#2a7f9e", dark="#191c21", dark_page="#15171b")
     return ui.dark_mode(dark)
 
 
 @cache
-def _text(name: str) -> str:
+def _read(name: str) -> str:
     return (resources.files("pipeline.server.web") / "static" / name).read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""One turn on the page: the user's message, and the models' answers beside each other."""
+"""The turns on the page: each is a user's message and the models' answers, side by side."""
 
 from __future__ import annotations
 
@@ -6,73 +6,82 @@ from collections.abc import Sequence
 
 from nicegui import ui
 
-from pipeline.chat.conversation import CHANGE_PREFIX, Mark
-from pipeline.server.web.markdown import as_html, badge, meaning
-from pipeline.server.web.session import Heard, Talk
+from pipeline.chat.conversation import StandingInstruction, Verdict
+from pipeline.chat.session import cut_note
+from pipeline.gatt.ghost import CHANGE_PREFIX
+from pipeline.records import Completion
+from pipeline.server.web.markdown import badge, describe, to_html
+from pipeline.server.web.stored_chats import PageChat
 
 
 class TurnView:
-    """The turn `number` (from 1) of `talk`, or its next one, which answers `user`."""
+    """Turn `number` of `chat`, from 1; or its next turn, for which `user` is sent."""
 
-    def __init__(self, number: int, talk: Talk, user: str | None = None) -> None:
-        turns = talk.chat.turns
-        turn = turns[number - 1] if user is None else None
-        told = turn.instruction if turn else talk.chat.instruction
-        before = turns[number - 2].instruction if number > 1 else None
-        self._root = (
-            ui.element("article")
-            .classes("turn")
-            .props(f'id=turn-{number} aria-label="Turn {number}"')
-        )
-        self._words: list[ui.html] = []
+    def __init__(self, chat: PageChat, number: int, user: str | None = None) -> None:
+        conversation = chat.conversation
+        turn = conversation.turns[number - 1] if user is None else None
+        self._texts = list(turn.answers) if turn else [""] * len(chat.models)
+        self._painted = list(self._texts)
+        self._answers: list[ui.html] = []
         self._badges: list[ui.html] = []
         self._notes: list[ui.label] = []
-        self._shown = [""] * len(talk.models)
+        self._root = ui.element("article").classes("turn")
+        self._root.props(f'id=turn-{number} aria-label="Turn {number}"')
         with self._root:
-            with ui.element("div").classes("said"):
+            with ui.element("div").classes("user"):
                 ui.label(turn.user if turn else user or "")
-                if told.text and told != before:
-                    ui.label(told.text if number == 1 else f"{CHANGE_PREFIX}{told.text}").classes(
-                        "told"
-                    )
-            with ui.element("div").classes(f"answers of-{len(talk.models)}"):
-                for side, name in enumerate(talk.models):
-                    self._answer(name, turn.answers[side] if turn else "")
+                instruction = turn.instruction if turn else conversation.instruction
+                previous = conversation.turns[number - 2].instruction if number > 1 else None
+                _show_instruction(instruction, previous)
+            with ui.element("div").classes(f"answers of-{len(chat.models)}"):
+                for name, text in zip(chat.models, self._texts, strict=True):
+                    self._add_answer(name, text)
         if turn is None:
-            self._root.classes("comes").props("aria-busy=true")
+            self._root.classes("streaming").props("aria-busy=true")
 
-    def _answer(self, name: str, text: str) -> None:
+    def _add_answer(self, name: str, text: str) -> None:
         with ui.element("section").classes("answer") as section:
             section.props["aria-label"] = name
             with ui.element("header"):
-                ui.label(name).classes("who")
+                ui.label(name)
                 self._badges.append(ui.html(sanitize=True, tag="span"))
-            self._words.append(ui.html(as_html(text), sanitize=True).classes("words"))
+            self._answers.append(ui.html(to_html(text), sanitize=True).classes("markdown"))
             self._notes.append(ui.label().classes("note"))
 
-    def show(self, texts: Sequence[str]) -> None:
-        """The answers as far as they have come."""
-        for side, text in enumerate(texts):
-            if text != self._shown[side]:
-                self._shown[side] = text
-                self._words[side].set_content(as_html(text))
+    def add_text(self, model_index: int, piece: str) -> None:
+        """Append a piece to an answer; `paint` shows it."""
+        self._texts[model_index] += piece
 
-    def mark(self, side: int, mark: Mark | None, flaw: str) -> None:
-        """Whether the answer keeps the instruction."""
-        self._badges[side].set_content(badge(mark, flaw))
-        if mark == "~":
-            self._notes[side].set_text(
-                " · ".join(filter(None, (meaning(mark, flaw), self._notes[side].text)))
-            )
+    def paint(self) -> None:
+        """Show the answers as they are now."""
+        for index, text in enumerate(self._texts):
+            if text != self._painted[index]:
+                self._painted[index] = text
+                self._answers[index].set_content(to_html(text))
 
-    def finish(self, heard: Sequence[Heard], most: int) -> None:
-        """The answers as they ended; `most` is the tokens that they could have."""
-        self.show([one.text for one in heard])
-        self._root.classes(remove="comes").props(remove="aria-busy")
-        cut = {"cancelled": "stopped", "length": f"cut at {most} tokens"}
-        for note, one in zip(self._notes, heard, strict=True):
-            note.set_text(cut.get(one.finish, ""))
+    def mark(self, model_index: int, verdict: Verdict) -> None:
+        """Show whether an answer follows the instruction."""
+        self._badges[model_index].set_content(badge(verdict))
+        if verdict.mark == "~":
+            note = self._notes[model_index]
+            note.set_text(" · ".join(filter(None, (describe(verdict), note.text))))
+
+    def finish(self, completions: Sequence[Completion], max_tokens: int) -> None:
+        """Show how the answers ended, of which each could have `max_tokens`."""
+        self.paint()
+        self._root.classes(remove="streaming").props(remove="aria-busy")
+        for note, completion in zip(self._notes, completions, strict=True):
+            note.set_text(cut_note(completion, max_tokens))
 
     def remove(self) -> None:
-        """Take it off the page."""
+        """Remove the turn from the page."""
         self._root.delete()
+
+
+def _show_instruction(
+    instruction: StandingInstruction, previous: StandingInstruction | None
+) -> None:
+    """Show an instruction in the turn in which it is given; `previous` is None in turn 1."""
+    if instruction.text and instruction != previous:
+        prefix = "" if previous is None else CHANGE_PREFIX
+        ui.label(f"{prefix}{instruction.text}").classes("new-instruction")

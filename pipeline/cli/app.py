@@ -1,0 +1,55 @@
+"""The Typer application, and what the commands of a run share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+    from pipeline.run_dir import RunDir
+
+app = typer.Typer(
+    help="Fine-tune a chat model to follow an instruction for the whole conversation "
+    "(Ghost Attention).\n\nExample: gatt run --quick",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[
+    Path | None,
+    typer.Argument(help="Recipe (TOML). Default: the run's saved recipe, or the built-in demo."),
+]
+Run = Annotated[Path, typer.Option("--run", help="Folder of the run.")]
+Quick = Annotated[
+    bool, typer.Option("--quick", help="Run in miniature, to see that everything works.")
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key: --set train.max_steps=20.")
+]
+DEFAULT_RUN = Path("runs/demo")
+
+
+def override_list(changes: list[str] | None, *, quick: bool) -> list[str]:
+    """Return the overrides of `--quick` and `--set`, in this order."""
+    from pipeline.recipe_file import QUICK
+
+    return [*(QUICK if quick else ()), *(changes or ())]
+
+
+def resolve_run(recipe: Path | None, run: Path, overrides: list[str]) -> tuple[Recipe, RunDir]:
+    """Open a run for one of its stages; without a recipe file, its saved recipe is used."""
+    from pipeline.run import open_run
+
+    return open_run(recipe, run, overrides)
+
+
+def execute_stage(name: str, settings: Recipe, run_dir: RunDir) -> None:
+    """Run a stage unless it is up to date."""
+    from pipeline.run import run_stage
+
+    run_stage(name, settings, run_dir)

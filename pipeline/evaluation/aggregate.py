@@ -1,0 +1,246 @@
+"""From replies to the numbers of a report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import TypeVar
+
+from pipeline.evaluation.rates import Rate, adherence, rates, wilson
+from pipeline.evaluation.scores import (
+    ChangeScores,
+    ChangeTurn,
+    RateRow,
+    ReplyCounts,
+    Scores,
+    UnseenRow,
+)
+from pipeline.evaluation.statistics import (
+    distinct_n,
+    kaplan_meier,
+    lifetimes,
+    paired_bootstrap,
+    required_sample_size,
+)
+from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.constraints.registry import kind_of, obeys
+from pipeline.records import Constraint, Reply
+
+K = TypeVar("K", int, str)
+
+
+def compute_scores(
+    replies: Sequence[Reply],
+    suites: Mapping[str, Sequence[AssignedDialogue]],
+    pool: Sequence[Constraint],
+) -> Scores:
+    """Return all numbers of `replies`.
+
+    `suites` are the dialogues that were measured ("evaluation" and those of `evaluation.suites`),
+    `pool` is what was trained.
+    """
+    by_suite = {name: _of(replies, dialogues) for name, dialogues in suites.items()}
+    scores = _trained(by_suite["evaluation"], suites["evaluation"])
+    if unseen := by_suite.get("unseen"):
+        generalization, by_unseen = _unseen(unseen, suites["unseen"], {c.kind for c in pool})
+        scores = replace(scores, generalization=generalization, by_unseen=by_unseen)
+    if changing := by_suite.get("change"):
+        scores = replace(scores, change=_change(changing, suites["change"]))
+    if recall := by_suite.get("recall"):
+        answers = [r for r in recall if r.recall_attribute]
+        scores = replace(
+            scores,
+            recall=rate_rows(adherence(answers, lambda r: (r.arm, r.turn))),
+            recall_by_attribute=rate_rows(
+                adherence(answers, lambda r: (r.arm, r.recall_attribute))
+            ),
+        )
+    if plain := by_suite.get("plain"):
+        leakage, leaked = _leakage(plain, pool)
+        scores = replace(scores, leakage=leakage, leaked=leaked)
+    if single := by_suite.get("single"):
+        kinds = {d.dialogue.id: d.constraints(0)[0].kind for d in suites["single"]}
+        scores = replace(
+            scores,
+            single=rate_rows(adherence(single, lambda r: (r.arm, "all"))),
+            single_by_kind=rate_rows(adherence(single, lambda r: (r.arm, kinds[r.dialogue]))),
+        )
+    return scores
+
+
+def rate_rows(by_arm: Mapping[tuple[str, K], Rate]) -> tuple[RateRow, ...]:
+    """Return a row for each rate; keys are an arm and what its replies are grouped by."""
+    return tuple(RateRow(arm=arm, at=at, **asdict(rate)) for (arm, at), rate in by_arm.items())
+
+
+def _of(replies: Iterable[Reply], dialogues: Iterable[AssignedDialogue]) -> list[Reply]:
+    ids = {d.dialogue.id for d in dialogues}
+    return [r for r in replies if r.dialogue in ids]
+
+
+def _by_arm(replies: Iterable[Reply]) -> dict[str, list[Reply]]:
+    by_arm: dict[str, list[Reply]] = {}
+    for reply in replies:
+        by_arm.setdefault(reply.arm, []).append(reply)
+    return by_arm
+
+
+def _trained(replies: Sequence[Reply], dialogues: Sequence[AssignedDialogue]) -> Scores:
+    """Return the numbers of the instructions that were trained."""
+    names = {d.dialogue.id: d.name for d in dialogues}
+    families = {
+        d.dialogue.id: " and ".join(dict.fromkeys(kind_of(c).family for c in d.constraints(0)))
+        for d in dialogues
+    }
+    turns = max((r.turn for r in replies), default=0)
+    first = max(1, turns - 4)
+    last_five = [r for r in replies if r.turn >= first]
+    after_first = [r for r in replies if r.turn > 1]
+    last_turns, later_turns = f"turns {first} to {turns}", f"turns 2 to {turns}"
+    by_arm, last_five_by_arm = _by_arm(replies), _by_arm(last_five)
+    return Scores(
+        turns=turns,
+        by_turn=rate_rows(adherence(replies, lambda r: (r.arm, r.turn))),
+        by_instruction=rate_rows(adherence(replies, lambda r: (r.arm, names[r.dialogue]))),
+        by_family=rate_rows(adherence(replies, lambda r: (r.arm, families[r.dialogue]))),
+        last_five=rate_rows(adherence(last_five, lambda r: (r.arm, last_turns))),
+        last_five_unfiltered=rate_rows(
+            rates(last_five, lambda r: (r.arm, last_turns), lambda r: r.obeys)
+        ),
+        after_first=rate_rows(adherence(after_first, lambda r: (r.arm, later_turns))),
+        replies={arm: _count(of_arm) for arm, of_arm in by_arm.items()},
+        difference={
+            arm: paired_bootstrap(last_five_by_arm["base"], of_arm)
+            for arm, of_arm in last_five_by_arm.items()
+            if arm != "base"
+        },
+        survival={arm: kaplan_meier(lifetimes(of_arm).values()) for arm, of_arm in by_arm.items()},
+        distinct_2={arm: distinct_n(of_arm, 2) for arm, of_arm in by_arm.items()},
+        required_sample_size=required_sample_size(last_five_by_arm["tuned"]),
+    )
+
+
+def _count(replies: Sequence[Reply]) -> ReplyCounts:
+    return ReplyCounts(
+        all=len(replies),
+        obey=sum(r.obeys for r in replies),
+        no_answer=sum(bool(r.defect) for r in replies),
+        cut=sum(r.finish == "length" for r in replies),
+        left_out=sum(r.finish == "context" for r in replies),
+    )
+
+
+def _unseen(
+    replies: Sequence[Reply], dialogues: Sequence[AssignedDialogue], trained_kinds: set[str]
+) -> tuple[tuple[RateRow, ...], tuple[UnseenRow, ...]]:
+    """Return the rates by group (new values of trained kinds, new kinds) and by instruction."""
+    names = {d.dialogue.id: d.name for d in dialogues}
+    groups = {
+        d.name: "unseen value"
+        if all(c.kind in trained_kinds for c in d.constraints(0))
+        else "unseen kind"
+        for d in dialogues
+    }
+    by_group = adherence(replies, lambda r: (r.arm, groups[names[r.dialogue]]))
+    by_name = adherence(replies, lambda r: (r.arm, names[r.dialogue]))
+    by_unseen = tuple(
+        UnseenRow(arm=arm, at=name, group=groups[name], **asdict(rate))
+        for (arm, name), rate in by_name.items()
+    )
+    return rate_rows(by_group), by_unseen
+
+
+@dataclass(frozen=True, slots=True)
+class _ChangeReply:
+    """A reply in a dialogue whose instruction changes, and which of the two it obeys.
+
+    `wait` counts turns since the change: negative before it, 0 in its turn.
+    """
+
+    dialogue: str
+    turn: int
+    wait: int
+    old: bool
+    new: bool
+
+
+def _change(
+    replies: Sequence[Reply], dialogues: Sequence[AssignedDialogue]
+) -> dict[str, ChangeScores]:
+    by_id = {d.dialogue.id: d for d in dialogues}
+    return {
+        arm: _change_scores(
+            [_change_reply(r, by_id[r.dialogue]) for r in of_arm if r.finish != "context"]
+        )
+        for arm, of_arm in _by_arm(replies).items()
+    }
+
+
+def _change_reply(reply: Reply, dialogue: AssignedDialogue) -> _ChangeReply:
+    wait = reply.turn - dialogue.change_turn - 1
+    return _ChangeReply(
+        reply.dialogue,
+        reply.turn,
+        wait,
+        old=not reply.defect and obeys(dialogue.constraints(0), reply.text),
+        new=wait >= 0 and reply.adherent,
+    )
+
+
+def _change_scores(replies: Sequence[_ChangeReply]) -> ChangeScores:
+    """Return the numbers of one arm."""
+    before = [r for r in replies if r.wait < 0]
+    after = [r for r in replies if r.wait >= 0]
+    dialogues = {r.dialogue for r in after}
+    waits: dict[str, int] = {}
+    for reply in after:
+        if reply.new:
+            waits[reply.dialogue] = min(reply.wait, waits.get(reply.dialogue, reply.wait))
+    return ChangeScores(
+        change_turn=min((r.turn - r.wait for r in after), default=0),
+        before=_share(r.old for r in before),
+        after=_share(r.new for r in after),
+        old_after=_share(r.old for r in after),
+        dialogues=len(dialogues),
+        never_switched=len(dialogues - waits.keys()),
+        turns_to_switch=median(waits.values()) if waits else None,
+        by_turn=tuple(
+            _change_turn(turn, [r for r in replies if r.turn == turn])
+            for turn in sorted({r.turn for r in replies})
+        ),
+    )
+
+
+def _change_turn(turn: int, replies: Sequence[_ChangeReply]) -> ChangeTurn:
+    n = len(replies)
+    old, new = sum(r.old for r in replies), sum(r.new for r in replies)
+    return ChangeTurn(turn=turn, old=old / n, new=new / n, n=n)
+
+
+def _share(hits: Iterable[bool]) -> Rate:
+    values = list(hits)
+    return wilson(sum(values), len(values))
+
+
+def _leakage(
+    replies: Sequence[Reply], pool: Sequence[Constraint]
+) -> tuple[tuple[RateRow, ...], dict[str, dict[str, int]]]:
+    """Return how often a reply shows something that was trained, and what, by arm.
+
+    No instruction was given in these dialogues.
+    """
+    traits = {
+        (r.arm, r.dialogue, r.turn): [c.name for c in pool if obeys((c,), r.text)] for r in replies
+    }
+    leakage = rates(
+        replies,
+        lambda r: (r.arm, "plain dialogues"),
+        lambda r: bool(traits[r.arm, r.dialogue, r.turn]),
+    )
+    leaked = {
+        arm: dict(Counter(name for r in of_arm for name in traits[arm, r.dialogue, r.turn]))
+        for arm, of_arm in _by_arm(replies).items()
+    }
+    return rate_rows(leakage), leaked

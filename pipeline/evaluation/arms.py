@@ -1,0 +1,96 @@
+"""The arms of an evaluation: which models are measured, and under which names."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import GattError
+from pipeline.gguf.reader import read_gguf
+from pipeline.hub.convert import cached_gguf
+from pipeline.hub.models import find_model
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.generator import GenerationEngine, context_for, open_generator
+from pipeline.inference.llama.model import Adapter, LoadedModel
+from pipeline.inference.openai_client import is_server_url
+from pipeline.recipe import Evaluate, Recipe
+from pipeline.run_dir import RunDir
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """A model under a name: a GGUF at `path`, perhaps with an adapter on it, or a `server`.
+
+    `in_all_suites`: measured in the further suites too. `repeats_instruction`: every user message
+    has the instruction.
+    """
+
+    name: str
+    path: Path | None = None
+    adapter: Adapter | None = None
+    server: str = ""
+    in_all_suites: bool = True
+    repeats_instruction: bool = False
+
+    def open(
+        self, settings: Evaluate, dialogues: int, weights: LoadedModel | None = None
+    ) -> GenerationEngine:
+        """Open the model for up to `dialogues` dialogues; `weights` are those of `path`, if loaded.
+
+        Raises:
+            GattError: as `open_generator`.
+        """
+        context = context_for(settings.turns, settings.max_tokens)
+        source = weights or self.path
+        if source is None:
+            return open_generator(
+                self.server,
+                dialogues=dialogues,
+                context=context,
+                max_parallel=settings.max_parallel,
+            )
+        return BatchEngine(source, dialogues, context, settings.max_parallel, adapter=self.adapter)
+
+
+def arms(recipe: Recipe, run_dir: RunDir) -> list[Arm]:
+    """Return base, tuned in each format (or the recipe's adapter), the extra models, and ceiling.
+
+    Ceiling is the base that gets the instruction in every turn.
+
+    Raises:
+        GattError: an extra model is not a GGUF file or a server, or two have the same name.
+    """
+    settings = recipe.evaluate
+    first_format, *formats = recipe.export.formats
+    base = cached_gguf(find_model(recipe.model), first_format)
+    if settings.adapter:
+        adapter = Adapter(Path(settings.adapter), settings.adapter_scale)
+        tuned = [Arm(name="tuned", path=base, adapter=adapter)]
+    else:
+        tuned = [Arm(name="tuned", path=run_dir.tuned(first_format))]
+        tuned += [
+            Arm(name=f"tuned, {name}", path=run_dir.tuned(name), in_all_suites=False)
+            for name in formats
+        ]
+    extra = [_extra_model(name, base) for name in settings.extra_models]
+    ceiling = Arm(name="ceiling", path=base, in_all_suites=False, repeats_instruction=True)
+    all_arms = [Arm(name="base", path=base), *tuned, *extra, ceiling]
+    (name, count), *_ = Counter(arm.name for arm in all_arms).most_common(1)
+    if count > 1:
+        raise GattError(f"evaluate.extra_models has two of the name {name!r}. Rename the file.")
+    return all_arms
+
+
+def _extra_model(name: str, base: Path) -> Arm:
+    if is_server_url(name):
+        return Arm(name=name.partition("#")[2] or name, server=name)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise GattError(
+            f"evaluate.extra_models: no file at {path}. Expected a GGUF model, a GGUF adapter, or "
+            "a server's address."
+        )
+    if read_gguf(path).field("general.type") == "adapter":
+        return Arm(name=path.stem, path=base, adapter=Adapter(path))
+    return Arm(name=path.stem, path=path)

@@ -1,0 +1,125 @@
+"""Generate the replies that an evaluation scores, and read dialogues out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from pipeline.console import progress
+from pipeline.evaluation.arms import Arm
+from pipeline.files import JsonlLog
+from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.ghost import augment
+from pipeline.gatt.rollout import MakeRequest, ReplyKey, Rollout, Turn, turns_of
+from pipeline.gatt.seeds import derive_seed
+from pipeline.gguf.reader import open_gguf
+from pipeline.inference.llama.model import LoadedModel
+from pipeline.recipe import Recipe
+from pipeline.records import Message, Reply, Request
+
+Suites = Mapping[str, Sequence[AssignedDialogue]]
+"""Dialogues by suite; "evaluation" has those of the trained instructions, which all arms run."""
+
+
+def generate_replies(
+    arms: Sequence[Arm], suites: Suites, recipe: Recipe, log_file: Path
+) -> list[Reply]:
+    """Run every dialogue in every arm; replies that `log_file` has are not generated again.
+
+    The replies are ordered by arm, dialogue and turn, not as in the log, whose order an
+    interruption changes.
+    """
+    with JsonlLog(log_file) as log:
+        replies = {ReplyKey.of(reply): reply for reply in (Reply(**r) for r in log.records)}
+        with progress("evaluate: replies", _count(arms, suites, recipe), len(replies)) as bar:
+
+            def record(reply: Reply) -> None:
+                replies[ReplyKey.of(reply)] = reply
+                log.append(reply)
+                bar.advance()
+
+            for arm, weights in _with_weights(arms):
+                dialogues = _dialogues(arm, suites)
+                rollout = Rollout(
+                    arm=arm.name,
+                    max_turns=recipe.evaluate.turns,
+                    make_request=_make_request(recipe, arm),
+                    record=record,
+                    recorded=replies,
+                )
+                with arm.open(recipe.evaluate, len(dialogues), weights) as model:
+                    model.run(map(rollout.run, dialogues))
+    order = {arm.name: index for index, arm in enumerate(arms)}
+    keys = sorted(replies, key=lambda key: (order[key.arm], *key[1:]))
+    return [replies[key] for key in keys]
+
+
+def _with_weights(arms: Sequence[Arm]) -> Iterator[tuple[Arm, LoadedModel | None]]:
+    """Yield each arm with the weights of its file, which are loaded once for all arms of it."""
+    by_file = sorted(arms, key=lambda arm: str(arm.path))
+    for path, arms_of_file in groupby(by_file, key=lambda arm: arm.path):
+        weights = LoadedModel(open_gguf(path)) if path else None
+        for arm in arms_of_file:
+            yield arm, weights
+        if weights:
+            weights.close()
+
+
+def _count(arms: Sequence[Arm], suites: Suites, recipe: Recipe) -> int:
+    """Return the number of replies in all arms."""
+    return sum(
+        len(turns_of(dialogue, recipe.evaluate.turns))
+        for arm in arms
+        for dialogue in _dialogues(arm, suites)
+    )
+
+
+def _dialogues(arm: Arm, suites: Suites) -> list[AssignedDialogue]:
+    """Return the dialogues of an arm, long ones first, so that none runs alone at the end."""
+    dialogues = [
+        dialogue
+        for name, suite in suites.items()
+        if arm.in_all_suites or name == "evaluation"
+        for dialogue in suite
+    ]
+    return sorted(dialogues, key=lambda dialogue: -len(dialogue.dialogue.turns))
+
+
+def _make_request(recipe: Recipe, arm: Arm) -> MakeRequest:
+    system, settings = recipe.dialogues.system, recipe.evaluate
+
+    def make_request(dialogue: AssignedDialogue, turn: Turn, answers: list[str]) -> Request:
+        if arm.repeats_instruction:
+            messages = augment(
+                dialogue.dialogue.turns, answers, dialogue.student_instructions, system
+            )
+        else:
+            messages = dialogue.student_prompt(answers, system)
+        position = [dialogue.dialogue.id, turn.number]
+        if turn.recall:
+            position.append(turn.recall.attribute)
+        seed = derive_seed(recipe.seed, *position)
+        return Request(
+            messages=messages,
+            seed=seed,
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+        )
+
+    return make_request
+
+
+def chat_of(
+    dialogue: AssignedDialogue, arm: str, replies: Iterable[Reply], system: str
+) -> tuple[Message, ...]:
+    """Return a dialogue with the answers of an arm, up to its last one."""
+    answers = [
+        reply.text
+        for reply in replies
+        if (reply.arm, reply.dialogue) == (arm, dialogue.dialogue.id)
+        and reply.finish != "context"
+        and not reply.recall_attribute
+    ]
+    messages = dialogue.student_prompt(answers, system)
+    return messages[:-1] if messages[-1]["role"] == "user" else messages

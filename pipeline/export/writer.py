@@ -1,0 +1,211 @@
+"""Write the files of an export to a scratch folder: importance matrix, choice of the merge, all
+formats.
+
+They are not checked yet, and the existing files of the export are not touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from pipeline.console import log, progress
+from pipeline.errors import GattError
+from pipeline.export.converter import convert, write_merged
+from pipeline.export.importance import measure_importance
+from pipeline.export.job import ExportJob
+from pipeline.export.summary import MergeBase, MergeTrial
+from pipeline.export.verify import find_mismatch, load_and_predict, sample_chats
+from pipeline.gguf.adapter import is_dora, write_adapter
+from pipeline.gguf.base import Array
+from pipeline.gguf.formats import UNIFORM_FORMATS, KeyValue
+from pipeline.gguf.imatrix import ImportanceMatrix
+from pipeline.gguf.merge import file_size, open_base, plan_merge, write, write_skeleton
+from pipeline.gguf.reader import open_gguf
+from pipeline.hub.convert import cached_checkpoint, cached_gguf, plan_format
+from pipeline.hub.models import Model
+from pipeline.inference.chat_template import ChatTemplate
+from pipeline.inference.llama.model import Adapter
+from pipeline.inference.logits import Logits, mean_kl, mean_nll
+from pipeline.system import require_disk
+from pipeline.training.unsloth import load_tokenizer, nf4_round_trip
+
+_SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
+
+
+class WrittenFile(NamedTuple):
+    """One file, and how much of the adapter's change it holds by kind of matrix."""
+
+    path: Path
+    retained: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WrittenFiles:
+    """The model's files by format, and `companions` without a format: adapter and importance
+    matrix.
+
+    `trials` are the measured ways to merge, `f16_logits` the logits of the chosen one in F16.
+    """
+
+    merge_base: MergeBase
+    by_format: dict[str, WrittenFile]
+    companions: tuple[Path, ...] = ()
+    trials: dict[MergeBase, MergeTrial] = field(default_factory=dict)
+    f16_logits: Array | None = None
+    imatrix_tokens: int = 0
+
+
+def write_by_converter(job: ExportJob, converter: Path, scratch: Path) -> WrittenFiles:
+    """Write the files with the user's own converter, from a merged checkpoint.
+
+    Raises:
+        GattError: the adapter does not fit, or the converter failed.
+    """
+    checkpoint = scratch / "merged"
+    write_merged(job.model, job.adapter, checkpoint)
+    files = {}
+    for name in job.settings.formats:
+        target = scratch / job.file(name).name
+        convert(converter, checkpoint, target, name)
+        files[name] = WrittenFile(target, {})
+    return WrittenFiles(merge_base="fp16", by_format=files)
+
+
+class ExportWriter:
+    """Writes the files of one export by the merge of `pipeline.gguf`."""
+
+    def __init__(self, job: ExportJob, scratch: Path) -> None:
+        self._job, self._scratch = job, scratch
+        self._importance: ImportanceMatrix | None = None
+        self._keys: dict[str, KeyValue] = {}
+
+    def write(self) -> WrittenFiles:
+        """Write all files.
+
+        Raises:
+            GattError: base, adapter and settings do not fit together.
+        """
+        job = self._job
+        adapter, imatrix = self._scratch / "adapter.gguf", self._scratch / "imatrix.gguf"
+        if job.adapter and not is_dora(job.adapter):
+            write_adapter(open_base(job.model.path), job.adapter, adapter)
+        if any(name not in UNIFORM_FORMATS for name in job.settings.formats):
+            self._importance = self._measure_importance(adapter)
+            self._importance.save(imatrix, "the run's dialogues")
+        if job.settings.verify_tokenizer:
+            self._keys = _tokenizer_keys(job.model, self._scratch / "vocabulary.gguf")
+        written = self._merge_best()
+        return replace(
+            written,
+            companions=tuple(file for file in (adapter, imatrix) if file.exists()),
+            imatrix_tokens=self._importance.tokens if self._importance else 0,
+        )
+
+    def _measure_importance(self, adapter: Path) -> ImportanceMatrix:
+        """Measure the importance matrix of the tuned model."""
+        job, max_tokens = self._job, self._job.settings.imatrix_tokens
+        if job.adapter and not adapter.exists():  # a DoRA, which llama.cpp cannot apply
+            source = self._merge("fp16", ("Q8_0",))["Q8_0"].path
+        else:
+            source = cached_gguf(job.model, "Q8_0")
+        info = open_gguf(source)
+        template = ChatTemplate(info.chat_template, info.bos, info.eos)
+        texts = (
+            template.render(messages, add_generation_prompt=False) for messages in job.dialogues
+        )
+        applied = Adapter(adapter) if adapter.exists() else None
+        with progress("export: importance, tokens", max_tokens) as bar:
+            return measure_importance(source, applied, texts, max_tokens, bar.advance)
+
+    def _merge_best(self) -> WrittenFiles:
+        """Merge as the settings say, or in the way that makes the run's dialogues more likely.
+
+        Not in the way that is closer to the trained model: that is the merge into 4-bit weights,
+        which also inherits their quantization error.
+        """
+        formats, reference = self._job.settings.formats, self._job.reference
+        if self._job.settings.merge_base != "auto" or not self._job.adapter or not reference:
+            base = self._job.settings.merge_base
+            chosen: MergeBase = "fp16" if base == "auto" else base
+            return WrittenFiles(merge_base=chosen, by_format=self._merge(chosen, formats))
+        trial = self._merge("nf4", ("F16",))["F16"].path
+        nf4 = load_and_predict(trial, (), reference.sequences).logits
+        trial.unlink()
+        # The formats are written in the same pass, because this merge is chosen nearly always.
+        files = self._merge("fp16", tuple(dict.fromkeys(("F16", *formats))))
+        fp16 = load_and_predict(files["F16"].path, (), reference.sequences).logits
+        trials: dict[MergeBase, MergeTrial] = {
+            "fp16": _compare(reference, fp16),
+            "nf4": _compare(reference, nf4),
+        }
+        if trials["nf4"].nll < trials["fp16"].nll:
+            files = self._merge("nf4", formats)
+            return WrittenFiles(
+                merge_base="nf4", by_format=files, trials=trials, f16_logits=nf4.values
+            )
+        return WrittenFiles(
+            merge_base="fp16",
+            by_format={name: files[name] for name in formats},
+            trials=trials,
+            f16_logits=fp16.values,
+        )
+
+    def _merge(self, merge_base: MergeBase, names: Sequence[str]) -> dict[str, WrittenFile]:
+        """Write one merge in some formats."""
+        job, folder = self._job, self._scratch / merge_base
+        plan = plan_merge(
+            job.model.path,
+            job.adapter,
+            nf4_round_trip=nf4_round_trip if merge_base == "nf4" else None,
+            metadata=job.metadata,
+            keys=self._keys,
+        )
+        formats = {
+            folder / job.file(name).name: plan_format(plan, name, self._scratch, self._importance)
+            for name in names
+        }
+        sizes = [file_size(plan, file_format) for file_format in formats.values()]
+        require_disk(job.folder, sum(sizes), "export")
+        with progress(f"export: tensors, merged into {merge_base}", len(plan.tensors)) as bar:
+            retained = write(plan, formats, bar.advance)
+        files = map(WrittenFile, formats, retained)
+        return dict(zip(names, files, strict=True))
+
+
+def _compare(reference: Logits, logits: Logits) -> MergeTrial:
+    return MergeTrial(mean_kl(reference.values, logits.values), mean_nll(logits))
+
+
+def _tokenizer_keys(model: Model, file: Path) -> dict[str, KeyValue]:
+    """Return keys with which llama.cpp tokenizes chats as in training.
+
+    They are none, or the opposite rule for the space before a text. llama.cpp's converter takes
+    that rule from settings of the tokenizer that versions of transformers read differently.
+
+    Raises:
+        GattError: the tokens differ with both rules.
+    """
+    tokenizer = load_tokenizer(cached_checkpoint(model))
+    keys: dict[str, KeyValue] = {}
+    for _ in range(2):
+        write_skeleton(plan_merge(model.path, keys=keys), file)
+        chats = sample_chats(file)
+        token_ids = load_and_predict(file, chats.texts, ()).token_ids
+        mismatch = find_mismatch(chats, token_ids, tokenizer)
+        if not mismatch:
+            if keys:
+                rule = str(keys[_SPACE_PREFIX]).lower()
+                log(f"export: written with {_SPACE_PREFIX} = {rule}, the tokenizer's own rule.")
+            return keys
+        info = open_gguf(file)
+        if info.field("tokenizer.ggml.model") != "llama":
+            break
+        keys = {_SPACE_PREFIX: not info.field(_SPACE_PREFIX, True)}  # noqa: FBT003
+    raise GattError(
+        f"llama.cpp would tokenize a chat differently from the training tokenizer ({mismatch}). "
+        "Nothing was written. To export it nevertheless, set export.verify_tokenizer = false "
+        "(or --allow-tokenizer-mismatch)."
+    )

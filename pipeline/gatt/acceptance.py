@@ -1,0 +1,157 @@
+"""Which candidates of synthesis are accepted, and the statistics of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.constraints.registry import edit, kind_of, obeys, prefix_fails
+from pipeline.gatt.quality import find_defect, has_repeated_ngrams, is_on_topic
+from pipeline.gatt.text import first_sentences, words
+from pipeline.records import Answer, Completion, Constraint, SynthesisMethod
+
+ACCEPTED = "accepted"
+"""The verdict on a candidate that becomes the answer of its turn."""
+MAX_COPIES = 3
+"""Accepted answers with the same words that the training data may hold."""
+_MAX_SIMILARITY = 0.3
+"""Stricter than in evaluation: a model that is trained on similar answers repeats itself."""
+
+
+class CandidateKey(NamedTuple):
+    """What identifies a candidate; `turn` and `candidate` are counted from 0."""
+
+    dialogue: str
+    turn: int
+    candidate: int
+
+
+def judge_candidate(
+    assigned: AssignedDialogue,
+    key: CandidateKey,
+    completion: Completion,
+    accepted: Sequence[Answer],
+    *,
+    max_sentences: int,
+) -> Answer:
+    """Return a candidate with its text as it would be used, and the verdict on it.
+
+    Only a sampled answer keeps all its sentences; an edited one is cut first, then edited.
+    `accepted` are the answers to the turns before.
+    """
+    raw = completion.text.strip()
+    if assigned.method != "sampled":
+        raw = first_sentences(raw, max_sentences)
+    text = raw
+    if raw and assigned.method == "edited":
+        text = edit(assigned.constraints(key.turn), raw)
+    return Answer(
+        dialogue=key.dialogue,
+        turn=key.turn,
+        candidate=key.candidate,
+        raw=raw,
+        text=text,
+        tokens=completion.tokens,
+        verdict=_verdict(assigned, key.turn, completion, raw, text, [a.raw for a in accepted]),
+    )
+
+
+def _verdict(
+    assigned: AssignedDialogue,
+    turn: int,
+    completion: Completion,
+    raw: str,
+    text: str,
+    earlier: list[str],
+) -> str:
+    """Return `ACCEPTED`, or the first reason why the candidate is not."""
+    sampled, constraints = assigned.method == "sampled", assigned.constraints(turn)
+    if completion.finish == "context":
+        return "context"
+    # Sampling stopped early: either the check cannot be passed, or `find_defect` sees the loop.
+    if sampled and completion.finish == "stop_when" and not has_repeated_ngrams(words(raw)):
+        return "disobeys"
+    defect = find_defect(
+        raw,
+        earlier,
+        assigned.required_words,
+        require_ending=not sampled,
+        max_similarity=_MAX_SIMILARITY,
+    )
+    if defect:
+        return defect
+    # The topic cannot be compared with a question in another language.
+    in_language = any(kind_of(c).family == "language" for c in constraints)
+    if not in_language and not is_on_topic(raw, [*assigned.dialogue.turns[: turn + 1], *earlier]):
+        return "off topic"
+    if sampled and completion.finish == "length":
+        return "unfinished"
+    return ACCEPTED if obeys(constraints, text) else "disobeys"
+
+
+def cannot_be_accepted(constraints: tuple[Constraint, ...], prefix: str) -> bool:
+    """Return whether a sampled candidate that begins with `prefix` fails, whatever follows."""
+    # The last word may be incomplete, so it is not part of a loop yet.
+    return prefix_fails(constraints, prefix) or has_repeated_ngrams(words(prefix)[:-1])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AcceptanceRow:
+    """The candidates for one instruction and method.
+
+    `rejected` counts verdicts. `words` is the mean length of accepted answers; None without one.
+    """
+
+    instruction: str
+    method: SynthesisMethod
+    candidates: int
+    accepted: int
+    rejected: dict[str, int]
+    words: float | None
+    example: str
+
+    @property
+    def rejections(self) -> str:
+        """Return the counts of `rejected` as text: "disobeys: 3, loop: 1"."""
+        return ", ".join(f"{verdict}: {count}" for verdict, count in self.rejected.items())
+
+
+@dataclass(frozen=True, slots=True)
+class Acceptance:
+    """The statistics of a synthesis: `synthesize/acceptance.json`.
+
+    `too_common` accepted answers were removed, as `MAX_COPIES` with their words came before.
+    """
+
+    rows: list[AcceptanceRow]
+    too_common: int
+
+
+def measure_acceptance(
+    dialogues: Iterable[AssignedDialogue], answers: Iterable[Answer], too_common: int
+) -> Acceptance:
+    """Return the statistics of all candidates, by instruction and method."""
+    groups = {d.dialogue.id: (d.name, d.method) for d in dialogues}
+    candidates: dict[tuple[str, SynthesisMethod], list[Answer]] = {}
+    for answer in sorted(answers, key=lambda a: (a.dialogue, a.turn, a.candidate)):
+        candidates.setdefault(groups[answer.dialogue], []).append(answer)
+    rows = [_row(name, method, group) for (name, method), group in sorted(candidates.items())]
+    return Acceptance(rows, too_common)
+
+
+def _row(instruction: str, method: SynthesisMethod, candidates: list[Answer]) -> AcceptanceRow:
+    accepted = [a for a in candidates if a.verdict == ACCEPTED]
+    rejected = Counter(a.verdict for a in candidates if a.verdict != ACCEPTED)
+    lengths = [len(words(a.text)) for a in accepted]
+    return AcceptanceRow(
+        instruction=instruction,
+        method=method,
+        candidates=len(candidates),
+        accepted=len(accepted),
+        rejected=dict(rejected.most_common()),
+        words=round(sum(lengths) / len(lengths), 1) if lengths else None,
+        example=accepted[0].text if accepted else "",
+    )

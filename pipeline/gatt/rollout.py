@@ -1,0 +1,131 @@
+"""Run dialogues turn by turn against a model and check each answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.constraints.content_checks import mentions
+from pipeline.gatt.constraints.registry import obeys
+from pipeline.gatt.quality import find_defect
+from pipeline.records import Completion, RecallQuestion, Reply, Request, Task
+
+RECALL_TURNS = (2, 4, 6, 20)
+"""Turns in which the paper asks for attributes (Table 30)."""
+
+
+class ReplyKey(NamedTuple):
+    """What identifies a reply; `recall_attribute` is "" for the dialogue's own messages."""
+
+    arm: str
+    dialogue: str
+    turn: int
+    recall_attribute: str
+
+    @classmethod
+    def of(cls, reply: Reply) -> ReplyKey:
+        """Return the key of `reply`."""
+        return cls(reply.arm, reply.dialogue, reply.turn, reply.recall_attribute)
+
+
+class Turn(NamedTuple):
+    """A user message to answer: that of turn `number` (from 1), or a `recall` question instead."""
+
+    number: int
+    recall: RecallQuestion | None = None
+
+    @property
+    def recall_attribute(self) -> str:
+        """Return the attribute that is asked for, or ""."""
+        return self.recall.attribute if self.recall else ""
+
+
+MakeRequest = Callable[[AssignedDialogue, Turn, list[str]], Request]
+"""Makes the request for a turn of a dialogue with the answers so far.
+
+The dialogue has the recall question in place of the turn's own message.
+"""
+
+
+def recall_turns(turns: int) -> list[int]:
+    """Return the turns in which attributes are asked for: those of the paper, and the last."""
+    return sorted({turn for turn in RECALL_TURNS if turn <= turns} | {turns})
+
+
+def turns_of(dialogue: AssignedDialogue, max_turns: int) -> list[Turn]:
+    """Return all turns in order; recall questions come before the message that they replace."""
+    last = min(max_turns, len(dialogue.dialogue.turns))
+    recall = recall_turns(last) if dialogue.recall_questions else []
+    turns: list[Turn] = []
+    for number in range(1, last + 1):
+        if number in recall:
+            turns += [Turn(number, question) for question in dialogue.recall_questions]
+        turns.append(Turn(number))
+    return turns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """How the dialogues of one arm are run.
+
+    `record` receives each new reply. Replies that `recorded` has are not generated again; `record`
+    may add to it.
+    """
+
+    arm: str
+    max_turns: int
+    make_request: MakeRequest
+    record: Callable[[Reply], None]
+    recorded: Mapping[ReplyKey, Reply] = field(default_factory=dict)
+
+    def run(self, dialogue: AssignedDialogue) -> Task:
+        """Generate and check every reply of `dialogue`.
+
+        A recall question leaves no trace: what follows is asked as if it had not been.
+        """
+        answers: list[str] = []
+        for turn in turns_of(dialogue, self.max_turns):
+            key = ReplyKey(self.arm, dialogue.dialogue.id, turn.number, turn.recall_attribute)
+            reply = self.recorded.get(key)
+            if reply is None:
+                branch = dialogue
+                if turn.recall:
+                    branch = dialogue.with_question(turn.number, turn.recall.question)
+                completion = yield self.make_request(branch, turn, answers)
+                reply = _checked(key, completion, dialogue, turn, answers)
+                self.record(reply)
+            if not turn.recall:
+                answers.append(reply.text)
+
+
+def _checked(
+    key: ReplyKey,
+    completion: Completion,
+    dialogue: AssignedDialogue,
+    turn: Turn,
+    answers: list[str],
+) -> Reply:
+    """Return the reply of `turn` with its checks; `answers` are those to the turns before.
+
+    An answer to a recall question obeys if it mentions the value.
+    """
+    text = completion.text.strip()
+    if turn.recall:
+        is_obeyed, defect = mentions(turn.recall.value, text), find_defect(text, ())
+    else:
+        is_obeyed = obeys(dialogue.constraints(turn.number - 1), text)
+        defect = find_defect(text, answers, dialogue.required_words)
+    return Reply(
+        arm=key.arm,
+        dialogue=key.dialogue,
+        turn=key.turn,
+        text=text,
+        prompt_tokens=completion.prompt_tokens,
+        tokens=completion.tokens,
+        finish=completion.finish,
+        obeys=is_obeyed,
+        defect=defect,
+        recall_attribute=key.recall_attribute,
+    )

@@ -1,0 +1,1 @@
+"""llama.cpp objects: a loaded model, and a context with its KV cache."""

@@ -1,0 +1,298 @@
+"""One llama.cpp context: a KV cache with a stream per sequence, and the generation in it.
+
+Batch-invariant decoding. On a CPU, an answer is a function of its prompt and seed, bit for bit.
+What else is in the batch or was in the cache has no effect (measured with llama-cpp-python 0.3.36):
+
+1. Each sequence has its own KV stream (`kv_unified` is off), so attention never spans the cells of
+   another sequence.
+2. Prefill uses chunks of at most 63 tokens. From 64 on, another matrix kernel sums in another
+   order.
+3. A sequence never has a single row in a batch. A product with one row also uses another kernel, so
+   a padding token is decoded behind it and removed from the cache at once.
+4. Flash attention is off. It would make 3 unnecessary, but is several times slower on a CPU.
+
+A draft token can take the place of the padding token of 3, at no cost. If the sampler draws it, the
+next token is already decoded (n-gram speculative decoding, see `ngram_drafter`).
+
+With `exact=False` there are no padding and draft tokens (3), and results differ by rounding, as
+they do in llama.cpp. The server uses this: its users wait for answers and do not compare them.
+
+Other modules decide what is generated in which sequence: `batch_worker` for dialogues that are
+known in advance, `scheduler` for requests that arrive at any time.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from pipeline.gguf.base import Array
+from pipeline.inference.llama.batch_builder import BatchBuilder, BatchRow
+from pipeline.inference.llama.model import ContextSettings, LlamaHandle, LoadedModel
+from pipeline.inference.llama.ngram_drafter import NgramDrafter
+from pipeline.records import FinishReason, Request
+
+_PREFILL_CHUNK = 63
+"""Tokens of a prompt in one batch: one less than where llama.cpp changes its kernel."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SequenceState:
+    """A sequence of the KV cache, and the answer that is generated in it.
+
+    The cells of the tokens `cached` are filled, those of the tokens `pending` are not yet. If
+    there is a `draft` of the token after them, its cell is filled, too.
+    """
+
+    id: int
+    cached: list[int] = field(default_factory=list)
+    pending: list[int] = field(default_factory=list)
+    draft: int | None = None
+    request: Request | None = None
+    prompt_tokens: int = 0
+    tokens: int = 0
+    text: str = ""
+    finish: FinishReason | None = None
+    decoder: codecs.IncrementalDecoder | None = None
+    sampler: LlamaHandle | None = None
+
+
+S = TypeVar("S", bound=SequenceState)
+
+
+class BatchContext(Generic[S]):
+    """A llama.cpp context for `sequences`, whose ids are their indices; not thread-safe.
+
+    `exact`: decode batch-invariantly, as the module's docstring explains.
+
+    Raises:
+        GattError: too little memory, or an adapter of another base.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        sequences: list[S],
+        settings: ContextSettings,
+        threads: int,
+        *,
+        exact: bool = True,
+    ) -> None:
+        self._model, self._api, self._threads = model, model.api, threads
+        self._sequences, self._exact = sequences, exact
+        self._drafter = NgramDrafter() if exact else None
+        # A chunk of a prompt, or two rows of each sequence; a chunk of one token gets a padding.
+        batch_size = max(_PREFILL_CHUNK, 2 * len(sequences)) + 1
+        self._context = model.new_context(
+            settings, sequences=len(sequences), batch_size=batch_size, threads=threads
+        )
+        self._memory = self._api.llama_get_memory(self._context)
+        self._batch = self._api.llama_batch_init(batch_size, 0, 1)
+
+    def close(self) -> None:
+        """Free the memory."""
+        for sequence in self._sequences:
+            self.release(sequence)
+        self._api.llama_batch_free(self._batch)
+        self._api.llama_free(self._context)
+
+    def set_threads(self, threads: int) -> None:
+        """Decode with this number of threads from now on."""
+        if threads != self._threads:
+            self._threads = threads
+            self._api.llama_set_n_threads(self._context, threads, threads)
+
+    def start(
+        self, sequence: S, request: Request, tokens: list[int], *, min_copied: int = 1
+    ) -> int:
+        """Queue the part of a prompt that is not cached; return the number of cached tokens.
+
+        If another sequence has at least `min_copied` more of the leading tokens, its cells are
+        copied.
+        """
+        prompt = tokens[:-1]  # the last token is always decoded: the answer starts at its logits
+        source = max(self._sequences, key=lambda s: common_prefix_length(s.cached, tokens))
+        gain = common_prefix_length(source.cached, prompt) - common_prefix_length(
+            sequence.cached, prompt
+        )
+        if gain >= min_copied:
+            self._copy(source, sequence)
+        shared = common_prefix_length(sequence.cached, prompt)
+        self._api.llama_memory_seq_rm(self._memory, sequence.id, shared, -1)
+        del sequence.cached[shared:]
+        sequence.request, sequence.prompt_tokens = request, len(tokens)
+        sequence.pending = tokens[shared:]
+        sequence.tokens, sequence.text, sequence.finish = 0, "", None
+        sequence.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self.release(sequence)
+        sequence.sampler = self._model.new_sampler(request)
+        return shared
+
+    def clear(self, sequence: S) -> None:
+        """Empty the cells of a sequence."""
+        self._api.llama_memory_seq_rm(self._memory, sequence.id, 0, -1)
+        sequence.cached = []
+
+    def move(self, source: S, target: S) -> None:
+        """Exchange the ids of two sequences, with the cells of `source`; `target` becomes empty."""
+        self._copy(source, target)
+        self.clear(source)
+        source.cached, target.cached = target.cached, source.cached
+        source.id, target.id = target.id, source.id
+        self._sequences[source.id], self._sequences[target.id] = source, target
+
+    def release(self, sequence: S) -> None:
+        """Free the sampler of an answer that has ended, and drop a draft that was not used."""
+        if sequence.draft is not None:
+            self._drop_draft(sequence)
+        if sequence.sampler:
+            self._api.llama_sampler_free(sequence.sampler)
+            sequence.sampler = None
+
+    def prefill(self, sequence: S) -> None:
+        """Decode one chunk of a prompt, without its last token: `decode` batches that one."""
+        chunk = sequence.pending[: min(_PREFILL_CHUNK, len(sequence.pending) - 1)]
+        first = len(sequence.cached)
+        self._decode_rows(
+            [BatchRow(sequence.id, n, token, logits=False) for n, token in enumerate(chunk, first)]
+        )
+        sequence.cached += chunk
+        del sequence.pending[: len(chunk)]
+
+    def decode(self, sequences: Sequence[S]) -> list[int]:
+        """Decode the last pending token of each sequence, ordered by id; return batch indices."""
+        rows: list[BatchRow] = []
+        starts: list[int] = []
+        for sequence in sequences:
+            starts.append(len(rows))
+            position = len(sequence.cached)
+            rows.append(BatchRow(sequence.id, position, sequence.pending[0], logits=True))
+            sequence.cached += sequence.pending
+            sequence.pending = []
+            sequence.draft = self._drafter.draft(sequence.cached) if self._drafter else None
+            if sequence.draft is not None:
+                rows.append(BatchRow(sequence.id, position + 1, sequence.draft, logits=True))
+        indices = self._decode_rows(rows)
+        return [indices[start] for start in starts]
+
+    def sample(self, sequence: S, index: int) -> str:
+        """Draw the token after a row of the batch, given by its index, and return its text.
+
+        The token is left pending, or `finish` says why the answer has ended.
+        """
+        piece = self._draw(sequence, index)
+        if sequence.draft is not None and sequence.pending != [sequence.draft]:
+            self._drop_draft(sequence)
+        return piece
+
+    def sample_draft(self, sequence: S, index: int) -> str | None:
+        """Draw the token after an accepted draft and return its text; None without such a draft.
+
+        To be called after `sample`, with the same index.
+        """
+        if sequence.draft is None:
+            return None
+        sequence.cached.append(sequence.draft)
+        sequence.draft = None
+        return self._draw(sequence, index + 1)  # the draft is the next row of the batch
+
+    def logits(self, tokens: Sequence[int]) -> Iterator[Array]:
+        """Yield the float32 logits (vocab_size) after each token; no sequence may be in use."""
+        self.clear(self._sequences[0])
+        for start in range(0, len(tokens), _PREFILL_CHUNK):
+            chunk = tokens[start : start + _PREFILL_CHUNK]
+            rows = [BatchRow(0, n, token, logits=True) for n, token in enumerate(chunk, start)]
+            for index in self._decode_rows(rows):
+                pointer = self._api.llama_get_logits_ith(self._context, index)
+                yield np.ctypeslib.as_array(pointer, (self._model.vocab_size,)).copy()
+        self.clear(self._sequences[0])
+
+    def _copy(self, source: S, target: S) -> None:
+        """Replace the cells of `target` by a copy of those of `source`."""
+        self.clear(target)
+        self._api.llama_memory_seq_cp(self._memory, source.id, target.id, 0, -1)
+        target.cached = list(source.cached)
+
+    def _drop_draft(self, sequence: S) -> None:
+        """Remove a draft token from the cache."""
+        self._api.llama_memory_seq_rm(self._memory, sequence.id, len(sequence.cached), -1)
+        sequence.draft = None
+
+    def _draw(self, sequence: S, index: int) -> str:
+        """Sample a token at a batch index, and update the state of the answer."""
+        request, decoder = sequence.request, sequence.decoder
+        assert request is not None and decoder is not None
+        token = self._api.llama_sampler_sample(sequence.sampler, self._context, index)
+        ended = self._model.is_eog(token)
+        piece = decoder.decode(b"" if ended else self._model.token_to_piece(token), ended)
+        sequence.tokens += 1
+        sequence.text += piece
+        sequence.pending = []
+        if ended:
+            sequence.finish = "stop"
+        elif request.stop_when and request.stop_when(sequence.text):
+            sequence.finish = "stop_when"
+        elif sequence.tokens >= request.max_tokens:
+            sequence.finish = "length"
+        else:
+            sequence.pending = [token]
+            if self._drafter:
+                self._drafter.learn(sequence.cached, token)
+        return piece
+
+    def _decode_rows(self, rows: Sequence[BatchRow]) -> list[int]:
+        """Decode `rows`, ordered by sequence, with their padding; return their batch indices."""
+        builder = BatchBuilder([len(s.cached) for s in self._sequences], exact=self._exact)
+        builder.add_rows(rows)
+        batch = self._batch
+        batch.n_tokens = len(builder.rows)
+        for n, row in enumerate(builder.rows):
+            batch.token[n], batch.pos[n], batch.logits[n] = row.token, row.position, row.logits
+            batch.n_seq_id[n], batch.seq_id[n][0] = 1, row.sequence
+        status = self._llama_decode()
+        if status:
+            raise RuntimeError(f"llama_decode returned {status} for {len(builder.rows)} tokens")
+        for row in builder.padding:
+            self._api.llama_memory_seq_rm(self._memory, row.sequence, row.position, -1)
+        return builder.indices
+
+    def _llama_decode(self) -> int:
+        """Run llama_decode on the batch and return its status.
+
+        A pass of several threads runs in a thread of a small pool. OpenMP creates a team of threads
+        per calling thread, and teams that outnumber the cores sleep at every barrier.
+        """
+        if self._threads == 1:
+            return int(self._api.llama_decode(self._context, self._batch))
+        callers = _caller_pool(self._threads)
+        running = callers.submit(self._api.llama_decode, self._context, self._batch)
+        try:
+            return int(running.result())
+        finally:
+            wait([running])  # after Ctrl-C too: the context must not be freed during a pass
+
+
+@cache
+def _caller_pool(threads: int) -> ThreadPoolExecutor:
+    """Return the callers of passes of `threads` threads: as many as the cores allow."""
+    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // threads), "gatt decode")
+
+
+def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many leading tokens are equal.
+
+    Bisection over slices, which compare about a hundred times as fast as tokens in a loop.
+    """
+    low, high = 0, min(len(first), len(second))
+    while low < high:
+        middle = (low + high + 1) // 2
+        equal = first[low:middle] == second[low:middle]
+        low, high = (middle, high) if equal else (low, middle - 1)
+    return low

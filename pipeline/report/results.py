@@ -1,0 +1,148 @@
+"""Read the results of a run that its report shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter
+
+from pipeline.evaluation.rates import Rate, wilson
+from pipeline.evaluation.scores import Scores
+from pipeline.export.summary import ExportSummary
+from pipeline.files import read_json, read_jsonl
+from pipeline.gatt.acceptance import Acceptance
+from pipeline.gatt.assignment import read_split
+from pipeline.recipe import Recipe
+from pipeline.records import Reply
+from pipeline.report.facts import file_facts, run_facts
+from pipeline.report.page import ComparedDialogue, ComparedTurn
+from pipeline.run_dir import RunDir
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.attention import AttentionMap
+
+_MAX_PLOTTED = 4
+"""Arms in a figure, in addition to base, tuned and ceiling."""
+_COMPARED_DIALOGUES = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throughput:
+    """What training has computed in `seconds`: learned tokens, all tokens, and padding."""
+
+    learned: int
+    computed: int
+    padding: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResults:
+    """Everything that a report shows; what was not measured is empty or None.
+
+    `validation` has adherence by training step, `attention` a map for base and one for tuned.
+    """
+
+    recipe: Recipe
+    scores: Scores
+    export: ExportSummary
+    facts: Mapping[str, str]
+    acceptance: Acceptance | None = None
+    losses: Sequence[float] = ()
+    validation: Mapping[int, Rate] = field(default_factory=dict)
+    throughput: Throughput | None = None
+    attention: Mapping[str, AttentionMap] = field(default_factory=dict)
+    dialogues: Sequence[ComparedDialogue] = ()
+
+    @property
+    def arms(self) -> list[str]:
+        """Return all measured models."""
+        return list(dict.fromkeys(row.arm for row in self.scores.last_five))
+
+    @property
+    def plotted_arms(self) -> list[str]:
+        """Return the arms that figures have room for."""
+        further = [arm for arm in self.arms if arm not in ("base", "tuned", "ceiling")]
+        return [arm for arm in self.arms if arm not in further[_MAX_PLOTTED:]]
+
+
+def read_results(recipe: Recipe, run_dir: RunDir) -> RunResults:
+    """Read the files of a run.
+
+    Raises:
+        GattError: a file was written by another version.
+    """
+    _, example = next(read_jsonl(run_dir.examples))
+    return RunResults(
+        recipe=recipe,
+        scores=Scores.from_json(run_dir.scores.read_text(encoding="utf-8")),
+        export=ExportSummary.from_json(run_dir.exported.read_text(encoding="utf-8")),
+        facts=run_facts(recipe, run_dir, example["teacher"]) | file_facts(recipe, run_dir),
+        acceptance=_read_acceptance(run_dir),
+        losses=_read_losses(run_dir),
+        validation=_read_validation(run_dir),
+        throughput=_read_throughput(run_dir),
+        attention=_read_attention(run_dir),
+        dialogues=_read_dialogues(run_dir),
+    )
+
+
+def _read_losses(run_dir: RunDir) -> list[float]:
+    """Return the loss by training step; empty where training has not logged it."""
+    if not run_dir.losses.exists():
+        return []
+    return TypeAdapter(list[float]).validate_json(run_dir.losses.read_bytes())
+
+
+def _read_acceptance(run_dir: RunDir) -> Acceptance | None:
+    if not run_dir.acceptance.exists():
+        return None
+    return read_json(run_dir.acceptance, Acceptance, "synthesize")
+
+
+def _read_validation(run_dir: RunDir) -> dict[int, Rate]:
+    if not run_dir.validation.exists():
+        return {}
+    # A resumed run measures a step again: the later row replaces the earlier one.
+    rows = {row["step"]: row for _, row in read_jsonl(run_dir.validation)}
+    return {step: wilson(row["adherent"], row["answers"]) for step, row in sorted(rows.items())}
+
+
+def _read_throughput(run_dir: RunDir) -> Throughput | None:
+    if not run_dir.speed.exists():
+        return None
+    return TypeAdapter(Throughput).validate_json(run_dir.speed.read_bytes())
+
+
+def _read_attention(run_dir: RunDir) -> dict[str, AttentionMap]:
+    from pipeline.evaluation.attention import read_attention_maps
+
+    if not run_dir.attention.exists():
+        return {}
+    return read_attention_maps(run_dir.attention.read_text(encoding="utf-8"))
+
+
+def _read_dialogues(run_dir: RunDir) -> list[ComparedDialogue]:
+    """Return the first dialogues as far as both base and tuned have replied."""
+    replies = {
+        (reply.arm, reply.dialogue, reply.turn): reply
+        for reply in (Reply(**row) for _, row in read_jsonl(run_dir.replies))
+        if not reply.recall_attribute
+    }
+    compared = []
+    for assigned in read_split(run_dir.assignments, "evaluation")[:_COMPARED_DIALOGUES]:
+        dialogue = assigned.dialogue
+        turns = [
+            ComparedTurn(
+                turn,
+                user,
+                (replies["base", dialogue.id, turn], replies["tuned", dialogue.id, turn]),
+            )
+            for turn, user in enumerate(dialogue.turns, 1)
+            if ("tuned", dialogue.id, turn) in replies
+        ]
+        compared.append(ComparedDialogue(assigned.student_instructions[0], turns))
+    return compared

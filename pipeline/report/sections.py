@@ -1,0 +1,282 @@
+"""The sections of a report about what evaluation measured.
+
+Each function returns its section, or None where nothing was measured for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from pipeline.evaluation.scores import RateRow, Scores
+from pipeline.evaluation.suites import PAPER_RECALL
+from pipeline.gatt.rollout import RECALL_TURNS
+from pipeline.report.facts import public_name
+from pipeline.report.figures import attention_figure, change_curve, survival_curve
+from pipeline.report.page import ReportSection
+from pipeline.report.results import RunResults
+from pipeline.report.tables import Cell, Table, by_arm, format_cell, overview
+
+Section = Callable[[RunResults], ReportSection | None]
+
+
+def headline(scores: Scores) -> str:
+    """Return the sentence that opens the report, about the figure that the recipe chose."""
+    if scores.primary == "recall" and scores.recall:
+        last = max(int(row.at) for row in scores.recall)
+        rows = [row for row in scores.recall if row.at == last]
+        return (
+            f"Asked in turn {last}, the tuned model recalls what turn 1 says in "
+            f"{_share(rows, 'tuned')} of the answers, the base in {_share(rows, 'base')}."
+        )
+    if scores.primary == "unseen" and scores.generalization:
+        rows = list(scores.generalization)
+        return (
+            f"The tuned model keeps instructions that were not trained in {_share(rows, 'tuned')} "
+            f"of the answers, the base in {_share(rows, 'base')}."
+        )
+    missing = ""
+    if scores.primary in ("recall", "unseen"):
+        missing = f"The figure chosen to open this report ({scores.primary}) was not measured. "
+    rows = list(scores.after_first if scores.primary == "after_first" else scores.last_five)
+    return (
+        f"{missing}In {rows[0].at}, the tuned model keeps its instruction in "
+        f"{_share(rows, 'tuned')} of the answers, the base in {_share(rows, 'base')}."
+    )
+
+
+def _share(rows: Sequence[RateRow], arm: str) -> str:
+    n = sum(row.n for row in rows if row.arm == arm)
+    hits = sum(row.hits for row in rows if row.arm == arm)
+    return f"{hits / n:.0%}" if n else "an unknown share"
+
+
+def several_turns(results: RunResults) -> ReportSection:
+    """Return adherence over several turns, and the differences from the base."""
+    scores = results.scores
+    notes = [
+        f"{arm}: {100 * d.difference:+.0f} points from the base, 95 % interval "
+        f"{100 * d.low:+.0f} to {100 * d.high:+.0f} (paired bootstrap, {d.dialogues} dialogues)."
+        for arm, d in scores.difference.items()
+        if d.dialogues
+    ]
+    if size := scores.required_sample_size:
+        notes.append(
+            f"To detect a difference of 5 points from this rate, {size.dialogues} dialogues per "
+            "model are needed."
+        )
+    ceiling = " Ceiling: the base, reminded every turn." if "ceiling" in results.arms else ""
+    return ReportSection(
+        title="Over several turns",
+        caption=f"Strict: a reply counts if it obeys and is a valid answer.{ceiling}",
+        tables=[overview(scores, results.arms)],
+        notes=notes,
+    )
+
+
+def recall(results: RunResults) -> ReportSection | None:
+    """Return recall of attributes by turn, next to the paper's figures."""
+    scores = results.scores
+    if not scores.recall:
+        return None
+    ours = by_arm("recall", "turn", scores.recall, results.arms)
+    paper = {
+        turn: [f"{share:.0%}" for share in shares]
+        for turn, shares in zip(RECALL_TURNS, zip(*PAPER_RECALL.values(), strict=True), strict=True)
+    }
+    not_in_paper = [None] * len(PAPER_RECALL)
+    rows: list[list[Cell]] = [
+        [turn, *rates, *(paper.get(turn, not_in_paper) if isinstance(turn, int) else not_in_paper)]
+        for turn, *rates in ours.rows
+    ]
+    columns = [*ours.columns, *(f"paper, {name}" for name in PAPER_RECALL)]
+    return ReportSection(
+        title="Recall",
+        caption=(
+            "Message 1 gives a name and a hobby. Later turns ask for them, in branches that the "
+            "dialogue does not continue. The last columns are the paper's figures (Table 30, "
+            "Llama 2, judged by people)."
+        ),
+        tables=[
+            Table("recall", columns, rows),
+            by_arm("recall_by_attribute", "attribute", scores.recall_by_attribute, results.arms),
+        ],
+    )
+
+
+def first_broken_answer(results: RunResults) -> ReportSection:
+    """Return how many turns dialogues last without a broken answer."""
+    survival, turns = results.scores.survival, results.scores.turns
+    rows = [[arm, survival[arm].median or f"not by turn {turns}"] for arm in results.arms]
+    return ReportSection(
+        title="How long until the first broken answer",
+        caption="Kaplan–Meier: the share of dialogues without a broken answer so far.",
+        tables=[Table("survival", ["model", "half of the dialogues are broken by turn"], rows)],
+        picture=survival_curve({arm: survival[arm] for arm in results.plotted_arms}, turns),
+    )
+
+
+def by_instruction(results: RunResults) -> ReportSection:
+    """Return adherence by trained instruction and by family."""
+    scores = results.scores
+    tables = [by_arm("by_instruction", "instruction", scores.by_instruction, results.arms)]
+    if scores.by_family:
+        tables.append(by_arm("by_family", "family", scores.by_family, results.arms))
+    return ReportSection(
+        title="By instruction", caption="Trained instructions, all turns.", tables=tables
+    )
+
+
+def generalization(results: RunResults) -> ReportSection | None:
+    """Return adherence to instructions that were not trained."""
+    scores = results.scores
+    if not scores.generalization:
+        return None
+    rows = [replace(row, at=f"{row.at} ({row.group})") for row in scores.by_unseen]
+    return ReportSection(
+        title="Instructions that were not trained",
+        caption="New values of trained kinds, and new kinds.",
+        tables=[
+            by_arm("generalization", "", scores.generalization, results.arms),
+            by_arm("by_unseen", "instruction", rows, results.arms),
+        ],
+    )
+
+
+def change(results: RunResults) -> ReportSection | None:
+    """Return adherence before and after a change of the instruction."""
+    by_arm_name, plotted = results.scores.change, results.plotted_arms
+    if not by_arm_name:
+        return None
+    columns = [
+        "",
+        "old one, before the change",
+        "new one, after it",
+        "old one, after it",
+        "turns to switch (median)",
+        "never switched",
+    ]
+    rows: list[list[Cell]] = [
+        [
+            arm,
+            scores.before,
+            scores.after,
+            scores.old_after,
+            "never" if scores.turns_to_switch is None else scores.turns_to_switch,
+            f"{scores.never_switched} of {scores.dialogues}",
+        ]
+        for arm, scores in by_arm_name.items()
+    ]
+    return ReportSection(
+        title="When the instruction changes",
+        caption=(
+            "At the dotted line the user says “From now on: …”. From there the new instruction "
+            "holds, and the old one no longer."
+        ),
+        tables=[Table("change", columns, rows)],
+        picture=change_curve(
+            {arm: scores for arm, scores in by_arm_name.items() if arm in plotted}, plotted
+        ),
+    )
+
+
+def leakage_and_damage(results: RunResults) -> ReportSection | None:
+    """Return trained traits and perplexity in dialogues without an instruction."""
+    scores = results.scores
+    if not scores.leakage:
+        return None
+    tables = [by_arm("leakage", "a trained trait shows in", scores.leakage, results.arms)]
+    notes = [
+        f"{arm}: {trait}, {count} times"
+        for arm, traits in scores.leaked.items()
+        for trait, count in traits.items()
+    ]
+    degradation = scores.degradation
+    if degradation and degradation.perplexity:
+        base = degradation.perplexity["base"]
+        rows: list[list[Cell]] = [
+            [arm, perplexity, f"{perplexity / base - 1:+.1%}", degradation.kl[arm]]
+            for arm, perplexity in degradation.perplexity.items()
+        ]
+        columns = ["", "perplexity", "change from the base", "KL from the base, nats per token"]
+        tables.append(Table("degradation", columns, rows))
+        notes.append(
+            f"Perplexity and KL are over {degradation.tokens} tokens of the base's own answers in "
+            "plain dialogues."
+        )
+    return ReportSection(
+        title="Leakage and damage",
+        caption=(
+            "Dialogues without an instruction: no trained trait should show, and the model should "
+            "answer as before."
+        ),
+        tables=tables,
+        notes=notes,
+    )
+
+
+def single_turn(results: RunResults) -> ReportSection | None:
+    """Return adherence in one turn, as in IFEval."""
+    scores = results.scores
+    if not scores.single:
+        return None
+    return ReportSection(
+        title="One question, one instruction",
+        caption=(
+            "Every kind of instruction once, given with the question, as in IFEval: what did "
+            "training damage?"
+        ),
+        tables=[
+            by_arm("single", "", scores.single, results.arms),
+            by_arm("single_by_kind", "kind", scores.single_by_kind, results.arms),
+        ],
+    )
+
+
+def judge(results: RunResults) -> ReportSection | None:
+    """Return the verdicts of a judge, and how often it agrees with exact checks."""
+    judgment = results.scores.judge
+    if not judgment:
+        return None
+    tables = (
+        [by_arm("judge", "instruction", judgment.scores, results.arms)] if judgment.scores else []
+    )
+    return ReportSection(
+        title="The judge",
+        caption=(
+            f"{public_name(judgment.model)} judged what no program can check. Where a program can, "
+            f"it agreed in {format_cell(judgment.agreement) or 'none'} of the replies."
+        ),
+        tables=tables,
+        notes=[] if judgment.reliable else ["Below 80 %: its verdicts are not reliable."],
+    )
+
+
+def attention(results: RunResults) -> ReportSection | None:
+    """Return the map of what the answers of one dialogue attend to."""
+    if not results.attention:
+        return None
+    return ReportSection(
+        title="What the answers attend to",
+        caption=(
+            "One dialogue, each model with its own answers: the strongest attention over all heads "
+            "and layers, from each answer (down) to everything before it (across), in bins of "
+            "eight tokens, as in Figure 10 of the paper; and the mean share of the attention that "
+            "falls on the instruction."
+        ),
+        picture=attention_figure(results.attention),
+    )
+
+
+EVALUATION_SECTIONS: Sequence[Section] = (
+    several_turns,
+    recall,
+    first_broken_answer,
+    by_instruction,
+    generalization,
+    change,
+    leakage_and_damage,
+    single_turn,
+    judge,
+    attention,
+)

@@ -1,0 +1,224 @@
+"""What every backend trains with: the job, its batches, its checkpoints, and an orderly stop.
+
+Nothing here needs torch; the loops are in `trainer` (torch) and `mlx`.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+from pipeline.errors import GattError
+from pipeline.inference.logits import Logits
+from pipeline.recipe import Train
+from pipeline.training.examples import TrainingExample
+
+_COMPLETE = "complete"
+"""Name of the empty file that marks a complete checkpoint."""
+_MEGABATCH = 8
+"""Batches' worth of dialogues that are sorted by length at a time."""
+
+
+class TokenCounts(NamedTuple):
+    """Tokens of the steps so far.
+
+    `computed` counts all that went through the model: the student's chats, the teacher's, and the
+    `padding`. `learned` are those with a label.
+    """
+
+    learned: int = 0
+    computed: int = 0
+    padding: int = 0
+
+    def plus(self, micro_batches: Sequence[Sequence[TrainingExample]]) -> TokenCounts:
+        """Return the counts with a further step in its micro-batches."""
+        learned, computed, padding = self
+        for examples in micro_batches:
+            learned += sum(e.learned_tokens for e in examples)
+            for lengths in (
+                [len(e.input_ids) for e in examples],
+                [len(e.teacher_ids) for e in examples],
+            ):
+                computed += len(lengths) * max(lengths)
+                padding += len(lengths) * max(lengths) - sum(lengths)
+        return TokenCounts(learned, computed, padding)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A finished optimizer step; `tokens` and `seconds` are totals of all steps so far."""
+
+    number: int
+    loss: float
+    learning_rate: float
+    tokens: TokenCounts
+    seconds: float
+    peak_memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingJob:
+    """What to train, and where: the base model in `model_dir`, its adapter to `adapter_dir`.
+
+    `on_step` is called after each step. `should_stop` is called after each checkpoint with its step
+    and its folder, and ends training early.
+    """
+
+    model_dir: Path
+    examples: Sequence[TrainingExample]
+    settings: Train
+    seed: int
+    checkpoint_dir: Path
+    adapter_dir: Path
+    on_step: Callable[[Step], None] = lambda step: None
+    should_stop: Callable[[int, Path], bool] = lambda step, checkpoint: False
+
+
+class TrainingResult(NamedTuple):
+    """The loss of every step, and the trained model's logits on a few examples."""
+
+    losses: list[float]
+    logits: Logits
+
+
+def length_grouped_batches(job: TrainingJob) -> list[TrainingExample]:
+    """Return the dialogues of all steps, one batch after another; each epoch is shuffled anew.
+
+    Dialogues of similar length share a batch, because a batch is padded to its longest one. With
+    batches drawn at random, a fifth of what is computed would be padding.
+    """
+    rng = random.Random(f"order {job.seed}")
+    size, examples = job.settings.batch_size, job.examples
+    total = job.settings.max_steps * size
+    ordered: list[TrainingExample] = []
+    while len(ordered) < total:
+        epoch = rng.sample(examples, len(examples))
+        batches: list[list[TrainingExample]] = []
+        for start in range(0, len(epoch), _MEGABATCH * size):
+            megabatch = epoch[start : start + _MEGABATCH * size]
+            megabatch.sort(key=lambda example: len(example.input_ids))
+            batches += [megabatch[n : n + size] for n in range(0, len(megabatch), size)]
+        rng.shuffle(batches)
+        ordered += [example for batch in batches for example in batch]
+    return ordered[:total]
+
+
+def micro_batches(
+    examples: Sequence[TrainingExample], max_tokens: int
+) -> list[list[TrainingExample]]:
+    """Split the dialogues of a step into micro-batches of at most `max_tokens`, padding included.
+
+    A dialogue that is longer is a micro-batch of its own; with 0 there is only one.
+    """
+    batches: list[list[TrainingExample]] = []
+    # Sorted by length, so that each example is the longest of its micro-batch so far.
+    for example in sorted(examples, key=lambda e: e.max_tokens):
+        if not batches or (max_tokens and (len(batches[-1]) + 1) * example.max_tokens > max_tokens):
+            batches.append([])
+        batches[-1].append(example)
+    return batches
+
+
+def world_size() -> int:
+    """Return the number of processes that share each step."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Run the body on the main process first, then on the others (as `accelerate` does)."""
+    if world_size() == 1:
+        yield
+        return
+    import accelerate
+    import torch
+
+    with accelerate.PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        yield
+
+
+def last_checkpoint(checkpoint_dir: Path) -> int:
+    """Return the step of the last complete checkpoint; 0 if there is none."""
+    complete = checkpoint_dir.glob(f"checkpoint-*/{_COMPLETE}")
+    return max((checkpoint_step(marker.parent) for marker in complete), default=0)
+
+
+def checkpoint_step(checkpoint: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
+    return int(checkpoint.name.split("-")[1])
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Mark a checkpoint as complete.
+
+    A checkpoint without the marker was interrupted while it was written, and is ignored.
+    """
+    (checkpoint / _COMPLETE).touch()
+
+
+def adapter_weights(folder: Path) -> Path:
+    """Return the weights file of a PEFT adapter to start from.
+
+    Raises:
+        GattError: there is none.
+    """
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise GattError(
+            f"train.init_adapter: no adapter_model.safetensors in {folder}. Name the folder of a "
+            "PEFT LoRA."
+        )
+    return file
+
+
+def nonfinite_loss_error(step: int, loss: float, checkpoint_dir: Path) -> GattError:
+    """Return the error for a loss that is NaN or infinite."""
+    saved = last_checkpoint(checkpoint_dir)
+    checkpoint = f"The checkpoint of step {saved} is kept. " if saved else ""
+    return GattError(
+        f"The loss of step {step} is {loss}. {checkpoint}Lower train.learning_rate, or start over "
+        "with --restart."
+    )
+
+
+def interrupted_error(step: int) -> GattError:
+    """Return the error for a stop that the user requested."""
+    return GattError(
+        f"Stopped after step {step}, which is saved. The same command resumes from there."
+    )
+
+
+class GracefulStop:
+    """While it is open, Ctrl-C and SIGTERM request a stop after the step; a second one stops now.
+
+    Signal handlers can be set on the main thread only; elsewhere it does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._restore: list[Callable[[], object]] = []
+
+    def __enter__(self) -> GracefulStop:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handler = signal.signal(number, self._request)
+                self._restore.append(partial(signal.signal, number, handler))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for restore in self._restore:
+            restore()
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,63 @@
+"""The arms of an evaluation: base, tuned, extra models and ceiling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from pipeline.errors import GattError
+from pipeline.evaluation.arms import Arm, arms
+from pipeline.inference.llama.model import Adapter
+from pipeline.recipe import Evaluate, Recipe
+from pipeline.run_dir import RunDir
+
+
+class _ArmFields(NamedTuple):
+    name: str
+    server: str
+    in_all_suites: bool
+
+
+def test_extra_models_are_servers_or_files_with_different_names(base: Path, tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    url = "http://127.0.0.1:8000/v1#big"
+    measured = arms(Recipe(evaluate=Evaluate(extra_models=(url, str(base)))), run_dir)
+    fields = [_ArmFields(arm.name, arm.server, arm.in_all_suites) for arm in measured]
+    assert fields == [
+        _ArmFields("base", "", in_all_suites=True),
+        _ArmFields("tuned", "", in_all_suites=True),
+        _ArmFields("big", url, in_all_suites=True),
+        _ArmFields(base.stem, "", in_all_suites=True),
+        _ArmFields("ceiling", "", in_all_suites=False),
+    ]
+    with pytest.raises(GattError, match="two of the name 'big'"):
+        arms(Recipe(evaluate=Evaluate(extra_models=(url, url))), run_dir)
+
+
+def test_an_extra_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    evaluate = Evaluate(extra_models=(str(tmp_path / "nothing.gguf"),))
+    with pytest.raises(GattError, match=r"no file at .*nothing.gguf.*a server's address"):
+        arms(Recipe(evaluate=evaluate), RunDir(tmp_path))
+
+
+def test_every_format_is_an_arm(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate({"export": {"formats": ["Q8_0", "Q4_K_M"]}})
+    measured = arms(recipe, RunDir(tmp_path))
+    assert [arm.name for arm in measured] == ["base", "tuned", "tuned, Q4_K_M", "ceiling"]
+    assert [arm.in_all_suites for arm in measured] == [True, True, False, False]
+    assert [arm.name for arm in measured if arm.repeats_instruction] == ["ceiling"]
+
+
+def test_an_adapter_replaces_the_exported_files(tmp_path: Path) -> None:
+    evaluate = Evaluate(adapter="a.gguf", adapter_scale=0.5)
+    measured = arms(Recipe(evaluate=evaluate), RunDir(tmp_path))
+    assert [arm.adapter for arm in measured] == [None, Adapter(Path("a.gguf"), 0.5), None]
+    assert len({arm.path for arm in measured}) == 1
+
+
+def test_a_model_is_not_applied_as_an_adapter(base: Path) -> None:
+    arm = Arm(name="tuned", path=base, adapter=Adapter(base))
+    with pytest.raises(GattError, match="is not an adapter"):
+        arm.open(Evaluate(), dialogues=1)

@@ -1,0 +1,85 @@
+"""The engine of the server with real models: its queue, and adapters over shared weights."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from pipeline.gguf.adapter import write_adapter
+from pipeline.gguf.merge import open_base
+from pipeline.hub.convert import write_formats
+from pipeline.hub.models import Model
+from pipeline.inference.async_engine import AsyncEngine, ModelSource
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.llama.model import Adapter
+from pipeline.inference.request import GenerationRequest, QueueFullError
+from pipeline.inference.scheduler import Limits
+from pipeline.records import Request
+
+
+def test_a_full_queue_refuses_and_a_waiting_request_is_served_or_cancelled(base: Path) -> None:
+    async def run(engine: AsyncEngine) -> None:
+        tokens = engine.chat_tokens("m", ({"role": "user", "content": "Tell a story."},))
+        sampling = Request(messages=(), seed=1, max_tokens=60, temperature=0)
+        request = GenerationRequest(tokens, sampling)
+        running, waiting = engine.generate("m", request), engine.generate("m", request)
+        with pytest.raises(QueueFullError, match="1 requests wait"):
+            engine.generate("m", request)
+        assert engine.stats("m") == (1, 1, 1)
+        waiting.cancel()
+        assert (await waiting.wait()).finish == "cancelled"
+        next_answer = engine.generate("m", request)
+        running.cancel()
+        assert (await running.wait()).finish == "cancelled"
+        assert len("".join([piece async for piece in next_answer])) > 0
+        assert next_answer.result and next_answer.result.finish in ("stop", "length")
+
+    limits = Limits(context=256, max_waiting=1, max_sequences=1)
+    engine = AsyncEngine({"m": ModelSource(base)}, limits)
+    try:
+        asyncio.run(run(engine))
+    finally:
+        engine.close()
+
+
+class _Answer(NamedTuple):
+    text: str
+    cached_tokens: int
+
+
+async def _ask_twice(engine: AsyncEngine, request: Request) -> dict[str, _Answer]:
+    """Return the second answer of each model to the same request."""
+    answers: dict[str, _Answer] = {}
+    for _ in range(2):
+        for name in engine.names:
+            tokens = engine.chat_tokens(name, request.messages)
+            stream = engine.generate(name, GenerationRequest(tokens, request))
+            text = "".join([piece async for piece in stream])
+            assert stream.result
+            answers[name] = _Answer(text, stream.result.cached_tokens)
+    return answers
+
+
+def test_an_adapter_is_a_model_of_its_own_over_the_same_weights(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    file, adapter = tmp_path / "base.gguf", tmp_path / "adapter.gguf"
+    write_formats(Model("tiny", tiny_llama), None, {"F32": file})
+    write_adapter(open_base(tiny_llama), tiny_adapter, adapter)
+    sources = {"plain": ModelSource(file), "adapted": ModelSource(file, Adapter(adapter))}
+    request = Request(
+        messages=({"role": "user", "content": "It's 2,026"},), seed=1, max_tokens=12, temperature=0
+    )
+    engine = AsyncEngine(sources, Limits(context=256, max_sequences=2))
+    try:
+        answers = asyncio.run(_ask_twice(engine, request))
+    finally:
+        engine.close()
+    assert min(answer.cached_tokens for answer in answers.values()) > 0
+    for name, source in sources.items():
+        with BatchEngine(source.path, 1, 256, adapter=source.adapter) as exact:
+            assert answers[name].text == exact.complete(request).text
+    assert answers["plain"].text != answers["adapted"].text

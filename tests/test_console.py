@@ -1,0 +1,93 @@
+"""What is printed where: plain text off a terminal, bars and fitted tables on one."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipeline import console
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
+    """Replace the clock by a list of one item: the time in seconds."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    yield now
+
+
+def test_progress_off_a_terminal_is_a_line_every_ten_seconds(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.progress("train: steps", 50, 10) as bar:
+        for _ in range(40):
+            clock[0] += 4
+            bar.advance(log="loss 1.5")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "train: steps: 13 of 50, 2:28 left loss 1.5"
+    assert lines[-1] == "train: steps: 50 of 50, 0:00 left loss 1.5"
+    assert len(lines) == 14
+
+
+def test_progress_keeps_its_stream_while_output_is_captured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "folder" / "log"
+    with console.progress("steps", 1) as bar, console.capture_output(log):
+        print("from a library")
+        bar.advance()
+    assert capsys.readouterr().err == "steps: 1 of 1, 0:00 left\n"
+    assert log.read_text(encoding="utf-8") == "from a library\n"
+
+
+def test_progress_on_a_terminal_is_a_bar_with_remarks_above_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with console.progress("steps", 2) as bar:
+        bar.advance(2, log="[b]")
+        console.log("a remark")
+    text = terminal.getvalue()
+    assert "2/2" in text
+    assert "[b]" in text
+    assert "a remark\n" in text
+    assert text.rstrip("\n").endswith("\x1b[?25h")  # the cursor is shown again
+
+
+def test_tables_off_a_terminal_are_aligned_text(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [("small [x]", 9, "8 GB", None), ("large", 1234, "16 GB", "-")]
+    console.print_table(("model", "tokens", "GPU", "note"), rows)
+    assert capsys.readouterr().out.splitlines() == [
+        "model      tokens    GPU  note",
+        "small [x]       9   8 GB",
+        "large        1234  16 GB     -",
+    ]
+
+
+def test_long_cells_are_not_wrapped_off_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    console.print_table(("text",), [("word " * 100,)])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+def test_tables_fit_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setenv("COLUMNS", "40")
+    console.print_table(("name", "text"), [("a", "word " * 20)])
+    lines = terminal.getvalue().splitlines()
+    assert len(lines) > 4
+    assert max(map(len, lines[1:])) <= 40

@@ -1,0 +1,99 @@
+"""Loading dialogues and chats: every accepted form, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.data.dialogues import load_chats, load_dialogues
+from pipeline.errors import GattError
+from pipeline.records import Dialogue
+
+_MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hi"},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "Bye"},
+]
+_CONVERSATIONS = [
+    {"from": {"user": "human", "assistant": "gpt"}.get(m["role"], m["role"]), "value": m["content"]}
+    for m in _MESSAGES
+]
+
+
+def _write(file: Path, *rows: object) -> str:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def test_the_built_in_dialogues() -> None:
+    dialogues = load_dialogues("seed")
+    assert len(dialogues) == 136
+    assert len({dialogue.id for dialogue in dialogues}) == 136
+    assert all(len(dialogue.turns) > 1 and dialogue.topic for dialogue in dialogues)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [{"turns": ["Hi", "Bye"]}, {"messages": _MESSAGES}, {"conversations": _CONVERSATIONS}],
+    ids=["turns", "messages", "conversations"],
+)
+def test_the_three_forms_of_a_dialogue(row: dict[str, object], tmp_path: Path) -> None:
+    source = _write(tmp_path / "d.jsonl", row, {**row, "id": "x", "topic": "greetings"})
+    assert load_dialogues(source) == [
+        Dialogue("1", "", ("Hi", "Bye")),
+        Dialogue("x", "greetings", ("Hi", "Bye")),
+    ]
+
+
+def test_a_json_array_and_a_parquet_file(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"turns": ["Hi"]}, {"turns": ["Bye"]}]
+    array, parquet = tmp_path / "d.json", tmp_path / "d.parquet"
+    array.write_text(json.dumps(rows), encoding="utf-8")
+    datasets.Dataset.from_list(rows).to_parquet(parquet)
+    expected = [Dialogue("1", "", ("Hi",)), Dialogue("2", "", ("Bye",))]
+    assert load_dialogues(str(array)) == load_dialogues(str(parquet)) == expected
+
+
+def test_a_chat_ends_with_its_last_answer(tmp_path: Path) -> None:
+    rows = ({"messages": _MESSAGES}, {"conversations": _CONVERSATIONS})
+    assert load_chats(_write(tmp_path / "c.jsonl", *rows)) == [tuple(_MESSAGES[:3])] * 2
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({}, "line 1: expected an object with `turns`, `messages` or `conversations`"),
+        ("text", "line 1: expected an object with"),
+        ({"turns": []}, "line 1: every user turn must be a text"),
+        ({"turns": ["Hi", " "]}, "line 1: every user turn must be a text"),
+        ({"messages": _MESSAGES[1:2] * 2}, "line 1: two user turns in a row"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'; expected system"),
+        ({"conversations": [{"from": ["x"]}]}, r"unknown role \['x'\]; expected human"),
+        ({"messages": ["Hi"]}, "expected an object as each message, found 'Hi'"),
+    ],
+)
+def test_a_malformed_dialogue_is_named(row: object, message: str, tmp_path: Path) -> None:
+    with pytest.raises(GattError, match=message):
+        load_dialogues(_write(tmp_path / "d.jsonl", row))
+
+
+def test_a_chat_without_an_answer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GattError, match="line 1: expected at least one answer"):
+        load_chats(_write(tmp_path / "c.jsonl", {"messages": _MESSAGES[:2]}))
+
+
+def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(GattError, match=r"No dialogues at .*none\.jsonl\. Expected a JSONL file"):
+        load_dialogues(str(tmp_path / "none.jsonl"))
+    with pytest.raises(GattError, match=r"empty\.jsonl is empty\. Expected one dialogue a line"):
+        load_dialogues(_write(tmp_path / "empty.jsonl"))
+    (tmp_path / "array.json").write_text('[{"turns": ["Hi"]}', encoding="utf-8")
+    with pytest.raises(GattError, match="begins as a JSON array but is not valid JSON"):
+        load_dialogues(str(tmp_path / "array.json"))
+    with pytest.raises(GattError, match=r"Cannot load the dataset '/no/such/folder'"):
+        load_dialogues("/no/such/folder")
