@@ -60,7 +60,7 @@ def terminal(command: Sequence[str], home: Path, columns: int) -> Iterator[Termi
         "TERM": "xterm-256color",
         "LC_ALL": "C.UTF-8",
     }
-    size = ["-x", str(columns), "-y", "40"]
+    size = ["-x", str(columns), "-y", "100"]  # an answer on a busy machine fits
     start = f"{shlex.join(command)}; echo left; sleep 600"
     subprocess.run([*server, "new-session", "-d", *size, start], check=True, env=environment)
     try:
