@@ -23,12 +23,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import llama_cpp
 import numpy as np
+from peer import create_completion
 from safetensors.numpy import save_file
 
 from pipeline.console import Progress
@@ -266,22 +268,10 @@ class CompletionLoop:
         return recorder.cost(time.perf_counter() - start)
 
     def _complete(self, request: Request) -> Completion:
-        response = self._llama.create_chat_completion(
-            list(request.messages),
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_k=40,
-            top_p=1.0,
-            min_p=0.05,
-            repeat_penalty=1.0,
-            seed=request.seed,
-        )
-        choice, usage = response["choices"][0], response["usage"]
-        finish, tokens = choice["finish_reason"], usage["completion_tokens"]
-        if finish == "stop":
-            # Ours counts the token that ends an answer, which takes as long as any other.
-            tokens += 1
-        return Completion(choice["message"]["content"], tokens, usage["prompt_tokens"], finish)
+        completion = create_completion(self._llama, request)
+        # Ours counts the token that ends an answer, which takes as long as any other.
+        ends = completion.finish == "stop"
+        return replace(completion, tokens=completion.tokens + ends)
 
 
 def _order(

@@ -22,11 +22,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import llama_cpp
 import psutil
+from peer import create_completion
 
 from pipeline.data.dialogues import load_dialogues
 from pipeline.gatt.assignment import AssignedDialogue, read_split
@@ -94,21 +96,11 @@ class CompletionLoop:
                 pass
 
     def _complete(self, request: Request) -> Completion:
-        response = self._llama.create_chat_completion(
-            list(request.messages),
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            top_k=40,
-            top_p=1.0,
-            min_p=0.05,
-            repeat_penalty=1.0,
-            seed=request.seed,
-        )
-        choice, usage = response["choices"][0], response["usage"]
-        text, finish = choice["message"]["content"], choice["finish_reason"]
-        if request.stop_when and any(request.stop_when(text[:end]) for end in range(len(text))):
-            finish = "stop_when"
-        return Completion(text, usage["completion_tokens"], usage["prompt_tokens"], finish)
+        completion, stop_when = create_completion(self._llama, request), request.stop_when
+        text = completion.text
+        if stop_when and any(stop_when(text[:end]) for end in range(len(text))):
+            return replace(completion, finish="stop_when")
+        return completion
 
 
 def synthesize(run_tasks: RunTasks, workload: Workload) -> Measurement:
