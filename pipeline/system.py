@@ -23,6 +23,21 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def core_count() -> int:
+    """Return how many processor cores this process may use.
+
+    This is less than the machine has under `taskset`, in a Slurm job or in a container: threads
+    beyond it would only wait for each other.
+    """
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        cores = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, -(-int(quota) // int(period)))
+    return max(1, cores)
+
+
 def available_memory() -> int:
     """Return how many bytes this process may still allocate.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pipeline.gguf.imatrix import CHUNK_TOKENS, ImportanceMatrix
 from pipeline.gguf.reader import open_gguf
 from pipeline.inference.llama.model import Adapter, ContextSettings, LoadedModel
+from pipeline.system import core_count
 
 
 def measure_importance(
@@ -30,7 +30,7 @@ def measure_importance(
         ContextSettings(CHUNK_TOKENS, adapter=adapter),
         sequences=1,
         batch_size=CHUNK_TOKENS,
-        threads=os.cpu_count() or 1,
+        threads=core_count(),
         eval_callback=importance.observe,
     )
     memory = model.api.llama_get_memory(context)

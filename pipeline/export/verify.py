@@ -26,6 +26,7 @@ from pipeline.inference.chat_template import NO_THINKING, ChatTemplate
 from pipeline.inference.llama.model import Adapter, ContextSettings
 from pipeline.inference.logits import Logits, mean_kl
 from pipeline.records import Message
+from pipeline.system import core_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -195,7 +196,7 @@ def _child(path: Path, adapter: Path | None, inputs: Path, outputs: Path) -> Non
     if sequences:
         longest = max(map(len, sequences)) + 1
         settings = ContextSettings(longest, "F32", Adapter(adapter) if adapter else None)
-        worker = BatchWorker(model, 1, settings, os.cpu_count() or 1)
+        worker = BatchWorker(model, 1, settings, core_count())
         for n, row in enumerate(chain.from_iterable(map(worker.logits, sequences))):
             logits[n] = row
         worker.close()

@@ -5,7 +5,6 @@ llama.cpp itself.
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from types import ModuleType
 
 from pipeline.errors import GattError
 from pipeline.gguf.base import Array, Tensor
+from pipeline.system import core_count
 
 KeyValue = str | bool | int
 UNIFORM_FORMATS = {
@@ -95,7 +95,7 @@ def quantize(source: Path, target: Path, format_name: str) -> None:
 
     silence(llama_cpp)
     params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = file_type(format_name), os.cpu_count() or 1
+    params.ftype, params.nthread = file_type(format_name), core_count()
     if llama_cpp.llama_model_quantize(
         str(source).encode(), str(target).encode(), ctypes.byref(params)
     ):

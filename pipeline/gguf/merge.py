@@ -29,6 +29,7 @@ from pipeline.gguf.base import Array, Base, Bytes, Metadata, Tensor, row_order
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.formats import Format, KeyValue, uniform_format
 from pipeline.gguf.gguf_base import GgufBase
+from pipeline.system import core_count
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -117,7 +118,7 @@ def write(
     sums: list[dict[str, list[float]]] = [defaultdict(lambda: [0.0, 0.0]) for _ in targets]
     with ExitStack() as stack:
         stack.enter_context(threadpool_limits(1, "blas"))  # the pool uses all cores already
-        pool = stack.enter_context(ThreadPoolExecutor(os.cpu_count()))
+        pool = stack.enter_context(ThreadPoolExecutor(core_count()))
         flusher = stack.enter_context(ThreadPoolExecutor(1))
         files = [
             _begin(plan, stack.enter_context(whole_file(path)), file_format, flusher)

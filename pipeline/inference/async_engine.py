@@ -8,7 +8,6 @@ requests can change rounding (`context` explains why).
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +28,7 @@ from pipeline.inference.request import (
 )
 from pipeline.inference.scheduler import EngineStats, Limits, ServedModel
 from pipeline.records import Message
+from pipeline.system import core_count
 
 LIMITS = Limits()
 _CPU_INTERVAL_SECONDS = 1.0
@@ -214,7 +214,7 @@ class CpuMonitor(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(name="gatt cpu monitor")
-        self.free_cores = os.cpu_count() or 1
+        self.free_cores = core_count()
         self._closed = threading.Event()
         self._last = _cpu_times()
 
@@ -232,7 +232,7 @@ class CpuMonitor(threading.Thread):
 
     def _measure(self) -> None:
         before, self._last = self._last, _cpu_times()
-        self.free_cores = count_free_cores(before, self._last, os.cpu_count() or 1)
+        self.free_cores = count_free_cores(before, self._last, core_count())
 
 
 def count_free_cores(before: CpuTimes, after: CpuTimes, cores: int) -> int:

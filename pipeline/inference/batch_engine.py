@@ -7,7 +7,6 @@ parallel, too. This is faster than one context with a thread per core.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -18,7 +17,7 @@ from pipeline.gguf.reader import GgufInfo, open_gguf
 from pipeline.inference.batch_worker import BatchWorker, TaskQueue
 from pipeline.inference.llama.model import Adapter, CacheType, ContextSettings, LoadedModel
 from pipeline.records import Completion, Request, Task
-from pipeline.system import available_memory, require_memory
+from pipeline.system import available_memory, core_count, require_memory
 
 _CTX_PADDING = 256
 """llama.cpp rounds a KV stream up to a multiple of this number of cells."""
@@ -55,7 +54,7 @@ def plan_contexts(
     """
     n_ctx = -(-context // _CTX_PADDING) * _CTX_PADDING
     sequence_bytes = n_ctx * info.kv_bytes_per_token * (2 if cache_type == "F32" else 1)
-    cores = 1 if _gpu_offload() else os.cpu_count() or 1
+    cores = 1 if _gpu_offload() else core_count()
     sequences = min(dialogues, max_sequences or _fitting_sequences(info, sequence_bytes, cores))
     contexts = min(cores, sequences)
     weight_bytes = 0 if loaded else info.bytes
@@ -64,7 +63,7 @@ def plan_contexts(
         f"run {info.path.name} with {sequences} sequences",
     )
     shares = tuple(len(range(n, sequences, contexts)) for n in range(contexts))
-    return ContextPlan(shares, n_ctx, (os.cpu_count() or 1) // contexts)
+    return ContextPlan(shares, n_ctx, core_count() // contexts)
 
 
 class BatchEngine:
@@ -99,7 +98,7 @@ class BatchEngine:
             loaded=not self._owns_model,
         )
         self.name = info.path.name
-        self._cores = os.cpu_count() or 1
+        self._cores = core_count()
         self._model = source if isinstance(source, LoadedModel) else LoadedModel(info)
         self.template, self.tokenize = self._model.template, self._model.tokenize
         self.vocab_size = self._model.vocab_size

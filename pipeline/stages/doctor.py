@@ -6,7 +6,6 @@ Each backend is tried, not only looked up.
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import shutil
 
@@ -16,7 +15,7 @@ from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 from pipeline.inference.batch_engine import system_info
 from pipeline.recipe import Train
-from pipeline.system import GB, available_memory
+from pipeline.system import GB, available_memory, core_count
 from pipeline.training.memory import (
     GPU_SIZES_GB,
     TOKENS_PER_DIALOGUE,
@@ -90,7 +89,7 @@ def _print_machine() -> None:
     unsloth = "not installed; `python3 scripts/demo.py` installs it"
     if importlib.util.find_spec("unsloth"):
         unsloth = check_nf4("cuda" if gpu else "cpu")
-    print_result(f"CPU        {platform.processor() or platform.machine()}, {os.cpu_count()} cores")
+    print_result(f"CPU        {platform.processor() or platform.machine()}, {core_count()} cores")
     print_result(f"Memory     {available_memory() / GB:.1f} GB available")
     print_result(f"Disk       {shutil.disk_usage('.').free / GB:.1f} GB free in this folder")
     print_result(f"GPU        {gpu_text}")

@@ -24,7 +24,6 @@ known in advance, `scheduler` for requests that arrive at any time.
 from __future__ import annotations
 
 import codecs
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -38,6 +37,7 @@ from pipeline.inference.llama.batch_builder import BatchBuilder, BatchRow
 from pipeline.inference.llama.model import ContextSettings, LlamaHandle, LoadedModel
 from pipeline.inference.llama.ngram_drafter import NgramDrafter
 from pipeline.records import FinishReason, Request
+from pipeline.system import core_count
 
 _PREFILL_CHUNK = 63
 """Tokens of a prompt in one batch: one less than where llama.cpp changes its kernel."""
@@ -282,7 +282,7 @@ class BatchContext(Generic[S]):
 @cache
 def _caller_pool(threads: int) -> ThreadPoolExecutor:
     """Return the callers of passes of `threads` threads: as many as the cores allow."""
-    return ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // threads), "gatt decode")
+    return ThreadPoolExecutor(max(1, core_count() // threads), "gatt decode")
 
 
 def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
