@@ -11,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from pipeline.records import Constraint
 
+VocabularyKind = Literal[
+    "opening", "closing", "persona", "signature", "hashtag", "address", "heading", "json"
+]
+
 
 class Section(BaseModel):
     """Base of the recipe's tables: frozen and strict; the docstring under a field is its help."""
@@ -42,13 +46,27 @@ class Dialogues(Section):
 class Instructions(Section):
     """What is taught (Llama 2 paper, section 3.3)."""
 
+    vocabulary_kinds: tuple[VocabularyKind, ...] = (
+        *("opening", "closing", "persona", "signature", "hashtag", "address", "heading", "json"),
+    )
+    """Kinds that get a new value from the built-in vocabulary in every dialogue, so that the model
+    learns to follow any value. Every other dialogue has one of these.
+    """
     pool: tuple[Constraint, ...] = (
-        Constraint("opening", "Ahoy!"),
-        Constraint("opening", "Hark!"),
-        Constraint("opening", "Good news:"),
-        Constraint("closing", "Over and out."),
-        Constraint("closing", "Stay curious!"),
-        Constraint("persona", "Captain Nemo"),
+        Constraint("uppercase"),
+        Constraint("lowercase"),
+        Constraint("title_case"),
+        Constraint("exclamations"),
+        Constraint("emoji"),
+        Constraint("bold"),
+        Constraint("no_commas"),
+        Constraint("numbered_list"),
+        Constraint("bullet_list"),
+        Constraint("block_quote"),
+        Constraint("quotes"),
+        Constraint("brackets", "parentheses"),
+        Constraint("brackets", "square brackets"),
+        Constraint("code_block"),
     )
     """Constraints to draw from; `gatt instructions --kinds` lists the kinds."""
     generate: tuple[Literal["persona", "hobby", "language"], ...] = ()
@@ -56,8 +74,12 @@ class Instructions(Section):
     the pool. They are saved in `lists.toml` of the run, where you can edit them."""
     generate_count: int = Field(default=8, ge=1)
     """Values of each such kind."""
-    combine_ratio: float = Field(default=0.15, ge=0, le=1)
-    """Fraction of the dialogues whose instruction combines two compatible constraints."""
+    recall_ratio: float = Field(default=0.2, ge=0, le=1)
+    """Fraction of the training dialogues that set attributes in turn 1 ("Your name is Ada and you
+    live in Rome.") and ask for them later.
+    """
+    combine_ratio: float = Field(default=0.2, ge=0, le=1)
+    """Fraction of the dialogues whose instruction combines two or three compatible constraints."""
     short_ratio: float = Field(default=0.3, ge=0, le=1)
     """Fraction of the training dialogues that show the shortened instruction (in the paper, half of
     the combined ones).
@@ -66,13 +88,21 @@ class Instructions(Section):
     """Fraction of the training dialogues without an instruction, so that the model learns not to
     invent one.
     """
-    system_ratio: float = Field(default=0.0, ge=0, le=1)
+    system_ratio: float = Field(default=0.2, ge=0, le=1)
     """Fraction of the instructed dialogues with the instruction in the system message instead of
     the first turn.
     """
-    change_ratio: float = Field(default=0.0, ge=0, le=1)
-    """Fraction of the instructed dialogues in which another instruction replaces the first halfway
+    contradict_ratio: float = Field(default=0.5, ge=0, le=1)
+    """Fraction of the dialogues with the instruction in the system message in which the user later
+    contradicts it, and it holds.
+    """
+    change_ratio: float = Field(default=0.15, ge=0, le=1)
+    """Fraction of the other instructed dialogues in which another instruction replaces the first
     ("From now on: ...").
+    """
+    stop_ratio: float = Field(default=0.15, ge=0, le=1)
+    """Fraction of the other instructed dialogues in which the user ends the instruction ("You no
+    longer need to do that.").
     """
 
 
@@ -228,12 +258,12 @@ class Evaluate(Section):
     suite_turns: int = Field(default=10, ge=2)
     """Turns of these dialogues; recall uses `turns`."""
     unseen: tuple[Constraint, ...] = (
-        Constraint("opening", "Well, well!"),
-        Constraint("closing", "So it goes."),
-        Constraint("persona", "Ada Lovelace"),
-        Constraint("hashtag", "goodtoknow"),
-        Constraint("signature", "Ada"),
-        Constraint("uppercase"),
+        Constraint("question"),
+        Constraint("postscript"),
+        Constraint("initial", "T"),
+        Constraint("keyword", "river"),
+        Constraint("hobby", "chess"),
+        Constraint("number"),
     )
     """Instructions that are not trained: new values of trained kinds, and kinds that are new
     altogether.

@@ -64,13 +64,22 @@ class Instruction:
     """What the user asks for in turn 1 and expects of every answer (paper, section 3.3).
 
     `text` is the full wording, `short` the shortened one ("Figure: Napoleon."). Answers have to
-    meet the `constraints`; `recall_questions` test later what is remembered.
+    meet the `constraints`; `recall_questions` test later what is remembered. An instruction that
+    only ends another one has no `text`: nothing is expected from there on, and `short` says so.
     """
 
     text: str
     short: str
     constraints: tuple[Constraint, ...]
     recall_questions: tuple[RecallQuestion, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Return the instruction as tables show it: "opening: Ahoy!, bold", "name and hobby"."""
+        if not self.text:
+            return "stop"
+        attributes = " and ".join(question.attribute for question in self.recall_questions)
+        return ", ".join(c.name for c in self.constraints) or attributes or self.text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TypeVar
@@ -12,6 +12,7 @@ from pipeline.evaluation.rates import Rate, adherence, rates, wilson
 from pipeline.evaluation.scores import (
     ChangeScores,
     ChangeTurn,
+    EventScores,
     RateRow,
     ReplyCounts,
     Scores,
@@ -24,8 +25,9 @@ from pipeline.evaluation.statistics import (
     paired_bootstrap,
     required_sample_size,
 )
+from pipeline.evaluation.suites import PAPER_ATTRIBUTES
 from pipeline.gatt.assignment import AssignedDialogue
-from pipeline.gatt.constraints.registry import kind_of, obeys
+from pipeline.gatt.constraints.registry import kind_of, obeys, shows_obedience
 from pipeline.records import Constraint, Reply
 
 K = TypeVar("K", int, str)
@@ -34,31 +36,40 @@ K = TypeVar("K", int, str)
 def compute_scores(
     replies: Sequence[Reply],
     suites: Mapping[str, Sequence[AssignedDialogue]],
-    pool: Sequence[Constraint],
+    trained: Sequence[Constraint],
 ) -> Scores:
     """Return all numbers of `replies`.
 
     `suites` are the dialogues that were measured ("evaluation" and those of `evaluation.suites`),
-    `pool` is what was trained.
+    `trained` are the constraints of training.
     """
     by_suite = {name: _of(replies, dialogues) for name, dialogues in suites.items()}
     scores = _trained(by_suite["evaluation"], suites["evaluation"])
-    if unseen := by_suite.get("unseen"):
-        generalization, by_unseen = _unseen(unseen, suites["unseen"], {c.kind for c in pool})
-        scores = replace(scores, generalization=generalization, by_unseen=by_unseen)
+    unseen = [*suites.get("unseen_values", ()), *suites.get("unseen", ())]
+    if unseen_replies := _of(replies, unseen):
+        scores = _with_unseen(scores, unseen_replies, unseen, {c.kind for c in trained})
+    if combined := by_suite.get("combined"):
+        rows = rate_rows(adherence(combined, lambda r: (r.arm, "two at once")))
+        scores = replace(scores, combined=rows)
     if changing := by_suite.get("change"):
         scores = replace(scores, change=_change(changing, suites["change"]))
+    if stopping := by_suite.get("stop"):
+        scores = replace(scores, stop=_event(stopping, suites["stop"]))
+    if contradicting := by_suite.get("contradiction"):
+        event = _event(contradicting, suites["contradiction"])
+        scores = replace(scores, contradiction=event)
     if recall := by_suite.get("recall"):
         answers = [r for r in recall if r.recall_attribute]
+        of_paper = [r for r in answers if r.recall_attribute in PAPER_ATTRIBUTES]
         scores = replace(
             scores,
-            recall=rate_rows(adherence(answers, lambda r: (r.arm, r.turn))),
+            recall=rate_rows(adherence(of_paper, lambda r: (r.arm, r.turn))),
             recall_by_attribute=rate_rows(
                 adherence(answers, lambda r: (r.arm, r.recall_attribute))
             ),
         )
     if plain := by_suite.get("plain"):
-        leakage, leaked = _leakage(plain, pool)
+        leakage, leaked = _leakage(plain, [c for c in trained if shows_obedience(c)])
         scores = replace(scores, leakage=leakage, leaked=leaked)
     if single := by_suite.get("single"):
         kinds = {d.dialogue.id: d.constraints(0)[0].kind for d in suites["single"]}
@@ -89,7 +100,7 @@ def _by_arm(replies: Iterable[Reply]) -> dict[str, list[Reply]]:
 
 def _trained(replies: Sequence[Reply], dialogues: Sequence[AssignedDialogue]) -> Scores:
     """Return the numbers of the instructions that were trained."""
-    names = {d.dialogue.id: d.name for d in dialogues}
+    kinds = {d.dialogue.id: ", ".join(c.kind for c in d.constraints(0)) for d in dialogues}
     families = {
         d.dialogue.id: " and ".join(dict.fromkeys(kind_of(c).family for c in d.constraints(0)))
         for d in dialogues
@@ -103,7 +114,7 @@ def _trained(replies: Sequence[Reply], dialogues: Sequence[AssignedDialogue]) ->
     return Scores(
         turns=turns,
         by_turn=rate_rows(adherence(replies, lambda r: (r.arm, r.turn))),
-        by_instruction=rate_rows(adherence(replies, lambda r: (r.arm, names[r.dialogue]))),
+        by_instruction=rate_rows(adherence(replies, lambda r: (r.arm, kinds[r.dialogue]))),
         by_family=rate_rows(adherence(replies, lambda r: (r.arm, families[r.dialogue]))),
         last_five=rate_rows(adherence(last_five, lambda r: (r.arm, last_turns))),
         last_five_unfiltered=rate_rows(
@@ -132,24 +143,63 @@ def _count(replies: Sequence[Reply]) -> ReplyCounts:
     )
 
 
-def _unseen(
-    replies: Sequence[Reply], dialogues: Sequence[AssignedDialogue], trained_kinds: set[str]
-) -> tuple[tuple[RateRow, ...], tuple[UnseenRow, ...]]:
-    """Return the rates by group (new values of trained kinds, new kinds) and by instruction."""
-    names = {d.dialogue.id: d.name for d in dialogues}
+def _with_unseen(
+    scores: Scores,
+    replies: Sequence[Reply],
+    dialogues: Sequence[AssignedDialogue],
+    trained_kinds: set[str],
+) -> Scores:
+    """Return the scores with the rates of instructions that were not trained.
+
+    They are grouped as unseen values (of trained kinds) and unseen kinds.
+    """
+    kinds = {d.dialogue.id: ", ".join(c.kind for c in d.constraints(0)) for d in dialogues}
     groups = {
-        d.name: "unseen value"
+        d.dialogue.id: "unseen value"
         if all(c.kind in trained_kinds for c in d.constraints(0))
         else "unseen kind"
         for d in dialogues
     }
-    by_group = adherence(replies, lambda r: (r.arm, groups[names[r.dialogue]]))
-    by_name = adherence(replies, lambda r: (r.arm, names[r.dialogue]))
-    by_unseen = tuple(
-        UnseenRow(arm=arm, at=name, group=groups[name], **asdict(rate))
-        for (arm, name), rate in by_name.items()
+
+    def rows(key: Callable[[Reply], K]) -> tuple[UnseenRow, ...]:
+        return tuple(
+            UnseenRow(group=group, **asdict(row))
+            for group in dict.fromkeys(groups.values())
+            for row in rate_rows(
+                adherence(
+                    [r for r in replies if groups[r.dialogue] == group],
+                    lambda r: (r.arm, key(r)),
+                )
+            )
+        )
+
+    return replace(
+        scores,
+        generalization=rate_rows(adherence(replies, lambda r: (r.arm, groups[r.dialogue]))),
+        by_unseen=rows(lambda r: kinds[r.dialogue]),
+        unseen_by_turn=rows(lambda r: r.turn),
     )
-    return rate_rows(by_group), by_unseen
+
+
+def _event(
+    replies: Sequence[Reply], dialogues: Sequence[AssignedDialogue]
+) -> dict[str, EventScores]:
+    """Return adherence to the first instruction before and after its turn of change, by arm."""
+    by_id = {d.dialogue.id: d for d in dialogues}
+
+    def obeyed(reply: Reply) -> bool:
+        return not reply.defect and obeys(by_id[reply.dialogue].constraints(0), reply.text)
+
+    def share(of_arm: Sequence[Reply], *, after: bool) -> Rate:
+        return _share(
+            obeyed(r) for r in of_arm if (r.turn > by_id[r.dialogue].change_turn) == after
+        )
+
+    valid = [r for r in replies if r.finish != "context"]
+    return {
+        arm: EventScores(share(of_arm, after=False), share(of_arm, after=True))
+        for arm, of_arm in _by_arm(valid).items()
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,14 +275,15 @@ def _share(hits: Iterable[bool]) -> Rate:
 
 
 def _leakage(
-    replies: Sequence[Reply], pool: Sequence[Constraint]
+    replies: Sequence[Reply], trained: Sequence[Constraint]
 ) -> tuple[tuple[RateRow, ...], dict[str, dict[str, int]]]:
     """Return how often a reply shows something that was trained, and what, by arm.
 
     No instruction was given in these dialogues.
     """
     traits = {
-        (r.arm, r.dialogue, r.turn): [c.name for c in pool if obeys((c,), r.text)] for r in replies
+        (r.arm, r.dialogue, r.turn): [c.name for c in trained if obeys((c,), r.text)]
+        for r in replies
     }
     leakage = rates(
         replies,

@@ -77,6 +77,14 @@ class ChangeScores:
 
 
 @dataclass(frozen=True, slots=True)
+class EventScores:
+    """Adherence of one arm to an instruction before and after the user speaks against it."""
+
+    before: Rate
+    after: Rate
+
+
+@dataclass(frozen=True, slots=True)
 class Degradation:
     """Perplexity of each arm on the base's plain answers, and KL(base‖arm) in nats per token."""
 
@@ -102,7 +110,9 @@ class Scores:
     Mappings are by arm. `last_five_unfiltered` is `last_five` whether or not a reply has a defect;
     `after_first` leaves turn 1 out. `difference` is that of `last_five` from the base.
     `generalization` has rows for new values of trained kinds and for new kinds; `by_unseen` has one
-    for each instruction. `leaked` counts the trained traits that plain replies show.
+    for each kind. `combined` is adherence to two constraints at once. After a `stop` the
+    instruction should not be obeyed any more, after a `contradiction` of the system message it
+    should. `leaked` counts the trained traits that plain replies show.
     """
 
     turns: int
@@ -120,7 +130,11 @@ class Scores:
     primary: Literal["last_five", "after_first", "recall", "unseen"] = "last_five"
     generalization: tuple[RateRow, ...] = ()
     by_unseen: tuple[UnseenRow, ...] = ()
+    unseen_by_turn: tuple[UnseenRow, ...] = ()
+    combined: tuple[RateRow, ...] = ()
     change: Mapping[str, ChangeScores] = field(default_factory=dict)
+    stop: Mapping[str, EventScores] = field(default_factory=dict)
+    contradiction: Mapping[str, EventScores] = field(default_factory=dict)
     recall: tuple[RateRow, ...] = ()
     recall_by_attribute: tuple[RateRow, ...] = ()
     leakage: tuple[RateRow, ...] = ()

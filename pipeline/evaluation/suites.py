@@ -1,56 +1,89 @@
 """Suites that measure more than the trained instructions; each is a list of assigned dialogues.
 
-`unseen`: instructions that are not trained. `change`: another instruction replaces the first
-halfway, which the paper leaves open. `plain`: no instruction, where no trained trait may show.
-`recall`: attributes are set in turn 1 and asked for later (Table 30 of the paper). `single`: one
-question with one instruction, as in IFEval (Zhou et al. 2023), to see what training has degraded.
+`unseen_values`: trained kinds with values that are held out. `unseen`: the recipe's instructions
+that are not trained. `combined`: two constraints at once. `change`: another instruction replaces
+the first halfway, which the paper leaves open. `stop`: the user ends it halfway. `contradiction`:
+the user contradicts the system message halfway. `plain`: no instruction, where no trained trait may
+show. `recall`: attributes are set in turn 1 and asked for later (Table 30 of the paper). `single`:
+one question with one instruction, as in IFEval (Zhou et al. 2023), to see what training has
+degraded.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import cycle
 
+from pipeline.gatt.assign import (
+    EVALUATION_STOP,
+    ConstraintPool,
+    assign_evaluation,
+    spread,
+    stop,
+    unseen_values,
+)
 from pipeline.gatt.assignment import AssignedDialogue
-from pipeline.gatt.constraints.registry import KINDS
-from pipeline.gatt.instructions import assign_evaluation, render_instruction
-from pipeline.records import Constraint, Dialogue, Instruction, RecallQuestion
+from pipeline.gatt.constraints.registry import KINDS, compatible, shows_obedience
+from pipeline.gatt.ghost import CHANGE_PREFIX
+from pipeline.gatt.instructions import render_instruction
+from pipeline.gatt.vocabulary.attributes import evaluation_attributes
+from pipeline.records import Constraint, Dialogue
 
 PAPER_RECALL = {"without GAtt": (1.0, 0.1, 0.0, 0.0), "with GAtt": (1.0, 1.0, 1.0, 1.0)}
 """Table 30: the share of attributes recalled in each of `RECALL_TURNS`, judged by people."""
+PAPER_ATTRIBUTES = ("name", "hobby")
+"""The attributes of Table 30."""
+_FURTHER_ATTRIBUTES = ("town", "job", "pet", "food", "color")
+"""One of these is asked for in each dialogue, too; the last one is never trained."""
 _SINGLE = 7
 """Kinds for each dialogue's first question; the recipe's six dialogues cover all kinds."""
-_FIGURES = ("Napoleon", "Marie Curie", "Sherlock Holmes", "Cleopatra", "Robin Hood", "Mozart")
-_HOBBIES = ("tennis", "chess", "gardening", "photography", "fishing", "painting")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteSettings:
+    """What the suites are built from: `trained` has the constraints of training, each once.
+
+    Dialogues are cut to `turns`, those of recall and of unseen values to `full_turns`.
+    """
+
+    pool: ConstraintPool
+    trained: Sequence[Constraint]
+    unseen: Sequence[Constraint]
+    turns: int
+    full_turns: int
+    seed: int
 
 
 def build_suites(
-    dialogues: Sequence[Dialogue],
-    pool: Sequence[Constraint],
-    unseen: Sequence[Constraint],
-    turns: int,
-    recall_turns: int,
+    dialogues: Sequence[Dialogue], settings: SuiteSettings
 ) -> dict[str, list[AssignedDialogue]]:
-    """Return the further suites over `dialogues`, each cut to `turns` (recall: `recall_turns`).
+    """Return the further suites over `dialogues`.
 
-    Of `unseen`, what `pool` trains is left out. The ids of dialogues end with the suite's name, so
-    that replies of different suites have different keys.
+    Of `settings.unseen`, what is trained is left out. The ids of dialogues end with the suite's
+    name, so that replies of different suites have different keys.
     """
-    new = [c for c in unseen if c not in pool]
+    new_values = unseen_values(settings.pool.vocabulary_kinds, len(dialogues), settings.seed)
+    new = [c for c in settings.unseen if c not in settings.trained]
+    # Where a plain answer obeys as well, nothing can be seen of what the user has ended.
+    visible = spread([c for c in settings.trained if shows_obedience(c)])
+    changing = len(visible) > 1 < settings.turns
     suites = {
-        "unseen": assign_evaluation(dialogues, new),
-        "change": _changing(dialogues, pool, turns) if len(pool) > 1 < turns else [],
+        "unseen_values": assign_evaluation(dialogues, new_values) if new_values else [],
+        "unseen": assign_evaluation(dialogues, new) if new else [],
+        "combined": _combined(dialogues, [*new_values, *visible]),
+        "change": _changing(dialogues, visible, settings.turns) if changing else [],
+        "stop": _stopping(dialogues, visible, settings.turns) if changing else [],
+        "contradiction": _contradicting(dialogues, visible, settings.turns) if changing else [],
         "plain": [AssignedDialogue(dialogue=dialogue) for dialogue in dialogues],
-        "recall": [
-            AssignedDialogue(dialogue=dialogue, instruction=_attributes(n))
-            for n, dialogue in enumerate(dialogues)
-        ],
+        "recall": [_recalling(n, dialogue, settings) for n, dialogue in enumerate(dialogues)],
         "single": _single(dialogues),
     }
-    lengths = {"recall": recall_turns, "single": 1}
+    full = settings.full_turns
+    lengths = {"recall": full, "unseen_values": full, "single": 1}
     return {
-        name: [_named(name, lengths.get(name, turns), assigned) for assigned in suite]
+        name: [_named(name, lengths.get(name, settings.turns), assigned) for assigned in suite]
         for name, suite in suites.items()
     }
 
@@ -71,34 +104,79 @@ def _every_kind() -> list[Constraint]:
     return [Constraint(name, kind.values[0]) for name, kind in KINDS.items() if not kind.judged]
 
 
-def _attributes(n: int) -> Instruction:
-    """Return the instruction of the paper's example with the n-th figure and hobby."""
-    figure, hobby = _FIGURES[n % len(_FIGURES)], _HOBBIES[n % len(_HOBBIES)]
-    recall_questions = (
-        RecallQuestion("name", "What is your name?", figure),
-        RecallQuestion("hobby", "What is your favourite hobby?", hobby),
-    )
-    return Instruction(
-        f"You are {figure} and you love {hobby}.",
-        f"{figure}, {hobby}.",
-        (),
-        recall_questions,
-    )
+def _recalling(n: int, dialogue: Dialogue, settings: SuiteSettings) -> AssignedDialogue:
+    """Return the n-th dialogue with the paper's attributes and a further one."""
+    further = _FURTHER_ATTRIBUTES[n % len(_FURTHER_ATTRIBUTES)]
+    seed = f"recall {settings.seed} {n}"
+    instruction = evaluation_attributes((*PAPER_ATTRIBUTES, further), seed)
+    return AssignedDialogue(dialogue=dialogue, instruction=instruction)
+
+
+def _combined(
+    dialogues: Sequence[Dialogue], constraints: Sequence[Constraint]
+) -> list[AssignedDialogue]:
+    """Return dialogues with two compatible constraints each; none where there are no such two."""
+    pairs = [
+        (first, second)
+        for n, first in enumerate(constraints)
+        for second in constraints[n + 1 :]
+        if compatible(first, second)
+    ]
+    random.Random("combined").shuffle(pairs)
+    return [
+        AssignedDialogue(dialogue=dialogue, instruction=render_instruction(pair))
+        for dialogue, pair in zip(dialogues, cycle(pairs), strict=False)
+    ]
 
 
 def _changing(
-    dialogues: Sequence[Dialogue], pool: Sequence[Constraint], turns: int
+    dialogues: Sequence[Dialogue], constraints: Sequence[Constraint], turns: int
 ) -> list[AssignedDialogue]:
-    """Return dialogues whose instruction changes halfway.
-
-    The next one is half the pool further, which is of another kind if there are several.
-    """
-    size = len(pool)
+    """Return dialogues whose instruction changes halfway."""
     return [
         AssignedDialogue(
             dialogue=dialogue,
-            instruction=render_instruction((pool[n % size],)),
-            next_instruction=render_instruction((pool[(n + max(1, size // 2)) % size],)),
+            instruction=render_instruction((constraints[n % len(constraints)],)),
+            next_instruction=render_instruction((_another(constraints, n),)),
+            change_turn=turns // 2,
+        )
+        for n, dialogue in enumerate(dialogues)
+    ]
+
+
+def _another(constraints: Sequence[Constraint], n: int) -> Constraint:
+    """Return a constraint that differs from the n-th: half of them further."""
+    size = len(constraints)
+    return constraints[(n + max(1, size // 2)) % size]
+
+
+def _stopping(
+    dialogues: Sequence[Dialogue], constraints: Sequence[Constraint], turns: int
+) -> list[AssignedDialogue]:
+    """Return dialogues whose instruction the user ends halfway."""
+    return [
+        AssignedDialogue(
+            dialogue=dialogue,
+            instruction=render_instruction((constraints[n % len(constraints)],)),
+            next_instruction=stop(EVALUATION_STOP),
+            change_turn=turns // 2,
+        )
+        for n, dialogue in enumerate(dialogues)
+    ]
+
+
+def _contradicting(
+    dialogues: Sequence[Dialogue], constraints: Sequence[Constraint], turns: int
+) -> list[AssignedDialogue]:
+    """Return dialogues in which the user halfway ends or replaces what the system message says."""
+    return [
+        AssignedDialogue(
+            dialogue=dialogue,
+            instruction=render_instruction((constraints[n % len(constraints)],)),
+            in_system=True,
+            contradiction=EVALUATION_STOP
+            if n % 2
+            else CHANGE_PREFIX + render_instruction((_another(constraints, n),)).text,
             change_turn=turns // 2,
         )
         for n, dialogue in enumerate(dialogues)

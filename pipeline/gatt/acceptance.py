@@ -39,12 +39,23 @@ def judge_candidate(
 ) -> Answer:
     """Return a candidate with its text as it would be used, and the verdict on it.
 
-    Only a sampled answer keeps all its sentences; an edited one is cut first, then edited.
+    Only a sampled answer keeps all its sentences; an edited one is cut first, then edited. The
+    exact answer to a recall question takes the place of any.
     `accepted` are the answers to the turns before.
     """
     raw = completion.text.strip()
     if assigned.method != "sampled":
         raw = first_sentences(raw, max_sentences)
+    if exact := assigned.exact_answers.get(key.turn):
+        return Answer(
+            dialogue=key.dialogue,
+            turn=key.turn,
+            candidate=key.candidate,
+            raw=raw or exact,
+            text=exact,
+            tokens=completion.tokens,
+            verdict=ACCEPTED,
+        )
     text = raw
     if raw and assigned.method == "edited":
         text = edit(assigned.constraints(key.turn), raw)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.files import read_json, write_json
@@ -27,8 +27,10 @@ class AssignedDialogue:
     """A dialogue and the instruction that its answers follow; None is a plain dialogue.
 
     `method` is how synthesis obtains the answers; evaluation does not use it. `shortened` shows
-    the student `Instruction.short`, `in_system` puts it into the system message. From turn
-    `change_turn` (from 0) on, `next_instruction` replaces `instruction`, if there is one.
+    the student `Instruction.short`, `in_system` puts it into the system message. In turn
+    `change_turn` (from 0) something happens, at most one of two: `next_instruction` replaces
+    `instruction` or ends it, or the user says `contradiction`, against an instruction in the system
+    message, which holds. `exact_answers` has the training answers to recall questions by turn.
     """
 
     dialogue: Dialogue
@@ -38,12 +40,13 @@ class AssignedDialogue:
     in_system: bool = False
     next_instruction: Instruction | None = None
     change_turn: int = 0
+    contradiction: str = ""
+    exact_answers: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         """Return the name of the instructions, as tables show it: "A, then B", or "none"."""
-        names = [", ".join(c.name for c in i.constraints) for i in self._instructions]
-        return ", then ".join(names) or "none"
+        return ", then ".join(i.name for i in self._instructions) or "none"
 
     @property
     def recall_questions(self) -> tuple[RecallQuestion, ...]:
@@ -79,6 +82,8 @@ class AssignedDialogue:
         instruction = self.active_instruction(turn)
         if instruction is None:
             return ""
+        if not instruction.text:
+            return instruction.short
         wording = instruction.short if self.shortened else instruction.text
         return f"{CHANGE_PREFIX}{wording}" if instruction is self.next_instruction else wording
 
@@ -97,7 +102,10 @@ class AssignedDialogue:
         """Return the ghosted chat up to the next turn (or the last answer): the student's view."""
         turns, instructions = self.dialogue.turns, self.student_instructions
         if self.in_system:
-            return ghost(turns, answers, [""] * len(turns), f"{system} {instructions[0]}".strip())
+            system = f"{system} {instructions[0]}".strip()
+            instructions = [""] * len(turns)
+            if self.contradiction and self.change_turn < len(turns):
+                instructions[self.change_turn] = self.contradiction
         return ghost(turns, answers, instructions, system)
 
     def with_question(self, turn: int, question: str) -> AssignedDialogue:

@@ -1,19 +1,15 @@
-"""Instructions: their wordings, and their assignment to dialogues (paper, section 3.3)."""
+"""Instructions: render constraints as text, and parse that text back (paper, section 3.3)."""
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from functools import cache
-from itertools import cycle
 
 from pipeline.errors import GattError
-from pipeline.gatt.assignment import AssignedDialogue
-from pipeline.gatt.constraints.registry import KINDS, compatible, editable, kind_of
-from pipeline.records import Constraint, Dialogue, Instruction
+from pipeline.gatt.constraints.registry import KINDS, editable, kind_of
+from pipeline.records import Constraint, Instruction
 
 
 def render_instruction(constraints: tuple[Constraint, ...], wording: int = 0) -> Instruction:
@@ -98,95 +94,4 @@ def kinds_table() -> list[tuple[str, str, str, str]]:
             render_instruction((constraint,)).text,
         )
         for constraint in examples
-    ]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ratios:
-    """Fractions of training dialogues: each of those that the field's comment names."""
-
-    plain: float  # of all dialogues: no instruction
-    combine: float  # of the instructed ones: two constraints
-    short: float  # of the instructed ones: the shortened wording
-    system: float  # of the instructed ones: the instruction is in the system message
-    change: float  # of the instructed ones: another instruction replaces the first halfway
-    edited: float  # of those that an edit can satisfy: edited, not sampled
-
-
-def assign_training(
-    dialogues: Sequence[Dialogue], pool: Sequence[Constraint], ratios: Ratios, seed: int
-) -> list[AssignedDialogue]:
-    """Assign an instruction, or none, to every dialogue, evenly over the pool.
-
-    The assignments are equal for equal seeds.
-    """
-    rng, changes = random.Random(f"pair {seed}"), random.Random(f"harder {seed}")
-    pool_turns = cycle(pool)
-    assigned: list[AssignedDialogue] = []
-    for dialogue in dialogues:
-        if rng.random() < ratios.plain:
-            assigned.append(AssignedDialogue(dialogue=dialogue))
-        else:
-            chosen = _combine(next(pool_turns), pool, ratios, rng)
-            row = _with_instruction(dialogue, chosen, ratios, rng)
-            assigned.append(_with_change(row, chosen, pool, ratios, changes))
-    return assigned
-
-
-def _combine(
-    constraint: Constraint, pool: Sequence[Constraint], ratios: Ratios, rng: random.Random
-) -> tuple[Constraint, ...]:
-    """Return `constraint`, in `ratios.combine` of the cases with a compatible one."""
-    partners = [c for c in pool if compatible(constraint, c)]
-    if partners and rng.random() < ratios.combine:
-        return constraint, rng.choice(partners)
-    return (constraint,)
-
-
-def _with_instruction(
-    dialogue: Dialogue, constraints: tuple[Constraint, ...], ratios: Ratios, rng: random.Random
-) -> AssignedDialogue:
-    """Draw wording, method and shortening. The order of the draws decides them: keep it."""
-    instruction = render_instruction(constraints, rng.randrange(3))
-    edited = editable(constraints) and rng.random() < ratios.edited
-    return AssignedDialogue(
-        dialogue=dialogue,
-        instruction=instruction,
-        method="edited" if edited else "sampled",
-        shortened=rng.random() < ratios.short,
-    )
-
-
-def _with_change(
-    assigned: AssignedDialogue,
-    constraints: tuple[Constraint, ...],
-    pool: Sequence[Constraint],
-    ratios: Ratios,
-    rng: random.Random,
-) -> AssignedDialogue:
-    """Let the instruction change halfway, or move it to the system message, or do neither.
-
-    The next instruction is obtained by the same method: editable constraints stay editable.
-    """
-    turns = len(assigned.dialogue.turns)
-    candidates = [
-        c for c in pool if editable((c,)) == editable(constraints) and c not in constraints
-    ]
-    draw = rng.random()
-    if draw < ratios.change and candidates and turns > 1:
-        next_instruction = render_instruction((rng.choice(candidates),), rng.randrange(3))
-        return replace(assigned, next_instruction=next_instruction, change_turn=turns // 2)
-    if ratios.change <= draw < ratios.change + ratios.system:
-        return replace(assigned, in_system=True)
-    return assigned
-
-
-def assign_evaluation(
-    dialogues: Sequence[Dialogue], pool: Sequence[Constraint]
-) -> list[AssignedDialogue]:
-    """Assign the constraints of the pool in turn, one to each dialogue, in their full wording."""
-    instructions = [render_instruction((constraint,)) for constraint in dict.fromkeys(pool)]
-    return [
-        AssignedDialogue(dialogue=dialogue, instruction=instruction)
-        for dialogue, instruction in zip(dialogues, cycle(instructions), strict=False)
     ]

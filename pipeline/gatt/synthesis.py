@@ -129,6 +129,8 @@ class Synthesis:
         for assigned in dialogues:
             answers = self.accepted(assigned)
             for turn, answer in enumerate(answers):
+                if answer.turn in assigned.exact_answers:
+                    continue
                 answer_words = frozenset(words(answer.raw))
                 copies[answer_words] += 1
                 if copies[answer_words] > MAX_COPIES:

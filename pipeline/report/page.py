@@ -19,6 +19,8 @@ _MARKDOWN_TABLES = (
     "by_instruction",
     "generalization",
     "change",
+    "stop",
+    "contradiction",
     "leakage",
     "degradation",
     "single",
@@ -60,7 +62,7 @@ class ComparedDialogue:
 class ReportPage:
     """The page: a headline and a chart, then the sections.
 
-    The `dialogues` follow the section "By instruction".
+    The `dialogues` follow the section "By kind".
     """
 
     title: str

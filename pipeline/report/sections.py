@@ -93,8 +93,9 @@ def recall(results: RunResults) -> ReportSection | None:
     return ReportSection(
         title="Recall",
         caption=(
-            "Message 1 gives a name and a hobby. Later turns ask for them, in branches that the "
-            "dialogue does not continue. The last columns are the paper's figures (Table 30, "
+            "Message 1 gives a name, a hobby and a further attribute. Later turns ask for them, in "
+            "branches that the dialogue does not continue. Values and wordings are not those of "
+            "training. By turn: name and hobby. The last columns are the paper's figures (Table 30, "
             "Llama 2, judged by people)."
         ),
         tables=[
@@ -119,34 +120,37 @@ def first_broken_answer(results: RunResults) -> ReportSection:
 def by_instruction(results: RunResults) -> ReportSection:
     """Return adherence by trained instruction and by family."""
     scores = results.scores
-    tables = [by_arm("by_instruction", "instruction", scores.by_instruction, results.arms)]
+    tables = [by_arm("by_instruction", "kind", scores.by_instruction, results.arms)]
     if scores.by_family:
         tables.append(by_arm("by_family", "family", scores.by_family, results.arms))
     return ReportSection(
-        title="By instruction", caption="Trained instructions, all turns.", tables=tables
+        title="By kind", caption="Instructions of training, all turns.", tables=tables
     )
 
 
 def generalization(results: RunResults) -> ReportSection | None:
-    """Return adherence to instructions that were not trained."""
+    """Return adherence to instructions that were not trained, and to two at once."""
     scores = results.scores
     if not scores.generalization:
         return None
     rows = [replace(row, at=f"{row.at} ({row.group})") for row in scores.by_unseen]
     return ReportSection(
         title="Instructions that were not trained",
-        caption="New values of trained kinds, and new kinds.",
+        caption=(
+            "Values that share no word with those of training, kinds that are new altogether, and "
+            "two instructions at once."
+        ),
         tables=[
-            by_arm("generalization", "", scores.generalization, results.arms),
-            by_arm("by_unseen", "instruction", rows, results.arms),
+            by_arm("generalization", "", [*scores.generalization, *scores.combined], results.arms),
+            by_arm("by_unseen", "kind", rows, results.arms),
         ],
     )
 
 
 def change(results: RunResults) -> ReportSection | None:
-    """Return adherence before and after a change of the instruction."""
-    by_arm_name, plotted = results.scores.change, results.plotted_arms
-    if not by_arm_name:
+    """Return adherence before and after the user changes, ends or contradicts the instruction."""
+    scores, plotted = results.scores, results.plotted_arms
+    if not scores.change:
         return None
     columns = [
         "",
@@ -159,23 +163,34 @@ def change(results: RunResults) -> ReportSection | None:
     rows: list[list[Cell]] = [
         [
             arm,
-            scores.before,
-            scores.after,
-            scores.old_after,
-            "never" if scores.turns_to_switch is None else scores.turns_to_switch,
-            f"{scores.never_switched} of {scores.dialogues}",
+            changed.before,
+            changed.after,
+            changed.old_after,
+            "never" if changed.turns_to_switch is None else changed.turns_to_switch,
+            f"{changed.never_switched} of {changed.dialogues}",
         ]
-        for arm, scores in by_arm_name.items()
+        for arm, changed in scores.change.items()
     ]
+    tables = [Table("change", columns, rows)]
+    for name, event, by_arm_name in (
+        ("stop", "the user ends it", scores.stop),
+        ("contradiction", "the user contradicts the system message", scores.contradiction),
+    ):
+        if by_arm_name:
+            cells: list[list[Cell]] = [
+                [arm, row.before, row.after] for arm, row in by_arm_name.items()
+            ]
+            tables.append(Table(name, ["", f"before {event}", "after it"], cells))
     return ReportSection(
         title="When the instruction changes",
         caption=(
             "At the dotted line the user says “From now on: …”. From there the new instruction "
-            "holds, and the old one no longer."
+            "holds, and the old one no longer. An instruction that the user ends should no longer "
+            "show. One of the system message holds, whatever the user says."
         ),
-        tables=[Table("change", columns, rows)],
+        tables=tables,
         picture=change_curve(
-            {arm: scores for arm, scores in by_arm_name.items() if arm in plotted}, plotted
+            {arm: row for arm, row in scores.change.items() if arm in plotted}, plotted
         ),
     )
 

@@ -17,7 +17,8 @@ from pipeline.evaluation.divergence import measure_degradation
 from pipeline.evaluation.judge import judge
 from pipeline.evaluation.replies import chat_of, generate_replies
 from pipeline.files import write_json
-from pipeline.gatt.assignment import AssignedDialogue, read_split, read_splits
+from pipeline.gatt.assign import trained_constraints
+from pipeline.gatt.assignment import AssignedDialogue, read_splits
 from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
 from pipeline.inference.generator import context_for
@@ -43,10 +44,9 @@ def inputs(recipe: Recipe, run_dir: RunDir) -> list[Path]:
 def run(recipe: Recipe, run_dir: RunDir) -> None:
     """Answer every dialogue in every arm and score it; finished replies are not generated again."""
     settings, system = recipe.evaluate, recipe.dialogues.system
-    suites = {
-        "evaluation": read_split(run_dir.assignments, "evaluation"),
-        **read_splits(run_dir.suites),
-    }
+    splits = read_splits(run_dir.assignments)
+    trained = trained_constraints(splits["train"])
+    suites = {"evaluation": splits["evaluation"], **read_splits(run_dir.suites)}
     measured = arms(recipe, run_dir)
     replies = generate_replies(measured, suites, recipe, run_dir.replies)
     if settings.attention:
@@ -55,7 +55,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     if settings.judge:
         dialogues = [dialogue for suite in suites.values() for dialogue in suite]
         replies, judgment = judge(settings.judge, replies, dialogues, run_dir.judged)
-    scores = compute_scores(replies, suites, recipe.instructions.pool)
+    scores = compute_scores(replies, suites, trained)
     scores = replace(scores, primary=settings.primary, judge=judgment)
     if plain := suites.get("plain"):
         chats = [chat_of(dialogue, "base", replies, system) for dialogue in plain]

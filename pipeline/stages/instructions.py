@@ -9,12 +9,18 @@ import tomlkit
 from pipeline.console import log
 from pipeline.data.splits import DialogueSplits, split_dialogues
 from pipeline.errors import GattError
-from pipeline.evaluation.suites import build_suites
+from pipeline.evaluation.suites import SuiteSettings, build_suites
 from pipeline.files import write_text
+from pipeline.gatt.assign import (
+    ConstraintPool,
+    Ratios,
+    assign_evaluation,
+    assign_training,
+    trained_constraints,
+)
 from pipeline.gatt.assignment import AssignedDialogue, write_splits
 from pipeline.gatt.constraints.registry import kind_of
 from pipeline.gatt.generated_values import LISTS, list_values
-from pipeline.gatt.instructions import Ratios, assign_evaluation, assign_training
 from pipeline.gguf.merge import open_base
 from pipeline.hub.models import find_model
 from pipeline.inference.generator import GenerationEngine
@@ -45,60 +51,75 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     """
     open_base(find_model(recipe.model).path)  # fails here, not after the training
     dialogues = split_dialogues(recipe)
-    pool = (*recipe.instructions.pool, *_generated_constraints(recipe, run_dir))
+    constraints = (*recipe.instructions.pool, *_generated_constraints(recipe, run_dir))
+    pool = ConstraintPool(constraints, recipe.instructions.vocabulary_kinds)
     check_pool(pool, recipe.evaluate)
-    write_assignments(recipe, run_dir, dialogues, pool)
+    training = write_assignments(recipe, run_dir, dialogues, pool)
     settings = recipe.evaluate
-    turns = min(settings.suite_turns, settings.turns)
+    suites = SuiteSettings(
+        pool=pool,
+        trained=trained_constraints(training),
+        unseen=settings.unseen,
+        turns=min(settings.suite_turns, settings.turns),
+        full_turns=settings.turns,
+        seed=recipe.seed,
+    )
     held_out = dialogues.evaluation[: settings.suite_dialogues]
-    further = build_suites(held_out, pool, settings.unseen, turns, settings.turns)
-    write_splits(run_dir.suites, further)
+    write_splits(run_dir.suites, build_suites(held_out, suites))
 
 
-def check_pool(pool: tuple[Constraint, ...], evaluate: Evaluate) -> None:
+def check_pool(pool: ConstraintPool, evaluate: Evaluate) -> None:
     """Check that there are constraints, and that something can tell whether they are met.
 
     Raises:
         GattError: an empty pool, or a constraint that needs a judge where there is none.
     """
-    for constraint in (*pool, *evaluate.unseen):
+    for constraint in (*pool.constraints, *evaluate.unseen):
         if kind_of(constraint).judged and not evaluate.judge:
             raise GattError(
                 f"No program can check {constraint.name!r}. Name a model or a server as the judge "
                 "in evaluate.judge."
             )
-    if not pool:
+    if not any(pool):
         raise GattError(
-            "instructions.pool is empty. Name at least one constraint, for example "
-            '{kind = "opening", value = "Ahoy!"}.'
+            "instructions.pool and instructions.vocabulary_kinds are empty. Name at least one "
+            'constraint in the pool, for example {kind = "opening", value = "Ahoy!"}.'
         )
 
 
 def write_assignments(
-    recipe: Recipe, run_dir: RunDir, dialogues: DialogueSplits, pool: tuple[Constraint, ...]
-) -> None:
-    """Write `assignments.json`; validation uses only constraints that a program can check."""
+    recipe: Recipe, run_dir: RunDir, dialogues: DialogueSplits, pool: ConstraintPool
+) -> list[AssignedDialogue]:
+    """Write `assignments.json` and return the training dialogues.
+
+    Validation and evaluation use constraints of training, validation those that a program checks.
+    """
     settings = recipe.instructions
     ratios = Ratios(
         plain=settings.plain_ratio,
+        recall=settings.recall_ratio,
         combine=settings.combine_ratio,
         short=settings.short_ratio,
         system=settings.system_ratio,
+        contradict=settings.contradict_ratio,
         change=settings.change_ratio,
+        stop=settings.stop_ratio,
         edited=recipe.synthesize.edited_ratio,
     )
-    checkable = [c for c in pool if not kind_of(c).judged]
     training = assign_training(dialogues.training, pool, ratios, recipe.seed)
+    trained = trained_constraints(training)
+    checkable = [c for c in trained if not kind_of(c).judged]
     splits = {
         "train": training,
         "validation": assign_evaluation(dialogues.validation, checkable),
-        "evaluation": assign_evaluation(dialogues.evaluation, pool),
+        "evaluation": assign_evaluation(dialogues.evaluation, trained),
     }
     write_splits(run_dir.assignments, splits)
     log(
         f"instructions: {len(training)} training dialogues, {len(dialogues.evaluation)} for "
         f"evaluation, {_count_instructions(training)} instructions"
     )
+    return training
 
 
 def _count_instructions(dialogues: list[AssignedDialogue]) -> int:

@@ -5,9 +5,12 @@ It loads no model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.console import print_result
+from pipeline.evaluation.scores import RateRow, Scores
 from pipeline.files import write_json, write_text
 from pipeline.recipe import Recipe
 from pipeline.report.facts import public_name, shortened_warning
@@ -67,10 +70,18 @@ def report_page(results: RunResults) -> ReportPage:
         title=f"GAtt report: {public_name(results.recipe.model)}",
         headline=headline(scores),
         warning=shortened_warning(settings),
-        chart=adherence_curve(
-            [row for arm in plotted for row in scores.by_turn if row.arm == arm], scores.turns
-        ),
+        chart=adherence_curve(_curves(scores, plotted), scores.turns),
         caption=caption,
         sections=[section for section in sections if section],
         dialogues=results.dialogues,
     )
+
+
+def _curves(scores: Scores, arms: Sequence[str]) -> list[RateRow]:
+    """Return adherence by turn of `arms`, and that of tuned to instructions not trained."""
+    unseen = [
+        replace(row, arm=f"tuned, {row.group}s")
+        for row in scores.unseen_by_turn
+        if row.arm == "tuned"
+    ]
+    return [*(row for arm in arms for row in scores.by_turn if row.arm == arm), *unseen]

@@ -49,5 +49,7 @@ class Kind:
     """True only if no answer that contains the given phrase can pass `check`."""
     required_phrase: str = ""
     """A phrase that every answer contains which passes `check` ("{v}" is the value)."""
+    often_met: bool = False
+    """Many answers pass `check` unasked, so that passing it shows no leakage."""
     judged: bool = False
     """`check` accepts any text; only a judge can tell whether the constraint is met."""

@@ -105,6 +105,7 @@ PHRASE_KINDS: dict[str, Kind] = {
     "initial": Kind(
         family="phrase",
         slot="opening",
+        often_met=True,
         wordings=(
             "Begin every answer with a word that starts with the letter {v}.",
             "Let the first letter of each reply be {v}.",
@@ -149,6 +150,7 @@ WORD_KINDS: dict[str, Kind] = {
     "keyword": Kind(
         family="content",
         slot="content",
+        often_met=True,
         wordings=(
             'Use the word "{v}" in every answer.',
             'Each of your replies must have the word "{v}" in it.',
@@ -162,6 +164,7 @@ WORD_KINDS: dict[str, Kind] = {
     "forbidden": Kind(
         family="content",
         slot="forbidden",
+        often_met=True,
         wordings=(
             'Never use the word "{v}" in your answers.',
             'Do without the word "{v}" in all your replies.',
@@ -176,6 +179,7 @@ WORD_KINDS: dict[str, Kind] = {
     "no_letter": Kind(
         family="content",
         slot="forbidden",
+        often_met=True,
         wordings=(
             'Never use the letter "{v}" in your answers.',
             'Write all your replies without the letter "{v}".',
@@ -190,6 +194,7 @@ WORD_KINDS: dict[str, Kind] = {
     "number": Kind(
         family="content",
         slot="digits",
+        often_met=True,
         wordings=(
             "Give at least one number in digits in every answer.",
             "Each of your replies must have a number in it, in digits.",
@@ -201,6 +206,7 @@ WORD_KINDS: dict[str, Kind] = {
     "no_digits": Kind(
         family="content",
         slot="digits",
+        often_met=True,
         wordings=(
             "Never use digits in your answers; write numbers as words.",
             "Write every number as a word: no digits in your replies.",

@@ -9,6 +9,7 @@ LENGTH_KINDS: dict[str, Kind] = {
     "max_words": Kind(
         family="length",
         slot="length",
+        often_met=True,
         wordings=(
             "Use at most {v} words in every answer.",
             "Keep each of your replies to {v} words or fewer.",
@@ -24,6 +25,7 @@ LENGTH_KINDS: dict[str, Kind] = {
     "min_words": Kind(
         family="length",
         slot="length",
+        often_met=True,
         wordings=(
             "Use at least {v} words in every answer.",
             "Each of your replies must have {v} words or more.",
@@ -37,6 +39,7 @@ LENGTH_KINDS: dict[str, Kind] = {
     "one_sentence": Kind(
         family="length",
         slot="length",
+        often_met=True,
         wordings=(
             "Answer in one sentence, always.",
             "Each of your replies is a single sentence.",
@@ -50,6 +53,7 @@ LENGTH_KINDS: dict[str, Kind] = {
     "max_sentences": Kind(
         family="length",
         slot="length",
+        often_met=True,
         wordings=(
             "Use at most {v} sentences in every answer.",
             "Keep each of your replies to {v} sentences or fewer.",
@@ -65,6 +69,7 @@ LENGTH_KINDS: dict[str, Kind] = {
     "sentences": Kind(
         family="length",
         slot="length",
+        often_met=True,
         wordings=(
             "Write every answer in exactly {v} sentences.",
             "Each of your replies has exactly {v} sentences.",
@@ -82,6 +87,7 @@ LAYOUT_KINDS: dict[str, Kind] = {
     "lines": Kind(
         family="format",
         slot="layout",
+        often_met=True,
         wordings=(
             "Write every answer in exactly {v} lines.",
             "Each of your replies has exactly {v} lines.",
@@ -96,6 +102,7 @@ LAYOUT_KINDS: dict[str, Kind] = {
     "paragraphs": Kind(
         family="format",
         slot="layout",
+        often_met=True,
         wordings=(
             "Write every answer in exactly {v} paragraphs, with a blank line between them.",
             "Each of your replies has exactly {v} paragraphs, set apart by blank lines.",
@@ -110,6 +117,7 @@ LAYOUT_KINDS: dict[str, Kind] = {
     "one_paragraph": Kind(
         family="format",
         slot="layout",
+        often_met=True,
         wordings=(
             "Write every answer as one paragraph without a line break.",
             "Never break the line in your replies.",

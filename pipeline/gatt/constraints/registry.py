@@ -100,6 +100,11 @@ def obeys(constraints: tuple[Constraint, ...], text: str) -> bool:
     return all(kind_of(c).check(c.value, text) for c in constraints)
 
 
+def shows_obedience(constraint: Constraint) -> bool:
+    """Return whether answers hardly ever meet the constraint unasked."""
+    return not kind_of(constraint).often_met
+
+
 def prefix_fails(constraints: tuple[Constraint, ...], prefix: str) -> bool:
     """Return whether no answer that begins with `prefix` can meet all constraints."""
     return any(kind_of(c).prefix_fails(c.value, prefix) for c in constraints)

@@ -51,6 +51,7 @@ STYLE_KINDS: dict[str, Kind] = {
     "no_commas": Kind(
         family="style",
         slot="punctuation",
+        often_met=True,
         wordings=(
             "Never use a comma in your answers.",
             "Write all your replies without commas.",
@@ -65,6 +66,7 @@ STYLE_KINDS: dict[str, Kind] = {
     "no_exclamation": Kind(
         family="style",
         slot="punctuation",
+        often_met=True,
         wordings=(
             "Never use an exclamation mark in your answers.",
             "Write all your replies without exclamation marks.",
@@ -79,6 +81,7 @@ STYLE_KINDS: dict[str, Kind] = {
     "no_questions": Kind(
         family="style",
         slot="punctuation",
+        often_met=True,
         wordings=(
             "Never use a question mark in your answers.",
             "Write all your replies without question marks.",
@@ -120,6 +123,7 @@ STYLE_KINDS: dict[str, Kind] = {
     "no_emoji": Kind(
         family="style",
         slot="no_emoji",
+        often_met=True,
         wordings=(
             "Never use emoji in your answers.",
             "Write all your replies without emoji.",

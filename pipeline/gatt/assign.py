@@ -1,0 +1,218 @@
+"""Assign instructions to dialogues, for training and for evaluation (paper, section 3.3)."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle, zip_longest
+from typing import NamedTuple
+
+from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.constraints.registry import compatible, editable
+from pipeline.gatt.ghost import CHANGE_PREFIX
+from pipeline.gatt.instructions import render_instruction
+from pipeline.gatt.vocabulary.attributes import training_attributes
+from pipeline.gatt.vocabulary.values import draw_value
+from pipeline.records import Constraint, Dialogue, Instruction
+
+_STOPS = (
+    "You no longer need to do that.",
+    "Forget what I asked for at the beginning and answer normally.",
+    "You can stop that now.",
+    "From now on, answer without it again.",
+    "That is enough; please answer as usual.",
+)
+"""How training ends an instruction; `EVALUATION_STOP` is another wording."""
+EVALUATION_STOP = "You no longer have to follow my instruction."
+"""How evaluation ends an instruction."""
+_MAX_COMBINED = 3
+"""Constraints that an instruction combines at most."""
+_MAX_ATTRIBUTES = 3
+"""Attributes that an instruction sets at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ratios:
+    """Fractions of training dialogues: each of those that the field's comment names."""
+
+    plain: float  # of all dialogues: no instruction
+    recall: float  # of the others: attributes are set, and asked for later
+    combine: float  # of the instructed ones: two or three constraints
+    short: float  # of the instructed ones: the shortened wording
+    system: float  # of the instructed ones: the instruction is in the system message
+    contradict: float  # of those in the system message: the user contradicts it
+    change: float  # of the instructed ones: another instruction replaces the first
+    stop: float  # of the instructed ones: the user ends the instruction
+    edited: float  # of those that an edit can satisfy: edited, not sampled
+
+
+class ConstraintPool(NamedTuple):
+    """What is trained: constraints, and kinds whose values `draw_value` draws."""
+
+    constraints: Sequence[Constraint]
+    vocabulary_kinds: Sequence[str] = ()
+
+    def draw(self, rng: random.Random) -> Constraint:
+        """Return any constraint."""
+        if self.vocabulary_kinds and (not self.constraints or rng.random() < 0.5):
+            kind = rng.choice(self.vocabulary_kinds)
+            return Constraint(kind, draw_value(kind, "train", rng))
+        return rng.choice(self.constraints)
+
+    def in_turn(self, rng: random.Random) -> Iterator[Constraint]:
+        """Yield constraints without end: by turns from the vocabulary and from the others."""
+        kinds, constraints = cycle(self.vocabulary_kinds), cycle(self.constraints)
+        while True:
+            if self.vocabulary_kinds:
+                kind = next(kinds)
+                yield Constraint(kind, draw_value(kind, "train", rng))
+            if self.constraints:
+                yield next(constraints)
+
+
+def assign_training(
+    dialogues: Sequence[Dialogue], pool: ConstraintPool, ratios: Ratios, seed: int
+) -> list[AssignedDialogue]:
+    """Assign an instruction, or none, to every dialogue, evenly over the pool.
+
+    The assignments are equal for equal seeds.
+    """
+    return _TrainingDraw(pool, ratios, seed).assign(dialogues)
+
+
+class _TrainingDraw:
+    """The random draws of training; the order of the draws decides them."""
+
+    def __init__(self, pool: ConstraintPool, ratios: Ratios, seed: int) -> None:
+        self._pool, self._ratios = pool, ratios
+        self._rng = random.Random(f"pair {seed}")
+        self._in_turn = pool.in_turn(self._rng)
+
+    def assign(self, dialogues: Sequence[Dialogue]) -> list[AssignedDialogue]:
+        return [self._assign(dialogue) for dialogue in dialogues]
+
+    def _assign(self, dialogue: Dialogue) -> AssignedDialogue:
+        if self._happens(self._ratios.plain):
+            return AssignedDialogue(dialogue=dialogue)
+        if len(dialogue.turns) > 1 and self._happens(self._ratios.recall):
+            return self._with_attributes(dialogue)
+        return self._with_instruction(dialogue)
+
+    def _happens(self, ratio: float) -> bool:
+        return self._rng.random() < ratio
+
+    def _with_attributes(self, dialogue: Dialogue) -> AssignedDialogue:
+        """Set attributes in turn 1, and put a question about each in place of a later turn."""
+        turns = list(dialogue.turns)
+        count = self._rng.randint(1, min(_MAX_ATTRIBUTES, len(turns) - 1))
+        instruction, questions = training_attributes(count, self._rng)
+        positions = sorted(self._rng.sample(range(1, len(turns)), count))
+        by_position = dict(zip(positions, self._rng.sample(questions, count), strict=True))
+        for position, asked in by_position.items():
+            turns[position] = asked.question
+        return AssignedDialogue(
+            dialogue=replace(dialogue, turns=tuple(turns)),
+            instruction=instruction,
+            method="edited",
+            in_system=self._happens(self._ratios.system),
+            exact_answers={position: asked.answer for position, asked in by_position.items()},
+        )
+
+    def _with_instruction(self, dialogue: Dialogue) -> AssignedDialogue:
+        constraints = self._combined(next(self._in_turn))
+        edited = editable(constraints) and self._happens(self._ratios.edited)
+        assigned = AssignedDialogue(
+            dialogue=dialogue,
+            instruction=render_instruction(constraints, self._rng.randrange(3)),
+            method="edited" if edited else "sampled",
+            shortened=self._happens(self._ratios.short),
+            in_system=self._happens(self._ratios.system),
+            change_turn=self._rng.randrange(1, max(2, len(dialogue.turns))),
+        )
+        return self._with_event(assigned) if len(dialogue.turns) > 1 else assigned
+
+    def _combined(self, first: Constraint) -> tuple[Constraint, ...]:
+        """Return `first`, in `ratios.combine` of the cases with one or two compatible ones."""
+        chosen = [first]
+        if self._happens(self._ratios.combine):
+            count = self._rng.randint(2, _MAX_COMBINED)
+            # A draw that does not combine is left out; the pool may have none that does.
+            for candidate in self._candidates(4 * count):
+                if len(chosen) < count and all(compatible(candidate, c) for c in chosen):
+                    chosen.append(candidate)
+        return tuple(chosen)
+
+    def _candidates(self, count: int) -> Iterator[Constraint]:
+        return (self._pool.draw(self._rng) for _ in range(count))
+
+    def _with_event(self, assigned: AssignedDialogue) -> AssignedDialogue:
+        """Let the user replace, end or contradict the instruction, or do none of these.
+
+        What the user says against an instruction in the system message does not hold. The next
+        instruction is obtained by the same method: editable constraints stay editable.
+        """
+        ratios = self._ratios
+        if assigned.in_system:
+            if self._happens(ratios.contradict):
+                return replace(assigned, contradiction=self._contradiction(assigned))
+            return assigned
+        draw = self._rng.random()
+        if draw < ratios.change:
+            return replace(assigned, next_instruction=self._other_instruction(assigned))
+        if draw < ratios.change + ratios.stop:
+            return replace(assigned, next_instruction=stop(self._rng.choice(_STOPS)))
+        return assigned
+
+    def _contradiction(self, assigned: AssignedDialogue) -> str:
+        other = self._other_instruction(assigned)
+        if other is None or self._rng.random() < 0.5:
+            return self._rng.choice(_STOPS)
+        return f"{CHANGE_PREFIX}{other.text}"
+
+    def _other_instruction(self, assigned: AssignedDialogue) -> Instruction | None:
+        """Return an instruction with another constraint, or None if the pool has no other."""
+        present = assigned.constraints(0)
+        for candidate in self._candidates(20):
+            if candidate not in present and editable((candidate,)) == editable(present):
+                return render_instruction((candidate,), self._rng.randrange(3))
+        return None
+
+
+def stop(wording: str) -> Instruction:
+    """Return the instruction that only ends another one, in the words of the user."""
+    return Instruction("", wording, ())
+
+
+def trained_constraints(training: Sequence[AssignedDialogue]) -> list[Constraint]:
+    """Return the constraints of training in the order of their first use, each once."""
+    return list(dict.fromkeys(c for d in training for c in d.constraints(0)))
+
+
+def spread(constraints: Sequence[Constraint]) -> list[Constraint]:
+    """Return the constraints with their kinds in turn, so that a beginning has all kinds."""
+    by_kind: dict[str, list[Constraint]] = {}
+    for constraint in dict.fromkeys(constraints):
+        by_kind.setdefault(constraint.kind, []).append(constraint)
+    rounds = zip_longest(*by_kind.values())
+    return [constraint for row in rounds for constraint in row if constraint]
+
+
+def assign_evaluation(
+    dialogues: Sequence[Dialogue], constraints: Sequence[Constraint]
+) -> list[AssignedDialogue]:
+    """Assign the constraints, one to each dialogue, evenly over kinds and then over values."""
+    instructions = [render_instruction((constraint,)) for constraint in spread(constraints)]
+    return [
+        AssignedDialogue(dialogue=dialogue, instruction=instruction)
+        for dialogue, instruction in zip(dialogues, cycle(instructions), strict=False)
+    ]
+
+
+def unseen_values(kinds: Sequence[str], count: int, seed: int) -> list[Constraint]:
+    """Return `count` constraints, evenly over `kinds`, with values held out from training."""
+    rng = random.Random(f"unseen {seed}")
+    return [
+        Constraint(kind, draw_value(kind, "evaluation", rng))
+        for kind, _ in zip(cycle(kinds), range(count), strict=False)
+    ]

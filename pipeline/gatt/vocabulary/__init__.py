@@ -1,0 +1,1 @@
+"""Open vocabulary: values of constraints, and attributes that are recalled."""

@@ -1,0 +1,178 @@
+"""Attributes that message 1 sets and later questions ask for, as in Table 30 of the paper.
+
+"You are Napoleon and you love tennis." (turn 1); "What is your name?" (turn 6). Evaluation words
+both the statement and the question otherwise than training, and draws values that are held out.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.gatt.vocabulary.values import VocabularySplit, fill
+from pipeline.records import Instruction, RecallQuestion
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attribute:
+    """How an attribute is set, asked for, and answered; "{v}" is its value.
+
+    `patterns` are those of `vocabulary.fill`. `statements` and `questions` are the wordings of
+    training; the others are those of evaluation.
+    """
+
+    patterns: tuple[str, ...]
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+    answers: tuple[str, ...]
+    evaluation_statement: str
+    evaluation_question: str
+
+
+ATTRIBUTES = {
+    "name": Attribute(
+        patterns=("{first name}", "{first name} {last name}", "{title} {last name}"),
+        statements=("your name is {v}", "you are called {v}", "you go by {v}", "I call you {v}"),
+        questions=(
+            "What are you called?",
+            "Who am I talking to?",
+            "By the way, how should I call you?",
+            "Tell me your name again.",
+            "I forgot your name. What was it?",
+        ),
+        answers=("My name is {v}.", "I am {v}.", "I am called {v}.", "You can call me {v}."),
+        evaluation_statement="you are {v}",
+        evaluation_question="What is your name?",
+    ),
+    "hobby": Attribute(
+        patterns=("{hobby}",),
+        statements=(
+            "your hobby is {v}",
+            "you are mad about {v}",
+            "you spend your free time on {v}",
+            "you enjoy {v} most of all",
+        ),
+        questions=(
+            "What do you do in your free time?",
+            "Which pastime do you enjoy most?",
+            "Remind me of your hobby.",
+            "What do you do for fun?",
+        ),
+        answers=(
+            "My hobby is {v}.",
+            "I love {v}.",
+            "I spend my free time on {v}.",
+            "It is {v}, of course.",
+        ),
+        evaluation_statement="you love {v}",
+        evaluation_question="What is your favourite hobby?",
+    ),
+    "town": Attribute(
+        patterns=("{town}",),
+        statements=("you live in {v}", "your home is {v}", "you come from {v}"),
+        questions=(
+            "Where do you live?",
+            "Which town is your home?",
+            "Where are you from, by the way?",
+        ),
+        answers=("I live in {v}.", "My home is {v}.", "I am from {v}."),
+        evaluation_statement="your home town is {v}",
+        evaluation_question="In which city do you live?",
+    ),
+    "job": Attribute(
+        patterns=("{job}",),
+        statements=(
+            "you work as a {v}",
+            "your job is that of a {v}",
+            "by profession you are a {v}",
+        ),
+        questions=("What is your job?", "What do you do for a living?", "Tell me your profession."),
+        answers=("I work as a {v}.", "I am a {v}.", "My job is that of a {v}."),
+        evaluation_statement="you earn your living as a {v}",
+        evaluation_question="What work do you do?",
+    ),
+    "pet": Attribute(
+        patterns=("{pet}",),
+        statements=("you have a {v}", "your pet is a {v}", "you share your home with a {v}"),
+        questions=("Do you have a pet?", "What animal lives with you?", "Which pet is yours?"),
+        answers=("I have a {v}.", "My pet is a {v}.", "A {v} lives with me."),
+        evaluation_statement="you keep a {v} as a pet",
+        evaluation_question="What pet do you have?",
+    ),
+    "food": Attribute(
+        patterns=("{food}",),
+        statements=("your favorite food is {v}", "you like {v} best", "you eat {v} every day"),
+        questions=(
+            "What do you like to eat?",
+            "Which dish is your favorite?",
+            "What could I cook for you?",
+        ),
+        answers=("I like {v}.", "My favorite food is {v}.", "I would choose {v}."),
+        evaluation_statement="you cannot resist {v}",
+        evaluation_question="What is your favourite food?",
+    ),
+}
+"""Every attribute that is trained, by its name."""
+UNSEEN_ATTRIBUTES = {
+    "color": Attribute(
+        patterns=("{color}",),
+        statements=(),
+        questions=(),
+        answers=(),
+        evaluation_statement="your favourite colour is {v}",
+        evaluation_question="Which colour do you like best?",
+    ),
+}
+"""Attributes that only evaluation asks for."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskedAttribute:
+    """A question of training, and the answer to it."""
+
+    question: str
+    answer: str
+
+
+def training_attributes(
+    count: int, rng: random.Random
+) -> tuple[Instruction, tuple[AskedAttribute, ...]]:
+    """Return an instruction that sets `count` attributes, and a question about each of them."""
+    names = rng.sample(list(ATTRIBUTES), count)
+    statements, questions, recall = [], [], []
+    for name in names:
+        attribute = ATTRIBUTES[name]
+        value = fill(rng.choice(attribute.patterns), "train", rng)
+        statements.append(_filled(rng.choice(attribute.statements), value))
+        question = rng.choice(attribute.questions)
+        questions.append(AskedAttribute(question, _filled(rng.choice(attribute.answers), value)))
+        recall.append(RecallQuestion(name, question, value))
+    return _instruction(statements, recall), tuple(questions)
+
+
+def evaluation_attributes(names: Sequence[str], seed: str) -> Instruction:
+    """Return an instruction that sets the attributes `names`, with the questions about them."""
+    rng = random.Random(seed)
+    split: VocabularySplit = "evaluation"
+    statements, recall = [], []
+    for name in names:
+        attribute = (ATTRIBUTES | UNSEEN_ATTRIBUTES)[name]
+        value = fill(rng.choice(attribute.patterns), split, rng)
+        statements.append(_filled(attribute.evaluation_statement, value))
+        recall.append(RecallQuestion(name, attribute.evaluation_question, value))
+    return _instruction(statements, recall)
+
+
+def _instruction(statements: Sequence[str], recall: Sequence[RecallQuestion]) -> Instruction:
+    """Return the statements as one sentence: "Your name is Ada, you live in Rome and ..."."""
+    *first, last = statements
+    text = f"{', '.join(first)} and {last}." if first else f"{last}."
+    short = f"{', '.join(question.value for question in recall)}."
+    return Instruction(text[0].upper() + text[1:], short, (), tuple(recall))
+
+
+def _filled(wording: str, value: str) -> str:
+    """Return the wording with the value: "a {v}" becomes "an actor"."""
+    return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", wording.format(v=value))
