@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from pipeline.data.dialogues import load_dialogues
 from pipeline.data.splits import split_dialogues
 from pipeline.errors import GattError
 from pipeline.evaluation.rates import adherence, wilson
+from pipeline.gatt.assign import ConstraintPool, Ratios, assign_evaluation, assign_training, stop
 from pipeline.gatt.assignment import AssignedDialogue, read_split, write_splits
 from pipeline.gatt.constraints.registry import KINDS, compatible
 from pipeline.gatt.generated_values import (
@@ -26,12 +29,7 @@ from pipeline.gatt.generated_values import (
     parse_items,
 )
 from pipeline.gatt.ghost import augment, ghost, loss_turns
-from pipeline.gatt.instructions import (
-    Ratios,
-    assign_evaluation,
-    assign_training,
-    render_instruction,
-)
+from pipeline.gatt.instructions import render_instruction
 from pipeline.gatt.quality import find_defect, is_on_topic
 from pipeline.gatt.text import first_sentences, has_sentences
 from pipeline.recipe import Recipe
@@ -51,7 +49,17 @@ EVERY_CONSTRAINT = [
 ]
 BEGIN = render_instruction((Constraint("opening", "Ahoy!"),))
 BE_SHORT = render_instruction((Constraint("max_words", "12"),))
-RATIOS = Ratios(plain=0.2, system=0.2, change=0.2, combine=0.5, short=0.5, edited=0.5)
+RATIOS = Ratios(
+    plain=0.2,
+    recall=0.2,
+    combine=0.5,
+    short=0.5,
+    system=0.3,
+    contradict=0.5,
+    change=0.2,
+    stop=0.2,
+    edited=0.5,
+)
 
 
 def _contents(messages: tuple[Message, ...]) -> list[str]:
@@ -128,7 +136,7 @@ def test_loss_turns() -> None:
 def test_assignments_are_read_back_as_they_were_written(tmp_path: Path) -> None:
     dialogues = load_dialogues("seed")[:40]
     splits = {
-        "train": assign_training(dialogues, EVERY_CONSTRAINT, RATIOS, seed=1),
+        "train": assign_training(dialogues, ConstraintPool(EVERY_CONSTRAINT), RATIOS, seed=1),
         "evaluation": assign_evaluation(dialogues, EVERY_CONSTRAINT),
     }
     file = tmp_path / "assignments.json"
@@ -144,22 +152,84 @@ def test_assignments_of_another_version_are_refused(tmp_path: Path) -> None:
 
 
 def test_equal_seeds_give_equal_assignments() -> None:
-    dialogues = load_dialogues("seed")[:60]
-    kinds = ("opening", "closing", "uppercase", "hobby")
-    pool = [c for c in EVERY_CONSTRAINT if c.kind in kinds]
+    dialogues = load_dialogues("seed")
+    kinds = ("uppercase", "bold", "hobby")
+    pool = ConstraintPool([c for c in EVERY_CONSTRAINT if c.kind in kinds], ("opening", "closing"))
     assigned = assign_training(dialogues, pool, RATIOS, seed=3)
     assert assigned == assign_training(dialogues, pool, RATIOS, seed=3)
     assert assigned != assign_training(dialogues, pool, RATIOS, seed=4)
     assert {a.method for a in assigned} == {"plain", "edited", "sampled"}
-    assert {a.in_system for a in assigned} == {True, False}
     changing = [a for a in assigned if a.next_instruction]
-    assert changing and all(0 < a.change_turn < 20 for a in changing)
-    combined = [
-        a.instruction.constraints
-        for a in assigned
-        if a.instruction and len(a.instruction.constraints) == 2
+    assert {bool(a.constraints(20)) for a in changing} == {True, False}  # changed and ended
+    assert all(0 < a.change_turn < 22 and not a.in_system for a in changing)
+    contradicted = [a for a in assigned if a.contradiction]
+    assert contradicted and all(a.in_system for a in contradicted)
+    combined = [a.constraints(0) for a in assigned if len(a.constraints(0)) > 1]
+    assert {len(constraints) for constraints in combined} == {2, 3}
+    assert all(
+        compatible(first, second)
+        for constraints in combined
+        for first, second in itertools.combinations(constraints, 2)
+    )
+
+
+def test_training_asks_for_the_attributes_of_turn_1() -> None:
+    ratios = replace(RATIOS, plain=0, recall=1)
+    pool = ConstraintPool((), ("opening",))
+    for assigned in assign_training(load_dialogues("seed")[:50], pool, ratios, seed=1):
+        values = {q.value for q in assigned.recall_questions}
+        assert len(assigned.exact_answers) == len(values) > 0
+        assert all(any(v in answer for v in values) for answer in assigned.exact_answers.values())
+        for turn in assigned.exact_answers:
+            asked = {q.question for q in assigned.recall_questions}
+            assert turn > 0 and assigned.dialogue.turns[turn] in asked
+        statement = assigned.student_instructions[0]
+        assert all(value in statement for value in values)
+
+
+def test_an_instruction_that_the_user_ends() -> None:
+    assigned = AssignedDialogue(
+        dialogue=Dialogue("d", "", ("one?", "two?", "three?")),
+        instruction=BEGIN,
+        method="edited",
+        shortened=True,
+        next_instruction=stop("You can stop that now."),
+        change_turn=1,
+    )
+    assert _contents(assigned.student_prompt(["a", "b"], "")) == [
+        *('one?\n\nOpening: "Ahoy!".', "a", "two?\n\nYou can stop that now.", "b", "three?"),
     ]
-    assert combined and all(compatible(*constraints) for constraints in combined)
+    assert [len(assigned.constraints(turn)) for turn in range(3)] == [1, 0, 0]
+    assert assigned.name == "opening: Ahoy!, then stop"
+
+
+def test_a_user_who_contradicts_the_system_message() -> None:
+    assigned = AssignedDialogue(
+        dialogue=Dialogue("d", "", ("one?", "two?", "three?")),
+        instruction=BEGIN,
+        method="edited",
+        in_system=True,
+        contradiction="You can stop that now.",
+        change_turn=1,
+    )
+    assert _contents(assigned.student_prompt(["a", "b"], "")) == [
+        'Begin every answer with "Ahoy!".',
+        *("one?", "a", "two?\n\nYou can stop that now.", "b", "three?"),
+    ]
+    assert [c.value for turn in range(3) for c in assigned.constraints(turn)] == ["Ahoy!"] * 3
+    assert _contents(assigned.teacher_prompt(["a"], "")) == ["one?", "a", "two?"]
+
+
+def test_evaluation_draws_evenly_over_kinds() -> None:
+    pool = [Constraint("opening", f"Word{n}!") for n in range(40)]
+    assigned = assign_evaluation(
+        load_dialogues("seed")[:6], [*pool, Constraint("closing", "The end."), Constraint("bold")]
+    )
+    names = [a.name for a in assigned]
+    assert names == [
+        *("opening: Word0!", "closing: The end.", "bold"),
+        *("opening: Word1!", "opening: Word2!", "opening: Word3!"),
+    ]
 
 
 def test_wording_and_shortening() -> None:

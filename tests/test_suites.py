@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from pipeline.errors import GattError
 from pipeline.evaluation.aggregate import compute_scores
 from pipeline.evaluation.judge_prompts import balanced, question, verdict
 from pipeline.evaluation.scores import Scores
-from pipeline.evaluation.suites import build_suites
+from pipeline.evaluation.suites import SuiteSettings, build_suites
 from pipeline.files import write_json
+from pipeline.gatt.assign import ConstraintPool
 from pipeline.gatt.assignment import AssignedDialogue
-from pipeline.gatt.constraints.registry import KINDS
+from pipeline.gatt.constraints.registry import KINDS, compatible
 from pipeline.gatt.rollout import RECALL_TURNS
 from pipeline.recipe import Recipe
 from pipeline.records import Constraint, Dialogue, Instruction, Reply
@@ -37,7 +39,15 @@ Suites = dict[str, list[AssignedDialogue]]
 
 
 def _suites(dialogues: list[Dialogue] = DIALOGUES) -> Suites:
-    return build_suites(dialogues, POOL, UNSEEN, 10, 20)
+    settings = SuiteSettings(
+        pool=ConstraintPool(POOL, ("opening", "hashtag")),
+        trained=POOL,
+        unseen=UNSEEN,
+        turns=10,
+        full_turns=20,
+        seed=1,
+    )
+    return build_suites(dialogues, settings)
 
 
 def _lengths(suite: list[AssignedDialogue]) -> set[int]:
@@ -48,8 +58,17 @@ def test_every_dialogue_of_every_suite_has_its_own_id() -> None:
     suites = _suites()
     ids = [assigned.dialogue.id for suite in suites.values() for assigned in suite]
     assert len(set(ids)) == len(ids)
-    assert list(suites) == ["unseen", "change", "plain", "recall", "single"]
-    assert [_lengths(suite) for suite in suites.values()] == [{10}, {10}, {10}, {20}, {1}]
+    assert {name: _lengths(suite) for name, suite in suites.items()} == {
+        "unseen_values": {20},
+        "unseen": {10},
+        "combined": {10},
+        "change": {10},
+        "stop": {10},
+        "contradiction": {10},
+        "plain": {10},
+        "recall": {20},
+        "single": {1},
+    }
 
 
 def test_what_is_trained_is_not_unseen() -> None:
@@ -64,6 +83,38 @@ def test_the_instruction_changes_halfway_to_another() -> None:
         assert assigned.student_instructions[5].startswith("From now on: ")
 
 
+def test_the_user_ends_the_instruction_or_contradicts_the_system_message() -> None:
+    suites = _suites()
+    for assigned in suites["stop"]:
+        assert assigned.constraints(4) and not assigned.constraints(5)
+    for assigned in suites["contradiction"]:
+        assert assigned.in_system and assigned.constraints(5) == assigned.constraints(0)
+        assert any(
+            message["content"].endswith(assigned.contradiction)
+            for message in assigned.student_prompt(["a"] * 9, "")
+        )
+
+
+def test_two_instructions_at_once_are_compatible() -> None:
+    pairs = [assigned.constraints(0) for assigned in _suites()["combined"]]
+    assert all(len(pair) == 2 and compatible(*pair) for pair in pairs)
+
+
+def test_what_the_user_has_ended_is_counted_after_its_turn() -> None:
+    stopping, contradicting = _suites()["stop"][0], _suites()["contradiction"][0]
+    obedient = _OBEDIENT_TEXTS[stopping.constraints(0)[0].name]
+    texts = [*[obedient] * 6, *["Yes."] * 4]
+    suites = {"stop": [stopping], "contradiction": [contradicting]}
+    replies = [
+        replace(_reply(assigned, turn, obeys=True), text=text)
+        for assigned in (stopping, contradicting)
+        for turn, text in enumerate(texts, 1)
+    ]
+    scores = _scores(replies, suites)
+    for event in (scores.stop["tuned"], scores.contradiction["tuned"]):
+        assert (event.before.hits, event.before.n, event.after.hits, event.after.n) == (5, 5, 1, 5)
+
+
 def test_single_questions_cover_every_kind_that_a_program_can_check() -> None:
     dialogues = [
         Dialogue(f"d{n}", "sea", ("What?",)) for n in range(Recipe().evaluate.suite_dialogues)
@@ -74,7 +125,9 @@ def test_single_questions_cover_every_kind_that_a_program_can_check() -> None:
 
 def test_a_recall_question_replaces_the_last_user_message() -> None:
     assigned = _suites()["recall"][0]
-    assert assigned.student_instructions[0] == "You are Napoleon and you love tennis."
+    assert {q.value for q in assigned.recall_questions}.issubset(
+        re.findall(r"[A-Z]\w+ [A-Z]\w+|\w+", assigned.student_instructions[0])
+    )
     with_question = assigned.with_question(4, assigned.recall_questions[0].question)
     messages = with_question.student_prompt(["a", "b", "c"], "")
     assert messages[-1]["content"] == "What is your name?"
@@ -127,13 +180,13 @@ def test_the_scores_of_a_suite_do_not_mix_with_others() -> None:
     alone = _scores([])
     replies = [_reply(a, turn, obeys=False) for a in suites["unseen"] for turn in range(1, 11)]
     both = _scores(replies, suites)
-    assert replace(both, generalization=(), by_unseen=()) == alone
+    assert replace(both, generalization=(), by_unseen=(), unseen_by_turn=()) == alone
     assert {(r.at, r.hits, r.n) for r in both.generalization} == {
         ("unseen value", 0, 20),
         ("unseen kind", 0, 20),
     }
     assert {r.at: r.group for r in both.by_unseen} == {
-        "opening: Well, well!": "unseen value",
+        "opening": "unseen value",
         "uppercase": "unseen kind",
     }
 
@@ -226,7 +279,9 @@ def test_recall_is_by_turn_and_by_attribute_of_the_recall_questions_only() -> No
         (6, 0, 8),
         (20, 0, 8),
     ]
-    assert [(r.at, r.hits) for r in scores.recall_by_attribute] == [("name", 8), ("hobby", 0)]
+    by_attribute = {r.at: (r.hits, r.n) for r in scores.recall_by_attribute}
+    assert (by_attribute.pop("name"), by_attribute.pop("hobby")) == ((8, 16), (0, 16))
+    assert by_attribute == dict.fromkeys(("town", "job", "pet", "food"), (0, 4))
 
 
 def test_a_leak_is_any_trained_trait_where_none_was_asked_for() -> None:

@@ -95,8 +95,8 @@ def recall(results: RunResults) -> ReportSection | None:
         caption=(
             "Message 1 gives a name, a hobby and a further attribute. Later turns ask for them, in "
             "branches that the dialogue does not continue. Values and wordings are not those of "
-            "training. By turn: name and hobby. The last columns are the paper's figures (Table 30, "
-            "Llama 2, judged by people)."
+            "training. By turn: name and hobby. The last columns are the paper's figures (Llama 2, "
+            "Table 30, judged by people)."
         ),
         tables=[
             Table("recall", columns, rows),
