@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,9 +93,40 @@ def capture_output(log: Path) -> Iterator[None]:
     The file stays open, because their loggers hold it for the rest of the process.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    stream = log.open("a", encoding="utf-8", buffering=1)
+    stream = log.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
     with redirect_stdout(stream), redirect_stderr(stream):
         yield
+
+
+def tolerate_encodings() -> None:
+    """Let no character of input or output end the program.
+
+    What the terminal's code page lacks is printed as "?". Input is UTF-8 where nothing else is set;
+    bytes that are not are taken for Latin-1.
+    """
+    codecs.register_error("latin-1", _as_latin_1)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace" if stream is sys.stdout else "backslashreplace")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        name = codecs.lookup(sys.stdin.encoding).name
+        # Programs of Windows begin what they pipe with a BOM.
+        encoding = "utf-8-sig" if name in ("ascii", "utf-8") else name
+        with suppress(io.UnsupportedOperation):  # something was read already
+            sys.stdin.reconfigure(encoding=encoding, errors="latin-1")
+
+
+def _as_latin_1(error: UnicodeError) -> tuple[str, int]:
+    """Decode bytes that are not of the encoding as Latin-1, and say so once."""
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    _log_latin_1()
+    return error.object[error.start : error.end].decode("latin-1"), error.end
+
+
+@cache
+def _log_latin_1() -> None:
+    log("The input is not UTF-8 and is read as Latin-1. PYTHONIOENCODING names another encoding.")
 
 
 def log(text: str) -> None:

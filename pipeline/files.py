@@ -5,28 +5,72 @@ The paths of a run are in `run_dir`; the formats of single files are in their st
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 from pipeline.errors import GattError
+from pipeline.system import cache_path
 
 T = TypeVar("T")
 
 _READ_BYTES = 1 << 20
+_LARGE_BYTES = 1 << 26
+"""Size from which a file's hash is kept in the cache folder."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_SPLIT_GGUF = re.compile(r"(?P<stem>.+)-\d{5}-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 
 
 def json_line(record: object) -> str:
-    """Return `record`, a dataclass or JSON data, as one line of JSON with its newline."""
-    plain = asdict(record) if is_dataclass(record) and not isinstance(record, type) else record
-    return json.dumps(plain, ensure_ascii=False, separators=(", ", ": ")) + "\n"
+    """Return `record`, a dataclass or JSON data, as one line of JSON with its newline.
+
+    An empty field of a dataclass whose metadata are `records.OMIT_EMPTY` is left out.
+    """
+    plain = record
+    if is_dataclass(record) and not isinstance(record, type):
+        optional = {field.name for field in fields(record) if field.metadata.get("omit_empty")}
+        plain = {k: v for k, v in asdict(record).items() if v or k not in optional}
+    line = json.dumps(plain, ensure_ascii=False, separators=(", ", ": ")) + "\n"
+    return without_surrogates(line)
+
+
+def without_surrogates(text: str) -> str:
+    """Return `text` with U+FFFD for halves of surrogate pairs, which UTF-8 cannot hold.
+
+    They come out of JSON such as "\\ud83d", where somebody has cut an emoji in two.
+    """
+    return _SURROGATE.sub("\ufffd", text)
+
+
+def decode_text(content: bytes, path: Path) -> str:
+    """Decode a text that a user has written: UTF-8, or UTF-16 or 32, with or without a BOM.
+
+    Raises:
+        GattError: it is in another encoding; the message names the file and the line.
+    """
+    encoding = json.detect_encoding(content)
+    try:
+        return content.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise not_utf8(path, line) from error
+
+
+def not_utf8(path: Path, line: int) -> GattError:
+    """Return the error about a file in another encoding."""
+    return GattError(
+        f"{path}, line {line}: not UTF-8. Save the file as UTF-8; if it is Latin-1, with `iconv -f "
+        "latin1 -t utf-8`."
+    )
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
@@ -60,10 +104,16 @@ class JsonlLog:
         self._file: BinaryIO = path.open("a+b")
         self._file.seek(0)
         complete_bytes = 0
-        for line in self._file:
+        for number, line in enumerate(self._file, 1):
             if not line.endswith(b"\n"):
                 break
-            self.records.append(json.loads(line))
+            try:
+                self.records.append(json.loads(line))
+            except ValueError as error:
+                raise GattError(
+                    f"{path}, line {number}: not a line of JSON ({error}). Delete it, and what it "
+                    "held is made again."
+                ) from error
             complete_bytes += len(line)
         self._file.truncate(complete_bytes)
 
@@ -104,7 +154,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path`, whole or not at all."""
     with whole_file(path) as draft:
-        draft.write_text(text, encoding="utf-8", newline="\n")
+        draft.write_text(without_surrogates(text), encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -146,22 +196,57 @@ def write_jsonl(path: Path, records: Iterable[object]) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Return the SHA-256 of a file's content, or of a folder's files and their relative paths."""
+    """Return the SHA-256 of a file's content, or of a folder's files and their relative paths.
+
+    The first part of a split GGUF stands for all of its parts.
+    """
     if path.is_dir():
-        digest = hashlib.sha256()
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            digest.update(f"{file.relative_to(path).as_posix()}\0{sha256(file)}\n".encode())
-        return digest.hexdigest()
-    status = path.stat()
-    return _file_sha256(path, status.st_size, status.st_mtime_ns)
+        files = {p.relative_to(path): p for p in sorted(path.rglob("*")) if p.is_file()}
+    else:
+        files = {part.relative_to(path.parent): part for part in _parts(path)}
+        if len(files) == 1:
+            return _file_sha256(path)
+    digest = hashlib.sha256()
+    for name, file in files.items():
+        digest.update(os.fsencode(name.as_posix()) + f"\0{_file_sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
-@cache
-def _file_sha256(path: Path, size_bytes: int, mtime_ns: int) -> str:
-    """Hash a file, once while its size and time of change stay the same.
+def _parts(path: Path) -> list[Path]:
+    """Return the parts of a split GGUF that are there, or the file itself."""
+    match = _SPLIT_GGUF.fullmatch(path.name)
+    if not match:
+        return [path]
+    stem, count = match["stem"], int(match["count"])
+    names = [f"{stem}-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)]
+    return [part for part in map(path.with_name, names) if part.is_file()]
+
+
+def _file_sha256(path: Path) -> str:
+    """Hash a file; a large one only once while its size and times of change stay the same.
 
     Every stage asks for the hash of the base model, which may have gigabytes.
     """
+    status = path.stat()
+    if status.st_size < _LARGE_BYTES:
+        return _computed_sha256(path)
+    identity = (path.resolve(), status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    key = hashlib.sha256(repr(identity).encode()).hexdigest()
+    return _cached_sha256(path, cache_path(f"hashes/{key}"))
+
+
+@cache
+def _cached_sha256(path: Path, cached: Path) -> str:
+    with contextlib.suppress(OSError):
+        if len(digest := cached.read_text(encoding="ascii")) == hashlib.sha256().digest_size * 2:
+            return digest
+    digest = _computed_sha256(path)
+    with contextlib.suppress(OSError):  # it is only slower without
+        write_text(cached, digest)
+    return digest
+
+
+def _computed_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as content:  # `hashlib.file_digest` needs Python 3.11
         while block := content.read(_READ_BYTES):

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.records import Constraint
+from pipeline.records import MAX_THOUGHT_TOKENS, Constraint
 
 VocabularyKind = Literal[
     "opening", "closing", "persona", "signature", "hashtag", "address", "heading", "json"
@@ -26,8 +26,8 @@ class Dialogues(Section):
     """Where the user turns come from."""
 
     source: str = "seed"
-    """"seed" (built in), a JSONL, JSON or Parquet file (`messages`, ShareGPT or `turns`), or a
-    dataset id for `datasets`.
+    """"seed" (built in), a file (JSONL, JSON, CSV, Parquet) or folder with `messages`, ShareGPT's
+    `conversations` or `turns`, or a dataset id for `datasets`.
     """
     turns: int = Field(default=6, ge=1)
     """User turns of a training dialogue; longer dialogues are cut."""
@@ -122,6 +122,9 @@ class Synthesize(Section):
     """Answers sampled for one turn before the dialogue is cut there."""
     max_tokens: int = Field(default=80, ge=8)
     """Maximum tokens of an answer."""
+    max_thought_tokens: int = Field(default=MAX_THOUGHT_TOKENS, ge=0)
+    """Tokens that a reasoning teacher may think before each answer, in addition. Thoughts are
+    logged, never trained on; an answer that is cut within its thoughts is rejected."""
     max_sentences: int = Field(default=1, ge=1)
     """An edited answer is cut after this many sentences."""
     temperature: float = Field(default=0.8, ge=0)
@@ -169,8 +172,11 @@ class Train(Section):
         min_length=1,
     )
     """Projections that get an adapter."""
-    learning_rate: float = Field(default=8e-4, gt=0)
-    """Peak learning rate, reached after the warm-up."""
+    learning_rate: float = Field(default=0.0, ge=0)
+    """Peak learning rate, reached after the warm-up; 0 chooses it by the width of the model: 8e-4
+    for SmolLM2-135M, 2.2e-4 at 3072 (a 3B model), 1.7e-4 at 4096 (an 8B model)."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """`adamw_8bit` keeps AdamW's moments in 8 bits: 6 bytes less per weight of the adapter."""
     lr_scheduler_type: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
     """Shape of the decay after the warm-up."""
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
@@ -189,8 +195,8 @@ class Train(Section):
     save_steps: int = Field(default=10, ge=1)
     """Steps between checkpoints."""
     replay_data: str = ""
-    """Chats of your own, mixed in and learned unchanged: a JSONL file with `messages` or ShareGPT
-    `conversations`, or a dataset id."""
+    """Chats of your own, mixed in and learned unchanged: a file or folder with `messages` or
+    ShareGPT `conversations`, or a dataset id. Answers with `weight: 0` are not learned."""
     replay_ratio: float = Field(default=0.2, gt=0, lt=1)
     """Fraction of these in the training data, if there are enough."""
     init_adapter: str = ""
@@ -229,6 +235,8 @@ class Evaluate(Section):
     """Turns of each dialogue."""
     max_tokens: int = Field(default=64, ge=8)
     """Maximum tokens of a reply."""
+    max_thought_tokens: int = Field(default=MAX_THOUGHT_TOKENS, ge=0)
+    """Tokens that a reasoning model or judge may think before each answer, in addition."""
     temperature: float = Field(default=0.7, ge=0)
     """Sampling temperature, the same for all arms."""
     max_parallel: int = Field(default=0, ge=0)

@@ -12,9 +12,10 @@ from typing import Any
 import tomlkit
 import tomlkit.items
 from pydantic import BaseModel, ValidationError
-from tomlkit.exceptions import ParseError
+from tomlkit.exceptions import ParseError, TOMLKitError
 
 from pipeline.errors import GattError, did_you_mean
+from pipeline.files import decode_text, without_surrogates
 from pipeline.recipe import Recipe
 from pipeline.records import Constraint
 
@@ -64,16 +65,7 @@ def load_recipe(path: Path | None, overrides: tuple[str, ...] = ()) -> Recipe:
         GattError: no such file, not TOML, an unknown key, or a value of the wrong type; the
             message names the key.
     """
-    data: dict[str, Any] = {}
-    if path is not None:
-        try:
-            data = tomlkit.parse(path.read_text(encoding="utf-8")).unwrap()
-        except FileNotFoundError as error:
-            raise GattError(f"No recipe at {path}. `gatt init {path}` writes one.") from error
-        except (ParseError, UnicodeDecodeError) as error:
-            raise GattError(
-                f"{path} is not valid TOML: {error}. Correct it, or start anew with `gatt init`."
-            ) from error
+    data = read_toml(path) if path is not None else {}
     for override in overrides:
         _override(data, override)
     try:
@@ -82,8 +74,34 @@ def load_recipe(path: Path | None, overrides: tuple[str, ...] = ()) -> Recipe:
         raise GattError(f"{path or 'recipe'}: {_explain(error)}") from error
 
 
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file that a user has written.
+
+    Raises:
+        GattError: it cannot be read, or is not TOML in UTF-8.
+    """
+    try:
+        return dict(tomlkit.parse(decode_text(path.read_bytes(), path)).unwrap())
+    except FileNotFoundError as error:
+        raise GattError(f"No recipe at {path}. `gatt init {path}` writes one.") from error
+    except OSError as error:
+        raise GattError(
+            f"Cannot read {path} ({error.strerror}). Expected a recipe, a TOML file; `gatt init "
+            "recipe.toml` writes one."
+        ) from error
+    except TOMLKitError as error:
+        raise GattError(
+            f"{path} is not valid TOML: {error}. Correct it, or start anew with `gatt init`."
+        ) from error
+
+
 def _override(data: dict[str, Any], override: str) -> None:
     """Set one `section.key=value`; a value that is not valid TOML is taken as a string."""
+    if without_surrogates(override) != override:
+        raise GattError(
+            f"--set {without_surrogates(override)}: it has bytes that are not UTF-8, which a "
+            "recipe cannot hold. Rename the file, or make a link with another name."
+        )
     name, equals, text = override.partition("=")
     if not equals:
         raise GattError(

@@ -6,19 +6,25 @@ Plain, frozen values that turn into JSON and back, without imports from the proj
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 Role = Literal["system", "user", "assistant"]
 SynthesisMethod = Literal["sampled", "edited", "plain"]
 """How answers are made to obey: sampled until a check passes, edited, or not at all ("plain")."""
 
-FinishReason = Literal["stop", "stop_when", "length", "context", "cancelled"]
+FinishReason = Literal["stop", "stop_when", "length", "context", "cancelled", "thinking"]
 """Why an answer ended.
 
 "stop": the model ended its turn. "stop_when": the request's function. "length": `max_tokens`.
-"context": the prompt does not fit. "cancelled": by the user of a chat.
+"context": the prompt does not fit. "cancelled": by the user of a chat. "thinking": within a
+thought, so that there is no answer.
 """
+
+MAX_THOUGHT_TOKENS = 2048
+"""Tokens that a reasoning model may think for one answer, if nothing else is set."""
+OMIT_EMPTY = {"omit_empty": True}
+"""Metadata of a field that a line of a log leaves out while it is empty."""
 
 
 class Message(TypedDict):
@@ -86,8 +92,8 @@ class Instruction:
 class Answer:
     """One candidate for an answer in synthesis; turns and candidates are counted from 0.
 
-    `raw` is what the teacher generated, `text` the same after editing. `verdict` is "accepted",
-    or why it was not.
+    `raw` is what the teacher answered, `text` the same after editing. `verdict` is "accepted",
+    or why it was not. `thoughts` are those of a reasoning teacher; they are not used.
     """
 
     dialogue: str
@@ -97,6 +103,7 @@ class Answer:
     text: str
     tokens: int
     verdict: str
+    thoughts: str = field(default="", metadata=OMIT_EMPTY)
 
 
 class SynthesizedDialogue(TypedDict):
@@ -122,7 +129,8 @@ class Reply:
 
     `obeys` is the result of the instruction's check. `defect` is "", or why the reply is not a
     valid answer (a loop, a repeat, empty). `recall_attribute` is the attribute that a recall
-    question asked for instead of the turn's own message, or "".
+    question asked for instead of the turn's own message, or "". `thoughts` are those of a reasoning
+    model; they are not scored.
     """
 
     arm: str
@@ -135,6 +143,7 @@ class Reply:
     obeys: bool
     defect: str
     recall_attribute: str = ""
+    thoughts: str = field(default="", metadata=OMIT_EMPTY)
 
     @property
     def adherent(self) -> bool:
@@ -143,11 +152,41 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerSettings:
+    """How tokens are drawn, besides temperature and top-p, under llama.cpp's names.
+
+    `top_k` 0 keeps all tokens. `dry_multiplier` None is 0.8, and 0 at temperature 0.
+    `repeat_penalty` counts the last `repeat_last_n` tokens of prompt and answer (-1: all); presence
+    and frequency penalties count those of the answer. `logit_bias` has pairs of token id and bias.
+    `ignore_eos` bans the tokens that end an answer. `grammar` is GBNF text with a rule `root`.
+    `logprobs` is the number of most likely tokens that are reported with each token's
+    log-probability; None reports nothing.
+    """
+
+    top_k: int = 40
+    typical_p: float = 1.0
+    min_p: float = 0.05
+    dry_multiplier: float | None = None
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    ignore_eos: bool = False
+    grammar: str = ""
+    logprobs: int | None = None
+
+
+DEFAULT_SAMPLER = SamplerSettings()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """A request for the assistant message that follows `messages`.
 
     Equal requests get equal completions. Generation stops as soon as `stop_when` is true of the
-    text so far.
+    answer so far. The thoughts of a reasoning model are no part of the answer; for them it gets
+    `max_thought_tokens` in addition to `max_tokens`.
     """
 
     messages: tuple[Message, ...]
@@ -156,16 +195,23 @@ class Request:
     temperature: float = 0.7
     stop_when: Callable[[str], bool] | None = None
     top_p: float = 1.0
+    sampler: SamplerSettings = DEFAULT_SAMPLER
+    max_thought_tokens: int = MAX_THOUGHT_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What a model generated, and why it stopped."""
+    """What a model generated, and why it stopped.
+
+    `text` is the answer, `thoughts` what a reasoning model wrote before it; `tokens` are those of
+    both.
+    """
 
     text: str
     tokens: int
     prompt_tokens: int
     finish: FinishReason
+    thoughts: str = ""
 
 
 Task = Generator[Request, Completion, None]

@@ -9,17 +9,25 @@ From Python, a stage with its caching is two lines:
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 from pipeline.console import log
 from pipeline.errors import GattError
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, Section
 from pipeline.recipe_file import load_recipe
-from pipeline.run_dir import STAGES, RunDir
+from pipeline.run_dir import STAGES, Input, RunDir
 from pipeline.system import is_main_process
+
+_ADDED_KEYS = {
+    "synthesize": ("max_thought_tokens",),
+    "train": ("optimizer",),
+    "evaluate": ("max_thought_tokens",),
+}
+"""Keys of each section that came after version 0.1, with a default that changes nothing."""
 
 
 def open_run(
@@ -29,22 +37,20 @@ def open_run(
     *,
     reuse_recipe: bool = True,
 ) -> tuple[Recipe, RunDir]:
-    """Resolve the recipe, save it in the run folder, and log what was overridden.
+    """Resolve the recipe, and log what was overridden; the first stage saves it in the folder.
 
     Without a `recipe_file`, the recipe saved in the folder is used, or the defaults if there is
     none; with `reuse_recipe=False` always the defaults.
 
     Raises:
-        GattError: no such recipe, an error in it, or a folder that cannot be written.
+        GattError: no such recipe, or an error in it.
     """
     run_dir = RunDir(folder)
     if recipe_file is None and reuse_recipe and run_dir.recipe.is_file():
         recipe_file = run_dir.recipe
     recipe = load_recipe(recipe_file, tuple(overrides))
-    if is_main_process():
-        run_dir.save_recipe(recipe)
-        if overrides:
-            log(f"Overridden: {', '.join(overrides)}")
+    if overrides and is_main_process():
+        log(f"Overridden: {', '.join(overrides)}")
     return recipe, run_dir
 
 
@@ -54,8 +60,9 @@ def run_stages(recipe: Recipe, run_dir: RunDir) -> None:
     Raises:
         GattError: as `run_stage`.
     """
-    for name in STAGES:
-        run_stage(name, recipe, run_dir)
+    with _locked(recipe, run_dir):
+        for name in STAGES:
+            _run_stage(name, recipe, run_dir)
 
 
 def run_stage(name: str, recipe: Recipe, run_dir: RunDir) -> None:
@@ -64,15 +71,38 @@ def run_stage(name: str, recipe: Recipe, run_dir: RunDir) -> None:
     The report is always written again: it takes a second, and its code may have changed.
 
     Raises:
-        GattError: an input file is missing, or the stage cannot do its work.
+        GattError: an input file is missing, the stage cannot do its work, or another process works
+            in the folder.
     """
+    with _locked(recipe, run_dir):
+        _run_stage(name, recipe, run_dir)
+
+
+@contextmanager
+def _locked(recipe: Recipe, run_dir: RunDir) -> Iterator[None]:
+    """Save the recipe in the folder, in which no other process may work until the block ends.
+
+    Only one of the processes that share a training step writes there.
+    """
+    if not is_main_process():
+        yield
+        return
+    with run_dir.lock():
+        run_dir.save_recipe(recipe)
+        yield
+
+
+def _run_stage(name: str, recipe: Recipe, run_dir: RunDir) -> None:
     stage = import_module(f"pipeline.stages.{name}")
     settings, inputs = _settings(stage, recipe), _existing_inputs(name, stage, recipe, run_dir)
-    if name != "report" and run_dir.is_done(name, settings, inputs):
-        log(f"{name}: done already")
-        return
+    changes = run_dir.changes(name, settings, inputs)
+    if name != "report":
+        if changes == []:
+            log(f"{name}: done already")
+            return
+        if changes:
+            log(f"{name}: runs again, because this has changed: {', '.join(changes)}")
     start = time.monotonic()
-    # Only one of the processes that share a training step writes these files.
     if is_main_process():
         run_dir.claim(name, settings, inputs)
     stage.run(recipe, run_dir)
@@ -82,10 +112,10 @@ def run_stage(name: str, recipe: Recipe, run_dir: RunDir) -> None:
         run_dir.finish(name, settings, stage.inputs(recipe, run_dir), seconds)
 
 
-def _existing_inputs(name: str, stage: ModuleType, recipe: Recipe, run_dir: RunDir) -> list[Path]:
-    inputs: list[Path] = stage.inputs(recipe, run_dir)
+def _existing_inputs(name: str, stage: ModuleType, recipe: Recipe, run_dir: RunDir) -> list[Input]:
+    inputs: list[Input] = stage.inputs(recipe, run_dir)
     for path in inputs:
-        if not path.exists():
+        if isinstance(path, Path) and not path.exists():
             raise GattError(
                 f"`gatt {name}` needs {path}, which does not exist. "
                 "Run the stages before it, or `gatt run`."
@@ -94,6 +124,16 @@ def _existing_inputs(name: str, stage: ModuleType, recipe: Recipe, run_dir: RunD
 
 
 def _settings(stage: ModuleType, recipe: Recipe) -> str:
-    """Return what the stage depends on in the recipe, as text to be hashed."""
-    sections = (getattr(recipe, name).model_dump_json() for name in stage.SECTIONS)
-    return " ".join([str(recipe.seed), recipe.model, *sections])
+    """Return what the stage depends on in the recipe, as text to be hashed.
+
+    A run of an earlier version stays done: keys that it did not have count once they are set.
+    """
+    texts = [str(recipe.seed), recipe.model]
+    for name in stage.SECTIONS:
+        section: Section = getattr(recipe, name)
+        fields = type(section).model_fields
+        unset = {
+            key for key in _ADDED_KEYS.get(name, ()) if getattr(section, key) == fields[key].default
+        }
+        texts.append(section.model_dump_json(exclude=unset))
+    return " ".join(texts)

@@ -1,7 +1,8 @@
 """The paths of a run, and which of its stages are done.
 
 A stage is *done* if its manifest names the same settings and inputs (by hash) as now. The
-manifest is written last, so its presence means that the files of the stage are complete.
+manifest is written last, so its presence means that the files of the stage are complete. While a
+process works in the folder, it holds its lock.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib import metadata
+from itertools import chain, count
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
-from pipeline.errors import GattError
 from pipeline.files import sha256, write_json, write_text
+from pipeline.folders import lock_folder
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import recipe_toml
 
@@ -27,16 +30,39 @@ _PACKAGES = ("llama-cpp-python", "unsloth", "torch", "transformers", "peft", "da
 """Packages whose versions a manifest records."""
 
 
+_FINGERPRINT_VERSION = 2
+
+
+class HubRevision(NamedTuple):
+    """A dataset on the Hub at its newest commit; "" if the Hub could not be asked."""
+
+    repository: str
+    commit: str
+
+
+Input = Path | HubRevision
+"""What a stage reads: a file, a folder with all of its files, or a dataset."""
+
+
 class Fingerprint(TypedDict):
-    """SHA-256 of what a stage depends on: its settings, and its input files by name."""
+    """SHA-256 of what a stage depends on: its settings, and its inputs by name.
+
+    `version` is that of the list of inputs; files without it lack some of them.
+    """
 
     settings: str
     inputs: dict[str, str]
+    version: int
 
 
 class Manifest(Fingerprint):
-    """The record of a finished stage; a package or commit that is not known is "none"."""
+    """The record of a finished stage; a package or commit that is not known is "none".
 
+    `notes` are what the stage did otherwise than asked for: the parameters that a server has
+    refused, by model.
+    """
+
+    notes: dict[str, dict[str, str]]
     seconds: float
     versions: dict[str, str]
     commit: str
@@ -70,24 +96,30 @@ class RunDir:
         self.attention = path / "evaluate" / "attention.json"
         self.scores = path / "evaluate" / "scores.json"
         self.report = path / "report"
+        self._notes: dict[str, dict[str, dict[str, str]]] = {}
+
+    def note(self, stage: str, model: str, changes: Mapping[str, str]) -> None:
+        """Remember what the manifest of a running stage will say about a model, if anything."""
+        if changes:
+            self._notes.setdefault(stage, {})[model] = dict(changes)
 
     def tuned(self, format_name: str) -> Path:
         """Return the path of the exported model in a format of llama.cpp."""
         return self.path / "export" / f"tuned-{format_name}.gguf"
 
-    def save_recipe(self, recipe: Recipe) -> None:
-        """Write the resolved recipe to `recipe.toml`.
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from working in this folder until the block ends.
 
         Raises:
-            GattError: the folder cannot be written.
+            GattError: another one does, or the folder cannot be written.
         """
-        try:
-            write_text(self.recipe, recipe_toml(recipe, comments=False))
-        except OSError as error:
-            raise GattError(
-                f"Cannot write in the run folder {self.path} ({error.strerror}). Choose another "
-                "with --run."
-            ) from error
+        with lock_folder(self.path, "--run"):
+            yield
+
+    def save_recipe(self, recipe: Recipe) -> None:
+        """Write the resolved recipe to `recipe.toml`."""
+        write_text(self.recipe, recipe_toml(recipe, comments=False))
 
     def manifest(self, stage: str) -> Manifest | None:
         """Return the manifest of a finished stage, or None."""
@@ -97,14 +129,15 @@ class RunDir:
         manifest: Manifest = json.loads(path.read_text(encoding="utf-8"))
         return manifest
 
-    def is_done(self, stage: str, settings: str, inputs: Sequence[Path]) -> bool:
-        """Return whether `stage` has finished with these settings and inputs."""
-        manifest, current = self.manifest(stage), _fingerprint(settings, inputs)
-        return manifest is not None and all(
-            manifest[key] == current[key] for key in ("settings", "inputs")
-        )
+    def changes(self, stage: str, settings: str, inputs: Sequence[Input]) -> list[str] | None:
+        """Return what has changed since `stage` has finished; None if it has not finished."""
+        manifest = self.manifest(stage)
+        if manifest is None:
+            return None
+        finished = (self.path / stage / "manifest.json").stat().st_mtime
+        return _changes(manifest, finished, settings, inputs)
 
-    def claim(self, stage: str, settings: str, inputs: Sequence[Path]) -> None:
+    def claim(self, stage: str, settings: str, inputs: Sequence[Input]) -> None:
         """Prepare the folder of a stage that is about to run.
 
         What an attempt with the same settings and inputs left stays, and is resumed. What another
@@ -112,15 +145,28 @@ class RunDir:
         """
         folder, fingerprint = self.path / stage, _fingerprint(settings, inputs)
         started = folder / "started.json"
-        if started.exists() and json.loads(started.read_text(encoding="utf-8")) != fingerprint:
-            folder.rename(folder.with_name(f"{stage}.{time.strftime('%Y%m%d-%H%M%S')}.old"))
+        if started.exists():
+            earlier: Fingerprint = json.loads(started.read_text(encoding="utf-8"))
+            if _changes(earlier, started.stat().st_mtime, settings, inputs):
+                folder.rename(_unused(folder, time.strftime("%Y%m%d-%H%M%S")))
         (folder / "manifest.json").unlink(missing_ok=True)
         write_json(started, fingerprint)
 
-    def finish(self, stage: str, settings: str, inputs: Sequence[Path], seconds: float) -> None:
-        """Write the manifest of a finished stage."""
+    def finish(self, stage: str, settings: str, inputs: Sequence[Input], seconds: float) -> None:
+        """Write the manifest of a finished stage.
+
+        An input outside of the run may have been edited since it was read, so its hash is that of
+        the start.
+        """
+        folder = self.path / stage
+        fingerprint = _fingerprint(settings, inputs)
+        started: Fingerprint = json.loads((folder / "started.json").read_text(encoding="utf-8"))
+        for name, item in _by_name(inputs).items():
+            if not (isinstance(item, Path) and self.path in item.parents):
+                fingerprint["inputs"][name] = started["inputs"][name]
         manifest: Manifest = {
-            **_fingerprint(settings, inputs),
+            **fingerprint,
+            "notes": self._notes.get(stage, {}),
             "seconds": round(seconds, 1),
             "versions": {package: _version(package) for package in _PACKAGES},
             "commit": _commit(),
@@ -128,14 +174,66 @@ class RunDir:
             "platform": platform.platform(),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
-        write_json(self.path / stage / "manifest.json", manifest)
+        write_json(folder / "manifest.json", manifest)
 
 
-def _fingerprint(settings: str, inputs: Sequence[Path]) -> Fingerprint:
+def _unused(folder: Path, date: str) -> Path:
+    """Return the name under which a folder is moved aside, numbered within a second."""
+    names = (f"{folder.name}.{date}-{n}.old" for n in count(2))
+    paths = map(folder.with_name, chain([f"{folder.name}.{date}.old"], names))
+    return next(path for path in paths if not path.exists())
+
+
+def _fingerprint(settings: str, inputs: Sequence[Input]) -> Fingerprint:
     return {
         "settings": hashlib.sha256(settings.encode()).hexdigest(),
-        "inputs": {path.name: sha256(path) for path in inputs},
+        "inputs": {
+            name: item.commit if isinstance(item, HubRevision) else sha256(item)
+            for name, item in _by_name(inputs).items()
+        },
+        "version": _FINGERPRINT_VERSION,
     }
+
+
+def _by_name(inputs: Sequence[Input]) -> dict[str, Input]:
+    """Return the inputs by their names, numbered where two have the same."""
+    named: dict[str, Input] = {}
+    for item in inputs:
+        name = item.repository if isinstance(item, HubRevision) else item.name
+        # A name that is not UTF-8 cannot stand in JSON; its bytes are written as escapes.
+        name = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+        number = 1 + sum(key == name or key.startswith(f"{name} (") for key in named)
+        named[name if number == 1 else f"{name} ({number})"] = item
+    return named
+
+
+def _changes(
+    earlier: Fingerprint, written: float, settings: str, inputs: Sequence[Input]
+) -> list[str]:
+    """Return what differs from a fingerprint that was written at the time `written`.
+
+    Earlier versions did not list all inputs. One that is not listed counts as changed if it is
+    newer than the fingerprint. A dataset whose commit is not known counts as unchanged.
+    """
+    current, items = _fingerprint(settings, inputs), _by_name(inputs)
+    changed = [] if earlier["settings"] == current["settings"] else ["the recipe"]
+    lists_all = earlier.get("version") == _FINGERPRINT_VERSION
+    for name, digest in current["inputs"].items():
+        before = earlier["inputs"].get(name)
+        if before is None:
+            differs = lists_all or _newest(items[name]) > written
+        else:
+            differs = "" not in (before, digest) and before != digest
+        changed += [name] if differs else []
+    return changed + [name for name in earlier["inputs"] if name not in current["inputs"]]
+
+
+def _newest(item: Input) -> float:
+    """Return when a file, or the newest one in a folder, was changed, in seconds."""
+    if isinstance(item, HubRevision):
+        return 0.0
+    files = item.rglob("*") if item.is_dir() else [item]
+    return max((file.stat().st_mtime for file in files), default=0.0)
 
 
 def _version(package: str) -> str:

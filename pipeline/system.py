@@ -1,4 +1,4 @@
-"""The machine's memory and disk, checked before work that needs them, and its processes."""
+"""The machine's memory, disk and cache folder, checked before they are needed; its processes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import gc
 import os
 import shutil
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
+import platformdirs
+
+from pipeline.console import log
 from pipeline.errors import GattError
 
 GB = 1e9
@@ -60,11 +65,15 @@ def available_memory() -> int:
 
 
 def trim_memory() -> None:
-    """Return freed memory to the operating system.
+    """Return freed memory to the operating system, and that of a GPU to its driver.
 
-    Otherwise the gigabytes of a trained model would stay with the process until it ends.
+    Otherwise the gigabytes of a trained model would stay with the process until it ends; llama.cpp
+    would find no room on the GPU.
     """
     gc.collect()  # a trainer and its model refer to each other
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # musl has no such function
             ctypes.CDLL(None).malloc_trim(0)
@@ -109,3 +118,62 @@ def require_disk(folder: Path, needed: float, purpose: str) -> None:
             f"Too little disk space in {folder} to {purpose}: about {needed / GB:.2f} GB needed, "
             f"{free / GB:.2f} GB free. Make room, or choose another folder with --run."
         )
+
+
+def cache_path(name: str) -> Path:
+    """Return the path of `name` in the user's cache folder.
+
+    Where that cannot be written and does not have it, it is in the temporary folder: a container
+    may run without a home folder of its own.
+
+    Raises:
+        GattError: the temporary folder cannot be used either.
+    """
+    folder = Path(platformdirs.user_cache_dir("gatt"))
+    path = folder / name
+    usable = is_writable(folder) or os.path.exists(path)
+    return path if usable else _fallback_cache(folder) / name
+
+
+def use_writable_cache() -> None:
+    """Let the Hub's libraries download to `cache_path` if the home folder cannot be written.
+
+    It has to run before they are imported.
+    """
+    hub_cache = Path(os.path.expanduser("~"), ".cache", "huggingface")
+    chosen = any(map(os.environ.get, ("HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME")))
+    if not (chosen or os.path.exists(hub_cache) or is_writable(hub_cache.parent)):
+        os.environ["HF_HOME"] = str(cache_path("huggingface"))
+
+
+@cache
+def is_writable(folder: Path) -> bool:
+    """Return whether files can be written in `folder`, which is created; tried once."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError:
+        return False
+    return True
+
+
+@cache
+def _fallback_cache(folder: Path) -> Path:
+    """Create the temporary folder that replaces `folder`; nobody else can write there."""
+    user = os.getuid() if hasattr(os, "getuid") else ""
+    try:
+        fallback = Path(tempfile.gettempdir()) / f"gatt-cache-{user}"
+        fallback.mkdir(mode=0o700, exist_ok=True)
+        owner = fallback.lstat().st_uid if user != "" else user
+        if owner != user or fallback.is_symlink() or not is_writable(fallback):
+            raise PermissionError(f"{fallback} belongs to somebody else")
+    except OSError as error:
+        raise GattError(
+            f"The cache folder {folder} cannot be written, nor one in the temporary folder "
+            f"({error}). Set XDG_CACHE_HOME to a folder that can."
+        ) from error
+    log(
+        f"The cache folder {folder} cannot be written; converted models go to {fallback}. Set "
+        "XDG_CACHE_HOME to keep them elsewhere."
+    )
+    return fallback

@@ -22,9 +22,9 @@ from pipeline.records import Request
 
 def test_a_full_queue_refuses_and_a_waiting_request_is_served_or_cancelled(base: Path) -> None:
     async def run(engine: AsyncEngine) -> None:
-        tokens = engine.chat_tokens("m", ({"role": "user", "content": "Tell a story."},))
+        tokens, _ = engine.chat_prompt("m", ({"role": "user", "content": "Tell a story."},))
         sampling = Request(messages=(), seed=1, max_tokens=60, temperature=0)
-        request = GenerationRequest(tokens, sampling)
+        request = GenerationRequest(tokens=tokens, sampling=sampling)
         running, waiting = engine.generate("m", request), engine.generate("m", request)
         with pytest.raises(QueueFullError, match="1 requests wait"):
             engine.generate("m", request)
@@ -34,7 +34,7 @@ def test_a_full_queue_refuses_and_a_waiting_request_is_served_or_cancelled(base:
         next_answer = engine.generate("m", request)
         running.cancel()
         assert (await running.wait()).finish == "cancelled"
-        assert len("".join([piece async for piece in next_answer])) > 0
+        assert len([piece async for piece in next_answer]) > 0
         assert next_answer.result and next_answer.result.finish in ("stop", "length")
 
     limits = Limits(context=256, max_waiting=1, max_sequences=1)
@@ -55,9 +55,9 @@ async def _ask_twice(engine: AsyncEngine, request: Request) -> dict[str, _Answer
     answers: dict[str, _Answer] = {}
     for _ in range(2):
         for name in engine.names:
-            tokens = engine.chat_tokens(name, request.messages)
-            stream = engine.generate(name, GenerationRequest(tokens, request))
-            text = "".join([piece async for piece in stream])
+            tokens, _ = engine.chat_prompt(name, request.messages)
+            stream = engine.generate(name, GenerationRequest(tokens=tokens, sampling=request))
+            text = "".join([piece.text async for piece in stream])
             assert stream.result
             answers[name] = _Answer(text, stream.result.cached_tokens)
     return answers

@@ -170,8 +170,8 @@ def test_lines_from_a_pipe(tmp_path: Path) -> None:
         "12",
     )
     done = subprocess.run(
-        [*CHAT, *options],
-        input=f"Hello there\nWhat is rain?\n/save {file}\n",
+        [*CHAT, "--lines", *options],
+        input=f"Hello there\n\nWhat is rain?\n/save {file}\n",
         capture_output=True,
         text=True,
         check=False,
@@ -183,7 +183,11 @@ def test_lines_from_a_pipe(tmp_path: Path) -> None:
     assert "of 2: " in done.stderr
     assert "\x1b" not in done.stdout + done.stderr
     wrong = subprocess.run(
-        [*CHAT, "--load", file], input="/undoo\n", capture_output=True, text=True, check=False
+        [*CHAT, "--lines", "--load", file],
+        input="/undoo\n",
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert wrong.returncode == 1
     assert "Loaded" in wrong.stderr
@@ -194,9 +198,11 @@ def test_lines_from_a_pipe(tmp_path: Path) -> None:
 
 def test_ctrl_c_ends_a_chat_with_a_pipe() -> None:
     pipe = subprocess.PIPE
-    with subprocess.Popen(CHAT, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as process:
+    with subprocess.Popen(
+        (*CHAT, "--lines"), stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    ) as process:
         assert process.stdin and process.stdout and process.stderr
-        assert any("/help lists the commands" in line for line in process.stderr)
+        assert any("Each line is a message" in line for line in process.stderr)
         process.stdin.write("Tell me a very long story about a ship.\n")
         process.stdin.flush()
         assert process.stdout.read(1)

@@ -23,13 +23,14 @@ from pipeline.chat.conversation import SUMMARY_REQUEST, Conversation
 from pipeline.chat.files import read_chat
 from pipeline.chat.session import ChatSession, SamplingParams, pluralize
 from pipeline.errors import GattError
+from pipeline.inference.request import TextPiece
 from pipeline.records import FinishReason, Request
 
 LONG_CHAT = conversation(*((f"Number {n}?", "Ahoy! " + "word " * 20) for n in range(1, 8)))
 """Seven turns, 166 words with the instruction."""
 
 
-def _ignore(model_index: int, piece: str) -> None:
+def _ignore(model_index: int, piece: TextPiece) -> None:
     """Receive a piece of an answer."""
 
 
@@ -77,8 +78,8 @@ def test_a_turn_is_added_with_the_instruction_under_which_it_was_sent() -> None:
 def test_pieces_arrive_in_order() -> None:
     pieces: list[tuple[int, str]] = []
 
-    def record(model_index: int, piece: str) -> None:
-        pieces.append((model_index, piece))
+    def record(model_index: int, piece: TextPiece) -> None:
+        pieces.append((model_index, piece.text))
 
     session = _session(ScriptedEngine(lambda request: "Ahoy! You there."))
     asyncio.run(session.turn("Hello", 9, record))
@@ -95,13 +96,22 @@ def test_what_cut_an_answer_off_is_noted(finish: FinishReason, note: str) -> Non
     assert screen.shown == [f"✓ followed 1 of 1: ✓{note}"]
 
 
-def test_without_an_answer_the_conversation_is_unchanged() -> None:
-    session = _session(ScriptedEngine(lambda request: ""))
+def test_a_stopped_message_without_an_answer_is_not_added() -> None:
+    session = _session(ScriptedEngine(lambda request: "", finish="cancelled"))
     start = session.conversation
     with pytest.raises(GattError, match="Stopped before the first token"):
         asyncio.run(session.turn("Hello", 9, _ignore))
     assert session.conversation is start
     assert not session.is_answering
+
+
+def test_an_empty_answer_is_a_turn_and_the_chat_goes_on() -> None:
+    answers = iter(("", "Ahoy! You."))
+    screen = ScriptedScreen(("Hello", "You"), interactive=False)
+    chat = run_chat(ScriptedEngine(lambda request: next(answers)), screen)
+    assert [turn.answers for turn in chat.turns] == [("",), ("Ahoy! You.",)]
+    assert "empty: the model ended its answer at once" in screen.shown[0]
+    assert "✓" in screen.shown[1]
 
 
 def test_every_turn_and_retry_has_a_seed_of_its_own() -> None:

@@ -91,3 +91,45 @@ def test_tables_fit_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = terminal.getvalue().splitlines()
     assert len(lines) > 4
     assert max(map(len, lines[1:])) <= 40
+
+
+@pytest.mark.parametrize(
+    ("encoding", "printed"),
+    [("ascii", b"Gr??e ? ?\n"), ("cp1252", b"Gr\xfc\xdfe ? ?\n"), ("utf-8", None)],
+)
+def test_characters_that_the_terminal_lacks_are_replaced(
+    encoding: str, printed: bytes | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = io.BytesIO()
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, io.TextIOWrapper(output, encoding))
+    monkeypatch.setattr(sys, "stdin", None)
+    console.tolerate_encodings()
+    console.print_result("Grüße 漢 \udce9")
+    assert output.getvalue() == (printed or "Grüße 漢 ?\n".encode())
+    console.log("漢 \udce9")
+    assert b"\\udce9" in output.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "encoding", "text"),
+    [
+        ("Grüße, 漢".encode(), "utf-8", "Grüße, 漢"),
+        ("Grüße, 漢".encode("utf-8-sig"), "utf-8", "Grüße, 漢"),
+        ("Grüße, 漢".encode(), "ascii", "Grüße, 漢"),
+        ("Grüße".encode("latin-1"), "utf-8", "Grüße"),
+        ("привет".encode("koi8-r"), "koi8-r", "привет"),
+    ],
+)
+def test_input_in_other_encodings(
+    content: bytes,
+    encoding: str,
+    text: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    console._log_latin_1.cache_clear()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), encoding))
+    console.tolerate_encodings()
+    assert sys.stdin.read() == text
+    assert ("read as Latin-1" in capsys.readouterr().err) == (content == "Grüße".encode("latin-1"))

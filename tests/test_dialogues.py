@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.data.dialogues import load_chats, load_dialogues
+from pipeline.data.dialogues import Chat, load_chats, load_dialogues
 from pipeline.errors import GattError
-from pipeline.records import Dialogue
+from pipeline.records import Dialogue, Message
 
-_MESSAGES = [
+_MESSAGES: list[Message] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Hi"},
     {"role": "assistant", "content": "Hello."},
@@ -61,7 +61,9 @@ def test_a_json_array_and_a_parquet_file(tmp_path: Path) -> None:
 
 def test_a_chat_ends_with_its_last_answer(tmp_path: Path) -> None:
     rows = ({"messages": _MESSAGES}, {"conversations": _CONVERSATIONS})
-    assert load_chats(_write(tmp_path / "c.jsonl", *rows)) == [tuple(_MESSAGES[:3])] * 2
+    assert (
+        load_chats(_write(tmp_path / "c.jsonl", *rows)) == [Chat(tuple(_MESSAGES[:3]), (1.0,))] * 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,12 +71,14 @@ def test_a_chat_ends_with_its_last_answer(tmp_path: Path) -> None:
     [
         ({}, "line 1: expected an object with `turns`, `messages` or `conversations`"),
         ("text", "line 1: expected an object with"),
-        ({"turns": []}, "line 1: every user turn must be a text"),
+        ({"turns": []}, r"nothing that can be used: 1 without a user turn \(.*line 1\)"),
+        ({"id": 7, "text": "Hi"}, "`conversations`; it has id, text"),
         ({"turns": ["Hi", " "]}, "line 1: every user turn must be a text"),
         ({"messages": _MESSAGES[1:2] * 2}, "line 1: two user turns in a row"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "unknown role 'tool'; expected system"),
-        ({"conversations": [{"from": ["x"]}]}, r"unknown role \['x'\]; expected human"),
-        ({"messages": ["Hi"]}, "expected an object as each message, found 'Hi'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "1 without a user turn"),
+        ({"conversations": [{"from": ["x"]}]}, r"expected a text as the role, found \['x'\]"),
+        ({"messages": ["Hi", {}]}, "expected an object as each message, found 'Hi'"),
+        ({"messages": [{"content": "Hi"}]}, "a message without `role`"),
     ],
 )
 def test_a_malformed_dialogue_is_named(row: object, message: str, tmp_path: Path) -> None:
@@ -83,17 +87,17 @@ def test_a_malformed_dialogue_is_named(row: object, message: str, tmp_path: Path
 
 
 def test_a_chat_without_an_answer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(GattError, match="line 1: expected at least one answer"):
+    with pytest.raises(GattError, match=r"1 without an answer \(the first: .*line 1\)"):
         load_chats(_write(tmp_path / "c.jsonl", {"messages": _MESSAGES[:2]}))
 
 
 def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(GattError, match=r"No dialogues at .*none\.jsonl\. Expected a JSONL file"):
+    with pytest.raises(GattError, match=r"No dialogues at .*none\.jsonl\. Expected a file"):
         load_dialogues(str(tmp_path / "none.jsonl"))
     with pytest.raises(GattError, match=r"empty\.jsonl is empty\. Expected one dialogue a line"):
         load_dialogues(_write(tmp_path / "empty.jsonl"))
     (tmp_path / "array.json").write_text('[{"turns": ["Hi"]}', encoding="utf-8")
     with pytest.raises(GattError, match="begins as a JSON array but is not valid JSON"):
         load_dialogues(str(tmp_path / "array.json"))
-    with pytest.raises(GattError, match=r"Cannot load the dataset '/no/such/folder'"):
+    with pytest.raises(GattError, match="No dialogues at /no/such/folder"):
         load_dialogues("/no/such/folder")

@@ -11,16 +11,21 @@ from typing import NamedTuple
 
 import pytest
 from converter import converter
+from support.bases import make_multimodal
 from support.families import FAMILIES, SIZES, save_adapter, save_byte_level, save_family
 from support.shared import make_once
 
 from pipeline.errors import GattError
 from pipeline.export.summary import ExportSummary
+from pipeline.export.verify import find_mismatch, load_and_predict, sample_chats
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.base import JsonObject
+from pipeline.gguf.gguf_base import GgufBase
 from pipeline.gguf.merge import open_base
+from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import write_formats
-from pipeline.hub.models import Model
+from pipeline.hub.gguf_checkpoint import write_gguf_checkpoint
+from pipeline.hub.models import Model, shape_of
 from pipeline.recipe import Export
 from pipeline.stages.export import export_standalone
 
@@ -138,6 +143,49 @@ def test_a_family_passes_the_checks_of_its_export(
     assert summary.kl_trained < (1e-2 if "moe" in name else 1e-4)
     assert summary.retained
     assert all(abs(share - 1) < 1e-5 for share in summary.retained.values())
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in _FAST else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+)
+def test_training_on_a_gguf_is_training_on_its_folder(
+    name: str, model_dir: Path, tmp_path: Path
+) -> None:
+    """The folder of a GGUF: the tokens of llama.cpp, and bit by bit the logits of the original."""
+    import torch
+    import transformers
+
+    file, folder = tmp_path / "base.gguf", tmp_path / "hf"
+    write_formats(Model("tiny", model_dir), None, {"F32": file})
+    base = open_base(file)
+    assert isinstance(base, GgufBase)
+    write_gguf_checkpoint(base, open_gguf(file), folder)
+    chats = sample_chats(file)
+    token_ids = load_and_predict(file, chats.texts, ()).token_ids
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert find_mismatch(chats, token_ids, tokenizer) == ""
+    networks = [
+        transformers.AutoModelForCausalLM.from_pretrained(f, dtype="float32")
+        for f in (model_dir, folder)
+    ]
+    ids = torch.randint(5, 300, (1, 200), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected, actual = (network(ids).logits for network in networks)
+    assert actual.equal(expected)
+    assert shape_of(str(file)) == shape_of(str(model_dir))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["language_model.", "model.language_model"])
+def test_a_multimodal_model_becomes_what_llama_cpp_writes(
+    layout: str, llama_cpp: Path, tmp_path: Path
+) -> None:
+    save_family("gemma 3", tmp_path / "text")
+    folder = make_multimodal(tmp_path / "text", tmp_path / "base", layout)
+    write_formats(Model("tiny", folder), None, {"F16": tmp_path / "F16.gguf"})
+    script, expected = _script(llama_cpp, "convert_hf_to_gguf.py", ""), tmp_path / "expected.gguf"
+    _run(script, folder, "--outfile", expected, "--outtype", "f16")
+    _assert_equal(tmp_path / "F16.gguf", expected)
 
 
 @pytest.mark.slow

@@ -83,3 +83,16 @@ def test_a_hash_follows_contents_and_names(tmp_path: Path) -> None:
     before = sha256(first / "rows.jsonl")
     write_jsonl(first / "rows.jsonl", [{"n": 2}])
     assert sha256(first / "rows.jsonl") != before
+
+
+def test_halves_of_surrogate_pairs_do_not_stop_a_file(tmp_path: Path) -> None:
+    assert json_line({"text": "a \ud83d b"}) == '{"text": "a \ufffd b"}\n'
+    write_json(tmp_path / "a.json", {"text": "\ud83d\ude00 😀"})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"text": "\ufffd\ufffd 😀"}
+
+
+def test_a_damaged_line_in_a_log_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    file.write_bytes(b'{"a": 1}\n\0\0\0\n{"a": 2}\n')
+    with pytest.raises(GattError, match=r"log\.jsonl, line 2: not a line of JSON"):
+        JsonlLog(file)

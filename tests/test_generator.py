@@ -13,7 +13,8 @@ from pipeline.hub.convert import cached_gguf, runnable_gguf
 from pipeline.hub.models import Model, find_model
 from pipeline.inference import generator, teacher
 from pipeline.inference.generator import GenerationEngine, context_for, open_generator
-from pipeline.inference.openai_client import OpenAIClient, is_server_url
+from pipeline.inference.openai_client import OpenAIClient
+from pipeline.inference.remote.address import is_server_url
 from pipeline.inference.teacher import open_teacher
 from pipeline.recipe import Recipe, Synthesize
 from pipeline.records import Task

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,19 +10,20 @@ import peft
 import pytest
 import torch
 import transformers
+from support.families import SIZES
+from support.training import loss_of_full_logits, tiny_examples
 
 from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
 from pipeline.recipe import Recipe, Train
 from pipeline.records import Message, SynthesisMethod, SynthesizedDialogue
-from pipeline.training import loss
 from pipeline.training.examples import (
     IGNORE_INDEX,
     TrainingExample,
     build_example,
     example_from_row,
 )
-from pipeline.training.loss import Batch, collate, gatt_loss, kl_divergence
+from pipeline.training.loss import Batch, GattLoss, collate, gatt_loss, kl_divergence
 from pipeline.training.unsloth import load_tokenizer
 
 if TYPE_CHECKING:
@@ -233,7 +233,6 @@ def test_the_loss_is_the_weighted_mean_over_all_logits(model: peft.PeftModel) ->
 def test_distillation_is_the_divergence_from_the_base_in_the_teachers_chat(
     tokenizer: PreTrainedTokenizerBase,
     model: peft.PeftModel,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Loss and gradients, from chunks of three tokens, are those of full logits."""
     settings = Train(loss="distill", unedited_weight=0.5)
@@ -243,9 +242,8 @@ def test_distillation_is_the_divergence_from_the_base_in_the_teachers_chat(
         for chat, teacher_chat in chats
     ]
     vocab_size = model.get_base_model().lm_head.weight.shape[0]
-    monkeypatch.setattr(loss, "_LOGITS_PER_CHUNK", 3 * vocab_size)
-    actual = gatt_loss(model, collate(examples, pad_token_id=0), settings)
-    expected = _loss_of_full_logits(model, examples)
+    actual = GattLoss(model, settings, 3 * vocab_size)(collate(examples, pad_token_id=0))
+    expected = loss_of_full_logits(model, examples)
     assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
     trained = [p for p in model.parameters() if p.requires_grad]
     for gradient, expected_gradient in zip(
@@ -266,32 +264,50 @@ def _with_small_ids(example: TrainingExample) -> TrainingExample:
     )
 
 
-def _loss_of_full_logits(
-    model: peft.PeftModel, examples: Sequence[TrainingExample]
-) -> torch.Tensor:
-    """Compute the loss of distillation token by token."""
-    total, total_weight = torch.zeros(()), 0.0
-    for example in examples:
-        logprobs = _logprobs(model, example.input_ids)
-        with torch.no_grad(), model.disable_adapter():
-            teacher_logprobs = _logprobs(model, example.teacher_ids)
-        alignment: Mapping[int, int] = dict(example.alignment)
-        for index, label in enumerate(example.labels):
-            if label == IGNORE_INDEX:
-                continue
-            q = logprobs[index - 1]
-            if index in alignment:
-                p = teacher_logprobs[alignment[index] - 1]
-                token_loss = (p.exp() * (p - q)).sum()
-            else:
-                token_loss = -q[label]
-            total = total + example.weights[index] * token_loss
-            total_weight += example.weights[index]
-    return total / total_weight
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 1.5, "head_dim": 16}),
+        ("Cohere", {"logit_scale": 0.25}),
+        ("Granite", {"logits_scaling": 4.0}),
+    ],
+)
+@pytest.mark.parametrize("is_distilled", [False, True])
+def test_logits_are_capped_and_scaled_as_the_family_does(
+    family: str, settings: dict[str, object], is_distilled: bool
+) -> None:
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, "vocab_size": 300, **settings})
+    base = getattr(transformers, f"{family}ForCausalLM")(config)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["o_proj", "up_proj"]))
+    assert isinstance(model, peft.PeftModel)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.eval()
+    examples = tiny_examples()[:2]
+    if not is_distilled:
+        examples = [replace(e, teacher_ids=(), alignment=()) for e in examples]
+    actual = GattLoss(model, Train(), 3 * 300)(collate(examples, pad_token_id=0))
+    if is_distilled:
+        expected = loss_of_full_logits(model, examples)
+    else:
+        weights = [sum(example.weights) for example in examples]
+        losses = [
+            model(input_ids=torch.tensor([e.input_ids]), labels=torch.tensor([e.labels])).loss
+            for e in examples
+        ]
+        expected = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    assert actual.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert _gradients(actual, model) == pytest.approx(
+        _gradients(expected, model), rel=1e-3, abs=1e-7
+    )
 
 
-def _logprobs(model: peft.PeftModel, ids: Sequence[int]) -> torch.Tensor:
-    return model(input_ids=torch.tensor([list(ids)])).logits[0].log_softmax(-1)
+def _gradients(loss: torch.Tensor, model: peft.PeftModel) -> list[float]:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.cat([g.flatten() for g in torch.autograd.grad(loss, trained)])
+    return [float(value) for value in gradients]
 
 
 def test_cross_entropy_can_be_mixed_into_distillation(

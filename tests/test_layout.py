@@ -16,7 +16,7 @@ MAX_MODULES = 12
 MAX_README_LINES = 80
 ROOT_MODULES = {
     *("run", "run_dir", "recipe", "recipe_file"),
-    *("console", "files", "system", "records", "errors"),
+    *("folders", "files", "gpu", "system", "console", "records", "errors"),
 }
 
 

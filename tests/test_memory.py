@@ -17,9 +17,11 @@ from pipeline.hub.models import shape_of
 from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Recipe, Train
+from pipeline.training.job import LOGITS_PER_CHUNK
 from pipeline.training.memory import (
     GPU_SIZES_GB,
     TOKENS_PER_STEP,
+    TrainingPlan,
     fit_to_memory,
     largest_preset,
     tokens_that_fit,
@@ -123,9 +125,9 @@ def test_a_recipe_for_a_graphics_card(tmp_path: Path) -> None:
 
 def test_a_step_is_split_to_fit_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = Recipe()
-    assert fit_to_memory(recipe, 500, 64e9, gpu=False) == recipe.train
+    assert fit_to_memory(recipe, 500, 64e9, gpu=False) == TrainingPlan(recipe.train)
     free = training_memory(SMOLLM2, recipe.train, 700)
-    settings = fit_to_memory(recipe, 500, free, gpu=False)
+    settings = fit_to_memory(recipe, 500, free, gpu=False).settings
     assert settings.max_tokens_per_micro_batch == pytest.approx(700, abs=1)
     assert f"{settings.max_tokens_per_micro_batch} tokens at a time" in capsys.readouterr().err
     with pytest.raises(
@@ -141,5 +143,57 @@ def test_processes_on_a_cpu_share_the_memory(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(GattError, match="Too little memory"):
         fit_to_memory(recipe, 500, free, gpu=False)
-    settings = fit_to_memory(recipe, 500, 2 * free, gpu=False)
+    settings = fit_to_memory(recipe, 500, 2 * free, gpu=False).settings
     assert settings.max_tokens_per_micro_batch == pytest.approx(700, abs=1)
+
+
+@pytest.mark.parametrize(("card_gib", "tokens"), [(8, 2972), (12, 21848), (16, 40724), (24, 78475)])
+def test_an_8b_model_takes_on_a_gpu_what_unsloth_publishes(card_gib: int, tokens: int) -> None:
+    """The table of Unsloth's documentation: Llama 3.1 8B, rank 32, the longest context by card."""
+    shape, card = shape_of("llama-3.1-8b"), card_gib * 2**30
+    for optimizer, distance in (("adamw", 0.04), ("adamw_8bit", 0.05)):
+        settings = Train.model_validate({"optimizer": optimizer, "rank": 32})
+        predicted = training_memory(shape, settings, tokens, gpu=True)
+        assert predicted == pytest.approx(card, rel=distance)
+    if card_gib > 8:
+        assert tokens_that_fit(shape, Train(), card, gpu=True) == pytest.approx(tokens, rel=0.06)
+
+
+def _plan_bytes(shape: ModelShape, plan: TrainingPlan, tokens: int) -> float:
+    """Count what a plan takes on a GPU: the prediction, stored activations, larger chunks."""
+    activations = plan.stored_layers * tokens * shape.activation_bytes_per_token
+    logits = 40 * (plan.logits_per_chunk - LOGITS_PER_CHUNK)
+    return training_memory(shape, plan.settings, tokens, gpu=True) + activations + logits
+
+
+@pytest.mark.parametrize("name", ["smollm2-135m", "llama-3.2-1b", "qwen3-4b", "llama-3.1-8b"])
+@pytest.mark.parametrize("card_gb", [6, 8, 12, 24])
+def test_the_plan_for_a_gpu_fits(
+    name: str, card_gb: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, free, shape = Recipe(model=name), usable_bytes(card_gb), shape_of(name)
+    needed = training_memory(shape, recipe.train, 600, gpu=True)
+    if needed > free:
+        with pytest.raises(GattError, match=r'set train\.optimizer = "adamw_8bit"'):
+            fit_to_memory(recipe, 600, free, gpu=True)
+        return
+    plan = fit_to_memory(recipe, 600, free, gpu=True)
+    tokens = plan.settings.max_tokens_per_micro_batch or 4 * 600
+    assert tokens >= 600 and plan.stored_layers <= shape.num_hidden_layers
+    taken = _plan_bytes(shape, plan, tokens)
+    assert taken <= free
+    if plan.stored_layers:
+        assert taken <= 0.9 * free
+    assert f"about {taken / 1e9:.1f} GB of {free / 1e9:.1f} (estimated)" in capsys.readouterr().err
+
+
+def test_spare_memory_of_a_gpu_is_used() -> None:
+    """Layers keep their activations and chunks grow with the card, all of them if it is large."""
+    recipe = Recipe(model="llama-3.1-8b")
+    plans = [fit_to_memory(recipe, 500, usable_bytes(size), gpu=True) for size in (12, 16, 24, 80)]
+    stored = [plan.stored_layers for plan in plans]
+    assert stored == sorted(stored) and 0 < stored[0] < 8 and stored[-1] == 32
+    assert [plan.logits_per_chunk for plan in plans] == [2**24, 2**25, 2**25, 2**26]
+    # The model of the validation takes its part first.
+    taken = fit_to_memory(recipe, 500, usable_bytes(24), gpu=True, taken_bytes=9e9)
+    assert taken.stored_layers < plans[2].stored_layers

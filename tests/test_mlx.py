@@ -9,17 +9,19 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.families import save_family
 from support.training import tiny_examples
 
 from pipeline.errors import GattError
 from pipeline.inference.logits import mean_kl
 from pipeline.recipe import Train
-from pipeline.training import mlx, mlx_loss, unsloth
+from pipeline.training import mlx, mlx_loss, mlx_model, unsloth
 from pipeline.training.job import TrainingJob
 from pipeline.training.loss import collate, gatt_loss
 
@@ -70,17 +72,21 @@ def test_the_learning_rate_is_that_of_transformers(schedule: str) -> None:
         scheduler.step()
 
 
-@pytest.mark.parametrize("settings", [Train(dora=True), Train(report_to=("wandb",))])
-def test_settings_that_mlx_lacks_are_an_error(settings: Train, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings", [Train(dora=True), Train(report_to=("wandb",)), Train(optimizer="adamw_8bit")]
+)
+def test_settings_that_mlx_lacks_are_an_error(
+    settings: Train, tiny_llama: Path, tmp_path: Path
+) -> None:
     job = TrainingJob(
-        model_dir=tmp_path,
+        model_dir=tiny_llama,
         examples=tiny_examples(),
         settings=settings,
         seed=1,
         checkpoint_dir=tmp_path,
         adapter_dir=tmp_path,
     )
-    with pytest.raises(GattError, match=r"MLX has no train\.dora and no train\.report_to"):
+    with pytest.raises(GattError, match=r"MLX has no train\.dora, no train\.report_to and"):
         mlx.train(job)
 
 
@@ -114,7 +120,7 @@ def test_the_loss_is_that_of_torch(tiny_llama: Path, tiny_adapter: Path, setting
     model.set_dtype(mx.float32)
     model.freeze()
     linear_to_lora_layers(model, len(model.layers), {"rank": 4, "scale": 2.0, "dropout": 0.0})
-    mlx.load_adapter(model, tiny_adapter)
+    mlx_model.load_adapter(model, tiny_adapter)
     batch = mlx_loss.collate(tiny_examples())
     teacher_logits = mlx_loss.teacher_logits(model, batch)
     weight = sum(sum(example.weights) for example in tiny_examples())
@@ -129,6 +135,43 @@ def _train(model_dir: Path, out: Path, last_step: int) -> object:
     assert done.returncode == 0, done.stderr
     result: object = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+@pytest.mark.parametrize("key", ["rope_parameters", "rope_scaling"])
+@pytest.mark.parametrize(("max_length", "factors"), [(64, [1.0, 1.1]), (65, [2.0, 3.0])])
+def test_longrope_takes_the_factors_for_the_length(
+    key: str, max_length: int, factors: list[float]
+) -> None:
+    rope = {"rope_type": "longrope", "short_factor": [1.0, 1.1], "long_factor": [2.0, 3.0]}
+    config = {key: rope, "original_max_position_embeddings": 64, "hidden_size": 8}
+    actual = mlx_model.mlx_config(config, max_length)
+    assert actual["rope_scaling"] == {**rope, "type": "longrope", "long_factor": factors}
+    assert actual["hidden_size"] == 8 and rope["long_factor"] == [2.0, 3.0]
+
+
+def test_the_rotary_embedding_of_other_models_keeps_its_settings() -> None:
+    default = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    assert mlx_model.mlx_config(default, 99) == default | {
+        "rope_theta": 5e5,
+        "rope_scaling": None,
+    }
+    older = {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}, "rope_theta": 5e5}
+    assert mlx_model.mlx_config(older, 99) == older
+
+
+@pytest.mark.slow
+def test_all_projections_of_phi_are_adapted(tmp_path: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    save_family("phi 4 mini", tmp_path / "phi")
+    losses = _train(tmp_path / "phi", tmp_path / "out", last_step=4)
+    assert isinstance(losses, list) and len(losses) == 4
+    config = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert config["target_modules"] == ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]
+    sequences = [example.input_ids for example in tiny_examples()]
+    predict = partial(unsloth.predict, tmp_path / "phi", load_in_4bit=False)
+    exact = predict(tmp_path / "out" / "adapter", sequences).values
+    base, rounded = predict(None, sequences).values, np.load(tmp_path / "out" / "logits.npy")
+    assert mean_kl(exact, rounded) < min(0.5, mean_kl(base, rounded))
 
 
 def test_it_learns_and_an_interrupted_run_resumes_to_the_same_adapter(

@@ -10,10 +10,12 @@ from pydantic import ValidationError
 from support.engines import ScriptedAsyncEngine, generation_result
 
 from pipeline.errors import GattError
-from pipeline.inference.request import EngineClosedError, QueueFullError
+from pipeline.inference.request import EngineClosedError, Prompt, QueueFullError, TextPiece
+from pipeline.records import DEFAULT_SAMPLER, Request
 from pipeline.server.errors import ApiError, from_engine, from_validation
 from pipeline.server.metrics import Metrics
-from pipeline.server.protocol import ChatBody, ResponseBuilder, TextBody, TextResponseBuilder
+from pipeline.server.protocol import ChatBody, TextBody
+from pipeline.server.responses import Answer, ResponseBuilder, TextResponseBuilder
 
 
 def _chat_body(**fields: object) -> dict[str, object]:
@@ -21,7 +23,7 @@ def _chat_body(**fields: object) -> dict[str, object]:
 
 
 def test_a_chat_completion_has_the_fields_of_openai() -> None:
-    body = ResponseBuilder("m").completion("Hi.", generation_result())
+    body = ResponseBuilder("m").completion([Answer(TextPiece("Hi."), generation_result())])
     assert str(body.pop("id")).startswith("chatcmpl-")
     assert isinstance(body.pop("created"), int)
     assert body == {
@@ -47,10 +49,10 @@ def test_a_chat_completion_has_the_fields_of_openai() -> None:
 def test_the_chunks_of_a_chat_have_deltas_and_one_id() -> None:
     builder, result = ResponseBuilder("m"), generation_result("length")
     chunks: list[Any] = [
-        builder.role_chunk(),
-        builder.content_chunk("Hi."),
-        builder.final_chunk(result),
-        builder.usage_chunk(result),
+        builder.role_chunk(0),
+        builder.piece_chunk(0, TextPiece("Hi.")),
+        builder.final_chunk(0, result),
+        builder.usage_chunk([result]),
     ]
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
@@ -67,12 +69,12 @@ def test_the_chunks_of_a_chat_have_deltas_and_one_id() -> None:
 
 def test_text_completions_have_texts() -> None:
     builder, result = TextResponseBuilder("m"), generation_result()
-    assert builder.role_chunk() is None
+    assert builder.role_chunk(0) is None
     bodies: list[Any] = [
-        builder.content_chunk("Hi."),
-        builder.final_chunk(result),
-        builder.completion("Hi.", result),
-        builder.usage_chunk(result),
+        builder.piece_chunk(0, TextPiece("Hi.")),
+        builder.final_chunk(0, result),
+        builder.completion([Answer(TextPiece("Hi."), result)]),
+        builder.usage_chunk([result]),
     ]
     assert {body["object"] for body in bodies} == {"text_completion"}
     assert [body["choices"] for body in bodies] == [
@@ -82,18 +84,30 @@ def test_text_completions_have_texts() -> None:
     assert [("usage" in body) for body in bodies] == [False, False, True, True]
 
 
-def test_a_request_has_defaults_and_the_rest_of_the_context() -> None:
-    body = ChatBody.model_validate(_chat_body())
+def _sampling(**fields: object) -> Request:
+    """Return what the engine is asked for, in a context of 40 tokens besides the prompt."""
+    body = ChatBody.model_validate(_chat_body(**fields))
     body.check()
-    request = body.request((), 40)
+    return body.generation(Prompt([0] * 2), (), 42).sampling
+
+
+def test_a_request_has_defaults_and_the_rest_of_the_context() -> None:
+    request = _sampling()
     assert (request.max_tokens, request.temperature, request.top_p) == (40, 0.7, 1.0)
-    assert body.request((), 40).seed != request.seed  # random
-    fields = {"max_tokens": 9, "temperature": 0, "top_p": 0.5, "seed": 7, "stop": "x"}
-    request = (body := ChatBody.model_validate(_chat_body(**fields))).request((), 40)
+    assert request.sampler == DEFAULT_SAMPLER
+    assert _sampling().seed != request.seed  # random
+    fields: dict[str, Any] = {"max_tokens": 9, "temperature": 0, "top_p": 0.5, "seed": 7}
+    request = _sampling(**fields)
     assert (request.max_tokens, request.temperature, request.top_p, request.seed) == (9, 0, 0.5, 7)
+    body = ChatBody.model_validate(_chat_body(stop="x"))
     assert (body.stops, body.include_usage) == (("x",), False)
-    newer = ChatBody.model_validate(_chat_body(max_tokens=9, max_completion_tokens=5))
-    assert newer.request((), 40).max_tokens == 5
+    assert _sampling(max_tokens=9, max_completion_tokens=5).max_tokens == 5
+
+
+def test_thoughts_may_fill_the_context_unless_a_limit_includes_them() -> None:
+    assert _sampling(max_tokens=9).max_thought_tokens == 31
+    assert _sampling(max_completion_tokens=9).max_thought_tokens == 0
+    assert _sampling().max_thought_tokens == 0  # they share what is left
 
 
 def test_messages_in_parts_and_of_developers_become_plain() -> None:
@@ -119,7 +133,7 @@ def test_fields_that_change_nothing_are_accepted(fields: dict[str, object]) -> N
 @pytest.mark.parametrize(
     ("fields", "param", "hint"),
     [
-        ({"n": 2}, "n", "Only 1 is."),
+        ({"best_of": 2}, "best_of", "Only 1 is."),
         ({"tool_choice": "required"}, "tool_choice", 'Only "none" or "auto" is.'),
         ({"audio": {}}, "audio", "Omit it."),
         ({"stream_options": {"include_usage": True}}, "stream_options", "requires 'stream'"),
@@ -153,8 +167,8 @@ def test_errors_of_the_engine_have_a_status(error: Exception, status: int, code:
         ({"type": "model_type", "loc": ("body",)}, "not a JSON object", None),
         ({"type": "missing", "loc": ("body", "model")}, "parameter: 'model'", "model"),
         (
-            {"type": "x", "loc": ("body", "messages", 0), "msg": "no", "input": "secret"},
-            "Invalid value for 'messages.0': no.",
+            {"type": "int_type", "loc": ("body", "messages", 0), "msg": "x", "input": "secret"},
+            "Invalid value for 'messages.0': expected an integer.",
             "messages.0",
         ),
     ],
@@ -162,7 +176,7 @@ def test_errors_of_the_engine_have_a_status(error: Exception, status: int, code:
 def test_invalid_bodies_are_explained(
     detail: dict[str, object], message: str, param: str | None
 ) -> None:
-    error = from_validation(RequestValidationError([detail]))
+    error = from_validation(RequestValidationError([detail], body={"messages": ["secret"]}))
     assert message in error.message
     assert (error.status, error.param) == (400, param)
     assert "secret" not in error.message

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from pipeline.inference import scheduler
 from pipeline.inference.async_engine import CpuTimes, count_free_cores
-from pipeline.inference.batch_engine import ContextPlan
 from pipeline.inference.llama.model import ContextSettings, LoadedModel
+from pipeline.inference.llama.plan import ContextPlan
 from pipeline.inference.request import (
     ContextLengthError,
     EngineClosedError,
@@ -21,6 +21,7 @@ from pipeline.inference.request import (
     GenerationResult,
     Job,
     QueueFullError,
+    TextPiece,
 )
 from pipeline.inference.scheduler import (
     DecodeThread,
@@ -75,12 +76,10 @@ def test_a_new_conversation_gets_the_least_recently_used_slot_of_the_least_busy_
 
 def _emit(pieces: Sequence[str], stops: Sequence[str]) -> tuple[list[str], bool]:
     """Return the pieces that are passed on, and whether the answer was stopped."""
-    passed_on: list[str] = []
+    passed_on: list[TextPiece] = []
     job = Job(_request(stop=tuple(stops)), passed_on.append, lambda result: None)
-    for n, piece in enumerate(pieces, 1):
-        if job.emit(piece, last=n == len(pieces)):
-            return passed_on, True
-    return passed_on, False
+    stopped = any(map(job.emit, pieces)) or job.flush()
+    return [piece.text for piece in passed_on], stopped
 
 
 class _Emitted(NamedTuple):
@@ -132,7 +131,7 @@ def test_where_an_answer_is_stopped_does_not_depend_on_its_pieces(
 
 def _request(prompt: int = 4, answer: int = 2, stop: tuple[str, ...] = ()) -> GenerationRequest:
     sampling = Request(messages=(), seed=1, max_tokens=answer)
-    return GenerationRequest(list(range(prompt)), sampling, stop)
+    return GenerationRequest(tokens=list(range(prompt)), sampling=sampling, stop=stop)
 
 
 class _FakeContext:
@@ -208,7 +207,7 @@ class _Served(NamedTuple):
 
     def submit(self, request: GenerationRequest | None = None) -> Job:
         """Submit a request and return its job."""
-        job = Job(request or _request(), lambda text: None, self.results.append)
+        job = Job(request or _request(), lambda piece: None, self.results.append)
         self.model.submit(job)
         return job
 
@@ -225,7 +224,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Serve:
     """Return a function that serves a fake model with some slots and a queue of some jobs."""
 
     def make(slots: int, max_waiting: int) -> _Served:
-        plan = ContextPlan((slots,), 256, 1)
+        plan = ContextPlan((slots,), ContextSettings(256), 1)
         monkeypatch.setattr(scheduler, "plan_contexts", lambda *args, **keywords: plan)
         monkeypatch.setattr(scheduler, "BatchContext", _FakeContext)
         loaded: LoadedModel = _FakeModel(_FakeInfo(128))  # type: ignore[assignment]

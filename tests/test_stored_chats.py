@@ -13,7 +13,14 @@ from pipeline.chat.conversation import Conversation
 from pipeline.chat.session import SamplingParams
 from pipeline.errors import GattError
 from pipeline.inference.async_engine import AnswerStream
-from pipeline.inference.request import GenerationRequest, QueueFullError
+from pipeline.inference.request import (
+    PROMPT_OPTIONS,
+    GenerationRequest,
+    Prompt,
+    PromptOptions,
+    QueueFullError,
+    TextPiece,
+)
 from pipeline.records import Message
 from pipeline.server.web.stored_chats import ChatStore, PageChat
 
@@ -66,8 +73,8 @@ def test_stopping_a_served_chat_keeps_the_text_so_far() -> None:
     chat = PageChat(engine, ("a", "b"), Conversation(), SamplingParams())
     pieces: list[tuple[int, str]] = []
 
-    def stop_after_four(model_index: int, piece: str) -> None:
-        pieces.append((model_index, piece))
+    def stop_after_four(model_index: int, piece: TextPiece) -> None:
+        pieces.append((model_index, piece.text))
         if len(pieces) == 4:
             chat.stop()
 
@@ -79,9 +86,11 @@ def test_stopping_a_served_chat_keeps_the_text_so_far() -> None:
 
 def test_stopping_before_the_prompt_is_read_sends_nothing() -> None:
     class StoppingEngine(ScriptedAsyncEngine):
-        def chat_tokens(self, name: str, messages: tuple[Message, ...]) -> list[int]:
+        def chat_prompt(
+            self, name: str, messages: tuple[Message, ...], options: PromptOptions = PROMPT_OPTIONS
+        ) -> Prompt:
             chat.stop()
-            return super().chat_tokens(name, messages)
+            return super().chat_prompt(name, messages, options)
 
     engine = StoppingEngine()
     chat = PageChat(engine, ("m",), Conversation(), SamplingParams())

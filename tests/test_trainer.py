@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
@@ -30,7 +32,7 @@ from pipeline.files import read_jsonl
 from pipeline.gguf.formats import uniform_format
 from pipeline.gguf.merge import plan_merge, write
 from pipeline.hub.convert import cached_checkpoint
-from pipeline.hub.models import find_model
+from pipeline.hub.models import find_model, shape_of
 from pipeline.inference.logits import mean_kl
 from pipeline.recipe import Recipe, Train
 from pipeline.records import Message, Reply
@@ -46,10 +48,12 @@ from pipeline.training.job import (
     TrainingJob,
     last_checkpoint,
     length_grouped_batches,
+    main_process_first,
     mark_complete,
     micro_batches,
+    own_projections,
 )
-from pipeline.training.loss import Batch, gatt_loss
+from pipeline.training.loss import Batch, GattLoss
 
 MICRO_BATCH_SETTINGS = SETTINGS.model_copy(update={"max_tokens_per_micro_batch": 40})
 
@@ -73,13 +77,12 @@ def test_a_step_in_micro_batches_is_the_same_step(
 ) -> None:
     shapes: list[Sequence[int]] = []
 
-    def recorded(
-        model: PeftModel, batch: Batch, settings: Train, weight: torch.Tensor
-    ) -> torch.Tensor:
-        shapes.append(tuple(batch["input_ids"].shape))
-        return gatt_loss(model, batch, settings, weight)
+    class RecordedLoss(GattLoss):
+        def __call__(self, batch: Batch, total_weight: torch.Tensor | None = None) -> torch.Tensor:
+            shapes.append(tuple(batch["input_ids"].shape))
+            return super().__call__(batch, total_weight)
 
-    monkeypatch.setattr(trainer, "gatt_loss", recorded)
+    monkeypatch.setattr(trainer, "GattLoss", RecordedLoss)
     _assert_same(train_tiny(tiny_job(tiny_llama, tmp_path, MICRO_BATCH_SETTINGS)), uninterrupted)
     assert len(shapes) > SETTINGS.max_steps
     assert all(rows == 1 or rows * length <= 40 for rows, length in shapes)
@@ -94,19 +97,18 @@ def test_out_of_memory_continues_in_smaller_micro_batches(
 ) -> None:
     rows: list[int] = []
 
-    def short_of_memory(
-        model: PeftModel, batch: Batch, settings: Train, weight: torch.Tensor
-    ) -> torch.Tensor:
-        rows.append(len(batch["input_ids"]))
-        loss = gatt_loss(model, batch, settings, weight)
-        if batch["input_ids"].numel() > 60:
-            loss.backward()  # the gradients of an interrupted step must not count
-            raise RuntimeError(
-                "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
-            )
-        return loss
+    class ShortOfMemory(GattLoss):
+        def __call__(self, batch: Batch, total_weight: torch.Tensor | None = None) -> torch.Tensor:
+            rows.append(len(batch["input_ids"]))
+            loss = super().__call__(batch, total_weight)
+            if batch["input_ids"].numel() > 60:
+                loss.backward()  # the gradients of an interrupted step must not count
+                raise RuntimeError(
+                    "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
+                )
+            return loss
 
-    monkeypatch.setattr(trainer, "gatt_loss", short_of_memory)
+    monkeypatch.setattr(trainer, "GattLoss", ShortOfMemory)
     _assert_same(train_tiny(tiny_job(tiny_llama, tmp_path)), uninterrupted)
     assert rows[0] == 4 and rows[-1] < 4
     assert "out of memory; continuing with at most" in capsys.readouterr().err
@@ -118,9 +120,35 @@ def test_one_dialogue_that_does_not_fit_is_an_error(
     def out_of_memory(*_: object) -> NoReturn:
         raise MemoryError
 
-    monkeypatch.setattr(trainer, "gatt_loss", out_of_memory)
+    monkeypatch.setattr(GattLoss, "__call__", out_of_memory)
     with pytest.raises(GattError, match=r"Too little memory to train on a dialogue of \d+ tokens"):
         train_tiny(tiny_job(tiny_llama, tmp_path))
+
+
+def test_stored_activations_are_given_up_before_a_dialogue(
+    tiny_llama: Path,
+    tmp_path: Path,
+    uninterrupted: Trained,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    layers: list[torch.nn.Module] = []
+
+    class ShortOfMemory(GattLoss):
+        def __init__(self, model: PeftModel, settings: Train, logits_per_chunk: int) -> None:
+            super().__init__(model, settings, logits_per_chunk)
+            layers.append(model.get_base_model().model.layers[1])
+            layers[0].__dict__["_unsloth_skip_checkpoint"] = True  # as Unsloth marks it
+
+        def __call__(self, batch: Batch, total_weight: torch.Tensor | None = None) -> torch.Tensor:
+            if "_unsloth_skip_checkpoint" in layers[0].__dict__:
+                raise torch.OutOfMemoryError
+            return super().__call__(batch, total_weight)
+
+    monkeypatch.setattr(trainer, "GattLoss", ShortOfMemory)
+    settings = SETTINGS.model_copy(update={"max_tokens_per_micro_batch": 12})
+    _assert_same(train_tiny(tiny_job(tiny_llama, tmp_path, settings)), uninterrupted)
+    assert "continuing without stored activations" in capsys.readouterr().err
 
 
 def test_other_errors_are_raised(
@@ -129,7 +157,7 @@ def test_other_errors_are_raised(
     def broken(*_: object) -> NoReturn:
         raise RuntimeError("shapes do not match")
 
-    monkeypatch.setattr(trainer, "gatt_loss", broken)
+    monkeypatch.setattr(GattLoss, "__call__", broken)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         train_tiny(tiny_job(tiny_llama, tmp_path))
 
@@ -137,14 +165,146 @@ def test_other_errors_are_raised(
 def test_a_loss_that_is_not_finite_is_an_error(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def infinite(
-        model: PeftModel, batch: Batch, settings: Train, weight: torch.Tensor
-    ) -> torch.Tensor:
-        return gatt_loss(model, batch, settings, weight) * torch.inf
+    class Infinite(GattLoss):
+        def __call__(self, batch: Batch, total_weight: torch.Tensor | None = None) -> torch.Tensor:
+            return super().__call__(batch, total_weight) * torch.inf
 
-    monkeypatch.setattr(trainer, "gatt_loss", infinite)
+    monkeypatch.setattr(trainer, "GattLoss", Infinite)
     with pytest.raises(GattError, match=r"The loss of step 1 is (inf|nan)\. Lower train\.learn"):
         train_tiny(tiny_job(tiny_llama, tmp_path))
+
+
+@pytest.mark.parametrize("first_scale", [2.0**16, 2.0**40])
+def test_float16_is_scaled_until_no_gradient_overflows(
+    first_scale: float,
+    tiny_llama: Path,
+    tmp_path: Path,
+    uninterrupted: Trained,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(trainer, "_FIRST_LOSS_SCALE", first_scale)
+    job = tiny_job(tiny_llama, tmp_path)
+    trained = train_tiny(job, "float16")
+    _assert_same(trained, uninterrupted, tolerance=0.03)
+    scales = [
+        json.loads((job.checkpoint_dir / f"checkpoint-{step}" / "loss_scale.json").read_text())
+        for step in (2, 3)  # the last two are kept
+    ]
+    assert 2.0**10 < scales[0] <= min(first_scale, 2.0**30) and scales[1] <= scales[0]
+    # An interrupted run goes on with the scale that it had.
+    shutil.rmtree(job.checkpoint_dir / "checkpoint-3")
+    monkeypatch.setattr(trainer, "_FIRST_LOSS_SCALE", 1.0)
+    _assert_same(train_tiny(job, "float16"), trained, tolerance=1e-6)
+    last = job.checkpoint_dir / "checkpoint-3" / "loss_scale.json"
+    assert json.loads(last.read_text()) == scales[1]
+
+
+def test_small_gradients_do_not_vanish_in_float16(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token that the model knows has no gradient; its weight makes the others' small."""
+    known = tiny_examples()[0]
+    known = replace(
+        known,
+        weights=[1e6 * weight for weight in known.weights],
+        teacher_ids=known.input_ids,
+        alignment=[(n, n) for n in range(1, len(known.input_ids))],
+    )
+    settings = SETTINGS.model_copy(update={"max_steps": 2})
+    job = replace(
+        tiny_job(tiny_llama, tmp_path / "a", settings), examples=[*tiny_examples()[:3], known]
+    )
+    expected = train_tiny(job)  # the first step is the warm-up, with a learning rate of zero
+    scaled = train_tiny(replace(job, checkpoint_dir=tmp_path / "b"), "float16")
+    monkeypatch.setattr(trainer, "_FIRST_LOSS_SCALE", 1.0)
+    unscaled = train_tiny(replace(job, checkpoint_dir=tmp_path / "c"), "float16")
+    moved, too_little = (
+        float((trained.adapter - unscaled.adapter).norm()) for trained in (expected, scaled)
+    )
+    assert moved > 0.1
+    assert too_little == pytest.approx(moved, rel=0.1)
+    assert float((scaled.adapter - expected.adapter).norm()) < 0.2 * moved
+
+
+def test_adamw_in_8_bits_learns_and_resumes(
+    tiny_llama: Path, tmp_path: Path, uninterrupted: Trained
+) -> None:
+    class InterruptedTestError(Exception):
+        pass
+
+    def interrupt(step: Step) -> None:
+        if step.number == 3:
+            raise InterruptedTestError
+
+    settings = SETTINGS.model_copy(update={"optimizer": "adamw_8bit"})
+    expected = train_tiny(tiny_job(tiny_llama, tmp_path / "a", settings))
+    assert expected.losses == pytest.approx(uninterrupted.losses, rel=0.02)
+    assert expected.adapter.tolist() != uninterrupted.adapter.tolist()
+    job = tiny_job(tiny_llama, tmp_path / "b", settings)
+    with pytest.raises(InterruptedTestError):
+        train_tiny(replace(job, on_step=interrupt))
+    _assert_same(train_tiny(job), expected, tolerance=1e-6)
+
+
+def test_the_learning_rate_falls_with_the_width_of_the_model(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    rates = [shape_of(name).learning_rate for name in ("smollm2-135m", "llama-3.1-8b")]
+    assert rates == [8e-4, pytest.approx(1.73e-4, rel=1e-3)]
+    job = tiny_job(tiny_llama, tmp_path, Train(max_steps=2, batch_size=4, save_steps=9))
+    steps: list[Step] = []
+    train_tiny(replace(job, on_step=steps.append))  # the warm-up is one step
+    assert steps[1].learning_rate == job.learning_rate == shape_of(str(tiny_llama)).learning_rate
+    assert replace(job, settings=SETTINGS).learning_rate == 1e-2
+
+
+@pytest.mark.parametrize(
+    ("wanted", "linear_layers", "own"),
+    [
+        (("q_proj", "up_proj"), {"q_proj", "k_proj", "up_proj"}, ["q_proj", "up_proj"]),
+        (
+            Train().target_modules,
+            {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+            ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+        ),
+        (("up_proj", "v_proj"), {"qkv_proj", "gate_up_proj"}, ["gate_up_proj", "qkv_proj"]),
+        (("q_proj",), {"q_proj", "qkv_proj"}, ["q_proj"]),
+    ],
+)
+def test_fused_projections_stand_for_their_parts(
+    wanted: tuple[str, ...], linear_layers: set[str], own: list[str]
+) -> None:
+    assert own_projections(wanted, linear_layers) == own
+
+
+def test_a_projection_that_the_model_lacks_is_an_error() -> None:
+    with pytest.raises(GattError) as caught:
+        own_projections(Train().target_modules, {"q_proj", "k_proj", "v_proj", "o_proj", "gate"})
+    assert str(caught.value) == (
+        "train.target_modules: the model has no linear layer for gate_proj, up_proj, down_proj. It "
+        "has gate, k_proj, o_proj, q_proj, v_proj. Leave out what is missing."
+    )
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "positions", "length"),
+    [(700, 900, 4096, 900), (900, 700, 900, 900), (100, 90, 4096, 512), (100, 90, 256, 256)],
+)
+def test_unsloth_gets_the_length_of_the_longest_chat(
+    student: int, teacher: int, positions: int, length: int, tmp_path: Path
+) -> None:
+    config = {"max_position_embeddings": positions}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    job = replace(tiny_job(tmp_path, tmp_path), examples=[_example(50), _example(student, teacher)])
+    assert unsloth.sequence_length(job) == length
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": config}), encoding="utf-8")
+    assert unsloth.sequence_length(job) == length
+
+
+def test_a_chat_longer_than_the_model_reads_is_an_error(tiny_llama: Path, tmp_path: Path) -> None:
+    job = replace(tiny_job(tiny_llama, tmp_path), examples=[_example(200, 257)])
+    with pytest.raises(GattError, match=r"A chat has 257 tokens, and the model reads 256 at most"):
+        unsloth.sequence_length(job)
 
 
 def test_an_interrupted_run_resumes_to_the_same_result(
@@ -240,6 +400,29 @@ def test_two_processes_share_a_step(
     )
     assert done.returncode == 0, done.stderr
     _assert_same(Trained(*torch.load(result, weights_only=False)), uninterrupted)
+
+
+def test_processes_wait_long_for_the_one_that_validates(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's own limit is ten minutes, and the first state of accelerate sets it."""
+    import accelerate
+
+    waits: list[timedelta] = []
+
+    class State:
+        def __init__(self, *, cpu: bool, timeout: timedelta) -> None:
+            waits.append(timeout)
+
+        def main_process_first(self) -> AbstractContextManager[None]:
+            return nullcontext()
+
+    monkeypatch.setattr(accelerate, "PartialState", State)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with main_process_first():
+        pass
+    arguments = trainer._training_arguments(tiny_job(tiny_llama, tmp_path))
+    assert waits == [timedelta(hours=24)] and arguments.ddp_timeout == 24 * 3600
 
 
 def test_processes_that_cannot_share_a_batch_are_an_error(
@@ -342,7 +525,7 @@ def test_mlx_is_chosen_on_apple_silicon_only(monkeypatch: pytest.MonkeyPatch) ->
 class _FakeValidation:
     """Three replies at each checkpoint, of which as many are adherent as the step's number."""
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, *_: object, gpu: bool) -> None:
         self.closed = False
 
     def measure(self, checkpoint: Path) -> list[Reply]:
@@ -419,7 +602,7 @@ def test_own_chats_are_mixed_in_by_their_ratio(
     assert len(replay_chats(recipe, 800)) == 30  # all there are
     assert "has 30 chats, fewer than the 200" in capsys.readouterr().err
     file.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n', encoding="utf-8")
-    with pytest.raises(GattError, match="line 1: expected at least one answer"):
+    with pytest.raises(GattError, match=r"1 without an answer .*line 1"):
         replay_chats(recipe, 80)
 
 
@@ -470,3 +653,15 @@ def test_the_adapter_is_what_the_recipe_asks_for(dora: bool, tmp_path: Path) -> 
     exported = verify.load_and_predict(tmp_path / "tuned.gguf", (), trained.sequences)
     # bfloat16 rounds; merged onto the 16-bit weights it would be 0.3.
     assert mean_kl(trained.values, exported.logits.values) < 0.005
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 6), torch.bfloat16)]
+)
+def test_4_bits_are_rounded_from_the_format_of_the_card(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert unsloth.half_precision() is torch.bfloat16  # on a CPU
+    monkeypatch.setattr(unsloth, "on_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert unsloth.half_precision() is dtype

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from support.browser import chromium, needs_chromium
 from support.chat_page import PHONE, Tab
+from support.scripted_model import write_scripted_gguf
 from support.servers import MODEL, GattServer, gatt_server
 
 from pipeline.files import write_json
@@ -39,7 +40,7 @@ _MAX_TOKENS = "Tokens of an answer"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[GattServer]:
-    """Serve the embedded model under two names, with a folder of one finished run."""
+    """Serve the embedded model under two names, and one that thinks; a folder has one run."""
     folder = tmp_path_factory.mktemp("web")
     second = folder / "other.gguf"
     second.symlink_to(base)
@@ -48,8 +49,10 @@ def server(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Iterator[Gat
         report.mkdir(parents=True)
         (report / "report.html").write_text("<h1>It keeps its word</h1>")
     write_json(folder / "runs" / "done <1>" / "report" / "manifest.json", {})
+    words = ("<think>", "Hmm ", "<b>", "</think>", "Yes", "!")
+    thinking = write_scripted_gguf(folder / "thinking", words, name="thinking")
     options = ("--context", 512, "--runs", folder / "runs")
-    with _storage_in(folder), gatt_server(folder, MODEL, second, *options) as running:
+    with _storage_in(folder), gatt_server(folder, MODEL, second, thinking, *options) as running:
         yield running
 
 
@@ -99,6 +102,42 @@ def test_two_models_answer_side_by_side(tab: Tab, server: GattServer) -> None:
     tip = tab.page.inner_text("#tip")
     assert "Turn 2" in tip
     assert "And another?" in tip
+
+
+def test_what_is_typed_after_a_click_on_a_button_is_a_message(tab: Tab) -> None:
+    box = tab.page.locator(".message textarea")
+    tab.page.click(".examples button >> nth=0")
+    tab.page.keyboard.type("Name a color.")
+    assert box.input_value() == "Name a color."
+    assert tab.page.get_by_label("Instruction", exact=True).input_value() == _AHOY
+    tab.page.click("[aria-label^=Colors]")
+    tab.page.keyboard.type("Or two.")
+    assert box.input_value() == "Name a color.Or two."
+    # A key of the keyboard's own use stays with the button, and a field keeps what is typed in it.
+    tab.page.click("[aria-label^=Colors]")
+    tab.page.keyboard.press("Space")
+    assert box.input_value() == "Name a color.Or two."
+    tab.page.get_by_label("Instruction", exact=True).fill("Be")
+    tab.page.keyboard.type(" kind.")
+    assert tab.page.get_by_label("Instruction", exact=True).input_value() == "Be kind."
+    assert box.input_value() == "Name a color.Or two."
+
+
+def test_thoughts_are_folded_above_the_answer_and_not_stored(tab: Tab) -> None:
+    tab.page.click("[aria-label='Model']")
+    tab.page.click(".q-menu >> text=thinking")
+    tab.page.wait_for_selector(".welcome")
+    tab.set_setting(_MAX_TOKENS, 2)
+    answers = tab.ask("Well?")
+    assert answers[0] == "Yes!"
+    thoughts = tab.page.locator(".thoughts >> nth=0")
+    assert thoughts.inner_text() == "Thoughts"
+    thoughts.locator("summary").click()
+    assert "Hmm <b>" in thoughts.inner_text()
+    assert tab.page.locator(".thoughts b").count() == 0
+    tab.page.reload()
+    tab.page.wait_for_selector(".markdown >> text=Yes!")
+    assert not tab.page.locator(".thoughts >> nth=0").is_visible()
 
 
 def test_a_chat_survives_a_reload_and_is_downloaded(tab: Tab) -> None:

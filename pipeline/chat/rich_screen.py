@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.chat.screen import ShowText, on_interrupt
+from pipeline.inference.request import TextPiece
 
 _MIN_COLUMNS_SIDE_BY_SIDE = 100
 _CONTROL_CHARACTERS = {code: None for code in (*range(9), *range(11, 32), *range(127, 160))}
@@ -33,6 +34,7 @@ class RichScreen:
     """A terminal: `history` provides what the user typed before."""
 
     interactive = True
+    usage = "/help lists the commands; Ctrl-D leaves."
 
     def __init__(self, console: Console, history: History) -> None:
         self._console = console
@@ -141,16 +143,16 @@ class _StreamedAnswers:
     def __init__(self, names: Sequence[str], status: Callable[[], str]) -> None:
         self._names, self._status = names, status
         self._texts = [""] * len(names)
+        self._thoughts = [""] * len(names)
 
-    def add(self, model_index: int, piece: str) -> None:
-        """Append a piece of an answer."""
-        self._texts[model_index] += piece.translate(_CONTROL_CHARACTERS)
+    def add(self, model_index: int, piece: TextPiece) -> None:
+        """Append a piece of an answer, or of its thoughts."""
+        self._texts[model_index] += piece.text.translate(_CONTROL_CHARACTERS)
+        self._thoughts[model_index] += piece.thoughts.translate(_CONTROL_CHARACTERS)
 
     def render(self, width: int) -> RenderableType:
         """Return all answers, side by side if `width` columns are enough."""
-        answers: list[RenderableType] = [
-            Markdown(_with_line_breaks(text)) if text else Text("…", "dim") for text in self._texts
-        ]
+        answers = list(map(_render, self._thoughts, self._texts))
         if len(answers) == 1:
             return Group("", answers[0])
         headings = [Rule(Text(name, "bold"), align="left", style="dim") for name in self._names]
@@ -167,6 +169,12 @@ class _StreamedAnswers:
             yield from line
             yield Segment.line()
         yield Text(self._status(), "bright_black", no_wrap=True, overflow="ellipsis")
+
+
+def _render(thoughts: str, text: str) -> RenderableType:
+    """Return an answer as Markdown, below its thoughts, which are dimmed."""
+    answer = Markdown(_with_line_breaks(text)) if text else Text("…", "dim")
+    return Group(Text(thoughts.strip(), "dim italic"), "", answer) if thoughts.strip() else answer
 
 
 def _columns(parts: Sequence[RenderableType]) -> Table:

@@ -10,8 +10,9 @@ from typing import Protocol
 
 from pipeline.console import log, print_result
 from pipeline.errors import GattError
+from pipeline.inference.request import TextPiece
 
-ShowText = Callable[[int, str], None]
+ShowText = Callable[[int, TextPiece], None]
 """Shows the next piece of the answer of the model with this index."""
 
 
@@ -21,6 +22,10 @@ class Screen(Protocol):
     @property
     def interactive(self) -> bool:
         """Whether a user is there to choose, and to try again after a mistake."""
+
+    @property
+    def usage(self) -> str:
+        """How messages are given, in a sentence."""
 
     async def read_message(self, status: str, draft: str = "") -> str:
         """Return what the user types, perhaps in several lines, starting from `draft`.
@@ -58,27 +63,35 @@ class Screen(Protocol):
 
 
 class PlainScreen:
-    """Reads a message per line from stdin; prints answers to stdout and remarks to stderr.
+    """Reads messages from stdin; prints answers to stdout and remarks to stderr.
 
-    An empty line ends the chat.
+    With `lines`, each line is a message or a command. Otherwise all of stdin is one message.
     """
 
     interactive = False
 
+    def __init__(self, *, lines: bool) -> None:
+        self._lines = lines
+        self.usage = (
+            "Each line is a message, or a command (/help)."
+            if lines
+            else "All of stdin is one message; --lines takes each line as one."
+        )
+
     async def read_message(self, status: str, draft: str = "") -> str:
-        """Return the next line.
+        """Return the next message.
 
         Raises:
-            EOFError: the line is empty, or there is none.
+            EOFError: there is none.
         """
-        line = _read_line()
-        if not line:
-            raise EOFError
-        return line
+        while text := _read(lines=self._lines):
+            if text.strip():
+                return text.strip() if self._lines else as_message(text.strip("\r\n"))
+        raise EOFError
 
     async def edit(self, status: str, text: str) -> str:
         """Return the next line."""
-        return _read_line()
+        return _read(lines=True).strip()
 
     async def choose(self, question: str, options: Mapping[str, str]) -> str:
         """Refuse.
@@ -103,10 +116,10 @@ class PlainScreen:
             interrupted = True
             stop()
 
-        def show(model_index: int, piece: str) -> None:
-            texts[model_index] += piece
+        def show(model_index: int, piece: TextPiece) -> None:
+            texts[model_index] += piece.text
             if len(names) == 1:
-                print_result(piece, end="")
+                print_result(piece.text, end="")
 
         with on_interrupt(interrupt):
             yield show
@@ -147,10 +160,16 @@ def on_interrupt(action: Callable[[], None]) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _read_line() -> str:
+def as_message(text: str) -> str:
+    """Return a text as `chat_loop` reads a message: one that begins with a slash is a command."""
+    return f"/{text}" if text.startswith("/") else text
+
+
+def _read(*, lines: bool) -> str:
+    """Return the next line of stdin with its line break, or all of it; "" at the end."""
     # asyncio's handler would only cancel the task, which waits here for a line that may not come.
     with on_interrupt(_raise_interrupt):
-        return sys.stdin.readline().strip()
+        return sys.stdin.readline() if lines else sys.stdin.read()
 
 
 def _raise_interrupt() -> None:

@@ -12,9 +12,10 @@ from typing import Protocol
 
 from pipeline.chat.conversation import LAST_TURNS, SUMMARY_TOKENS, Conversation, Turn, Verdict
 from pipeline.errors import GattError
+from pipeline.inference.request import TextPiece
 from pipeline.records import Completion, Message, Request
 
-OnText = Callable[[int, str], None]
+OnText = Callable[[int, TextPiece], None]
 """Receives a model's index and the next piece of its answer, on the event loop's thread."""
 
 
@@ -129,7 +130,8 @@ class ChatSession:
         instruction = self.conversation.instruction
         completions = await self._generate(self._prompts(user), max_tokens, on_text)
         answers = [completion.text for completion in completions]
-        if not any(answers):
+        stopped = [completion.finish == "cancelled" for completion in completions]
+        if any(stopped) and not any(answers):
             raise GattError("Stopped before the first token; the message was not added.")
         self.attempts += 1
         self.conversation = self.conversation.with_turn(user, answers, instruction)
@@ -263,8 +265,14 @@ def tally(verdicts: Sequence[Verdict]) -> str:
 
 
 def cut_note(completion: Completion, max_tokens: int) -> str:
-    """Return why an answer is incomplete, or ""."""
-    notes = {"cancelled": "stopped", "length": f"cut at {max_tokens} tokens"}
+    """Return why an answer is incomplete or empty, or ""."""
+    if completion.finish == "stop" and not completion.text.strip():
+        return "empty: the model ended its answer at once"
+    notes = {
+        "cancelled": "stopped",
+        "length": f"cut at {max_tokens} tokens",
+        "thinking": "no answer: its thoughts did not end",
+    }
     return notes.get(completion.finish, "")
 
 

@@ -18,17 +18,21 @@ from pipeline.chat.screen import PlainScreen, Screen
 from pipeline.chat.session import ChatSession, OnText, Room, cut_note, pluralize, tally
 from pipeline.console import log
 from pipeline.errors import GattError
+from pipeline.inference.request import TextPiece
 from pipeline.records import Completion
 
 _Result = TypeVar("_Result")
 
 
-def open_screen(history: Path) -> Screen:
-    """Return a rich screen on a terminal, with its input history in a file, or a plain screen."""
+def open_screen(history: Path, *, lines: bool) -> Screen:
+    """Return a rich screen on a terminal, with its input history in a file, or a plain screen.
+
+    What is typed there comes in lines; what is piped does with `lines`, or else as one message.
+    """
     console = Console(highlight=False)
     if sys.stdin.isatty() and console.is_terminal and not console.is_dumb_terminal:
         return RichScreen(console, _open_history(history))
-    return PlainScreen()
+    return PlainScreen(lines=lines or sys.stdin.isatty())
 
 
 def _open_history(path: Path) -> History:
@@ -85,7 +89,7 @@ class TerminalChat:
 
         with self.screen.stream(names, status, self.session.stop) as show:
 
-            def on_text(model_index: int, piece: str) -> None:
+            def on_text(model_index: int, piece: TextPiece) -> None:
                 show(model_index, piece)
                 meter.count(model_index)
 
@@ -95,12 +99,13 @@ class TerminalChat:
 
     async def status(self) -> str:
         """Return the turn, the used context, and the speed of the last answer."""
-        used, context = await self.session.tokens_used(), self.backend.context
-        parts = [
-            f"turn {len(self.session.conversation.turns) + 1}",
-            f"context {used} of {context}, {context - used} left",
-            self._speed,
-        ]
+        context = self.backend.context
+        try:
+            used = await self.session.tokens_used()
+            usage = f"context {used} of {context}, {context - used} left"
+        except GattError:  # the template refuses the chat: a message, not the status, says so
+            usage = f"context of {context}"
+        parts = [f"turn {len(self.session.conversation.turns) + 1}", usage, self._speed]
         return " · ".join(filter(None, parts))
 
     def resize(self, context: int) -> None:

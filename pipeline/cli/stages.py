@@ -179,10 +179,13 @@ def train(
 
         stage.show_labels(settings, run_dir)
         return
-    if not resume:
+    from pipeline.system import is_main_process
+
+    if not resume and is_main_process():
         import shutil
 
-        shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
+        with run_dir.lock():
+            shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
     execute_stage("train", settings, run_dir)
 
 
@@ -223,12 +226,14 @@ def export(
     ] = None,
 ) -> None:
     """Merge the adapter, write GGUF. Example: gatt export --model qwen3-0.6b --adapter my-lora"""
+    from pipeline.folders import create_folder, lock_folder
     from pipeline.gguf.checkpoint_writer import require_new
     from pipeline.recipe_file import load_recipe
     from pipeline.stages import export as stage
 
     if merged_dir:
         require_new(merged_dir)
+        create_folder(merged_dir.parent, "--merged-dir")
     options = {
         "formats": json.dumps(format) if format else "",
         "merge_base": merge_base,
@@ -242,12 +247,12 @@ def export(
             )
         settings, run_dir = resolve_run(recipe, run, [*override_list(set, quick=quick), *changes])
         execute_stage("export", settings, run_dir)
-        model, adapter = settings.model, run_dir.adapter
+        if merged_dir:
+            stage.write_merged(settings, run_dir, merged_dir)
     else:
         standalone = load_recipe(None, ("export.merge_base=fp16", *changes)).export
-        stage.export_standalone(model, adapter, out, standalone, converter)
-    if merged_dir:
-        stage.write_merged(model, adapter, merged_dir)
+        with lock_folder(out, "--out"):
+            stage.export_standalone(model, adapter, out, standalone, converter, merged_dir)
 
 
 @app.command()

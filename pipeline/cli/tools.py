@@ -71,6 +71,13 @@ def chat(
     load: Annotated[
         Path | None, typer.Option(help="Continue a chat that was saved with /save.")
     ] = None,
+    lines: Annotated[
+        bool,
+        typer.Option(
+            "--lines",
+            help="In a pipe: each line is a message or a command. Default: all of it is a message.",
+        ),
+    ] = False,
 ) -> None:
     """Chat with a GGUF. Example: gatt chat tuned-Q8_0.gguf --compare smollm2-135m"""
     from pipeline.chat.session import SamplingParams
@@ -81,7 +88,8 @@ def chat(
     if compare:
         models.append((compare, None))
     start = stage.start_conversation(instruction, check or (), system)
-    stage.run(models, start, SamplingParams(temperature, max_tokens, seed), context, load)
+    sampling = SamplingParams(temperature, max_tokens, seed)
+    stage.run(models, start, sampling, context, load, lines=lines)
 
 
 @app.command()

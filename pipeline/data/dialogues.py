@@ -1,169 +1,197 @@
-"""Load user turns: the built-in dialogues, a local file, or a dataset that `datasets` loads."""
+"""Load dialogues, of which only the user turns are used, and chats with their answers.
+
+`sources` reads the rows, `messages` what is in one.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from importlib import resources
-from pathlib import Path
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
 
+from pipeline.console import log
+from pipeline.data.messages import (
+    ParsedMessage,
+    UnusableRowError,
+    chat_column,
+    clean,
+    items_of,
+    loss_weight,
+    parse_messages,
+)
+from pipeline.data.sources import read_rows
+from pipeline.data.text_files import Row
 from pipeline.errors import GattError
-from pipeline.files import read_jsonl
-from pipeline.records import Dialogue, Message, Role
+from pipeline.records import Dialogue, Message
 
-_SHAREGPT_ROLES: dict[str, Role] = {
-    "human": "user",
-    "gpt": "assistant",
-    "user": "user",
-    "assistant": "assistant",
-    "system": "system",
-}
-_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+T = TypeVar("T")
+
+
+class Chat(NamedTuple):
+    """A chat to learn; `answer_weights` has the weight of each answer in the loss."""
+
+    messages: tuple[Message, ...]
+    answer_weights: tuple[float, ...]
 
 
 def load_dialogues(source: str) -> list[Dialogue]:
-    """Return the user turns of all dialogues of `source`.
+    """Return the user turns of all dialogues of `source`, each under an id of its own.
 
-    `source` is "seed" (built in), a JSONL, JSON or Parquet file, or what `datasets` loads: a
-    dataset id or a folder.
+    `source` is "seed" (built in), a file, a folder, or a dataset id. Rows without a user turn are
+    skipped and counted.
 
     Raises:
         GattError: no such source, no dialogue in it, or a malformed one (named by its line).
     """
-    dialogues = [_parse_dialogue(row) for row in _rows(source)]
-    if not dialogues:
-        raise GattError(
-            f"{source} is empty. Expected one dialogue a line: messages, conversations or turns."
-        )
+    notes: Counter[str] = Counter()
+    parsed = _load(source, partial(_parse_dialogue, notes=notes))
+    dialogues = _with_unique_ids(parsed, notes)
+    _log_notes(source, notes)
     return dialogues
 
 
-def load_chats(source: str) -> list[tuple[Message, ...]]:
-    """Return all chats of `source` with their answers, each up to its last answer.
+def load_chats(source: str) -> list[Chat]:
+    """Return all chats of `source` with their answers, each up to its last answer to learn.
+
+    Rows without one, and those with tools or images, are skipped and counted.
 
     Raises:
-        GattError: as for `load_dialogues`, or a chat without an answer.
+        GattError: as for `load_dialogues`.
     """
-    return [_parse_chat(row) for row in _rows(source)]
+    notes: Counter[str] = Counter()
+    chats = [chat for chat, _ in _load(source, partial(_parse_chat, notes=notes))]
+    _log_notes(source, notes)
+    return chats
 
 
-class _Row(NamedTuple):
-    """One JSON value of a source; errors name it by `place`. `number` counts from 1."""
-
-    value: object
-    place: str
-    number: int
-
-
-def _rows(source: str) -> Iterator[_Row]:
-    if source == "seed":
-        source = str(resources.files("pipeline.data") / "seed_dialogues.jsonl")
-    path = Path(source).expanduser()
-    if path.suffix in (".jsonl", ".json", ".parquet") and not path.is_file():
-        raise GattError(f'No dialogues at {path}. Expected a JSONL file, a dataset id, or "seed".')
-    if path.suffix == ".parquet":
-        yield from _dataset_rows(source, "parquet", data_files=str(path))
-    elif not path.is_file():
-        yield from _dataset_rows(source, source)
-    elif _is_json_array(path):
-        yield from _array_rows(path)
-    else:
-        for number, value in read_jsonl(path):
-            yield _Row(value, f"{path}, line {number}", number)
-
-
-def _is_json_array(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1) == b"["
-
-
-def _array_rows(path: Path) -> Iterator[_Row]:
-    """Yield the items of one JSON array, the form in which ShareGPT files are published."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+def _load(source: str, parse: Callable[[Row], T]) -> list[tuple[T, int]]:
+    """Return what `parse` makes of each row, with its number; skipped rows are logged."""
+    parsed: list[tuple[T, int]] = []
+    skipped: dict[str, list[str]] = {}
+    for row in read_rows(source):
+        try:
+            parsed.append((parse(row), row.number))
+        except UnusableRowError as reason:
+            skipped.setdefault(str(reason), []).append(row.place)
+    summary = "; ".join(
+        f"{len(places)} {reason} (the first: {places[0]})" for reason, places in skipped.items()
+    )
+    if not parsed and skipped:
+        raise GattError(f"{source} has nothing that can be used: {summary}.")
+    if not parsed:
         raise GattError(
-            f"{path} begins as a JSON array but is not valid JSON: {error}. "
-            "Write one dialogue a line instead."
-        ) from error
-    for number, value in enumerate(values, 1):
-        yield _Row(value, f"{path}, dialogue {number}", number)
+            f"{source} is empty. Expected one dialogue a line: messages, conversations or turns."
+        )
+    if skipped:
+        log(f"{source}: skipped {summary}; {len(parsed)} are used.")
+    return parsed
 
 
-def _dataset_rows(source: str, name: str, **options: str) -> Iterator[_Row]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, split="train", **options)
-    except Exception as error:  # datasets raises a dozen classes, of several libraries
-        raise GattError(
-            f"Cannot load the dataset {source!r} ({type(error).__name__}). Use a local JSONL, or "
-            '"seed".'
-        ) from error
-    for number, value in enumerate(rows, 1):
-        yield _Row(value, f"{source}, row {number}", number)
+def _log_notes(source: str, notes: Counter[str]) -> None:
+    for note, count in notes.items():
+        if count:
+            log(f"{source}: {count} {note}.")
 
 
-def _parse_dialogue(row: _Row) -> Dialogue:
-    """Parse a row with `turns` (user turns), `messages`, or ShareGPT's `conversations`.
+def _with_unique_ids(parsed: Sequence[tuple[Dialogue, int]], notes: Counter[str]) -> list[Dialogue]:
+    """Return the dialogues; where two share an id, the later one gets its row as well.
+
+    Answers and replies are stored by these ids. Evaluation derives "ID~SUITE" of them.
+    """
+    ids = {dialogue.id for dialogue, _ in parsed}
+    taken: set[str] = set()
+    dialogues: list[Dialogue] = []
+    for dialogue, number in parsed:
+        name = dialogue.id
+        if name in taken or name.rpartition("~")[0] in ids:
+            notes["dialogues with the id of another one, told apart by their place"] += 1
+            name = f"{name}#{number}"
+            while name in ids | taken:
+                name += "#"
+        taken.add(name)
+        dialogues.append(replace(dialogue, id=name))
+    return dialogues
+
+
+def _parse_dialogue(row: Row, notes: Counter[str]) -> Dialogue:
+    """Parse a row with `turns` (user turns) or the messages of a chat.
 
     Raises:
-        GattError: none of these, two user turns in a row, or no user turn.
+        GattError: neither, two user turns in a row, or a user turn without text.
+        UnusableRowError: no user turn, or one with an attachment.
     """
     fields = row.value if isinstance(row.value, dict) else {}
     turns = fields.get("turns")
-    if not isinstance(turns, list):
-        messages = _parse_messages(row, "`turns`, `messages` or `conversations`")
-        turns = [message["content"] for message in messages if message["role"] == "user"]
-    if not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
+    items = [turns] if isinstance(turns, str) and items_of(turns) is None else items_of(turns)
+    if items is None or any(isinstance(item, dict | list) for item in items):
+        items = _user_turns(parse_messages(row, chat_column(row, ("turns",)), notes), row)
+    if not items:
+        raise UnusableRowError("without a user turn")
+    if not all(isinstance(turn, str) and turn.strip() for turn in items):
         raise GattError(
             f"{row.place}: every user turn must be a text, and there must be at least one."
         )
-    name, topic = str(fields.get("id", row.number)), str(fields.get("topic", ""))
-    return Dialogue(name, topic, tuple(turns))
+    texts = tuple(clean(str(turn), notes) or "" for turn in items)
+    name, topic = (_text_field(fields, key, notes) for key in ("id", "topic"))
+    return Dialogue(name if name.strip() else str(row.number), topic, texts)
 
 
-def _parse_chat(row: _Row) -> tuple[Message, ...]:
-    """Parse a row with `messages` or `conversations` as a chat that ends with an answer.
-
-    Raises:
-        GattError: no answer, or a message without text.
-    """
-    messages = _parse_messages(row, "`messages` or `conversations`")
-    last = max((n for n, m in enumerate(messages) if m["role"] == "assistant"), default=0)
-    chat = messages[: last + 1]
-    if not last or not all(message["content"].strip() for message in chat):
-        raise GattError(f"{row.place}: expected at least one answer, and a text in every message.")
-    return tuple(chat)
+def _text_field(fields: Mapping[str, object], key: str, notes: Counter[str]) -> str:
+    value = fields.get(key)
+    return "" if value is None else clean(str(value), notes) or ""
 
 
-def _parse_messages(row: _Row, expected: str) -> Sequence[Message]:
-    """Parse `messages` or `conversations`; a content that is not a text becomes ""."""
-    fields = row.value if isinstance(row.value, dict) else {}
-    if isinstance(fields.get("messages"), list):
-        items, role_key, content_key, roles = fields["messages"], "role", "content", _ROLES
-    elif isinstance(fields.get("conversations"), list):
-        items, role_key, content_key = fields["conversations"], "from", "value"
-        roles = _SHAREGPT_ROLES
-    else:
-        raise GattError(f"{row.place}: expected an object with {expected}.")
-    messages: list[Message] = []
-    for item in items:
-        if not isinstance(item, dict):
-            raise GattError(f"{row.place}: expected an object as each message, found {item!r}.")
-        role = item.get(role_key)
-        if role not in list(roles):
-            raise GattError(f"{row.place}: unknown role {role!r}; expected {', '.join(roles)}.")
-        content = item.get(content_key)
-        message: Message = {
-            "role": roles[role],
-            "content": content if isinstance(content, str) else "",
-        }
-        if messages and messages[-1]["role"] == message["role"] == "user":
+def _user_turns(messages: Sequence[ParsedMessage], row: Row) -> list[object]:
+    _require_answers_between(messages, row)
+    users = [message for message in messages if message.side == "user"]
+    if any(message.has_attachment for message in users):
+        raise UnusableRowError("with an image or another attachment")
+    return [message.text for message in users]
+
+
+def _require_answers_between(messages: Sequence[ParsedMessage], row: Row) -> None:
+    for first, second in pairwise(messages):
+        if first.side == second.side == "user":
             raise GattError(
                 f"{row.place}: two user turns in a row. Put the assistant's answer between them, "
                 "or join them."
             )
-        messages.append(message)
-    return messages
+
+
+def _parse_chat(row: Row, notes: Counter[str]) -> Chat:
+    """Parse the messages of a row as a chat that ends with an answer to learn.
+
+    Raises:
+        GattError: a message without text, or with a weight that is none.
+        UnusableRowError: no such answer, or a message that is neither text nor of the three roles.
+    """
+    messages = parse_messages(row, chat_column(row), notes)
+    _require_answers_between(messages, row)
+    if any(message.side == "other" or message.calls_tool for message in messages):
+        raise UnusableRowError("with tools or other roles")
+    if any(message.has_attachment for message in messages):
+        raise UnusableRowError("with an image or another attachment")
+    weights = [
+        loss_weight(message, row.place) if message.side == "assistant" else 0.0
+        for message in messages
+    ]
+    length = max((n for n, weight in enumerate(weights, 1) if weight), default=0)
+    if not any(message.side == "assistant" for message in messages):
+        raise UnusableRowError("without an answer")
+    if length == 0:
+        raise UnusableRowError("without an answer that is learned")
+    if not any(message.side == "user" for message in messages[:length]):
+        raise UnusableRowError("without a user turn before the answer")
+    chat = tuple(_chat_messages(messages[:length], row))
+    answers = zip(messages[:length], weights, strict=False)
+    return Chat(chat, tuple(weight for message, weight in answers if message.side == "assistant"))
+
+
+def _chat_messages(messages: Sequence[ParsedMessage], row: Row) -> Iterator[Message]:
+    for message in messages:
+        if message.side == "other" or not (message.text or "").strip():
+            raise GattError(f"{row.place}: expected a text in every message.")
+        yield {"role": message.side, "content": message.text or ""}

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from typing import NamedTuple
 
+from pipeline.console import log
 from pipeline.data.dialogues import load_dialogues
 from pipeline.errors import GattError
 from pipeline.recipe import Recipe
@@ -30,18 +31,30 @@ def split_dialogues(recipe: Recipe) -> DialogueSplits:
     random.Random(f"split {recipe.seed}").shuffle(dialogues)
     turns, count = recipe.evaluate.turns, recipe.evaluate.dialogues
     evaluation = [d for d in dialogues if len(d.turns) >= turns][:count]
-    held_out = {d.id for d in evaluation}
-    rest = [d for d in dialogues if d.id not in held_out]
-    if len(evaluation) < count or not rest:
+    rest = _without_copies(dialogues, evaluation)
+    validation = rest[: min(recipe.dialogues.validation, len(rest) // 4)]
+    training = _without_copies(rest, validation)
+    copies = len(dialogues) - len(evaluation) - len(validation) - len(training)
+    if len(evaluation) < count or not training:
+        same = f", {copies} copies of those" if copies else ""
         raise GattError(
             f"{recipe.dialogues.source} has {len(dialogues)} dialogues, {len(evaluation)} of them "
-            f"with {turns} user turns: too few to evaluate on {count} and train on others. "
+            f"with {turns} user turns{same}: too few to evaluate on {count} and train on others. "
             "Add dialogues, or lower evaluate.dialogues or evaluate.turns."
         )
-    validation = rest[: min(recipe.dialogues.validation, len(rest) // 4)]
-    training = rest[len(validation) :]
+    if copies:
+        log(
+            f"{recipe.dialogues.source}: {copies} dialogues are not trained on, because their "
+            "turns are those of one for evaluation or validation."
+        )
     pieces = _pieces(training, recipe.dialogues.turns, recipe.dialogues.train)
     return DialogueSplits(pieces, validation, evaluation)
+
+
+def _without_copies(dialogues: list[Dialogue], held_out: list[Dialogue]) -> list[Dialogue]:
+    """Return the dialogues that are not held out, nor have the same turns as one that is."""
+    turns = {dialogue.turns for dialogue in held_out}
+    return [dialogue for dialogue in dialogues if dialogue.turns not in turns]
 
 
 def _pieces(dialogues: list[Dialogue], turns: int, count: int) -> list[Dialogue]:

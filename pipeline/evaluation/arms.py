@@ -11,9 +11,14 @@ from pipeline.gguf.reader import read_gguf
 from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
 from pipeline.inference.batch_engine import BatchEngine
-from pipeline.inference.generator import GenerationEngine, context_for, open_generator
+from pipeline.inference.generator import (
+    GenerationEngine,
+    context_for,
+    open_generator,
+    thought_room,
+)
 from pipeline.inference.llama.model import Adapter, LoadedModel
-from pipeline.inference.openai_client import is_server_url
+from pipeline.inference.remote.address import is_server_url
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.run_dir import RunDir
 
@@ -49,7 +54,10 @@ class Arm:
                 dialogues=dialogues,
                 context=context,
                 max_parallel=settings.max_parallel,
+                max_thought_tokens=settings.max_thought_tokens,
             )
+        gguf = source.info.path if isinstance(source, LoadedModel) else source
+        context += thought_room(gguf, settings.max_thought_tokens)
         return BatchEngine(source, dialogues, context, settings.max_parallel, adapter=self.adapter)
 
 

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter
 
 from pipeline.errors import GattError
 from pipeline.gguf.base import Array
-from pipeline.inference.chat_template import ChatTemplate, answer_spans
+from pipeline.inference.chat_template import answer_spans, template_of
 from pipeline.records import Message
 from pipeline.training.unsloth import load_tokenizer, nf4_round_trip
 
@@ -60,9 +60,7 @@ def attention_map(
         GattError: the instruction is not in the dialogue.
     """
     tokenizer = load_tokenizer(folder)
-    template = ChatTemplate(
-        tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or ""
-    )
+    template = template_of(tokenizer)
     text, spans = answer_spans(template, messages)
     start = text.find(instruction)
     if not instruction or start < 0:

@@ -1,30 +1,47 @@
 """How far training has moved a model where no instruction is given.
 
-Measured as perplexity, and as divergence from the base.
+Measured as perplexity, and as divergence from the base. One model is in memory at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.console import progress
 from pipeline.evaluation.arms import Arm
 from pipeline.evaluation.scores import Degradation
+from pipeline.gguf.base import Array
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.logits import kl_divergence, log_softmax
 from pipeline.records import Message
+from pipeline.system import available_memory
+
+_MAX_LOGITS_BYTES = 1e9
+"""Logits of the base that are kept at a time: for a vocabulary of 128,256, 1,900 tokens."""
+_MAX_MEMORY_FRACTION = 0.25
+"""Fraction of the free memory that they may take."""
 
 
-@dataclass(frozen=True, slots=True)
-class Divergence:
-    """Perplexity of base and model over `tokens`, and KL(base‖model) in nats per token."""
+class BaseLogits(NamedTuple):
+    """What the base predicts in one chat.
 
-    tokens: int
-    base_perplexity: float
-    model_perplexity: float
+    `values` has the shape (positions, vocab_size): a row in float32 for the token at each of the
+    `positions` in `tokens`, those of the answers.
+    """
+
+    tokens: list[int]
+    positions: list[int]
+    values: Array
+
+
+class TokenScore(NamedTuple):
+    """NLL of a token under base and model, and KL(base‖model) of the distributions, in nats."""
+
+    base_nll: float
+    model_nll: float
     kl: float
 
 
@@ -36,21 +53,24 @@ def measure_degradation(
     The chats have the base's own answers. Servers are left out, and models with another vocabulary,
     whose probabilities cannot be compared.
     """
-    base_arm, *tuned_arms = [arm for arm in arms if arm.in_all_suites and arm.path]
+    base, *tuned = [arm for arm in arms if arm.in_all_suites and arm.path]
+    scores: dict[str, list[TokenScore]] = {}
+    waiting = list(chats)
+    with progress("evaluate: degradation", len(chats) * len(tuned)) as bar:
+        while waiting:
+            logits = _base_logits(base, waiting, context)
+            waiting = waiting[len(logits) :]
+            for arm in tuned:
+                with _open(arm, context) as model:
+                    if model.vocab_size == logits[0].values.shape[1]:
+                        scores.setdefault(arm.name, []).extend(compare_to_base(model, logits))
+                bar.advance(len(logits))
     perplexity: dict[str, float] = {}
-    kl, tokens = {base_arm.name: 0.0}, 0
-    with (
-        _open(base_arm, context) as base,
-        progress("evaluate: degradation", len(tuned_arms)) as bar,
-    ):
-        for arm in tuned_arms:
-            with _open(arm, context) as model:
-                if base.vocab_size == model.vocab_size:
-                    result = measure_divergence(base, model, chats)
-                    perplexity[base_arm.name] = result.base_perplexity
-                    perplexity[arm.name] = result.model_perplexity
-                    kl[arm.name], tokens = result.kl, result.tokens
-            bar.advance()
+    kl, tokens = {base.name: 0.0}, 0
+    for name, rows in scores.items():
+        base_nll, model_nll, divergence = np.mean(rows, axis=0)
+        perplexity[base.name], perplexity[name] = float(np.exp(base_nll)), float(np.exp(model_nll))
+        kl[name], tokens = float(divergence), len(rows)
     return Degradation(tokens, perplexity, kl)
 
 
@@ -59,37 +79,48 @@ def _open(arm: Arm, context: int) -> BatchEngine:
     return BatchEngine(arm.path, 1, context, adapter=arm.adapter)
 
 
-def measure_divergence(
-    base: BatchEngine, model: BatchEngine, chats: Iterable[Sequence[Message]]
-) -> Divergence:
-    """Compare two models of one vocabulary on the assistant's words in `chats`."""
-    losses: list[tuple[float, float]] = []
-    divergences: list[float] = []
-    for messages in chats:
-        tokens, answer_positions = _tokenize(base, messages)
-        rows = zip(base.logits(tokens[:-1]), model.logits(tokens[:-1]), strict=True)
-        for position, (base_logits, model_logits) in enumerate(rows, 1):
-            if position in answer_positions:
-                p = log_softmax(base_logits)
-                q = log_softmax(model_logits)
-                losses.append((-p[tokens[position]], -q[tokens[position]]))
-                divergences.append(kl_divergence(p, q))
-    base_loss, model_loss = np.mean(losses, axis=0)
-    return Divergence(
-        len(losses),
-        base_perplexity=float(np.exp(base_loss)),
-        model_perplexity=float(np.exp(model_loss)),
-        kl=float(np.mean(divergences)),
-    )
+def _base_logits(base: Arm, chats: Sequence[Sequence[Message]], context: int) -> list[BaseLogits]:
+    """Return the base's logits in the first of the `chats`: at least one, and as many as fit."""
+    limit = min(_MAX_LOGITS_BYTES, _MAX_MEMORY_FRACTION * available_memory())
+    logits: list[BaseLogits] = []
+    with _open(base, context) as engine:
+        for messages in chats:
+            tokens, positions = _tokenize(engine, messages)
+            logits.append(BaseLogits(tokens, positions, _rows(engine, tokens, positions)))
+            if sum(chat.values.nbytes for chat in logits) >= limit:
+                break
+    return logits
 
 
-def _tokenize(engine: BatchEngine, messages: Sequence[Message]) -> tuple[list[int], set[int]]:
+def compare_to_base(model: BatchEngine, base: Sequence[BaseLogits]) -> Iterator[TokenScore]:
+    """Yield the scores of a model of the base's vocabulary, for each row of the base's logits."""
+    for tokens, positions, values in base:
+        rows = zip(positions, values, _rows(model, tokens, positions), strict=True)
+        for position, base_row, model_row in rows:
+            p, q = log_softmax(base_row), log_softmax(model_row)
+            token = tokens[position]
+            yield TokenScore(-float(p[token]), -float(q[token]), kl_divergence(p, q))
+
+
+def _rows(engine: BatchEngine, tokens: Sequence[int], positions: Sequence[int]) -> Array:
+    """Return the logits (positions, vocab_size) for the tokens at these positions."""
+    wanted = set(positions)
+    rows = np.empty((len(positions), engine.vocab_size), np.float32)
+    n = 0
+    for position, row in enumerate(engine.logits(tokens[:-1]), 1):
+        if position in wanted:
+            rows[n] = row
+            n += 1
+    return rows
+
+
+def _tokenize(engine: BatchEngine, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
     """Return the tokens up to the last answer, and the positions of the answers' text."""
     tokens: list[int] = []
-    positions: set[int] = set()
+    positions: list[int] = []
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt = engine.tokenize(engine.template.render(messages[:turn]))
             tokens = prompt + engine.tokenize(message["content"])
-            positions |= set(range(len(prompt), len(tokens)))
+            positions += range(len(prompt), len(tokens))
     return tokens, positions

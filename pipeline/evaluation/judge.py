@@ -14,12 +14,13 @@ from pipeline.console import log, progress
 from pipeline.evaluation.aggregate import rate_rows
 from pipeline.evaluation.judge_prompts import RELIABLE_AGREEMENT, balanced, question, verdict
 from pipeline.evaluation.rates import adherence, wilson
+from pipeline.evaluation.replies import Note
 from pipeline.evaluation.scores import Judgment
 from pipeline.files import JsonlLog
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import kind_of
 from pipeline.inference.generator import open_generator
-from pipeline.records import Reply, Request, Task
+from pipeline.records import MAX_THOUGHT_TOKENS, Reply, Request, Task
 
 _CALIBRATION_REPLIES = 200
 _CONTEXT = 2048
@@ -40,11 +41,17 @@ class _Key(NamedTuple):
 
 
 def judge(
-    name: str, replies: Sequence[Reply], dialogues: Iterable[AssignedDialogue], log_file: Path
+    name: str,
+    replies: Sequence[Reply],
+    dialogues: Iterable[AssignedDialogue],
+    log_file: Path,
+    max_thought_tokens: int = MAX_THOUGHT_TOKENS,
+    note: Note = lambda model, changes: None,
 ) -> tuple[list[Reply], Judgment]:
     """Return the replies, with `obeys` set by the judge where needed, and its calibration.
 
-    Verdicts of an earlier attempt are read from `log_file`.
+    Verdicts of an earlier attempt are read from `log_file`. A judge may think before its verdict;
+    what stands only in its thoughts is none. `note` is as for `generate_replies`.
 
     Raises:
         GattError: no such model, or nobody answers at that address.
@@ -60,13 +67,25 @@ def judge(
     calibration = balanced(
         [r for r in checked if r.obeys], [r for r in checked if not r.obeys], _CALIBRATION_REPLIES
     )
-    verdicts = _verdicts(name, [*calibration, *unchecked], by_id, log_file)
+    verdicts = _verdicts(
+        name,
+        [*calibration, *unchecked],
+        by_id,
+        log_file,
+        max_thought_tokens=max_thought_tokens,
+        note=note,
+    )
     agreed = sum(verdicts[_Key.of(r)] == r.obeys for r in calibration)
     agreement = wilson(agreed, len(calibration))
     log(
         f"evaluate: the judge agrees with the exact checks in {agreement.hits} of {agreement.n} "
         "replies"
     )
+    if missing := sum(verdicts[_Key.of(r)] is None for r in unchecked):
+        log(
+            f"evaluate: the judge gave no verdict on {missing} of {len(unchecked)} replies, which "
+            "count as not adherent."
+        )
     judged = {r: replace(r, obeys=bool(verdicts[_Key.of(r)])) for r in unchecked}
     by_instruction = adherence(judged.values(), lambda r: (r.arm, by_id[r.dialogue].name))
     return [judged.get(r, r) for r in replies], Judgment(
@@ -86,6 +105,9 @@ def _verdicts(
     replies: Sequence[Reply],
     dialogues: Mapping[str, AssignedDialogue],
     log_file: Path,
+    *,
+    max_thought_tokens: int,
+    note: Note,
 ) -> dict[_Key, bool | None]:
     """Return a verdict on each reply; the model is opened only if some are missing."""
     with JsonlLog(log_file) as verdict_log:
@@ -101,14 +123,26 @@ def _verdicts(
                     dialogue.student_instructions[turn], dialogue.dialogue.turns[turn], reply.text
                 )
                 completion = yield Request(
-                    messages=prompt, seed=0, max_tokens=_MAX_TOKENS, temperature=0.0
+                    messages=prompt,
+                    seed=0,
+                    max_tokens=_MAX_TOKENS,
+                    temperature=0.0,
+                    max_thought_tokens=max_thought_tokens,
                 )
-                key, answer = _Key.of(reply), verdict(completion.text)
-                verdicts[key] = answer
-                verdict_log.append({**key._asdict(), "verdict": answer})
+                key = _Key.of(reply)
+                unfinished = completion.finish == "thinking"
+                verdicts[key] = None if unfinished else verdict(completion.text)
+                thoughts = {"thoughts": completion.thoughts} if completion.thoughts else {}
+                verdict_log.append({**key._asdict(), "verdict": verdicts[key], **thoughts})
                 bar.advance()
 
             if missing:
-                with open_generator(name, dialogues=len(missing), context=_CONTEXT) as model:
+                with open_generator(
+                    name,
+                    dialogues=len(missing),
+                    context=_CONTEXT,
+                    max_thought_tokens=max_thought_tokens,
+                ) as model:
                     model.run(map(ask, missing))
+                note(model.name, model.changes)
     return verdicts

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from pipeline.console import progress
+from pipeline.console import log, progress
 from pipeline.evaluation.arms import Arm
 from pipeline.files import JsonlLog
 from pipeline.gatt.assignment import AssignedDialogue
@@ -22,21 +23,29 @@ Suites = Mapping[str, Sequence[AssignedDialogue]]
 """Dialogues by suite; "evaluation" has those of the trained instructions, which all arms run."""
 
 
+Note = Callable[[str, Mapping[str, str]], None]
+"""Receives a model's name, and the parameters that its server has refused."""
+
+
 def generate_replies(
-    arms: Sequence[Arm], suites: Suites, recipe: Recipe, log_file: Path
+    arms: Sequence[Arm],
+    suites: Suites,
+    recipe: Recipe,
+    log_file: Path,
+    note: Note = lambda model, changes: None,
 ) -> list[Reply]:
     """Run every dialogue in every arm; replies that `log_file` has are not generated again.
 
     The replies are ordered by arm, dialogue and turn, not as in the log, whose order an
-    interruption changes.
+    interruption changes. `note` receives what servers have refused.
     """
-    with JsonlLog(log_file) as log:
-        replies = {ReplyKey.of(reply): reply for reply in (Reply(**r) for r in log.records)}
+    with JsonlLog(log_file) as reply_log:
+        replies = {ReplyKey.of(reply): reply for reply in (Reply(**r) for r in reply_log.records)}
         with progress("evaluate: replies", _count(arms, suites, recipe), len(replies)) as bar:
 
             def record(reply: Reply) -> None:
                 replies[ReplyKey.of(reply)] = reply
-                log.append(reply)
+                reply_log.append(reply)
                 bar.advance()
 
             for arm, weights in _with_weights(arms):
@@ -50,9 +59,21 @@ def generate_replies(
                 )
                 with arm.open(recipe.evaluate, len(dialogues), weights) as model:
                     model.run(map(rollout.run, dialogues))
+                note(model.name, model.changes)
+    _log_unfinished_thoughts(replies.values(), recipe.evaluate.max_thought_tokens)
     order = {arm.name: index for index, arm in enumerate(arms)}
     keys = sorted(replies, key=lambda key: (order[key.arm], *key[1:]))
     return [replies[key] for key in keys]
+
+
+def _log_unfinished_thoughts(replies: Iterable[Reply], max_thought_tokens: int) -> None:
+    """Log how many replies of each arm are no answers, because they were cut in their thoughts."""
+    for arm, count in Counter(r.arm for r in replies if r.finish == "thinking").items():
+        log(
+            f"evaluate: {arm} was cut within its thoughts in {count} replies, which count as no "
+            f"answers. Raise evaluate.max_thought_tokens ({max_thought_tokens}), or switch its "
+            "thinking off."
+        )
 
 
 def _with_weights(arms: Sequence[Arm]) -> Iterator[tuple[Arm, LoadedModel | None]]:
@@ -105,6 +126,7 @@ def _make_request(recipe: Recipe, arm: Arm) -> MakeRequest:
             seed=seed,
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
+            max_thought_tokens=settings.max_thought_tokens,
         )
 
     return make_request

@@ -6,10 +6,10 @@ pipeline/gguf/merge.py."""
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.console import capture_output, log, print_result
 from pipeline.errors import GattError
@@ -17,18 +17,20 @@ from pipeline.export.job import ExportJob
 from pipeline.export.lm_studio import link_for_lm_studio
 from pipeline.export.modelfile import write_modelfiles
 from pipeline.export.summary import MIN_RETAINED, ExportSummary, FormatSummary
-from pipeline.export.verify import MAX_KL, verify_file
+from pipeline.export.verify import load_and_predict, max_kl, require_close, verify_file
 from pipeline.export.writer import ExportWriter, WrittenFile, write_by_converter
 from pipeline.gguf.base import Array
-from pipeline.gguf.formats import UNIFORM_FORMATS
-from pipeline.hub.convert import cached_checkpoint
+from pipeline.hub.convert import cached_checkpoint, cached_gguf
 from pipeline.hub.models import Model
-from pipeline.inference.chat_template import NO_THINKING
+from pipeline.inference.chat_template import template_of
 from pipeline.inference.logits import Logits
 from pipeline.records import Message
 from pipeline.system import available_memory
 from pipeline.training.backend import choose_backend
 from pipeline.training.unsloth import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _REFERENCE_CHATS = 4
 
@@ -55,6 +57,7 @@ def export(job: ExportJob, converter: Path | None = None) -> ExportSummary:
             format_name: _verify(job, format_name, file, written.f16_logits)
             for format_name, file in written.by_format.items()
         }
+        kl_adapter = _verify_adapter(job, scratch / "adapter.gguf")
         for path in (*(file.path for file in written.by_format.values()), *written.companions):
             path.replace(job.folder / path.name)
     if not converter:
@@ -67,13 +70,19 @@ def export(job: ExportJob, converter: Path | None = None) -> ExportSummary:
         merge_trials=written.trials,
         formats=formats,
         imatrix_tokens=written.imatrix_tokens,
+        kl_adapter=kl_adapter,
     )
     _log_summary(job, summary)
     return summary
 
 
 def predict_reference(
-    model: Model, adapter: Path | None, chats: Sequence[Sequence[Message]], *, load_in_4bit: bool
+    model: Model,
+    adapter: Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    chats: Sequence[Sequence[Message]],
+    *,
+    load_in_4bit: bool,
 ) -> Logits | None:
     """Return what the model predicts in transformers; None where it does not fit in memory."""
     folder = cached_checkpoint(model)
@@ -82,16 +91,19 @@ def predict_reference(
         log("export: too little memory for the model in float32; predictions are not compared.")
         return None
     with capture_output(Path(tempfile.gettempdir()) / "gatt-export.log"):
-        tokenizer = load_tokenizer(folder)
+        template = template_of(tokenizer)
         token_ids = [
-            list(
-                tokenizer.apply_chat_template(
-                    chat, add_generation_prompt=True, return_dict=False, **NO_THINKING
-                )
-            )
+            list(tokenizer(template.render(chat), add_special_tokens=False)["input_ids"])
             for chat in chats[:_REFERENCE_CHATS]
         ]
-        return choose_backend().predict(folder, adapter, token_ids, load_in_4bit=load_in_4bit)
+        try:
+            return choose_backend().predict(folder, adapter, token_ids, load_in_4bit=load_in_4bit)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise GattError(
+                f"PEFT cannot load {adapter or folder} ({type(error).__name__}: {reason}). "
+                "Check that it loads where it was trained."
+            ) from error
 
 
 def _verify(
@@ -103,7 +115,7 @@ def _verify(
         load_tokenizer(cached_checkpoint(job.model)) if verify_tokenizer else None,
         job.reference,
         f16_logits,
-        max_kl=MAX_KL if format_name in UNIFORM_FORMATS else math.inf,
+        max_kl(format_name, in_4bit=job.reference_in_4bit),
     )
     return FormatSummary(
         bytes=file.path.stat().st_size,
@@ -111,6 +123,17 @@ def _verify(
         kl_trained=divergence.kl_trained,
         kl_f16=divergence.kl_f16,
     )
+
+
+def _verify_adapter(job: ExportJob, file: Path) -> float | None:
+    """Apply the adapter's own GGUF to the base, and return its distance from the trained model."""
+    if not (file.exists() and job.reference):
+        return None
+    base = job.plain_base
+    gguf = base.path if base.is_gguf else cached_gguf(base, "Q8_0")
+    limit = max_kl("Q8_0", in_4bit=job.reference_in_4bit)
+    loaded = load_and_predict(gguf, (), job.reference.sequences, file)
+    return require_close(file.name, job.reference, loaded.logits, limit)
 
 
 def _log_summary(job: ExportJob, summary: ExportSummary) -> None:
@@ -134,3 +157,10 @@ def _log_summary(job: ExportJob, summary: ExportSummary) -> None:
                 f"export: {format_name} retains less than {MIN_RETAINED:.0%} of the adapter's "
                 f"change in {kinds}. A larger format retains more."
             )
+    if summary.kl_adapter is not None:
+        given = job.plain_base
+        base = given.path.name if given.is_gguf else f"{given.name} in Q8_0"
+        print_result(
+            f"{job.folder / 'adapter.gguf'}: {summary.kl_adapter:.4f} nats a token from the "
+            f"trained model, applied to {base}"
+        )

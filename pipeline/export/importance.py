@@ -24,7 +24,8 @@ def measure_importance(
         GattError: not a GGUF, too little memory, or an adapter of another base.
     """
     importance = ImportanceMatrix()
-    model = LoadedModel(open_gguf(source))
+    # `observe` reads the nodes of the graph, which must be in the computer's memory.
+    model = LoadedModel(open_gguf(source), gpu_layers=0)
     # A text is one batch, because all threads wait for one another at every observed node.
     context = model.new_context(
         ContextSettings(CHUNK_TOKENS, adapter=adapter),

@@ -17,9 +17,10 @@ from pipeline.records import Message
 class ExportJob:
     """What is exported to where: `folder/STEM-FORMAT.gguf`.
 
+    `base` is the model before it got the tokenizer of its adapter, None for `model` itself.
     `dialogues` are read for an importance matrix. `reference` holds the logits of the trained
-    model, if they are known. `metadata` is what the files say about themselves; `system` and
-    `temperature` go into the Modelfile."""
+    model, if they are known, with its base in 4 bits if `reference_in_4bit`. `metadata` is what the
+    files say about themselves; `system` and `temperature` go into the Modelfile."""
 
     model: Model
     adapter: Path | None
@@ -28,9 +29,16 @@ class ExportJob:
     settings: Export
     dialogues: Sequence[Sequence[Message]]
     reference: Logits | None
+    reference_in_4bit: bool = True
+    base: Model | None = None
     metadata: Metadata = field(default_factory=dict)
     system: str = ""
     temperature: float = 0.7
+
+    @property
+    def plain_base(self) -> Model:
+        """The base as it was given, whose conversions are cached."""
+        return self.base or self.model
 
     def file(self, format_name: str) -> Path:
         """Return the path of a format."""

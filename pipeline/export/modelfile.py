@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
-
-from jinja2 import TemplateError
 
 from pipeline.console import log
 from pipeline.errors import GattError
@@ -42,14 +41,13 @@ def choose_template(info: GgufInfo) -> OllamaTemplate | str:
     sentencepiece = info.field("tokenizer.ggml.model") == "llama"
     bos = info.bos if info.field("tokenizer.ggml.add_bos_token", sentencepiece) else ""
 
+    today = datetime.now()
+
     def render(messages: Sequence[Message]) -> str:
-        try:
-            return jinja.render(messages).removeprefix(bos)
-        except (TemplateError, TypeError) as error:
-            raise GattError(f"The model's chat template fails: {error}") from error
+        return jinja.render(messages, now=today).removeprefix(bos)
 
     try:
-        jinja = ChatTemplate(info.chat_template, info.bos, info.eos)
+        jinja = ChatTemplate(info.chat_template, info.bos, info.eos, info.path.name)
         template = find_template(render)
     except GattError as error:
         return " ".join(str(error).split())

@@ -50,12 +50,14 @@ class ExportSummary:
     """Everything that an export measured.
 
     `merge_trials` is empty unless both ways to merge were tried. `imatrix_tokens` were read for the
-    importance matrix."""
+    importance matrix. `kl_adapter` is the divergence from the trained model of the base with
+    `adapter.gguf` in nats a token; None where there is none, or it was not measured."""
 
     merge_base: MergeBase
     formats: dict[str, FormatSummary]
     merge_trials: dict[MergeBase, MergeTrial] = field(default_factory=dict)
     imatrix_tokens: int = 0
+    kl_adapter: float | None = None
 
     @classmethod
     def from_json(cls, text: str) -> ExportSummary:

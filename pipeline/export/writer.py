@@ -13,12 +13,13 @@ from typing import NamedTuple
 
 from pipeline.console import log, progress
 from pipeline.errors import GattError
+from pipeline.export.added_tokens import added_token_keys
 from pipeline.export.converter import convert, write_merged
 from pipeline.export.importance import measure_importance
 from pipeline.export.job import ExportJob
 from pipeline.export.summary import MergeBase, MergeTrial
 from pipeline.export.verify import find_mismatch, load_and_predict, sample_chats
-from pipeline.gguf.adapter import is_dora, write_adapter
+from pipeline.gguf.adapter import missing_from_gguf, write_adapter
 from pipeline.gguf.base import Array
 from pipeline.gguf.formats import UNIFORM_FORMATS, KeyValue
 from pipeline.gguf.imatrix import ImportanceMatrix
@@ -26,7 +27,7 @@ from pipeline.gguf.merge import file_size, open_base, plan_merge, write, write_s
 from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import cached_checkpoint, cached_gguf, plan_format
 from pipeline.hub.models import Model
-from pipeline.inference.chat_template import ChatTemplate
+from pipeline.inference.chat_template import ChatTemplate, template_of
 from pipeline.inference.llama.model import Adapter
 from pipeline.inference.logits import Logits, mean_kl, mean_nll
 from pipeline.system import require_disk
@@ -70,6 +71,11 @@ def write_by_converter(job: ExportJob, converter: Path, scratch: Path) -> Writte
     for name in job.settings.formats:
         target = scratch / job.file(name).name
         convert(converter, checkpoint, target, name)
+        for key in added_token_keys(target):
+            log(
+                f"export: the converter wrote {key} = true, and training had none: other programs "
+                "feed one token more. Set it to false with llama.cpp's gguf_set_metadata.py."
+            )
         files[name] = WrittenFile(target, {})
     return WrittenFiles(merge_base="fp16", by_format=files)
 
@@ -90,13 +96,23 @@ class ExportWriter:
         """
         job = self._job
         adapter, imatrix = self._scratch / "adapter.gguf", self._scratch / "imatrix.gguf"
-        if job.adapter and not is_dora(job.adapter):
+        if job.adapter and (reason := missing_from_gguf(job.adapter)):
+            log(f"export: no adapter.gguf. The adapter {reason}.")
+        elif job.adapter:
             write_adapter(open_base(job.model.path), job.adapter, adapter)
         if any(name not in UNIFORM_FORMATS for name in job.settings.formats):
             self._importance = self._measure_importance(adapter)
             self._importance.save(imatrix, "the run's dialogues")
+        vocabulary = self._scratch / "vocabulary.gguf"
         if job.settings.verify_tokenizer:
-            self._keys = _tokenizer_keys(job.model, self._scratch / "vocabulary.gguf")
+            self._keys = _tokenizer_keys(job.model, vocabulary)
+        write_skeleton(plan_merge(job.model.path, keys=self._keys), vocabulary)
+        for key in added_token_keys(vocabulary):
+            log(
+                f"export: written with {key} = false. The base's tokenizer adds it, its chat "
+                "template does not write it, and training had none; other programs add none now."
+            )
+            self._keys[key] = False
         written = self._merge_best()
         return replace(
             written,
@@ -107,12 +123,14 @@ class ExportWriter:
     def _measure_importance(self, adapter: Path) -> ImportanceMatrix:
         """Measure the importance matrix of the tuned model."""
         job, max_tokens = self._job, self._job.settings.imatrix_tokens
-        if job.adapter and not adapter.exists():  # a DoRA, which llama.cpp cannot apply
+        if job.adapter and not adapter.exists():  # llama.cpp cannot apply it
             source = self._merge("fp16", ("Q8_0",))["Q8_0"].path
         else:
-            source = cached_gguf(job.model, "Q8_0")
+            source = cached_gguf(job.plain_base, "Q8_0")
         info = open_gguf(source)
-        template = ChatTemplate(info.chat_template, info.bos, info.eos)
+        template = ChatTemplate(info.chat_template, info.bos, info.eos, info.path.name)
+        if job.model != job.plain_base:
+            template = template_of(load_tokenizer(job.model.path))
         texts = (
             template.render(messages, add_generation_prompt=False) for messages in job.dialogues
         )

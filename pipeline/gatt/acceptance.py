@@ -15,6 +15,9 @@ from pipeline.records import Answer, Completion, Constraint, SynthesisMethod
 
 ACCEPTED = "accepted"
 """The verdict on a candidate that becomes the answer of its turn."""
+UNFINISHED_THOUGHTS = "unfinished thoughts"
+"""The verdict on a candidate that a reasoning teacher did not come to: it was cut in its thoughts.
+"""
 MAX_COPIES = 3
 """Accepted answers with the same words that the training data may hold."""
 _MAX_SIMILARITY = 0.3
@@ -67,6 +70,7 @@ def judge_candidate(
         text=text,
         tokens=completion.tokens,
         verdict=_verdict(assigned, key.turn, completion, raw, text, [a.raw for a in accepted]),
+        thoughts=completion.thoughts,
     )
 
 
@@ -82,6 +86,8 @@ def _verdict(
     sampled, constraints = assigned.method == "sampled", assigned.constraints(turn)
     if completion.finish == "context":
         return "context"
+    if completion.finish == "thinking":
+        return UNFINISHED_THOUGHTS
     # Sampling stopped early: either the check cannot be passed, or `find_defect` sees the loop.
     if sampled and completion.finish == "stop_when" and not has_repeated_ngrams(words(raw)):
         return "disobeys"

@@ -117,6 +117,8 @@ def _checked(
     else:
         is_obeyed = obeys(dialogue.constraints(turn.number - 1), text)
         defect = find_defect(text, answers, dialogue.required_words)
+    if completion.finish == "thinking":
+        is_obeyed, defect = False, "unfinished thoughts"
     return Reply(
         arm=key.arm,
         dialogue=key.dialogue,
@@ -128,4 +130,5 @@ def _checked(
         obeys=is_obeyed,
         defect=defect,
         recall_attribute=key.recall_attribute,
+        thoughts=completion.thoughts,
     )

@@ -110,6 +110,7 @@ class Synthesis:
             max_tokens=settings.max_tokens,
             temperature=settings.temperature,
             stop_when=stop_when,
+            max_thought_tokens=settings.max_thought_tokens,
         )
 
     def _teacher_prompt(

@@ -5,188 +5,206 @@ Source of the file's layout: llama.cpp's `convert_lora_to_gguf` in llama-cpp-pyt
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import GattError
 from pipeline.files import whole_file
-from pipeline.gguf.base import Array, Base, JsonObject, RowOrder, Tensor, row_order
-from pipeline.gguf.checkpoint import SafetensorsTensor, open_safetensors
-from pipeline.gguf.vocabulary import read_object
+from pipeline.gguf.base import Array, Base, RowOrder, Tensor, row_order
+from pipeline.gguf.families import FAMILIES, Family
+from pipeline.gguf.lora.delta import Delta, Replacement
+from pipeline.gguf.lora.weights import LoraAdapter, read_adapter
 
-_MAGNITUDE = ".lora_magnitude_vector"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delta:
-    """What an adapter adds to one matrix: `scale * b @ a`, with `a` (rank, inputs), `b` (outputs,
-    rank).
-
-    A DoRA (Liu et al. 2024, section 4.1) then gives each row of the sum the length in `magnitude`
-    (outputs). `order` has the row of `b` for each row of the matrix; None where they are the same.
-    """
-
-    a: SafetensorsTensor
-    b: SafetensorsTensor
-    scale: float
-    magnitude: SafetensorsTensor | None = None
-    order: RowOrder | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(outputs, inputs)."""
-        return self.b.shape[0], self.a.shape[1]
-
-    @property
-    def rank(self) -> int:
-        """Rank of the adapter."""
-        return self.a.shape[0]
-
-    def factors(self, first: int, last: int) -> tuple[Array, Array]:
-        """Return `a`, and some rows of `b`.
-
-        Raises:
-            GattError: they hold NaN or infinity.
-        """
-        a, b = self.a.load(slice(None)), self.b.load(self._adapter_rows(first, last))
-        if not (np.isfinite(a.sum()) and np.isfinite(b.sum())):
-            raise GattError(
-                f"{self.a.file}: the adapter holds NaN or infinity. "
-                "Train again with a lower train.learning_rate."
-            )
-        return a, b
-
-    def change(self, weights: Array, first: int, last: int) -> Array:
-        """Return what is added to some rows of the matrix, `weights` (rows, inputs), in float32."""
-        a, b = self.factors(first, last)
-        change: Array = np.matmul(b * np.float32(self.scale), a)
-        if self.magnitude is None:
-            return change
-        total = weights + change
-        magnitude = self.magnitude.load(slice(None))[0][self._adapter_rows(first, last)]
-        lengths = magnitude / np.linalg.norm(total, axis=1)
-        scaled: Array = total * lengths[:, None] - weights
-        return scaled
-
-    def _adapter_rows(self, first: int, last: int) -> slice | RowOrder:
-        return slice(first, last) if self.order is None else self.order[first:last]
+_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
+_BY_TOKEN = (_EMBEDDING, _OUTPUT)
+"""Tensors with one row per token."""
 
 
-def read_adapter(folder: Path) -> dict[str, Delta]:
-    """Return the changes of a PEFT adapter by the names of the modules.
+def apply_adapter(
+    adapter: LoraAdapter, base: Base, tensors: Sequence[Tensor]
+) -> tuple[list[Tensor], dict[str, Delta]]:
+    """Return the tensors of `base` with those that the adapter replaces, and its changes by name.
+
+    A base whose output matrix is its embedding gets one of its own where the adapter changes only
+    one of the two.
 
     Raises:
-        GattError: no adapter there, or one that is more than a LoRA or a DoRA.
+        GattError: the base lacks a tensor, has it in another shape, or cannot store the change.
     """
-    settings = _read_settings(folder)
-    tensors = open_safetensors(folder / "adapter_model.safetensors")
-    deltas = {}
-    for key, a in tensors.items():
-        if key.endswith((".lora_B.weight", _MAGNITUDE)):
-            continue
-        if not key.endswith(".lora_A.weight"):
-            raise GattError(
-                f"{folder} holds {key}; only the matrices of a LoRA or a DoRA can be merged, "
-                "not embeddings."
-            )
-        module = key.removesuffix(".lora_A.weight")
-        rank = a.shape[0]
-        scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        deltas[module.removeprefix("base_model.model.")] = Delta(
-            a=a,
-            b=tensors[f"{module}.lora_B.weight"],
-            scale=scale,
-            magnitude=tensors.get(module + _MAGNITUDE),
+    by_name = {tensor.name: tensor for tensor in tensors}
+    to_gguf = _namer(base, by_name)
+    replacements = {to_gguf(key): value for key, value in adapter.replacements.items()}
+    deltas = {to_gguf(f"{module}.weight"): delta for module, delta in adapter.deltas.items()}
+    if _OUTPUT not in by_name:
+        _untie(base, by_name, replacements, deltas)
+    for name, replacement in replacements.items():
+        by_name[name] = _replaced(base, by_name[name], replacement)
+    rows = {by_name[name].rows for name in _BY_TOKEN if name in by_name}
+    if len(rows) > 1:
+        raise GattError(
+            f"{adapter.settings.folder} has a vocabulary of {max(rows)} rows for one of embedding "
+            f"and output, the other has {min(rows)}. Train with modules_to_save = "
+            '["embed_tokens", "lm_head"].'
         )
-    return deltas
+    for name, delta in deltas.items():
+        tensor = by_name[name]
+        if not _fits(base, name, delta.shape, tensor.shape):
+            raise _wrong_shape(base, name, delta.shape, tensor.shape)
+        deltas[name] = replace(delta, order=row_order(base, name, delta.shape[0]))
+    return list(by_name.values()), deltas
 
 
-def to_gguf_names(
-    deltas: dict[str, Delta], base: Base, tensors: Iterable[Tensor]
-) -> dict[str, Delta]:
-    """Return the changes by GGUF tensor name, with the rows of q and k in llama.cpp's order.
-
-    Raises:
-        GattError: the base does not have a matrix, or has it in another shape.
-    """
+def _namer(base: Base, present: Container[str]) -> Callable[[str], str]:
+    """Return a function from a checkpoint's tensor names to those of the base's GGUF."""
     import gguf
 
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[base.architecture.upper()], base.layers)
-    shapes = {tensor.name: tensor.shape for tensor in tensors}
-    renamed = {}
-    for module, delta in deltas.items():
-        name = f"{names.get_name(module)}.weight"
-        if name not in shapes:
+
+    def to_gguf(key: str) -> str:
+        name = str(names.get_name(key, try_suffixes=(".weight", ".bias")))
+        if key == "lm_head.weight":
+            return _OUTPUT  # Gemma 2 has no name for it
+        if name not in present:
             raise GattError(
-                f"The adapter changes {module}, which {base.name} ({base.architecture}) does not "
-                "have: it is of another base."
+                f"The adapter changes {key.removesuffix('.weight')}, which {base.name} "
+                f"({base.architecture}) does not have: it is of another base."
             )
-        if shapes[name] != delta.shape:
-            raise GattError(
-                f"{name}: the adapter is for {delta.shape}, {base.name} has {shapes[name]}: "
-                "it is of another base."
-            )
-        renamed[name] = replace(delta, order=row_order(base, name, delta.shape[0]))
-    return renamed
+        return name
+
+    return to_gguf
 
 
-def _read_settings(folder: Path) -> JsonObject:
-    """Read PEFT's configuration of an adapter."""
-    file = folder / "adapter_config.json"
-    if not (file.is_file() and (folder / "adapter_model.safetensors").is_file()):
+def _family(base: Base) -> Family:
+    return next(f for f in FAMILIES.values() if f.architecture == base.architecture)
+
+
+def _untie(
+    base: Base,
+    by_name: dict[str, Tensor],
+    replacements: dict[str, Replacement],
+    deltas: dict[str, Delta],
+) -> None:
+    """Give a base without an output matrix one of its own, if the adapter's differs."""
+    embedding, output = replacements.get(_EMBEDDING), replacements.get(_OUTPUT)
+    changed = deltas.keys() & _BY_TOKEN
+    if embedding and output and not changed and _equal(embedding, output):
+        del replacements[_OUTPUT]
+        return
+    # PEFT trains chosen tokens of the embedding and of a tied output as one.
+    if not changed and not output and (embedding is None or embedding.indices):
+        return
+    if _family(base).without_head:
         raise GattError(
-            f"No adapter in {folder}: adapter_config.json or adapter_model.safetensors is missing."
+            f"The adapter changes one of embedding and output (lm_head), which are one matrix in "
+            f"{base.name}, and llama.cpp has no second one for {base.architecture}. Train without "
+            "embed_tokens and lm_head."
         )
-    settings = read_object(file)
-    patterns = [name for name in ("rank_pattern", "alpha_pattern") if settings.get(name)]
-    if patterns:
-        raise GattError(
-            f"{folder} has a {patterns[0]}; "
-            "only adapters with one rank and one alpha can be merged."
-        )
-    return settings
+    tied = by_name[_EMBEDDING]
+    by_name[_OUTPUT] = Tensor(_OUTPUT, tied.shape, tied.load)
 
 
-def is_dora(folder: Path) -> bool:
-    """Return whether an adapter is a DoRA, which can be merged but not written as a GGUF.
+def _equal(a: Replacement, b: Replacement) -> bool:
+    return a.indices == b.indices and np.array_equal(a.values.data, b.values.data)
 
-    llama.cpp applies only LoRA adapters at run time.
+
+def _replaced(base: Base, tensor: Tensor, replacement: Replacement) -> Tensor:
+    """Return a tensor with the adapter's values, in llama.cpp's layout."""
+    name, shape = tensor.name, replacement.values.shape
+    by_token = name in _BY_TOKEN and shape[1:] == tensor.shape[1:]
+    if by_token:
+        replacement = replacement.for_rows(tensor.rows)
+    if replacement.indices:
+        if shape[1:] != tensor.shape[1:] or max(replacement.indices) >= tensor.rows:
+            raise _wrong_shape(base, name, shape, tensor.shape)
+        return Tensor(name, tensor.shape, partial(_load_patched, tensor, replacement))
+    if by_token:
+        # Gemma 3 files leave out rows that no token has.
+        rows = min(shape[0], tensor.rows) if base.architecture == "gemma3" else shape[0]
+        return Tensor(name, (rows, *shape[1:]), partial(_load, replacement, None, 0.0))
+    if shape != tensor.shape:
+        raise _wrong_shape(base, name, shape, tensor.shape)
+    order = row_order(base, name, shape[0])
+    shift = _family(base).norm_shift if name.endswith("norm.weight") else 0.0
+    return Tensor(name, shape, partial(_load, replacement, order, shift))
+
+
+def _load(
+    replacement: Replacement, order: RowOrder | None, shift: float, first: int, last: int
+) -> Array:
+    """Load some rows of a replaced tensor; a vector is one row, which `order` sorts."""
+    if order is None:
+        return replacement.load(slice(first, last)) + np.float32(shift)
+    if len(replacement.values.shape) == 1:
+        return replacement.load(slice(first, last))[:, order]
+    return replacement.load(order[first:last])
+
+
+def _load_patched(tensor: Tensor, replacement: Replacement, first: int, last: int) -> Array:
+    return replacement.patch(tensor.load(first, last), first)
+
+
+def _fits(base: Base, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    spare = base.architecture == "gemma3" and name in _BY_TOKEN and shape[0] > expected[0]
+    return shape == expected or (spare and shape[1:] == expected[1:])
+
+
+def _wrong_shape(
+    base: Base, name: str, shape: tuple[int, ...], expected: tuple[int, ...]
+) -> GattError:
+    return GattError(
+        f"{name}: the adapter is for {shape}, {base.name} has {expected}: it is of another base."
+    )
+
+
+def missing_from_gguf(folder: Path) -> str:
+    """Return why an adapter cannot be a GGUF of its own, "" if it can.
+
+    llama.cpp adds low-rank changes of matrices that the base has, and nothing else.
     """
-    return bool(_read_settings(folder).get("use_dora"))
+    adapter = read_adapter(folder)
+    if adapter.settings.dora:
+        return "is a DoRA, and llama.cpp applies only LoRA adapters"
+    if adapter.settings.init != "plain":
+        return f"starts from a base that {adapter.settings.init} changed"
+    if adapter.replacements:
+        return f"replaces {', '.join(sorted(adapter.replacements)[:3])}, not only adds to matrices"
+    by_token = [m for m in adapter.deltas if m.endswith(("embed_tokens", "lm_head"))]
+    if by_token:
+        return f"changes {by_token[0]}, which a base with one matrix for both cannot have apart"
+    return ""
 
 
 def write_adapter(base: Base, folder: Path, target: Path) -> None:
     """Write the adapter alone as a GGUF in F32, which llama.cpp applies to the base's own file.
 
     Raises:
-        GattError: as `read_adapter` and `to_gguf_names`, or a DoRA.
+        GattError: as `read_adapter` and `apply_adapter`, or it is more than llama.cpp can apply.
     """
     import gguf
 
-    if is_dora(folder):
-        raise GattError(
-            f"{folder} is a DoRA, and llama.cpp applies only LoRA adapters. "
-            "Merge it with `gatt export`."
-        )
-    deltas = to_gguf_names(read_adapter(folder), base, base.tensors())
+    if reason := missing_from_gguf(folder):
+        raise GattError(f"{folder} {reason}. Merge it with `gatt export`.")
+    _, deltas = apply_adapter(read_adapter(folder), base, list(base.tensors()))
+    # llama.cpp has one alpha for all matrices, and divides it by the rank of each, also where
+    # training divided by its root (rsLoRA).
+    alphas = [delta.scale * delta.rank for delta in deltas.values()]
     with whole_file(target) as draft:
         writer = gguf.GGUFWriter(draft, base.architecture)
-        for name, delta in deltas.items():
+        for (name, delta), alpha in zip(deltas.items(), alphas, strict=True):
             a, b = delta.factors(0, delta.shape[0])
             writer.add_tensor(f"{name}.lora_a", a)
-            writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(b))
+            scaled = b * np.float32(alpha / alphas[0])
+            writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(scaled))
         metadata = gguf.Metadata.load(None, folder, None, writer.get_total_parameter_count()[0])
         metadata.name = metadata.name or folder.name
         writer.add_type(gguf.GGUFType.ADAPTER)
         metadata.set_gguf_meta_model(writer)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        # llama.cpp divides alpha by the rank, also where training divided by its root (rsLoRA).
-        alphas = {delta.scale * delta.rank for delta in deltas.values()}
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alphas.pop())
+        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alphas[0])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

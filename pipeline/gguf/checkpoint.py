@@ -6,52 +6,40 @@ it has no bfloat16, and with PyTorch its slices are copies in PyTorch's memory."
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from pipeline.console import log
 from pipeline.errors import GattError
-from pipeline.gguf import ggml
-from pipeline.gguf.base import Array, Bytes, JsonObject, Metadata, RowOrder, Tensor, row_order
-from pipeline.gguf.families import extra_tensors, family_of
-from pipeline.gguf.vocabulary import Vocabulary, read_object
+from pipeline.gguf.base import Array, Metadata, RowOrder, Tensor, row_order
+from pipeline.gguf.families import extra_tensors, read_config, require_tensors
+from pipeline.gguf.huggingface.bitsandbytes import dequantized
+from pipeline.gguf.huggingface.chat_template import read_chat_template
+from pipeline.gguf.huggingface.config import (
+    original_model,
+    quantization_method,
+    refuse_quantized,
+    require_object,
+    with_defaults,
+)
+from pipeline.gguf.huggingface.safetensors import (
+    GGML_TYPES,
+    SafetensorsTensor,
+    Weights,
+    open_safetensors,
+    shards,
+)
+from pipeline.gguf.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-_GGML_TYPES = {"F32": 0, "F16": 1, "BF16": 30}
-"""The supported types of safetensors, and ggml's numbers of them."""
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
-
-
-@dataclass(frozen=True, slots=True)
-class SafetensorsTensor:
-    """A tensor of a safetensors file, with its bytes in the mapped file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    data: Bytes
-
-    def load(self, rows: slice | RowOrder) -> Array:
-        """Return (rows, columns) float32 of some rows; a vector is one row.
-
-        Raises:
-            GattError: a type other than F32, F16 or BF16.
-        """
-        if self.dtype not in _GGML_TYPES:
-            raise GattError(
-                f"{self.file}: weights of type {self.dtype} found; F32, F16 or BF16 expected."
-            )
-        kind, columns = _GGML_TYPES[self.dtype], self.shape[-1]
-        stored = np.asarray(self.data).reshape(-1, ggml.row_bytes(kind, columns))
-        return ggml.dequantize(stored[rows], kind, columns)
 
 
 class _Part(NamedTuple):
@@ -65,22 +53,45 @@ class _Part(NamedTuple):
 class CheckpointBase:
     """A folder with `config.json`, a tokenizer and safetensors, sharded or not.
 
+    Of a multimodal model it is the text part. `class_name` is transformers' class of it.
+
     Raises:
-        GattError: a file is missing, or the architecture or the tokenizer is not supported.
+        GattError: a file is missing, or the architecture, the tokenizer or the quantization is not
+            supported.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        config = _require_json(folder / "config.json")
-        self.family = family_of(config, str(folder))
-        self.config = {**config, **config.get("text_config", {})}
+        self.folder, self.name = folder, folder.name
+        config = require_object(folder / "config.json")
+        self.quantization = quantization_method(folder, config)
+        refuse_quantized(folder, self.quantization)
+        read = read_config(config, f"{folder / 'config.json'}")
+        self.family, self.class_name, self.config, self.multimodal = read
         self.architecture, self.interleaved = self.family.architecture, self.family.interleaved
         self.layers = int(self.config["num_hidden_layers"])
         self.heads = int(self.config["num_attention_heads"])
         self.key_heads = int(self.config.get("num_key_value_heads") or self.heads)
-        self.name = folder.name
         self._vocabulary = Vocabulary(folder, self.config, self.architecture)
-        self._extra = extra_tensors(self.family, self.config)
+        try:
+            self._extra = extra_tensors(self.family, self.config)
+            self._keys = self.family.keys(self.config)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise GattError(
+                f"{folder / 'config.json'}: {error} is missing or of a wrong type. "
+                "Download the checkpoint again."
+            ) from error
+        if self.multimodal:
+            _log_once(f"{self.name}: a multimodal model; only its text part is used.")
+        if self.quantization:
+            _log_once(
+                f"{self.name}: weights that bitsandbytes has rounded to 4 or 8 bits are used as "
+                f"they are. The 16-bit model{original_model(folder)} would be more exact."
+            )
+
+    @property
+    def chat_template(self) -> str:
+        """The source of the Jinja template, or ""."""
+        return read_chat_template(self.folder)
 
     def write_fields(self, writer: GGUFWriter, metadata: Metadata) -> None:
         """Write metadata, hyperparameters, vocabulary, special tokens and chat template."""
@@ -96,14 +107,54 @@ class CheckpointBase:
             setattr(merged, key, value)
         writer.add_type(gguf.GGUFType.MODEL)
         merged.set_gguf_meta_model(writer)
-        for name, value in self.family.keys(self.config).items():
+        for name, value in self._keys.items():
             if value is not None:
                 getattr(writer, f"add_{name}")(value)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         self._vocabulary.write(writer)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield every weight by its GGUF name, in llama.cpp's layout."""
+        """Yield every weight by its GGUF name, in llama.cpp's layout.
+
+        Raises:
+            GattError: weights are missing, damaged, unknown, or of another shape than `config.json`
+                says.
+        """
+        tensors = list(self._tensors())
+        names = {tensor.name: tensor.shape for tensor in tensors}
+        tied = self.family.without_head or "output.weight" in names or self._is_tied()
+        require_tensors(self.family, names, self.layers, str(self.folder), tied=tied)
+        hidden, vocabulary = int(self.config["hidden_size"]), int(self.config["vocab_size"])
+        rows, columns = names["token_embd.weight"]
+        if columns != hidden or rows > vocabulary:
+            raise GattError(
+                f"{self.folder}: the embedding is {rows} x {columns}, and config.json says "
+                f"vocab_size = {vocabulary} and hidden_size = {hidden}. "
+                "Download the checkpoint again."
+            )
+        yield from tensors
+
+    def weights(self) -> dict[str, Weights]:
+        """Return the stored weights by their keys in a text model of transformers.
+
+        Raises:
+            GattError: a file is missing or damaged.
+        """
+        stored: dict[str, SafetensorsTensor] = {}
+        for file in shards(self.folder):
+            for key, tensor in open_safetensors(file).items():
+                if text_key := text_model_key(key) if self.multimodal else key:
+                    stored[text_key] = tensor
+        if not self.quantization:
+            return dict(stored)
+        dtype = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16")
+        return dequantized(stored, dtype)
+
+    def _is_tied(self) -> bool:
+        settings = with_defaults(self.config, ("tie_word_embeddings",), str(self.folder))
+        return bool(settings["tie_word_embeddings"])
+
+    def _tensors(self) -> Iterator[Tensor]:
         import gguf
 
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[self.architecture.upper()], self.layers)
@@ -112,16 +163,21 @@ class CheckpointBase:
         for key, stored in self._by_key().items():
             if self.family.without_head and key == "lm_head.weight":
                 continue
+            if stored[0].dtype not in GGML_TYPES:
+                raise GattError(
+                    f"{stored[0].file}: {key} is of type {stored[0].dtype}; "
+                    "F32, F16 or BF16 expected. Take the 16-bit model."
+                )
             for part in _split_gate_up(key, stored[0].shape):
                 gguf_name = names.get_name(part.key, try_suffixes=(".weight", ".bias"))
                 if gguf_name is None:
                     raise GattError(
                         f"{stored[0].file} holds {key}, which has no place in a "
-                        f"{self.architecture} GGUF."
+                        f"{self.architecture} GGUF of {self.layers} layers."
                     )
                 yield self._tensor(gguf_name, stored, part)
 
-    def _tensor(self, name: str, stored: list[SafetensorsTensor], part: _Part) -> Tensor:
+    def _tensor(self, name: str, stored: list[Weights], part: _Part) -> Tensor:
         """Return one GGUF tensor; several stored tensors are the experts of one matrix."""
         rows, shape = part.rows, stored[0].shape
         if name == "token_embd.weight" and self.architecture == "gemma3":
@@ -138,25 +194,52 @@ class CheckpointBase:
             return Tensor(name, shape, partial(_load_expert_rows, stored, part.first, rows))
         return Tensor(name, shape, partial(_load_rows, stored[0], part.first, shift))
 
-    def _by_key(self) -> dict[str, list[SafetensorsTensor]]:
+    def _by_key(self) -> dict[str, list[Weights]]:
         """Return every stored tensor by its key.
 
         The experts of one matrix come together, under the key without their numbers.
         """
-        by_key: dict[str, list[SafetensorsTensor]] = {}
-        experts: dict[str, dict[int, SafetensorsTensor]] = {}
-        for file in shards(self.folder):
-            for key, stored in open_safetensors(file).items():
-                if expert := _EXPERT.fullmatch(key):
-                    experts.setdefault(f"{expert[1]}.{expert[3]}", {})[int(expert[2])] = stored
-                else:
-                    by_key[key] = [stored]
+        by_key: dict[str, list[Weights]] = {}
+        experts: dict[str, dict[int, Weights]] = {}
+        for key, stored in self.weights().items():
+            if expert := _EXPERT.fullmatch(key):
+                experts.setdefault(f"{expert[1]}.{expert[3]}", {})[int(expert[2])] = stored
+            else:
+                by_key[key] = [stored]
         return by_key | {
             key: [numbered[n] for n in sorted(numbered)] for key, numbered in experts.items()
         }
 
 
-def _load_rows(stored: SafetensorsTensor, start: int, shift: float, first: int, last: int) -> Array:
+_log_once = cache(log)
+
+
+def needs_text_checkpoint(folder: Path) -> bool:
+    """Return whether transformers would load a folder as more than a text model in 16 bits.
+
+    Raises:
+        GattError: weights that are quantized in a way that cannot be read.
+    """
+    config = require_object(folder / "config.json")
+    method = quantization_method(folder, config)
+    refuse_quantized(folder, method)
+    return bool(method) or isinstance(config.get("text_config"), dict)
+
+
+def text_model_key(key: str) -> str:
+    """Return the key of a multimodal model's weight in its text model alone, "" for other parts.
+
+    Checkpoints call the text model `language_model.model`, `model.language_model` (transformers 5
+    in memory, and adapters) or `model.language_model.model`; LLaVA's and Mistral's have `lm_head`
+    within `language_model`.
+    """
+    if "language_model." not in key:
+        return key if key.startswith(("lm_head.", "model.layers.", "model.embed_tokens.")) else ""
+    part = key.rpartition("language_model.")[2]
+    return part if part.startswith(("model.", "lm_head.")) else f"model.{part}"
+
+
+def _load_rows(stored: Weights, start: int, shift: float, first: int, last: int) -> Array:
     """Load rows `first` to `last` of the matrix that begins in row `start` (a vector is one row).
 
     `shift` is added: Gemma multiplies by 1 + the stored weights of its norms.
@@ -164,23 +247,17 @@ def _load_rows(stored: SafetensorsTensor, start: int, shift: float, first: int, 
     return stored.load(slice(start + first, start + last)) + np.float32(shift)
 
 
-def _load_reordered_rows(
-    stored: SafetensorsTensor, order: RowOrder, first: int, last: int
-) -> Array:
+def _load_reordered_rows(stored: Weights, order: RowOrder, first: int, last: int) -> Array:
     """Load rows of q or k, which llama.cpp stores in another order."""
     return stored.load(order[first:last])
 
 
-def _load_reordered_vector(
-    stored: SafetensorsTensor, order: RowOrder, first: int, last: int
-) -> Array:
+def _load_reordered_vector(stored: Weights, order: RowOrder, first: int, last: int) -> Array:
     """Load the bias of q or k, whose entries are in the order of its matrix's rows."""
     return _load_rows(stored, 0, 0.0, first, last)[:, order]
 
 
-def _load_expert_rows(
-    stored: list[SafetensorsTensor], start: int, rows: int, first: int, last: int
-) -> Array:
+def _load_expert_rows(stored: list[Weights], start: int, rows: int, first: int, last: int) -> Array:
     """Load rows of one expert out of matrices of `rows` rows, which follow one another in the GGUF.
 
     Checkpoints store each expert as a tensor, or all in one (experts, stored rows, columns). Where
@@ -208,61 +285,3 @@ def _split_gate_up(key: str, shape: tuple[int, ...]) -> list[_Part]:
         _Part(full_key.replace("gate_up_proj", "gate_proj"), 0, half),
         _Part(full_key.replace("gate_up_proj", "up_proj"), half, half),
     ]
-
-
-def shards(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint.
-
-    Raises:
-        GattError: one is missing, or the weights are a pickle.
-    """
-    index = folder / "model.safetensors.index.json"
-    names = ["model.safetensors"]
-    if index.exists():
-        names = sorted(set(_require_json(index)["weight_map"].values()))
-    missing = [name for name in names if not (folder / name).exists()]
-    if missing:
-        pickled = next(folder.glob("pytorch_model*.bin"), None)
-        advice = (
-            f"{pickled.name} is a pickle, which may run code: save it as safetensors."
-            if pickled
-            else "Download it again."
-        )
-        raise GattError(f"{folder} lacks {missing[0]}. {advice}")
-    return [folder / name for name in names]
-
-
-def _require_json(path: Path) -> JsonObject:
-    if not path.is_file():
-        raise GattError(f"{path.parent} lacks {path.name}. A Hugging Face folder holds it.")
-    return read_object(path)
-
-
-def open_safetensors(file: Path) -> dict[str, SafetensorsTensor]:
-    """Map every tensor of a safetensors file: a length, a JSON header, then the data.
-
-    Raises:
-        GattError: the file is damaged or truncated.
-    """
-    raw = np.memmap(file, np.uint8, "r")
-    try:
-        data_start = 8 + int(raw[:8].view("<u8")[0])
-        header = json.loads(raw[8:data_start].tobytes())
-    except ValueError as error:
-        raise GattError(
-            f"{file} is not a safetensors file ({error}). Download the checkpoint again."
-        ) from error
-    header.pop("__metadata__", None)
-    size = data_start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size > raw.size:
-        raise GattError(
-            f"{file} is cut short: {raw.size:,} bytes found, {size:,} expected. "
-            "Download the checkpoint again."
-        )
-    tensors = {}
-    for key, entry in header.items():
-        first, last = (data_start + offset for offset in entry["data_offsets"])
-        tensors[key] = SafetensorsTensor(
-            file, entry["dtype"], tuple(entry["shape"]), raw[first:last]
-        )
-    return tensors

@@ -1,22 +1,48 @@
-"""How each family of models is stored in GGUF: architecture, hyperparameters, changes to its
-weights.
+"""How each family of models is stored in GGUF: architecture, weights, and what it needs.
 
 Source: llama.cpp's converter in llama-cpp-python 0.3.36; the tests compare with it byte by byte.
-Keys are named by the methods of `gguf.GGUFWriter` ("context_length" is `add_context_length`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from pipeline.errors import GattError
 from pipeline.gguf.base import Array, JsonObject
+from pipeline.gguf.huggingface.config import text_part, with_defaults
+from pipeline.gguf.huggingface.hyperparameters import (
+    Keys,
+    common_keys,
+    gemma2_keys,
+    gemma3_keys,
+    head_size,
+    llama_keys,
+    phi3_keys,
+    qwen3_moe_keys,
+    rope_of,
+)
 
-Keys = JsonObject
+_NEEDED = (
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "rms_norm_eps",
+    "max_position_embeddings",
+)
+"""Keys of every family's configuration; transformers has defaults of them."""
+_SIZES = ("model_type", "hidden_size", "num_hidden_layers")
+"""Keys that every published configuration has."""
+_ATTENTION = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm")
+_DENSE = (*_ATTENTION, "ffn_gate", "ffn_up", "ffn_down")
+_EXPERTS = (*_ATTENTION, "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+_QK_NORMS = ("attn_q_norm", "attn_k_norm")
+_POST_NORMS = ("post_attention_norm", "post_ffw_norm")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,193 +52,149 @@ class Family:
     `keys` returns its hyperparameters. Where it is `interleaved`, the rows of q and k stand in
     pairs (llama.cpp's rotary order), not in halves. `norm_shift` is added to the weights of norms,
     because Gemma multiplies by 1 + w. Where it is `without_head`, a stored output matrix repeats
-    the embedding and is skipped."""
+    the embedding and is skipped. `text_model` is the `model_type` in the `text_config` of a
+    multimodal model whose text part is of this family. `needs` are keys of the configuration that
+    `_NEEDED` does not have, `matrices` the names of the weights that each layer has."""
 
     architecture: str
     keys: Callable[[JsonObject], Keys]
+    text_model: str
+    needs: tuple[str, ...] = ()
+    matrices: tuple[str, ...] = _DENSE
     interleaved: bool = False
     norm_shift: float = 0.0
     without_head: bool = False
 
 
-def rope_of(config: JsonObject) -> JsonObject:
-    """Return the rotary settings of full attention.
-
-    transformers 5 stores them in one table, earlier versions as keys of the configuration.
-    """
-    table = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    rope = dict(table.get("full_attention") or table)
-    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
-        if config.get(key) is not None:
-            rope.setdefault(key, config[key])
-    rope.setdefault("rope_type", rope.get("type") or "default")
-    return rope
-
-
-def head_size(config: JsonObject) -> int:
-    """Return the width of one attention head."""
-    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
-
-
-def _common(config: JsonObject) -> Keys:
-    """Return the keys that most families have."""
-    keys = {
-        "block_count": config["num_hidden_layers"],
-        "context_length": config.get("max_position_embeddings"),
-        "embedding_length": config["hidden_size"],
-        "feed_forward_length": config.get("intermediate_size"),
-        "head_count": config["num_attention_heads"],
-        "head_count_kv": config.get("num_key_value_heads"),
-        "layer_norm_rms_eps": config.get("rms_norm_eps"),
-        "rope_freq_base": rope_of(config).get("rope_theta"),
-        "key_length": config.get("head_dim"),
-        "value_length": config.get("head_dim"),
-        "expert_count": config.get("num_local_experts") or config.get("num_experts"),
-        "expert_used_count": config.get("num_experts_per_tok"),
-    }
-    return {
-        name: value for name, value in {**keys, **_scaling(config)}.items() if value is not None
-    }
-
-
-def _scaling(config: JsonObject) -> Keys:
-    """Return the keys of a scaled rotary embedding.
-
-    Raises:
-        GattError: a kind of scaling that llama.cpp has no keys for.
-    """
-    import gguf
-
-    rope = rope_of(config)
-    kind = rope["rope_type"]
-    if kind in ("default", "llama3"):  # Llama 3 stores a tensor of factors instead
-        return {}
-    if kind == "linear":
-        return {
-            "rope_scaling_type": gguf.RopeScalingType.LINEAR,
-            "rope_scaling_factor": rope["factor"],
-        }
-    if kind == "yarn":
-        return {
-            "rope_scaling_type": gguf.RopeScalingType.YARN,
-            "rope_scaling_factor": rope["factor"],
-            "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
-            "rope_scaling_yarn_ext_factor": rope.get("extrapolation_factor"),
-            "rope_scaling_yarn_attn_factor": rope.get("attention_factor", rope.get("attn_factor")),
-            "rope_scaling_yarn_beta_fast": rope.get("beta_fast"),
-            "rope_scaling_yarn_beta_slow": rope.get("beta_slow"),
-        }
-    if kind in ("longrope", "su"):
-        return {"rope_scaling_type": gguf.RopeScalingType.LONGROPE}
-    raise GattError(
-        f"A rotary embedding with {kind!r} scaling found; "
-        "'llama3', 'linear', 'yarn' or 'longrope' expected."
-    )
-
-
-def _llama(config: JsonObject) -> Keys:
-    return {
-        **_common(config),
-        "vocab_size": config["vocab_size"],
-        "rope_dimension_count": head_size(config),
-    }
-
-
-def _qwen3_moe(config: JsonObject) -> Keys:
-    if not config.get("norm_topk_prob"):
-        raise GattError(
-            "A mixture of experts with norm_topk_prob = false found; "
-            "llama.cpp always normalizes the experts' weights."
-        )
-    return {**_common(config), "expert_feed_forward_length": config["moe_intermediate_size"]}
-
-
-def _gemma2(config: JsonObject) -> Keys:
-    keys = _common(config)
-    keys.pop("rope_freq_base", None)
-    return {
-        **keys,
-        "attn_logit_softcapping": config["attn_logit_softcapping"],
-        "final_logit_softcapping": config["final_logit_softcapping"],
-        "sliding_window": config["sliding_window"],
-    }
-
-
-def _gemma3(config: JsonObject) -> Keys:
-    keys = {**_common(config), "rope_freq_base": rope_of(config).get("rope_theta", 1_000_000.0)}
-    table = config.get("rope_parameters") or {}
-    local = (table.get("sliding_attention") or {}).get(
-        "rope_theta", config.get("rope_local_base_freq")
-    )
-    if local is not None:
-        keys["rope_freq_base_swa"] = local
-    if config.get("final_logit_softcapping"):
-        keys["final_logit_softcapping"] = config["final_logit_softcapping"]
-    if config.get("sliding_window_pattern") != 1:
-        keys["sliding_window"] = config["sliding_window"]
-    return keys
-
-
-def _phi3(config: JsonObject) -> Keys:
-    rope = rope_of(config)
-    keys = {
-        name: value
-        for name, value in _common(config).items()
-        if name not in ("key_length", "value_length")
-    }
-    keys.pop("rope_scaling_type", None)
-    original_context = (
-        rope.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    )
-    keys |= {
-        "rope_dimension_count": _phi3_dimensions(config),
-        "rope_scaling_orig_ctx_len": original_context,
-        "sliding_window": config.get("sliding_window") or 0,
-    }
-    if rope.get("long_factor"):
-        scale = config["max_position_embeddings"] / original_context
-        keys["rope_scaling_attn_factors"] = (
-            math.sqrt(1 + math.log(scale) / math.log(original_context)) if scale > 1 else 1.0
-        )
-    return keys
-
-
-def _phi3_dimensions(config: JsonObject) -> int:
-    return int(rope_of(config).get("partial_rotary_factor", 1.0) * config["hidden_size"]) // int(
-        config["num_attention_heads"]
-    )
-
-
 FAMILIES = {
-    "LlamaForCausalLM": Family(architecture="llama", keys=_llama, interleaved=True),
-    "MistralForCausalLM": Family(architecture="llama", keys=_llama, interleaved=True),
-    "Qwen2ForCausalLM": Family(architecture="qwen2", keys=_common),
-    "Qwen3ForCausalLM": Family(architecture="qwen3", keys=_common),
-    "Qwen3MoeForCausalLM": Family(architecture="qwen3moe", keys=_qwen3_moe),
-    "Gemma2ForCausalLM": Family(
-        architecture="gemma2", keys=_gemma2, norm_shift=1.0, without_head=True
+    "LlamaForCausalLM": Family(
+        architecture="llama", keys=llama_keys, text_model="llama", interleaved=True
     ),
-    "Gemma3ForCausalLM": Family(architecture="gemma3", keys=_gemma3, norm_shift=1.0),
-    "Phi3ForCausalLM": Family(architecture="phi3", keys=_phi3),
+    "MistralForCausalLM": Family(
+        architecture="llama", keys=llama_keys, text_model="mistral", interleaved=True
+    ),
+    "Qwen2ForCausalLM": Family(architecture="qwen2", keys=common_keys, text_model="qwen2"),
+    "Qwen3ForCausalLM": Family(
+        architecture="qwen3",
+        keys=common_keys,
+        text_model="qwen3",
+        needs=("head_dim",),
+        matrices=(*_DENSE, *_QK_NORMS),
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        architecture="qwen3moe",
+        keys=qwen3_moe_keys,
+        text_model="qwen3_moe",
+        needs=(
+            "head_dim",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
+            "norm_topk_prob",
+        ),
+        matrices=(*_EXPERTS, *_QK_NORMS),
+    ),
+    "Gemma2ForCausalLM": Family(
+        architecture="gemma2",
+        keys=gemma2_keys,
+        text_model="gemma2",
+        needs=(
+            "head_dim",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "sliding_window",
+        ),
+        matrices=(*_DENSE, *_POST_NORMS),
+        norm_shift=1.0,
+        without_head=True,
+    ),
+    "Gemma3ForCausalLM": Family(
+        architecture="gemma3",
+        keys=gemma3_keys,
+        text_model="gemma3_text",
+        needs=("head_dim", "sliding_window"),
+        matrices=(*_DENSE, *_QK_NORMS, *_POST_NORMS),
+        norm_shift=1.0,
+    ),
+    "Phi3ForCausalLM": Family(
+        architecture="phi3",
+        keys=phi3_keys,
+        text_model="phi3",
+        matrices=("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down"),
+    ),
 }
 """By the first of `architectures` in `config.json`."""
+_TEXT_MODELS = {family.text_model: name for name, family in FAMILIES.items()}
 
 
-def family_of(config: JsonObject, source: str) -> Family:
-    """Return the family that a configuration names.
+class ModelConfig(NamedTuple):
+    """What a checkpoint is: its family, transformers' class of its text part, and its settings.
+
+    Where it is `multimodal`, its other parts are left out."""
+
+    family: Family
+    class_name: str
+    settings: JsonObject
+    multimodal: bool
+
+
+def read_config(config: JsonObject, source: str) -> ModelConfig:
+    """Return the family that a configuration names, and its settings with transformers' defaults.
+
+    `source` is what error messages call the file.
 
     Raises:
-        GattError: one that is not supported.
+        GattError: a family that is not supported, or a key that it needs is missing.
     """
-    name = (config.get("architectures") or ["none"])[0]
-    if name not in FAMILIES:
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else "none"
+    text = config.get("text_config")
+    multimodal = name not in FAMILIES and isinstance(text, dict)
+    text_model = str(text.get("model_type")) if multimodal and text else ""
+    class_name = _TEXT_MODELS.get(text_model, "") if multimodal else name
+    if class_name not in FAMILIES:
+        part = f" with the text model {text_model!r}" if multimodal else ""
         raise GattError(
-            f"{source} is a {name}; this version writes GGUF for {', '.join(FAMILIES)}. "
-            "Give a GGUF of the model instead, if it is one of these, or export a folder with "
-            "`gatt export --model FOLDER --converter PATH` and your own convert_hf_to_gguf.py of "
-            "llama.cpp."
+            f"{source} is a {name}{part}; this version writes GGUF for {', '.join(FAMILIES)}, and "
+            "for models whose text model is one of these. Give a GGUF of the model instead, if it "
+            "is one of these, or export a folder with `gatt export --model FOLDER --converter "
+            "PATH` and your own convert_hf_to_gguf.py of llama.cpp."
         )
-    return FAMILIES[name]
+    family, settings = FAMILIES[class_name], text_part(config)
+    for key in _SIZES:
+        if not settings.get(key):
+            raise GattError(f"{source} lacks {key}. Download the checkpoint again.")
+    settings = with_defaults(settings, (*_NEEDED, *family.needs), source)
+    for key in (*_SIZES[1:], *_NEEDED):
+        value = settings[key]
+        if key != "num_key_value_heads" and not (isinstance(value, int | float) and value > 0):
+            raise GattError(f"{source}: {key} = {value!r} found, a positive number expected.")
+    return ModelConfig(family, class_name, settings, multimodal)
+
+
+def require_tensors(
+    family: Family, names: Collection[str], layers: int, source: str, *, tied: bool
+) -> None:
+    """Check that a model has all weights that its family needs, by llama.cpp's names.
+
+    Where the output matrix is not `tied` to the embedding, it is needed too.
+
+    Raises:
+        GattError: one is missing.
+    """
+    needed = {"token_embd.weight": "the embedding", "output_norm.weight": "the last norm"}
+    if not tied:
+        needed["output.weight"] = "the output matrix (lm_head)"
+    # A layer has what its family needs, and whatever another layer has.
+    per_layer = {name.split(".", 2)[2] for name in names if name.startswith("blk.")}
+    for part in sorted({f"{matrix}.weight" for matrix in family.matrices} | per_layer):
+        for layer in range(layers):
+            needed[f"blk.{layer}.{part}"] = f"{part.rpartition('.')[0]} of layer {layer}"
+    missing = [text for name, text in needed.items() if name not in names]
+    if missing:
+        more = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
+        raise GattError(
+            f"{source} is incomplete: {missing[0]}{more} missing. Download the model again."
+        )
 
 
 def extra_tensors(family: Family, config: JsonObject) -> dict[str, Array]:
@@ -224,11 +206,11 @@ def extra_tensors(family: Family, config: JsonObject) -> dict[str, Array]:
             for name in ("long", "short")
         }
     if family.architecture == "llama" and rope["rope_type"] == "llama3":
-        return {"rope_freqs.weight": _llama3_factors(rope, head_size(config))}
+        return {"rope_freqs.weight": llama3_factors(rope, head_size(config))}
     return {}
 
 
-def _llama3_factors(rope: JsonObject, size: int) -> Array:
+def llama3_factors(rope: JsonObject, size: int) -> Array:
     """Return Llama 3's frequency factors (Llama 3.1 model card; transformers' `rope_type =
     "llama3"`).
     """

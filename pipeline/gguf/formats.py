@@ -5,6 +5,7 @@ llama.cpp itself.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,7 +98,7 @@ def quantize(source: Path, target: Path, format_name: str) -> None:
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = file_type(format_name), core_count()
     if llama_cpp.llama_model_quantize(
-        str(source).encode(), str(target).encode(), ctypes.byref(params)
+        os.fsencode(source), os.fsencode(target), ctypes.byref(params)
     ):
         raise GattError(
             f"llama.cpp could not quantize {source.name} to {format_name}. "
@@ -128,7 +129,7 @@ def query_tensor_types(skeleton: Path, format_name: str, *, importance: bool) ->
         lambda level, text, data: messages.append(text.decode(errors="replace"))
     )
     llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    status = llama_cpp.llama_model_quantize(str(skeleton).encode(), b"", ctypes.byref(params))
+    status = llama_cpp.llama_model_quantize(os.fsencode(skeleton), b"", ctypes.byref(params))
     silence(llama_cpp)
     choices = _QUANTIZED.findall("".join(messages))
     if status or not choices:

@@ -12,12 +12,20 @@ from typing import TYPE_CHECKING
 from pipeline.errors import GattError
 from pipeline.gguf import ggml
 from pipeline.gguf.base import Array, Bytes, Metadata, Tensor
-from pipeline.gguf.families import FAMILIES
-from pipeline.gguf.reader import open_gguf
+from pipeline.gguf.families import FAMILIES, require_tensors
+from pipeline.gguf.reader import GgufInfo, read_gguf
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
+_NEEDED = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
+"""Keys of an architecture without which llama.cpp refuses a file."""
 _REPLACED = ("general.architecture", "general.file_type", "quantize.imatrix")
 _REPLACED_METADATA = (
     "general.name",
@@ -35,8 +43,9 @@ class GgufBase:
     """
 
     def __init__(self, path: Path) -> None:
-        self._info = info = open_gguf(path)
+        self._info = info = read_gguf(path)
         self.name, self.architecture, self.layers = path.name, info.architecture, info.layers
+        self.chat_template = info.chat_template
         family = next((f for f in FAMILIES.values() if f.architecture == info.architecture), None)
         if family is None:
             supported = ", ".join(sorted({f.architecture for f in FAMILIES.values()}))
@@ -44,28 +53,49 @@ class GgufBase:
                 f"{path.name} is of architecture {info.architecture!r}; "
                 f"this version can export {supported}."
             )
-        self.interleaved = family.interleaved
-        self.heads = int(info.field(f"{info.architecture}.attention.head_count"))
-        self.key_heads = int(info.field(f"{info.architecture}.attention.head_count_kv", self.heads))
+        self.family, self.interleaved = family, family.interleaved
+        for key in _NEEDED:
+            if not isinstance(info.hyperparameter(key), int | float):
+                raise GattError(
+                    f"{path} lacks {info.architecture}.{key}, or has none for all layers. "
+                    "Take another GGUF of the model."
+                )
+        if not info.field("tokenizer.ggml.tokens"):
+            raise GattError(f"{path} has no vocabulary. Take another GGUF of the model.")
+        self.heads = int(info.hyperparameter("attention.head_count"))
+        self.key_heads = int(info.hyperparameter("attention.head_count_kv", self.heads))
 
     def write_fields(self, writer: GGUFWriter, metadata: Metadata) -> None:
         """Copy the keys; `metadata` replaces what the base says about itself."""
         import gguf
 
         replaced = _REPLACED + (_REPLACED_METADATA if metadata else ())
-        for name, value in self._info.fields.items():
-            if not name.startswith(replaced):
-                items = None if value.items is None else gguf.GGUFValueType(value.items)
-                writer.add_key_value(name, value.value, gguf.GGUFValueType(value.kind), items)
+        _add_fields(writer, self._info, replaced)
         if metadata:
             base_name = self._info.field("general.name", self.name)
             gguf.Metadata(name=base_name, **metadata).set_gguf_meta_model(writer)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Yield every weight, which is dequantized when it is loaded."""
+        """Yield every weight, which is dequantized when it is loaded.
+
+        Raises:
+            GattError: weights are missing.
+        """
+        names = {tensor.name for tensor in self._info.tensors}
+        require_tensors(self.family, names, self.layers, str(self._info.path), tied=True)
         for name, shape, kind, data in self._info.tensors:
             yield Tensor(name, shape, partial(_dequantize, data, kind, shape[-1]))
 
 
 def _dequantize(stored: Bytes, kind: int, columns: int, first: int, last: int) -> Array:
     return ggml.dequantize(stored[first:last], kind, columns)
+
+
+def _add_fields(writer: GGUFWriter, info: GgufInfo, left_out: tuple[str, ...]) -> None:
+    """Copy the keys of a GGUF, but for those that begin like `left_out`."""
+    import gguf
+
+    for name, value in info.fields.items():
+        if not name.startswith(left_out):
+            items = None if value.items is None else gguf.GGUFValueType(value.items)
+            writer.add_key_value(name, value.value, gguf.GGUFValueType(value.kind), items)

@@ -24,11 +24,13 @@ from threadpoolctl import threadpool_limits
 from pipeline.errors import GattError
 from pipeline.files import whole_file
 from pipeline.gguf import ggml
-from pipeline.gguf.adapter import Delta, read_adapter, to_gguf_names
+from pipeline.gguf.adapter import apply_adapter
 from pipeline.gguf.base import Array, Base, Bytes, Metadata, Tensor, row_order
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.formats import Format, KeyValue, uniform_format
 from pipeline.gguf.gguf_base import GgufBase
+from pipeline.gguf.lora.delta import Delta
+from pipeline.gguf.lora.weights import read_adapter
 from pipeline.system import core_count
 
 if TYPE_CHECKING:
@@ -91,7 +93,16 @@ def plan_merge(
     """
     base = open_base(source)
     tensors = list(base.tensors())
-    deltas = to_gguf_names(read_adapter(adapter), base, tensors) if adapter else {}
+    deltas: dict[str, Delta] = {}
+    if adapter:
+        lora = read_adapter(adapter)
+        if lora.settings.init != "plain" and (nf4_round_trip or not source.is_dir()):
+            raise GattError(
+                f"{adapter} was trained on what {lora.settings.init} left of the base, which only "
+                "its original weights tell. Give the base as a Hugging Face folder, with "
+                'merge_base = "fp16".'
+            )
+        tensors, deltas = apply_adapter(lora, base, tensors)
     return MergePlan(
         base=base,
         tensors=tensors,
@@ -240,10 +251,15 @@ def _row_ranges(tensor: Tensor) -> tuple[list[int], list[int]]:
 
 
 def _as_trained(plan: MergePlan, tensor: Tensor) -> Tensor:
-    """Return the tensor as in training: linear projections are rounded to 4 bits.
+    """Return the tensor as in training: linear projections are rounded to 4 bits, or are what the
+    adapter's initialization left of them.
 
     The blocks of the rounding follow Hugging Face's order of rows.
     """
+    delta = plan.deltas.get(tensor.name)
+    if delta and delta.init != "plain":
+        residual = delta.residual(tensor.load(0, tensor.rows))
+        return Tensor(tensor.name, tensor.shape, lambda first, last: residual[first:last])
     if plan.nf4_round_trip is None or not _LINEAR.fullmatch(tensor.name):
         return tensor
     if len(tensor.shape) > 2:

@@ -7,6 +7,7 @@ Format: the GGUF specification of ggml (magic, version, key-values, tensor infos
 from __future__ import annotations
 
 import math
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,11 @@ from pipeline.gguf.base import Bytes
 _NUMBERS = dict(enumerate("BbHhIif?")) | dict(enumerate("Qqd", 10))
 """`struct` formats by the specification's numbers of value types; 8 is a string, 9 an array."""
 _STRING, _ARRAY = 8, 9
+_PART_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+"""How llama.cpp names the parts of a split model (`llama_split_path`)."""
+_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
+_NAMED_TEMPLATE = "tokenizer.chat_template."
+_POINTER = b"version https://git-lfs"
 
 
 class Field(NamedTuple):
@@ -54,12 +60,16 @@ class _TensorInfo(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GgufInfo:
-    """Keys and tensors of a GGUF file, which has `bytes` bytes."""
+    """Keys and tensors of a model in one GGUF file, or in several `parts`, of `bytes` in all.
+
+    `path` is the file that llama.cpp opens: of a split model the first.
+    """
 
     fields: dict[str, Field]
     tensors: list[StoredTensor]
     path: Path
     bytes: int
+    parts: tuple[Path, ...]
 
     def field(self, name: str, default: Any = None) -> Any:
         """Return a key's value, or `default`."""
@@ -72,7 +82,15 @@ class GgufInfo:
     def token(self, name: str) -> str:
         """Return the text of the special token `name` ("bos", "eos", "eot"), or ""."""
         id = self.field(f"tokenizer.ggml.{name}_token_id")
-        return "" if id is None else str(self.field("tokenizer.ggml.tokens")[id])
+        if id is None:
+            return ""
+        tokens = self.field("tokenizer.ggml.tokens", [])
+        if not 0 <= id < len(tokens):
+            raise GattError(
+                f"{self.path}: the {name.upper()} token is number {id} of {len(tokens)} tokens. "
+                "Take another GGUF of the model."
+            )
+        return str(tokens[id])
 
     @property
     def architecture(self) -> str:
@@ -119,7 +137,7 @@ class GgufInfo:
 
 
 def open_gguf(path: Path) -> GgufInfo:
-    """Map a chat model's GGUF and read its header.
+    """Map a chat model's GGUF, all parts of a split one, and read its header.
 
     Raises:
         GattError: missing, not a GGUF, truncated, or without an architecture or chat template.
@@ -128,8 +146,11 @@ def open_gguf(path: Path) -> GgufInfo:
     if not info.architecture:
         raise GattError(f"{path} lacks general.architecture. Take an instruct model's GGUF.")
     if not info.chat_template:
+        named = [key for key in info.fields if key.startswith(_NAMED_TEMPLATE)]
+        names = ", ".join(key.removeprefix(_NAMED_TEMPLATE) for key in named)
+        only = f" (only templates named {names})" if named else ""
         raise GattError(
-            f"{path} lacks a chat template: only chat models can be taught. "
+            f"{path} lacks a chat template{only}: only chat models can be taught. "
             "Take an instruct model's GGUF."
         )
     return info
@@ -138,13 +159,68 @@ def open_gguf(path: Path) -> GgufInfo:
 def read_gguf(path: Path) -> GgufInfo:
     """Map any GGUF (a model, an adapter, an importance matrix) and read its header.
 
+    Any part of a split model stands for all of them. Keys about the split are left out.
+
     Raises:
-        GattError: missing, not a GGUF, or truncated.
+        GattError: missing, not a GGUF, truncated, or a part of a split model is missing.
     """
+    info = _read_file(path)
+    count = info.field("split.count", 1)
+    if count == 1:
+        return info
+    parts = _part_paths(path, count)
+    infos = [_read_file(part) for part in parts]
+    numbers = [(info.field("split.no"), info.field("split.count")) for info in infos]
+    tensors = [tensor for info in infos for tensor in info.tensors]
+    expected = infos[0].field("split.tensors.count", len(tensors))
+    if numbers != [(number, count) for number in range(count)] or len(tensors) != expected:
+        raise GattError(
+            f"The parts of {parts[0]} do not belong together: {len(tensors)} tensors in parts "
+            f"{[number for number, _ in numbers]} found, {expected} in {count} parts expected. "
+            "Download them again."
+        )
+    fields = {key: value for key, value in infos[0].fields.items() if key not in _SPLIT_KEYS}
+    return GgufInfo(fields, tensors, parts[0], sum(info.bytes for info in infos), parts)
+
+
+def part_paths(path: Path) -> tuple[Path, ...]:
+    """Return all parts of the model in a GGUF file, by their names: one, if it is not split."""
+    name = _PART_NAME.fullmatch(path.name)
+    return _part_paths(path, int(name[3])) if name else (path,)
+
+
+def _part_paths(path: Path, count: int) -> tuple[Path, ...]:
+    """Return the `count` parts of a split model, of which `path` is one.
+
+    Raises:
+        GattError: one is missing, or `path` does not have the name of a part.
+    """
+    name = _PART_NAME.fullmatch(path.name)
+    if not name or int(name[3]) != count:
+        raise GattError(
+            f"{path} is one of the {count} parts of a split model, whose name ends with "
+            f"-0000N-of-{count:05}.gguf. Rename the parts as they were."
+        )
+    parts = [path.with_name(f"{name[1]}-{n + 1:05}-of-{count:05}.gguf") for n in range(count)]
+    missing = [part for part in parts if not part.is_file()]
+    if missing:
+        more = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
+        raise GattError(
+            f"{missing[0]} is missing{more}: {path.name} is one of {count} parts of a model. "
+            "Put all of them into one folder."
+        )
+    return tuple(parts)
+
+
+def _read_file(path: Path) -> GgufInfo:
+    """Map one GGUF file and read its header."""
     if not path.is_file():
         raise GattError(f"No file at {path}. Expected a GGUF model.")
     with path.open("rb") as file:
-        magic = file.read(4)
+        start = file.read(len(_POINTER))
+    if start == _POINTER:
+        raise GattError(f"{path} is a pointer of Git LFS, not the model. Run `git lfs pull`.")
+    magic = start[:4]
     if magic != b"GGUF":
         raise GattError(f"{path} is not a GGUF file (it begins with {magic!r}, not b'GGUF').")
     raw = np.memmap(path, np.uint8, "r")
@@ -157,7 +233,8 @@ def read_gguf(path: Path) -> GgufInfo:
             "Download or export it again."
         ) from error
     size = max((info.last for info in infos), default=0)
-    if not size or size > raw.size:
+    # The first part of a split model may have no tensors.
+    if size > raw.size or not (size or "split.count" in fields):
         raise GattError(
             f"{path} is cut short: {raw.size:,} bytes found, {size:,} expected. "
             "Download or export it again."
@@ -168,7 +245,7 @@ def read_gguf(path: Path) -> GgufInfo:
         StoredTensor(name, shape, kind, view[first:last].reshape(math.prod(shape[:-1]), -1))
         for name, shape, kind, first, last in infos
     ]
-    return GgufInfo(fields, tensors, path, raw.size)
+    return GgufInfo(fields, tensors, path, raw.size, (path,))
 
 
 class _HeaderReader:

@@ -6,12 +6,13 @@ Source: llama.cpp's converter in llama-cpp-python 0.3.36.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pipeline.errors import GattError
 from pipeline.gguf.base import JsonObject
+from pipeline.gguf.huggingface.chat_template import DEFAULT, read_chat_templates
+from pipeline.gguf.huggingface.config import read_object
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -105,10 +106,17 @@ class Vocabulary:
             and self._settings.get("tokenizer_class") == "GPT2Tokenizer"
         )
         if self._model_file.is_file() and not phi4:
+            _load_sentencepiece(self._model_file)
             return "sentencepiece"
-        if not self._tokenizer:
+        file = self._folder / "tokenizer.json"
+        if not file.is_file():
             raise GattError(f"{self._folder} lacks tokenizer.json. A Hugging Face folder holds it.")
-        model = self._tokenizer["model"]
+        model = self._tokenizer.get("model")
+        if not (isinstance(model, dict) and isinstance(model.get("vocab"), dict)):
+            raise GattError(
+                f"{file} has no vocabulary of tokens and ids, as a BPE has. Download the "
+                "checkpoint again, or give a GGUF of the model."
+            )
         # transformers converts a GGUF's tokenizer to one with both: a ByteLevel rule, and a
         # byte fallback that is never used.
         byte_level = "ByteLevel" in str(self._tokenizer.get("pre_tokenizer"))
@@ -144,6 +152,13 @@ class Vocabulary:
         special = gguf.SpecialVocab(
             self._folder, load_merges=self._kind == "byte level", n_vocab=len(texts)
         )
+        # The order of places is transformers', which trains; the converter's differs from it.
+        templates = read_chat_templates(self._folder)
+        special.chat_template = (
+            templates.get(DEFAULT)
+            if templates.keys() <= {DEFAULT}
+            else [{"name": name, "template": text} for name, text in templates.items()]
+        )
         special.add_to_gguf(writer, quiet=True)
         self._write_flags(writer)
 
@@ -162,10 +177,7 @@ class Vocabulary:
 
     def _sentencepiece(self) -> _Pieces:
         """Return every token; ids that the tokenizer leaves out are unused."""
-        from sentencepiece import SentencePieceProcessor
-
-        model = SentencePieceProcessor()
-        model.LoadFromFile(str(self._model_file))
+        model = _load_sentencepiece(self._model_file)
         size = int(self._config.get("vocab_size") or model.vocab_size())
         padding = [f"[PAD{id}]".encode() for id in range(size)]
         pieces = _Pieces(padding, [-10000.0] * size, [_UNUSED] * size)
@@ -195,16 +207,25 @@ class Vocabulary:
         return tokens
 
 
-def read_object(path: Path) -> JsonObject:
-    """Return a JSON object, or an empty one where there is no such file.
+def _load_sentencepiece(file: Path) -> SentencePieceProcessor:
+    """Return a SentencePiece model.
 
     Raises:
-        GattError: the file is not JSON.
+        GattError: the file is none, or a damaged one.
     """
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor()
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-    except ValueError as error:
-        raise GattError(f"{path} is not JSON: {error}. Download the checkpoint again.") from error
+        model.LoadFromFile(str(file))
+        if model.vocab_size() < 1:
+            raise RuntimeError("no tokens")
+    except (OSError, RuntimeError) as error:
+        raise GattError(
+            f"{file} is not a SentencePiece model, or a damaged one "
+            f"({file.stat().st_size:,} bytes). Download the checkpoint again."
+        ) from error
+    return model
 
 
 def _piece_type(model: SentencePieceProcessor, id: int) -> int:

@@ -5,14 +5,13 @@ Conversions are made once and cached in the user's cache folder, by the hash of 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import platformdirs
-
 from pipeline.files import sha256, whole_file, write_json
+from pipeline.folders import lock_file
+from pipeline.gguf.checkpoint import CheckpointBase, needs_text_checkpoint
 from pipeline.gguf.formats import (
     UNIFORM_FORMATS,
     Format,
@@ -21,20 +20,21 @@ from pipeline.gguf.formats import (
     query_tensor_types,
     uniform_format,
 )
+from pipeline.gguf.gguf_base import GgufBase
 from pipeline.gguf.imatrix import ImportanceMatrix
-from pipeline.gguf.merge import MergePlan, plan_merge, write, write_skeleton
-from pipeline.gguf.reader import GgufInfo, open_gguf
-from pipeline.gguf.vocabulary import PRE_TOKENIZERS
-from pipeline.hub.models import Model
-from pipeline.system import require_disk
+from pipeline.gguf.merge import MergePlan, open_base, plan_merge, write, write_skeleton
+from pipeline.gguf.reader import open_gguf
+from pipeline.hub.gguf_checkpoint import write_gguf_checkpoint
+from pipeline.hub.models import Model, require_chat_template
+from pipeline.hub.text_checkpoint import write_text_checkpoint
+from pipeline.system import cache_path, require_disk
 
-_CONVERSION = 5
+_CONVERSION = 7
 """Version of the conversion, part of the names in the cache: raise it with every change."""
 
 
 def _cache_path(model: Model, suffix: str) -> Path:
-    cache = Path(platformdirs.user_cache_dir("gatt"))
-    return cache / f"{sha256(model.path)[:16]}-{_CONVERSION}-{suffix}"
+    return cache_path(f"{sha256(model.path)[:16]}-{_CONVERSION}-{suffix}")
 
 
 def runnable_gguf(model: Model, format_name: str = "") -> Path:
@@ -47,6 +47,7 @@ def runnable_gguf(model: Model, format_name: str = "") -> Path:
     """
     if model.is_gguf and not format_name:
         return model.path
+    require_chat_template(model)
     return cached_gguf(model, format_name or "Q8_0")
 
 
@@ -57,11 +58,13 @@ def cached_gguf(model: Model, format_name: str) -> Path:
         GattError: no such format, too little disk, or a model that cannot be converted.
     """
     target = _cache_path(model, f"{format_name}.gguf")
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        require_disk(target.parent, 4 * model.bytes, f"convert {model.name}")
-        with whole_file(target) as draft:
-            write_formats(model, None, {format_name: draft})
+    if target.exists():
+        return target
+    with lock_file(target):
+        if not target.exists():  # another process may have made it in the meantime
+            require_disk(target.parent, 4 * model.bytes, f"convert {model.name}")
+            with whole_file(target) as draft:
+                write_formats(model, None, {format_name: draft})
     return target
 
 
@@ -103,59 +106,35 @@ def plan_format(
 
 
 def cached_checkpoint(model: Model) -> Path:
-    """Return `model` as a folder that transformers and Unsloth load; a GGUF is converted once."""
-    if not model.is_gguf:
+    """Return `model` as a folder of a text model in 16 bits, which transformers and Unsloth load.
+
+    A GGUF is converted once, as is a folder with a multimodal model or with weights in 4 or 8 bits.
+
+    Raises:
+        GattError: too little disk, or a GGUF that lacks weights.
+    """
+    if not (model.is_gguf or needs_text_checkpoint(model.path)):
         return model.path
     folder = _cache_path(model, "hf")
-    if (folder / "done.json").exists():
-        return folder
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    info = open_gguf(model.path)
-    draft = folder.with_suffix(".part")
-    shutil.rmtree(draft, ignore_errors=True)
-    _save_weights(model.path, draft)
-    _save_tokenizer(model.path, info, draft)
-    config = json.loads((draft / "config.json").read_text(encoding="utf-8"))
-    ids = {f"{n}_token_id": info.field(f"tokenizer.ggml.{n}_token_id") for n in ("bos", "eos")}
-    write_json(draft / "config.json", {**config, **ids})
-    write_json(draft / "done.json", {"source": model.path.name})
-    shutil.rmtree(folder, ignore_errors=True)
-    draft.rename(folder)
+    if not (folder / "done.json").exists():
+        with lock_file(folder):
+            if not (folder / "done.json").exists():
+                _write_checkpoint(model, folder)
     return folder
 
 
-def _save_weights(gguf: Path, folder: Path) -> None:
-    """Save the weights of a GGUF file, dequantized to bfloat16, and the configuration."""
-    import torch
-    import transformers
-
-    network = transformers.AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    # Dequantized by now, but still labeled as quantized, which transformers refuses to save.
-    network.hf_quantizer = None
-    network.config.__dict__.pop("quantization_config", None)
-    network.to(torch.bfloat16).save_pretrained(folder)
-
-
-def _save_tokenizer(gguf: Path, info: GgufInfo, folder: Path) -> None:
-    """Save the tokenizer of a GGUF file.
-
-    Special tokens, chat template and pre-tokenizer come from the file's own keys: transformers
-    guesses them wrong, and takes GPT-2's pre-tokenizer for every model.
-    """
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    tokenizer.bos_token, tokenizer.eos_token = info.bos or None, info.eos
-    tokenizer.pad_token = tokenizer.pad_token or info.eos
-    tokenizer.chat_template = info.chat_template
-    tokenizer.save_pretrained(folder)
-    pre_tokenizers = PRE_TOKENIZERS.get(info.field("tokenizer.ggml.pre"))
-    if pre_tokenizers:
-        file = folder / "tokenizer.json"
-        written = json.loads(file.read_text(encoding="utf-8"))
-        written["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": pre_tokenizers}
-        write_json(file, written)
+def _write_checkpoint(model: Model, folder: Path) -> None:
+    """Convert a GGUF, or a folder of another kind, to a folder, whole or not at all."""
+    base = open_base(model.path)
+    tensors = list(base.tensors())  # complete, before anything is written
+    size = 2 * sum(tensor.rows * tensor.columns for tensor in tensors)
+    require_disk(folder.parent, size, f"convert {model.name}")
+    draft = folder.with_suffix(".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    if isinstance(base, CheckpointBase):
+        write_text_checkpoint(base, draft)
+    elif isinstance(base, GgufBase):
+        write_gguf_checkpoint(base, open_gguf(model.path), draft)
+    write_json(draft / "done.json", {"source": model.path.name})
+    shutil.rmtree(folder, ignore_errors=True)
+    draft.rename(folder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -10,7 +10,16 @@ from pathlib import Path
 
 from pipeline.errors import GattError, did_you_mean
 from pipeline.gguf.checkpoint import CheckpointBase
-from pipeline.gguf.reader import open_gguf
+from pipeline.gguf.families import read_config
+from pipeline.gguf.huggingface.chat_template import read_chat_template
+from pipeline.gguf.huggingface.config import (
+    quantization_method,
+    refuse_quantized,
+    require_object,
+)
+from pipeline.gguf.merge import open_base
+from pipeline.gguf.reader import open_gguf, part_paths
+from pipeline.hub.gguf_checkpoint import model_config
 from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 
@@ -31,13 +40,13 @@ class Model:
 
     @property
     def is_gguf(self) -> bool:
-        """Return whether the model is one GGUF file."""
+        """Return whether the model is a GGUF; of a split one, `path` is the first part."""
         return self.path.is_file()
 
     @property
     def bytes(self) -> int:
         """Return the size of the weights on disk."""
-        files = [self.path] if self.is_gguf else self.path.glob("*.safetensors")
+        files = part_paths(self.path) if self.is_gguf else self.path.glob("*.safetensors")
         return sum(file.stat().st_size for file in files)
 
 
@@ -51,10 +60,18 @@ def find_model(name: str, *, weights: bool = True) -> Model:
     """
     path = Path(name).expanduser()
     if path.is_file():
-        open_gguf(path)
-        return Model(path.stem, path)
+        info = open_gguf(path)
+        stem = info.path.stem
+        if len(info.parts) > 1:
+            stem = stem.removesuffix(f"-00001-of-{len(info.parts):05}")
+        return Model(_printable(stem), info.path)
     if (path / "config.json").is_file():
-        return Model(path.name, path)
+        if _printable(str(path)) != str(path):
+            raise GattError(
+                f"The name of the folder {_printable(str(path))} is not UTF-8, which the "
+                "tokenizer's library cannot open. Rename it."
+            )
+        return Model(path.name or path.resolve().name, path)
     known = presets()
     if preset := known.get(name):
         if preset.package:
@@ -70,24 +87,51 @@ def find_model(name: str, *, weights: bool = True) -> Model:
     )
 
 
+def require_chat_template(model: Model) -> None:
+    """Check that a base brings a chat template, before any work is done.
+
+    Raises:
+        GattError: it has none, or several of which none is the default.
+    """
+    if not (model.is_gguf or read_chat_template(model.path)):
+        raise GattError(
+            f"{model.path} has no chat template, so it is a base model that was not made for "
+            "chats. Take its instruct version, or save a template as chat_template.jinja in the "
+            "folder."
+        )
+
+
+def require_exportable(model: Model) -> None:
+    """Check that a base can be taught and exported, before any work is done.
+
+    Raises:
+        GattError: it has no chat template, lacks weights, or is of a kind that cannot be exported.
+    """
+    list(open_base(model.path).tensors())
+    require_chat_template(model)
+
+
+def _printable(name: str) -> str:
+    """Return a file name with U+FFFD for bytes that are not UTF-8."""
+    return os.fsencode(name).decode(errors="replace")
+
+
 def shape_of(name: str) -> ModelShape:
     """Return the sizes of the model called `name`; from the Hub, its weights are not downloaded.
 
     Raises:
-        GattError: no model of that name, or its configuration lacks the sizes.
+        GattError: no model of that name, or one that cannot be exported.
     """
     if preset := presets().get(name):
         return preset.shape
     model = find_model(name, weights=False)
     if model.is_gguf:
-        return ModelShape.from_gguf(open_gguf(model.path))
-    config = model.path / "config.json"
-    try:
-        return ModelShape.from_config(json.loads(config.read_text(encoding="utf-8")))
-    except (KeyError, ValueError) as error:
-        raise GattError(
-            f"{config}: {error} is missing. Expected the sizes of a decoder."
-        ) from error
+        list(open_base(model.path).tensors())  # complete, and of a known family
+        return ModelShape.from_config(model_config(open_gguf(model.path)))
+    file = model.path / "config.json"
+    config = require_object(file)
+    refuse_quantized(model.path, quantization_method(model.path, config))
+    return ModelShape.from_config(read_config(config, str(file)).settings)
 
 
 def _packaged_gguf(package: str) -> Path:

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.gguf.reader import GgufInfo
 from pipeline.recipe import Train
+
+_LEARNING_RATE, _LEARNING_RATE_WIDTH, _WIDTH_EXPONENT = 8e-4, 576, 0.781
+"""SmolLM2-135M's learning rate and hidden size, and how fast the rate falls with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,20 +48,6 @@ class ModelShape:
             tie_word_embeddings=text_config.get("tie_word_embeddings", True),
         )
 
-    @classmethod
-    def from_gguf(cls, info: GgufInfo) -> ModelShape:
-        """Read the sizes from the keys and tensors of a GGUF file."""
-        shapes = {tensor.name: tensor.shape for tensor in info.tensors}
-        return cls(
-            num_hidden_layers=info.layers,
-            hidden_size=info.hyperparameter("embedding_length"),
-            intermediate_size=info.hyperparameter("feed_forward_length"),
-            q_size=shapes["blk.0.attn_q.weight"][0],
-            kv_size=shapes["blk.0.attn_k.weight"][0],
-            vocab_size=shapes["token_embd.weight"][0],
-            tie_word_embeddings="output.weight" not in shapes,
-        )
-
     @property
     def projection_shapes(self) -> dict[str, tuple[int, int]]:
         """Return (input features, output features) of each projection of a layer."""
@@ -94,6 +82,17 @@ class ModelShape:
         """Return the parameters of the recipe's LoRA adapter."""
         features = sum(sum(self.projection_shapes[name]) for name in settings.target_modules)
         return self.num_hidden_layers * settings.rank * features
+
+    @property
+    def learning_rate(self) -> float:
+        """Return a peak learning rate for a LoRA of this width.
+
+        It falls with the hidden size as Thinking Machines measured it for Llama ("LoRA Without
+        Regret", 2025: hidden_size to the power of -0.781). SmolLM2-135M is what it was tried with
+        here; at 8B it is near the 2e-4 of Unsloth's notebooks.
+        """
+        narrower: float = (_LEARNING_RATE_WIDTH / self.hidden_size) ** _WIDTH_EXPONENT
+        return _LEARNING_RATE * narrower
 
     @property
     def activation_bytes_per_token(self) -> int:

@@ -21,13 +21,18 @@ from pipeline.errors import GattError
 from pipeline.gguf.reader import open_gguf
 from pipeline.inference.llama.model import Adapter, LoadedModel
 from pipeline.inference.request import (
+    PROMPT_OPTIONS,
     EngineClosedError,
     GenerationRequest,
     GenerationResult,
     Job,
+    Prompt,
+    PromptOptions,
+    TextPiece,
 )
 from pipeline.inference.scheduler import EngineStats, Limits, ServedModel
-from pipeline.records import Message
+from pipeline.inference.thoughts import opened_thought
+from pipeline.records import Message, SamplerSettings
 from pipeline.system import core_count
 
 LIMITS = Limits()
@@ -42,7 +47,7 @@ class ModelSource(NamedTuple):
 
 
 class AnswerStream:
-    """An answer that is being generated: iterate to get its text; `result` is set at its end.
+    """An answer that is being generated: iterate to get its pieces; `result` is set at its end.
 
     Raises, while iterated:
         EngineClosedError: the engine was stopped.
@@ -57,11 +62,11 @@ class AnswerStream:
     ) -> None:
         loop = asyncio.get_running_loop()
         self.result: GenerationResult | None = None
-        self._pieces: asyncio.Queue[str | GenerationResult] = asyncio.Queue()
+        self._pieces: asyncio.Queue[TextPiece | GenerationResult] = asyncio.Queue()
         self._model = model
 
         # Both are called from the engine's threads.
-        def put(piece: str | GenerationResult) -> None:
+        def put(piece: TextPiece | GenerationResult) -> None:
             with suppress(RuntimeError):  # the event loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(self._pieces.put_nowait, piece)
 
@@ -75,11 +80,11 @@ class AnswerStream:
     def __aiter__(self) -> AnswerStream:
         return self
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> TextPiece:
         if self.result:
             raise StopAsyncIteration
         piece = await self._pieces.get()
-        if isinstance(piece, str):
+        if isinstance(piece, TextPiece):
             return piece
         self.result = piece
         if piece.finish == "closed":
@@ -97,7 +102,7 @@ class AnswerStream:
         """Wait for the end, skip the text that was not read, and return the result."""
         while not self.result:
             piece = await self._pieces.get()
-            self.result = None if isinstance(piece, str) else piece
+            self.result = None if isinstance(piece, TextPiece) else piece
         return self.result
 
 
@@ -120,9 +125,14 @@ class AsyncEngine:
         }
         self._models = {
             name: ServedModel(
-                name, self._loaded[source.path], source.adapter, limits, self._threads_per_context
+                name,
+                self._loaded[source.path],
+                source.adapter,
+                limits,
+                self._threads_per_context,
+                vram_share=1 / (len(sources) - n),  # of what the models before it have left
             )
-            for name, source in sources.items()
+            for n, (name, source) in enumerate(sources.items())
         }
         self._decode_threads = [
             thread for model in self._models.values() for thread in model.decode_threads
@@ -135,22 +145,46 @@ class AsyncEngine:
         """Return the names of the models."""
         return list(self._models)
 
-    def chat_tokens(self, name: str, messages: tuple[Message, ...]) -> list[int]:
+    def chat_prompt(
+        self, name: str, messages: tuple[Message, ...], options: PromptOptions = PROMPT_OPTIONS
+    ) -> Prompt:
         """Return the prompt for the next assistant message of a chat.
 
         Raises:
-            GattError: the model's chat template refuses this chat.
+            GattError: the model's chat template refuses this chat or an option, or fails.
         """
         model = self._models[name].loaded
-        try:
-            text = model.template.render(messages)
-        except GattError:
-            raise
-        except Exception as error:  # a template is a program and can raise anything
-            raise GattError(
-                f"The model's chat template fails on this chat ({type(error).__name__}: {error})."
-            ) from error
-        return model.tokenize(text)
+        known = model.template.variable_names() if options.template_variables else set[str]()
+        for variable in options.template_variables:
+            if variable not in known:
+                raise GattError(
+                    f"The chat template of {name} has no variable {variable!r}; it has "
+                    f"{', '.join(sorted(known)) or 'none'}. Omit it."
+                )
+        text = model.template.render(
+            messages,
+            add_generation_prompt=not options.continue_final,
+            variables=options.template_variables,
+        )
+        if options.continue_final:
+            text = _until_final_content(text, messages[-1]["content"])
+        return Prompt(model.tokenize(text), opened_thought(text))
+
+    def check(self, name: str, sampler: SamplerSettings) -> None:
+        """Refuse settings that the model cannot follow; `generate` relies on it.
+
+        Raises:
+            GattError: the grammar is not valid, or a token is not in the vocabulary.
+        """
+        model = self._models[name].loaded
+        for token, _ in sampler.logit_bias:
+            if not 0 <= token < model.vocab_size:
+                raise GattError(
+                    f"Token {token} of 'logit_bias' does not exist; expected 0 to "
+                    f"{model.vocab_size - 1}."
+                )
+        if sampler.grammar:
+            model.check_grammar(sampler.grammar)
 
     def text_tokens(self, name: str, text: str) -> list[int]:
         """Return the prompt for the continuation of plain text."""
@@ -195,6 +229,17 @@ class AsyncEngine:
         """Return how many threads each busy context may use: they share the free cores."""
         busy = sum(thread.active for thread in self._decode_threads)
         return max(1, self._cpu.free_cores // max(1, busy))
+
+
+def _until_final_content(text: str, content: str) -> str:
+    """Return a rendered chat without what its template writes behind the last message."""
+    for form in (content, content.strip()):
+        if (start := text.rfind(form)) >= 0:
+            return text[: start + len(form)]
+    raise GattError(
+        "The model's chat template changes the words of the last message, so it cannot be "
+        "continued. Send it without continue_final_message."
+    )
 
 
 class CpuTimes(NamedTuple):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from pipeline.gguf.base import Array
 from pipeline.inference.llama.context import BatchContext, SequenceState
+from pipeline.inference.llama.mixed_batch import MixedBatchContext
 from pipeline.inference.llama.model import ContextSettings, LoadedModel
 from pipeline.inference.logits import nll
 from pipeline.records import Completion, Request, Task
@@ -79,7 +80,10 @@ class BatchWorker:
     ) -> None:
         self._model, self._n_ctx = model, settings.n_ctx
         self._sequences = [_TaskSequence(id=n) for n in range(sequences)]
-        self._context = BatchContext(model, self._sequences, settings, threads)
+        self._mixed: MixedBatchContext[_TaskSequence] | None = None
+        if settings.batch_tokens:
+            self._mixed = MixedBatchContext(model, self._sequences, settings, threads)
+        self._context = self._mixed or BatchContext(model, self._sequences, settings, threads)
 
     def close(self) -> None:
         """Free the memory."""
@@ -90,10 +94,9 @@ class BatchWorker:
         busy = [s for s in self._sequences if self._next_task(s, queue)]
         while busy and not queue.stopped:
             self._context.set_threads(queue.threads_per_worker)
-            for sequence in busy:
-                while len(sequence.pending) > 1:
-                    self._context.prefill(sequence)
-            self._generate(busy, queue.on_text)
+            for piece in self._step(busy):
+                if queue.on_text and piece:
+                    queue.on_text(piece)
             ended = [s for s in busy if not (s.pending or self._continue(s, queue))]
             for sequence in ended:
                 self._remove(sequence, busy)
@@ -118,15 +121,21 @@ class BatchWorker:
             losses += [nll(logits, token) for logits, token in rows]
         return math.exp(sum(losses) / len(losses))
 
-    def _generate(self, busy: list[_TaskSequence], on_text: Callable[[str], None] | None) -> None:
-        """Generate one token in each sequence, or two where the draft was right."""
+    def _step(self, busy: list[_TaskSequence]) -> Iterator[str | None]:
+        """Generate a token in each sequence; yield the text.
+
+        On a CPU there are two where the draft was right. On a GPU there are none where only a part
+        of the prompt was decoded.
+        """
+        if self._mixed:
+            yield from (piece for _, piece in self._mixed.step(busy))
+            return
+        for sequence in busy:
+            while len(sequence.pending) > 1:
+                self._context.prefill(sequence)
         for sequence, index in zip(busy, self._context.decode(busy), strict=True):
-            for piece in (
-                self._context.sample(sequence, index),
-                self._context.sample_draft(sequence, index),
-            ):
-                if on_text and piece:
-                    on_text(piece)
+            yield self._context.sample(sequence, index)
+            yield self._context.sample_draft(sequence, index)
 
     def _continue(self, sequence: _TaskSequence, queue: TaskQueue) -> bool:
         """Go to the dialogue's next request, or to the next dialogue; False if there is none."""

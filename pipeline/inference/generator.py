@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Protocol
 
+from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import runnable_gguf
 from pipeline.hub.models import find_model
 from pipeline.inference.batch_engine import BatchEngine
-from pipeline.inference.openai_client import DEFAULT_MAX_PARALLEL, OpenAIClient, is_server_url
-from pipeline.records import Task
+from pipeline.inference.chat_template import ChatTemplate
+from pipeline.inference.openai_client import DEFAULT_MAX_PARALLEL, OpenAIClient
+from pipeline.inference.remote.address import is_server_url
+from pipeline.inference.thoughts import thinks
+from pipeline.records import MAX_THOUGHT_TOKENS, Task
 
 _MARGIN = 200
 """Tokens of the system message and of the chat template's opening."""
 
 
 class GenerationEngine(Protocol):
-    """Something that drives many dialogues in parallel."""
+    """Something that drives many dialogues in parallel.
+
+    `changes` are the parameters of requests that a server has refused, with what became of them.
+    """
 
     name: str
+    changes: dict[str, str]
 
     def run(self, tasks: Iterable[Task]) -> None:
         """Drive all `tasks` to their end."""
@@ -37,8 +46,33 @@ def context_for(turns: int, max_tokens: int, user_tokens: int = 60) -> int:
     return turns * (max_tokens + user_tokens) + _MARGIN
 
 
+def thought_room(gguf: Path, max_thought_tokens: int) -> int:
+    """Return the tokens that the thoughts of a model need in its context: none if it has none.
+
+    Thoughts are not sent back with a chat, so a context holds those of one answer.
+    """
+    info = open_gguf(gguf)
+    template = ChatTemplate(info.chat_template, info.bos, info.eos, gguf.name)
+    return max_thought_tokens if thinks(template) else 0
+
+
+def model_files(name: str) -> list[Path]:
+    """Return the file or folder of the model called `name`; a server has none on this machine.
+
+    Raises:
+        GattError: no such model.
+    """
+    return [] if is_server_url(name) else [find_model(name).path]
+
+
 def open_generator(
-    name: str, *, dialogues: int, context: int, format_name: str = "", max_parallel: int = 0
+    name: str,
+    *,
+    dialogues: int,
+    context: int,
+    format_name: str = "",
+    max_parallel: int = 0,
+    max_thought_tokens: int = MAX_THOUGHT_TOKENS,
 ) -> GenerationEngine:
     """Open the model or server called `name` for up to `dialogues` dialogues.
 
@@ -50,14 +84,18 @@ def open_generator(
         format_name: llama.cpp format to run a model in; "" as for `runnable_gguf`. A server has
             its own.
         max_parallel: dialogues in parallel; 0 uses what the machine allows.
+        max_thought_tokens: of the requests; a model that thinks gets a larger context for them.
 
     Raises:
         GattError: no such model, not a valid address, or too little memory.
     """
     if is_server_url(name):
         url, _, served_model = name.partition("#")
-        return OpenAIClient(url, served_model, max_parallel or DEFAULT_MAX_PARALLEL)
+        parallel = max_parallel or DEFAULT_MAX_PARALLEL
+        return OpenAIClient(url, served_model, parallel, probe=True)
     model = find_model(name)
-    engine = BatchEngine(runnable_gguf(model, format_name), dialogues, context, max_parallel)
+    gguf = runnable_gguf(model, format_name)
+    context += thought_room(gguf, max_thought_tokens)
+    engine = BatchEngine(gguf, dialogues, context, max_parallel)
     engine.name = f"{model.name} {format_name}".strip()
     return engine

@@ -18,6 +18,18 @@ from pipeline.gguf.base import Array
 LogProbs = npt.NDArray[np.float64]
 
 
+class TokenLogprob(NamedTuple):
+    """A token of an answer, its log-probability, and the most likely tokens in its place.
+
+    Tokens are bytes: one may be a part of a character. Log-probabilities are those of the model,
+    before a sampler changes them.
+    """
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...] = ()
+
+
 class Logits(NamedTuple):
     """What a model predicts after each token of some sequences of token ids.
 

@@ -14,19 +14,26 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 from collections.abc import Coroutine, Iterable, Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
+from pipeline.console import log
 from pipeline.errors import GattError
-from pipeline.records import Completion, FinishReason, Request, Task
+from pipeline.inference.remote.address import (
+    http_client,
+    is_this_machine,
+    is_valid_url,
+    proxy_variables,
+)
+from pipeline.inference.remote.answer import StreamedAnswer, complete_answer
+from pipeline.inference.remote.parameters import Parameters, is_overflow
+from pipeline.inference.thoughts import lost_marker
+from pipeline.records import Completion, Request, Task
 
 if TYPE_CHECKING:
     from openai import APIConnectionError, APIStatusError, AsyncOpenAI, AsyncStream
     from openai.types.chat import ChatCompletion, ChatCompletionChunk
-    from openai.types.completion_usage import CompletionUsage
 
 DEFAULT_MAX_PARALLEL = 24
 """Requests in flight."""
@@ -38,30 +45,47 @@ _MAX_RETRIES_FIRST_REQUEST = 2
 _CONNECT_SECONDS = 10
 _ANSWER_SECONDS = 1200
 """Timeout of one answer. It includes the server's queue, which is long for a server on a CPU."""
-_CONTEXT_OVERFLOW = re.compile(r"context.?(length|size|window)|maximum model length", re.IGNORECASE)
-_TRUNCATED = ("length", "content_filter", "abort")
-"""Finish reasons of an answer that did not come to its own end."""
 _MESSAGE_CHARACTERS = 200
+_PROBE = Request(
+    messages=({"role": "user", "content": "What is 2 + 3? Answer with the number."},),
+    seed=0xFFFFFFFF,  # some servers take 31 bits only
+    max_tokens=1024,
+    max_thought_tokens=0,
+)
+"""Shows whether a model thinks, and whether its server sends the beginning of the thoughts."""
+_MIN_THOUGHT_TOKENS = 64
 
 
 class OpenAIClient:
     """The model `model` behind `url`; "" takes the first model that the server lists.
 
-    `name` is the name of that model, known once a run has begun. The API key is read from the
-    environment variable OPENAI_API_KEY.
+    `name` is the name of that model, known once a run has begun. `changes` are the parameters that
+    the server has refused, with what became of them. The API key is read from the environment
+    variable OPENAI_API_KEY. With `probe`, a run begins with a question that shows whether the model
+    thinks.
 
     Raises:
         GattError: `url` is not a valid address.
     """
 
-    def __init__(self, url: str, model: str = "", max_parallel: int = DEFAULT_MAX_PARALLEL) -> None:
-        if not _is_valid_url(url):
+    def __init__(
+        self,
+        url: str,
+        model: str = "",
+        max_parallel: int = DEFAULT_MAX_PARALLEL,
+        *,
+        probe: bool = False,
+    ) -> None:
+        if not is_valid_url(url):
             raise GattError(
                 f"{url!r} is not the address of a server. Expected one such as {_EXAMPLE_URL}."
             )
         self._url, self.name, self._max_parallel = url, model, max_parallel
         self._listed_models: list[str] = []
-        self._takes_stream_options = True
+        self._parameters = Parameters(f"The server at {url}")
+        self.changes = self._parameters.changes
+        self._probes = probe
+        self._thinks, self._opened = False, ""
 
     def __enter__(self) -> OpenAIClient:
         return self
@@ -85,9 +109,13 @@ class OpenAIClient:
             api_key=os.environ.get("OPENAI_API_KEY") or "none",
             timeout=openai.Timeout(None, connect=_CONNECT_SECONDS),  # see _ANSWER_SECONDS
             max_retries=_MAX_RETRIES,
+            http_client=http_client(self._url),
         ) as client:
             try:
                 await self._choose_model(client)
+                if self._probes:
+                    self._probes = False
+                    await self._answer(client, _PROBE)
                 waiting = iter(tasks)
                 await _run_all([self._work(client, waiting) for _ in range(self._max_parallel)])
             except openai.APIConnectionError as error:
@@ -131,93 +159,110 @@ class OpenAIClient:
                 request = task.send(completion) if completion else next(task)
             except StopIteration:
                 return
-            completion = await _wait_at_most(_ANSWER_SECONDS, self._complete(client, request))
-            if completion is None:
-                raise GattError(
-                    f"The server at {self._url} took more than {_ANSWER_SECONDS} s for one "
-                    "answer. Check its log. If it is only slow, lower max_parallel "
-                    f"({self._max_parallel}) and run again."
-                )
+            completion = await self._answer(client, request)
+
+    async def _answer(self, client: AsyncOpenAI, request: Request) -> Completion:
+        completion = await _wait_at_most(_ANSWER_SECONDS, self._complete(client, request))
+        if completion is None:
+            raise GattError(
+                f"The server at {self._url} took more than {_ANSWER_SECONDS} s for one "
+                "answer. Check its log. If it is only slow, lower max_parallel "
+                f"({self._max_parallel}) and run again."
+            )
+        return completion
 
     async def _complete(self, client: AsyncOpenAI, request: Request) -> Completion:
+        """Return one answer, with tokens for thoughts if the model thinks.
+
+        Where prompt, answer and thoughts do not fit in the context, the thoughts get less.
+        """
+        import openai
+
+        thought_tokens = request.max_thought_tokens if self._thinks else 0
+        has_had_tokens = bool(thought_tokens) or not request.max_thought_tokens
+        while True:
+            try:
+                completion = await self._complete_once(client, request, thought_tokens)
+            except openai.APIStatusError as error:
+                if not is_overflow(error):
+                    raise
+                if not thought_tokens:
+                    return Completion("", 0, 0, "context")
+                thought_tokens //= 2
+                if thought_tokens < _MIN_THOUGHT_TOKENS:
+                    thought_tokens = 0
+                continue
+            self._learn_thinking(completion)
+            if completion.finish != "thinking" or has_had_tokens:
+                return completion
+            thought_tokens, has_had_tokens = request.max_thought_tokens, True
+
+    def _learn_thinking(self, completion: Completion) -> None:
+        """Remember, and log once, that the model thinks."""
+        if self._thinks or not (completion.thoughts or completion.finish == "thinking"):
+            return
+        self._thinks = True
+        log(f"{self.name} thinks before it answers: its thoughts are logged, but not used.")
+
+    async def _complete_once(
+        self, client: AsyncOpenAI, request: Request, thought_tokens: int
+    ) -> Completion:
         """Return one answer, requested again without streaming if the stream broke off.
 
         An error in a stream has no HTTP status; the second response shows it.
         """
+        completion: Completion | None = None
+        if self._parameters.streams:
+            completion = await self._complete_streaming(client, request, thought_tokens)
+        return completion or await self._complete_at_once(client, request, thought_tokens)
+
+    async def _complete_streaming(
+        self, client: AsyncOpenAI, request: Request, thought_tokens: int
+    ) -> Completion | None:
+        """Return the answer, closing the stream once it is enough; None if it broke off."""
         import openai
 
-        try:
-            completion = await self._complete_streaming(client, request)
-            return completion or await self._complete_at_once(client, request)
-        except openai.APIStatusError as error:
-            description = f"{error.code} {_error_text(error)}"
-            if error.status_code in (400, 413, 422) and _CONTEXT_OVERFLOW.search(description):
-                return Completion("", 0, 0, "context")
-            raise
-
-    async def _complete_streaming(self, client: AsyncOpenAI, request: Request) -> Completion | None:
-        """Return the answer, closing the stream once `stop_when` holds; None if it broke off.
-
-        If the server sends no usage, `tokens` counts the chunks and `prompt_tokens` is 0.
-        """
-        import openai
-
-        text, chunks, finish_reason = "", 0, ""
-        usage: CompletionUsage | None = None
-        async with await self._open_stream(client, request) as stream:
+        response = await self._create(client, request, thought_tokens, stream=True)
+        if not isinstance(response, openai.AsyncStream):
+            return None  # the server has refused to stream
+        answer = StreamedAnswer(request, self._opened, thought_tokens=thought_tokens)
+        async with response as stream:
             try:
                 async for chunk in stream:
-                    usage = chunk.usage or usage
-                    for choice in chunk.choices or ():
-                        delta = (choice.delta and choice.delta.content) or ""
-                        text, chunks = text + delta, chunks + bool(delta)
-                        finish_reason = choice.finish_reason or finish_reason
-                        if delta and request.stop_when and request.stop_when(text):
-                            return _completion(text, "stop_when", usage, chunks)
+                    if answer.add(chunk):
+                        break
             except (openai.APIError, json.JSONDecodeError):
                 return None
-        if not finish_reason:
-            return None
-        return _completion(text, _finish(finish_reason), usage, chunks)
+        if not self._opened:
+            self._opened = lost_marker(answer.text)
+        return answer.completion()
 
-    async def _open_stream(
-        self, client: AsyncOpenAI, request: Request
-    ) -> AsyncStream[ChatCompletionChunk]:
-        """Request a stream with its usage, or without for a server that refuses the option."""
-        import openai
-
-        if self._takes_stream_options:
-            try:
-                return await client.chat.completions.create(
-                    **self._body(request), stream=True, stream_options={"include_usage": True}
-                )
-            except openai.APIStatusError as error:
-                if "stream_options" not in _error_text(error):
-                    raise
-            self._takes_stream_options = False
-        return await client.chat.completions.create(**self._body(request), stream=True)
-
-    async def _complete_at_once(self, client: AsyncOpenAI, request: Request) -> Completion:
+    async def _complete_at_once(
+        self, client: AsyncOpenAI, request: Request, thought_tokens: int
+    ) -> Completion:
         try:
-            response: ChatCompletion = await client.chat.completions.create(**self._body(request))
+            response = await self._create(client, request, thought_tokens, stream=False)
         except json.JSONDecodeError as error:
             raise self._incompatible("broken JSON") from error
-        choices = getattr(response, "choices", None)
-        if not choices:
+        if not getattr(response, "choices", None):
             raise self._incompatible(response)
-        text = choices[0].message.content or ""
-        stopped = request.stop_when and request.stop_when(text)
-        finish: FinishReason = "stop_when" if stopped else _finish(choices[0].finish_reason)
-        return _completion(text, finish, response.usage)
+        return complete_answer(response, request, self._opened)
 
-    def _body(self, request: Request) -> dict[str, object]:
-        return {
-            "model": self.name,
-            "messages": list(request.messages),
-            "max_tokens": request.max_tokens,
-            "temperature": request.temperature,
-            "seed": request.seed,
-        }
+    async def _create(
+        self, client: AsyncOpenAI, request: Request, thought_tokens: int, *, stream: bool
+    ) -> AsyncStream[ChatCompletionChunk] | ChatCompletion:
+        """Send a request, again without or with other parameters if the server refuses some."""
+        import openai
+
+        while True:
+            body = self._parameters.body(
+                self.name, request, thought_tokens=thought_tokens, stream=stream
+            )
+            try:
+                return await client.chat.completions.create(**body)
+            except openai.APIStatusError as error:
+                if not self._parameters.learn(error, body):
+                    raise
 
     def _incompatible(self, response: object) -> GattError:
         return GattError(
@@ -226,9 +271,12 @@ class OpenAIClient:
         )
 
     def _connection_message(self, error: APIConnectionError) -> str:
+        reason = _one_line(error.__cause__ or error)
+        if not is_this_machine(self._url) and (variables := proxy_variables()):
+            reason += f", with the proxy of {' and '.join(variables)}"
         return (
-            f"No server answers at {self._url} ({_one_line(error.__cause__ or error)}). Start it "
-            f"or correct the address ({_EXAMPLE_URL}), and run again."
+            f"No server answers at {self._url} ({reason}). Start it or correct the address "
+            f"({_EXAMPLE_URL}), and run again."
         )
 
     def _status_message(self, error: APIStatusError) -> str:
@@ -260,11 +308,6 @@ class OpenAIClient:
         return f"{server} refuses the request {details}. Correct the recipe, or use another server."
 
 
-def is_server_url(name: str) -> bool:
-    """Return whether `name` is meant as the address of a server, not as the name of a model."""
-    return name.startswith(("http://", "https://"))
-
-
 async def _run_all(workers: Iterable[Coroutine[object, object, None]]) -> None:
     """Run `workers` to their end; if one fails, cancel the rest before raising its exception."""
     running = [asyncio.ensure_future(worker) for worker in workers]
@@ -291,26 +334,6 @@ async def _wait_at_most(
     finally:
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-
-
-def _is_valid_url(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        return False
-
-
-def _completion(
-    text: str, finish: FinishReason, usage: CompletionUsage | None, chunks: int = 0
-) -> Completion:
-    if usage:
-        return Completion(text, usage.completion_tokens, usage.prompt_tokens, finish)
-    return Completion(text, chunks, 0, finish)
-
-
-def _finish(finish_reason: str) -> FinishReason:
-    return "length" if finish_reason in _TRUNCATED else "stop"
 
 
 def _error_text(error: APIStatusError) -> str:

@@ -1,8 +1,8 @@
 """The scheduler of a served model: slots for requests that arrive at any time.
 
-A model has one `DecodeThread` (a llama.cpp context with its own thread) per core. A request waits
-in a queue until a slot is free. A slot keeps its KV cells when an answer ends. The next turn of the
-conversation is given the same slot, and only its new tokens are decoded.
+A model has one `DecodeThread` (a llama.cpp context with its own thread) per core, or a single one
+on a GPU. A request waits in a queue until a slot is free. A slot keeps its KV cells when an answer
+ends. The next turn of the conversation is given the same slot, and only its new tokens are decoded.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import NamedTuple
 
-from pipeline.inference.batch_engine import plan_contexts
 from pipeline.inference.llama.context import BatchContext, SequenceState, common_prefix_length
+from pipeline.inference.llama.mixed_batch import MixedBatchContext
 from pipeline.inference.llama.model import Adapter, ContextSettings, LoadedModel
+from pipeline.inference.llama.plan import plan_contexts
 from pipeline.inference.request import (
     ContextLengthError,
     EngineClosedError,
@@ -71,7 +72,12 @@ class DecodeThread(threading.Thread):
     def __init__(self, model: ServedModel, sequences: int, settings: ContextSettings) -> None:
         super().__init__(name=f"gatt {model.name}")
         self.slots = [Slot(id=n) for n in range(sequences)]
-        self.context = BatchContext(model.loaded, self.slots, settings, threads=1, exact=False)
+        self._mixed: MixedBatchContext[Slot] | None = None
+        if settings.batch_tokens:
+            self._mixed = MixedBatchContext(model.loaded, self.slots, settings, threads=1)
+        self.context = self._mixed or BatchContext(
+            model.loaded, self.slots, settings, threads=1, exact=False
+        )
         self.active = False
         """Whether a step is running; inactive threads leave their cores to the others."""
         self._model = model
@@ -110,6 +116,7 @@ class DecodeThread(threading.Thread):
         """Prefill one chunk of the oldest request, and decode one token of every answer.
 
         Prefill is chunked, so that a long prompt does not stop the answers that are being streamed.
+        On a GPU a batch has room for several prompts, the oldest ones first.
         """
         self.context.set_threads(self._model.threads())
         for slot in slots:
@@ -118,6 +125,12 @@ class DecodeThread(threading.Thread):
             elif slot.job and not slot.job.started:
                 self._start(slot, slot.job)
         active = [(slot, slot.job) for slot in slots if slot.job]
+        if self._mixed and active:
+            by_age = sorted(active, key=lambda pair: pair[1].arrived)
+            jobs = {slot.id: job for slot, job in active}
+            for slot, piece in self._mixed.step([slot for slot, _ in by_age]):
+                self._emit(slot, jobs[slot.id], piece)
+            return
         prefilling = [(job.arrived, slot) for slot, job in active if len(slot.pending) > 1]
         if prefilling:
             _, oldest = min(prefilling, key=lambda pair: pair[0])
@@ -126,23 +139,26 @@ class DecodeThread(threading.Thread):
         if decoding:
             indices = self.context.decode([slot for slot, _ in decoding])
             for (slot, job), index in zip(decoding, indices, strict=True):
-                self._sample(slot, job, index)
+                self._emit(slot, job, self.context.sample(slot, index))
 
     def _start(self, slot: Slot, job: Job) -> None:
         """Queue the part of the prompt that the slot does not have in its cache."""
         job.started = True
+        request = job.request
+        max_tokens = request.sampling.max_tokens + request.thought_tokens
         job.cached_tokens = self.context.start(
-            slot, job.request.sampling, job.request.tokens, min_copied=_MIN_COPIED_TOKENS
+            slot,
+            replace(request.sampling, max_tokens=max_tokens),
+            request.tokens,
+            min_copied=_MIN_COPIED_TOKENS,
         )
 
-    def _sample(self, slot: Slot, job: Job, index: int) -> None:
-        """Draw the next token of an answer and pass its text on."""
-        piece = self.context.sample(slot, index)
-        stopped = job.emit(piece, last=bool(slot.finish))
-        if stopped or slot.finish == "stop":
-            self._finish(slot, job, "stop")
-        elif slot.finish:
-            self._finish(slot, job, "length")
+    def _emit(self, slot: Slot, job: Job, piece: str) -> None:
+        """Pass on the text of an answer's next token; finish the answer at its end."""
+        stopped = job.emit(piece, slot.tokens, slot.logprob)
+        if stopped or slot.finish or slot.tokens >= job.max_tokens:
+            stopped = stopped or job.flush() or (slot.finish == "stop" and not job.thinking)
+            self._finish(slot, job, "stop" if stopped else "length")
 
     def _finish(self, slot: Slot, job: Job, finish: Finish) -> None:
         """End the answer in a slot and free the slot; its KV cells stay filled."""
@@ -156,7 +172,8 @@ class DecodeThread(threading.Thread):
 class ServedModel:
     """A loaded model with at most one adapter: its decode threads, and the requests that wait.
 
-    `threads` returns how many threads each decode thread may use now.
+    `threads` returns how many threads each decode thread may use now. `vram_share` is as for
+    `plan_contexts`.
     """
 
     def __init__(
@@ -166,6 +183,8 @@ class ServedModel:
         adapter: Adapter | None,
         limits: Limits,
         threads: Callable[[], int],
+        *,
+        vram_share: float = 1.0,
     ) -> None:
         self.name, self.loaded, self.threads = name, loaded, threads
         self.changed = threading.Condition()
@@ -177,14 +196,13 @@ class ServedModel:
         self._finished = count(1)
         plan = plan_contexts(
             loaded.info,
-            self.context_length,
+            ContextSettings(self.context_length, adapter=adapter),
             dialogues=_UNLIMITED,
             max_sequences=limits.max_sequences,
-            cache_type="F16",
-            loaded=True,
+            loaded=loaded,
+            vram_share=vram_share,
         )
-        settings = ContextSettings(plan.n_ctx, adapter=adapter)
-        self.decode_threads = [DecodeThread(self, n, settings) for n in plan.sequences]
+        self.decode_threads = [DecodeThread(self, n, plan.settings) for n in plan.sequences]
 
     def stats(self) -> EngineStats:
         """Return what the model is doing now."""
@@ -203,8 +221,9 @@ class ServedModel:
             EngineClosedError: the engine has stopped.
             QueueFullError: too many requests wait already.
         """
-        prompt, answer = len(job.request.tokens), job.request.sampling.max_tokens
-        if prompt + answer > self.context_length:
+        request = job.request
+        prompt, answer = len(request.tokens), request.sampling.max_tokens
+        if prompt + answer + request.thought_tokens > self.context_length:
             raise ContextLengthError(prompt, answer, self.context_length)
         with self.changed:
             if self.closed:

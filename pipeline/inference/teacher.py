@@ -9,13 +9,14 @@ from pathlib import Path
 from pipeline.console import log
 from pipeline.data.dialogues import load_dialogues
 from pipeline.files import write_json
+from pipeline.folders import lock_file
 from pipeline.gatt.quality import find_defect
 from pipeline.gatt.text import first_sentences, has_sentences
 from pipeline.hub.convert import cached_gguf, runnable_gguf
 from pipeline.hub.models import Model, find_model
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.generator import GenerationEngine, context_for, open_generator
-from pipeline.inference.openai_client import is_server_url
+from pipeline.inference.remote.address import is_server_url
 from pipeline.recipe import Recipe
 from pipeline.records import Message, Request, Task
 
@@ -44,6 +45,7 @@ def open_teacher(recipe: Recipe, dialogues: int) -> GenerationEngine:
         context=context_for(recipe.dialogues.turns, settings.max_tokens, _USER_TOKENS),
         format_name=format_name,
         max_parallel=settings.max_parallel,
+        max_thought_tokens=settings.max_thought_tokens,
     )
 
 
@@ -63,9 +65,11 @@ def _log_conversion_quality(model: Model, format_name: str) -> None:
     before, after = runnable_gguf(model), cached_gguf(model, format_name)
     measurement = after.with_suffix(".json")
     if not measurement.exists():
-        log(f"synthesize: measuring {model.name} in {format_name} against {before.name}, once")
-        qualities = {"before": asdict(_measure(before)), "after": asdict(_measure(after))}
-        write_json(measurement, qualities)
+        with lock_file(measurement):
+            if not measurement.exists():  # another process may have measured it in the meantime
+                log(f"synthesize: measuring {model.name} in {format_name} against {before.name}")
+                qualities = {"before": asdict(_measure(before)), "after": asdict(_measure(after))}
+                write_json(measurement, qualities)
     saved = json.loads(measurement.read_text(encoding="utf-8"))
     log(
         f"synthesize: {model.name} in {format_name}: perplexity and good first answers "

@@ -7,6 +7,9 @@ from pathlib import Path
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.run_dir import STAGES, RunDir
 
+_COMMIT_LENGTH = 40
+"""Characters of the commit of a dataset; a SHA-256 has more."""
+
 
 def public_name(model: str) -> str:
     """Return the name of a model; of a path on this machine only its last part."""
@@ -44,7 +47,8 @@ def file_facts(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:
     for stage in STAGES[:-1]:
         if manifest := run_dir.manifest(stage):
             for name, digest in manifest["inputs"].items():
-                facts[f"sha256 of {Path(name).name}"] = digest[:16]
+                kind = "commit" if len(digest) == _COMMIT_LENGTH else "sha256"
+                facts[f"{kind} of {Path(name).name}"] = digest[:16] or "not known"
     for format_name in recipe.export.formats:
         file = run_dir.tuned(format_name)
         facts[file.name] = f"{file.stat().st_size / 1e6:.0f} MB"

@@ -6,6 +6,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 import pipeline
 from pipeline.errors import GattError
 from pipeline.inference.async_engine import AnswerStream, AsyncEngine
-from pipeline.inference.request import GenerationRequest
+from pipeline.inference.request import Prompt, TextPiece
 from pipeline.records import Message
 from pipeline.server.errors import ApiError, from_engine, from_validation
 from pipeline.server.metrics import CONTENT_TYPE, Metrics
@@ -27,14 +30,8 @@ from pipeline.server.middleware import (
     AccessSettings,
     RequestLog,
 )
-from pipeline.server.protocol import (
-    Body,
-    ChatBody,
-    Json,
-    ResponseBuilder,
-    TextBody,
-    TextResponseBuilder,
-)
+from pipeline.server.protocol import Body, ChatBody, TextBody
+from pipeline.server.responses import Answer, Json, ResponseBuilder, TextResponseBuilder
 
 _ERROR_DESCRIPTIONS = {
     400: "The request is wrong, or does not fit in the context.",
@@ -104,13 +101,16 @@ class _Api:
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """Return the next message of a chat, or (`stream`) its pieces as server-sent events."""
         self._check(body)
-        messages = tuple(message.to_message() for message in body.messages)
+        messages, options = body.to_messages(), body.prompt_options()
         try:
-            tokens = await run_in_threadpool(self._engine.chat_tokens, body.model, messages)
-            answer = self._ask(body, tokens, messages)
+            prompt = await run_in_threadpool(
+                self._engine.chat_prompt, body.model, messages, options
+            )
+            answers = await self._ask(body, prompt, messages)
         except GattError as error:
             raise from_engine(error, "messages") from error
-        return await _respond(request, body, answer, ResponseBuilder(body.model))
+        builder = ResponseBuilder(body.model, logprobs=body.top_count is not None)
+        return await _respond(request, body, answers, builder)
 
     async def complete(self, body: TextBody, request: Request) -> Response:
         """Return the continuation of a text, or (`stream`) its pieces as server-sent events."""
@@ -119,10 +119,11 @@ class _Api:
         if not tokens:
             raise ApiError(400, "The prompt is empty. Begin a text.", "prompt", "invalid_value")
         try:
-            answer = self._ask(body, tokens, ())
+            answers = await self._ask(body, Prompt(tokens), ())
         except GattError as error:
             raise from_engine(error, "prompt") from error
-        return await _respond(request, body, answer, TextResponseBuilder(body.model))
+        builder = TextResponseBuilder(body.model, logprobs=body.top_count is not None)
+        return await _respond(request, body, answers, builder)
 
     async def models(self) -> Json:
         """Return the models that are served."""
@@ -138,9 +139,25 @@ class _Api:
         """Return that the server responds."""
         return {"status": "ok"}
 
-    def _ask(self, body: Body, tokens: list[int], messages: tuple[Message, ...]) -> AnswerStream:
-        request = body.request(messages, self._engine.context_length(body.model) - len(tokens))
-        return self._engine.generate(body.model, GenerationRequest(tokens, request, body.stops))
+    async def _ask(
+        self, body: Body, prompt: Prompt, messages: tuple[Message, ...]
+    ) -> list[AnswerStream]:
+        """Start the `n` answers, with a seed each."""
+        context = self._engine.context_length(body.model)
+        request = body.generation(prompt, messages, context)
+        await run_in_threadpool(self._engine.check, body.model, request.sampling.sampler)
+        answers: list[AnswerStream] = []
+        try:
+            for number in range(body.n or 1):
+                sampling = replace(request.sampling, seed=request.sampling.seed + number)
+                answers.append(
+                    self._engine.generate(body.model, replace(request, sampling=sampling))
+                )
+        except GattError:
+            for answer in answers:
+                answer.cancel()
+            raise
+        return answers
 
     def _check(self, body: Body) -> None:
         if body.model not in self._models:
@@ -153,32 +170,39 @@ class _Api:
 
 
 async def _respond(
-    request: Request, body: Body, answer: AnswerStream, builder: ResponseBuilder
+    request: Request, body: Body, answers: list[AnswerStream], builder: ResponseBuilder
 ) -> Response:
-    """Return the answer; the middleware ends it if the client disconnects."""
+    """Return the answers; the middleware ends them if the client disconnects."""
     log: RequestLog = request.scope["gatt"]
-    log.model, log.answer = body.model, answer
+    log.model, log.answers = body.model, answers
     if body.stream:
-        events = _events(answer, builder, include_usage=body.include_usage)
+        events = _events(answers, builder, include_usage=body.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
-    reading = asyncio.create_task(_read_text(answer))
+    reading = asyncio.gather(*map(_read, answers))
     disconnect = asyncio.create_task(_wait_for_disconnect(request))
+    ends: set[asyncio.Future[Any]] = {reading, disconnect}
     try:
-        await asyncio.wait({reading, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         if not reading.done():
             return Response(status_code=CLIENT_CLOSED_REQUEST)
-        text = await reading
+        return JSONResponse(builder.completion(await reading))
     except (GattError, RuntimeError) as error:
         raise from_engine(error) from error
     finally:
         disconnect.cancel()
         reading.cancel()
+
+
+async def _read(answer: AnswerStream) -> Answer:
+    """Return an answer at its end."""
+    pieces = [piece async for piece in answer]
     assert answer.result is not None
-    return JSONResponse(builder.completion(text, answer.result))
-
-
-async def _read_text(answer: AnswerStream) -> str:
-    return "".join([piece async for piece in answer])
+    joined = TextPiece(
+        "".join(piece.text for piece in pieces),
+        "".join(piece.thoughts for piece in pieces),
+        tuple(entry for piece in pieces for entry in piece.logprobs),
+    )
+    return Answer(joined, answer.result)
 
 
 async def _wait_for_disconnect(request: Request) -> None:
@@ -187,22 +211,44 @@ async def _wait_for_disconnect(request: Request) -> None:
 
 
 async def _events(
-    answer: AnswerStream, builder: ResponseBuilder, *, include_usage: bool
+    answers: list[AnswerStream], builder: ResponseBuilder, *, include_usage: bool
 ) -> AsyncIterator[str]:
-    """Yield the server-sent events of a streamed answer."""
-    if role_chunk := builder.role_chunk():
-        yield _event(role_chunk)
+    """Yield the server-sent events of streamed answers, in the order in which pieces arrive."""
+    for index in range(len(answers)):
+        if role_chunk := builder.role_chunk(index):
+            yield _event(role_chunk)
     try:
-        async for piece in answer:
-            yield _event(builder.content_chunk(piece))
+        async for index, piece in _merge(answers):
+            yield _event(builder.piece_chunk(index, piece))
     except (GattError, RuntimeError) as error:
         yield _event(from_engine(error).body)
         return
-    assert answer.result is not None
-    yield _event(builder.final_chunk(answer.result))
+    results = [await answer.wait() for answer in answers]
+    for index, result in enumerate(results):
+        yield _event(builder.final_chunk(index, result))
     if include_usage:
-        yield _event(builder.usage_chunk(answer.result))
+        yield _event(builder.usage_chunk(results))
     yield "data: [DONE]\n\n"
+
+
+async def _merge(answers: list[AnswerStream]) -> AsyncIterator[tuple[int, TextPiece]]:
+    """Yield the pieces of all answers as they arrive, each with the index of its answer."""
+    if len(answers) == 1:
+        async for piece in answers[0]:
+            yield 0, piece
+        return
+    waiting = {asyncio.ensure_future(anext(answer)): n for n, answer in enumerate(answers)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=waiting.__getitem__):
+                index = waiting.pop(task)
+                with suppress(StopAsyncIteration):
+                    yield index, task.result()
+                    waiting[asyncio.ensure_future(anext(answers[index]))] = index
+    finally:
+        for task in waiting:
+            task.cancel()
 
 
 def _event(body: object) -> str:

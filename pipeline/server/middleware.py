@@ -10,6 +10,7 @@ import hmac
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
@@ -45,23 +46,24 @@ class AccessSettings:
 
 @dataclass(slots=True)
 class RequestLog:
-    """What the log will say about a request; the API fills in `model` and `answer`."""
+    """What the log will say about a request; the API fills in `model` and `answers`."""
 
     model: str = ""
-    answer: AnswerStream | None = None
+    answers: Sequence[AnswerStream] = ()
     status: int = CLIENT_CLOSED_REQUEST
     start: float = field(default_factory=time.monotonic)
 
     def write(self) -> None:
         """Write the line."""
-        result = self.answer.result if self.answer else None
-        first_token = result.first_token_seconds if result else None
+        results = [answer.result for answer in self.answers if answer.result]
+        first = results[0] if results else None
+        first_token = first.first_token_seconds if first else None
         line = {
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "model": self.model or None,
-            "prompt_tokens": result.prompt_tokens if result else 0,
-            "cached_tokens": result.cached_tokens if result else 0,
-            "tokens": result.tokens if result else 0,
+            "prompt_tokens": first.prompt_tokens if first else 0,
+            "cached_tokens": first.cached_tokens if first else 0,
+            "tokens": sum(result.tokens for result in results),
             "first_token_seconds": None if first_token is None else round(first_token, 4),
             "seconds": round(time.monotonic() - self.start, 4),
             "status": self.status,
@@ -110,11 +112,12 @@ class AccessMiddleware:
             log.status = 500
             raise
         finally:
-            if log.answer:
-                if not log.answer.result:
-                    log.status = CLIENT_CLOSED_REQUEST
-                log.answer.cancel()
-                await log.answer.wait()
+            if not all(answer.result for answer in log.answers):
+                log.status = CLIENT_CLOSED_REQUEST
+            for answer in log.answers:
+                answer.cancel()
+            for answer in log.answers:
+                await answer.wait()
             self._metrics.count_request(log.model, log.status)
             log.write()
 

@@ -1,54 +1,23 @@
-"""OpenAI's request and response bodies: what is accepted, what is refused, and what is sent."""
+"""OpenAI's request bodies, with the sampling parameters of llama.cpp, vLLM and Hugging Face."""
 
 from __future__ import annotations
 
-import json
 import secrets
-import time
-from collections.abc import Mapping
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
-from openai.types import Completion, CompletionChoice, CompletionUsage
-from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessage
-from openai.types.chat.chat_completion import Choice
-from openai.types.chat.chat_completion_chunk import Choice as ChunkChoice
-from openai.types.chat.chat_completion_chunk import ChoiceDelta
-from openai.types.completion_usage import PromptTokensDetails
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from pipeline.inference.request import GenerationResult
-from pipeline.records import Message, Request
+from pipeline.inference.request import GenerationRequest, Prompt, PromptOptions
+from pipeline.inference.thoughts import split_thoughts
+from pipeline.records import DEFAULT_SAMPLER, Message, Request, SamplerSettings
 from pipeline.server.errors import ApiError
-
-Json = dict[str, object]
-"""A JSON object."""
-
-_NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "echo": (False,),
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-}
-"""Unsupported fields, and the values with which they do not change the answer; others are refused.
-
-Fields that never change the answer (`user`, `metadata`, `store`, ...) are ignored.
-"""
+from pipeline.server.fields import GRAMMAR_FIELDS, check_extra, grammar_of
 
 _DEFAULT_TEMPERATURE = Request(messages=(), seed=0, max_tokens=1).temperature
+_MAX_CHOICES = 16
+_IGNORED_MESSAGE_FIELDS = ("name", "reasoning_content", "reasoning", "refusal", "annotations")
+"""Fields of a message that chat templates do not get: thoughts are not sent back to a model."""
 
 
 def _check_unicode(text: str) -> str:
@@ -63,13 +32,18 @@ def _check_unicode(text: str) -> str:
 Text = Annotated[str, AfterValidator(_check_unicode)]
 Stop = Annotated[str, Field(min_length=1)]
 MaxTokens = Annotated[int, Field(ge=1, le=1 << 31)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Factor = Annotated[float, Field(gt=0, le=10)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class StreamOptions(BaseModel):
     """How an answer is streamed."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class Body(BaseModel):
@@ -79,11 +53,32 @@ class Body(BaseModel):
     model: str
     max_tokens: MaxTokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Probability | None = None
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Bias] | None = None
+    # llama.cpp
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    min_p: Probability | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    dry_multiplier: Annotated[float, Field(ge=0, le=100)] | None = None
+    repeat_penalty: Factor | None = None
+    repeat_last_n: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    ignore_eos: bool | None = None
+    grammar: Text | None = None
+    json_schema: dict[str, object] | None = None
+    # Hugging Face and vLLM
+    repetition_penalty: Factor | None = None
+    guided_grammar: Text | None = None
+    guided_json: dict[str, object] | Text | None = None
+    guided_choice: Annotated[list[Text], Field(min_length=1)] | None = None
+    # OpenAI
+    response_format: dict[str, object] | None = None
 
     def check(self) -> None:
         """Refuse fields and values that are not supported.
@@ -91,16 +86,12 @@ class Body(BaseModel):
         Raises:
             ApiError: the first of them.
         """
-        for name, value in (self.model_extra or {}).items():
-            neutral = _NEUTRAL_VALUES.get(name)
-            if value is None or neutral is None or value in neutral:
-                continue
-            hint = f"Only {' or '.join(map(json.dumps, neutral))} is." if neutral else "Omit it."
-            message = f"This value of '{name}' is not supported here. {hint}"
-            raise ApiError(400, message, name, "unsupported_parameter")
+        check_extra(self.model_extra or {}, type(self).model_fields)
         if self.stream_options and not self.stream:
-            message = "'stream_options' requires 'stream': true."
-            raise ApiError(400, message, "stream_options", "invalid_value")
+            raise _conflict("stream_options", "'stream_options' requires 'stream': true.")
+        if self.repeat_penalty is not None and self.repetition_penalty is not None:
+            message = "'repetition_penalty' is another name of 'repeat_penalty'. Omit one."
+            raise _conflict("repetition_penalty", message)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -117,21 +108,60 @@ class Body(BaseModel):
         """The maximum tokens of the answer."""
         return self.max_tokens
 
-    def request(self, messages: tuple[Message, ...], tokens_left: int) -> Request:
-        """Return the engine's request; without a limit, an answer may have `tokens_left`."""
-        return Request(
+    @property
+    def top_count(self) -> int | None:
+        """The likely tokens whose log-probabilities are wanted; None if no tokens' are."""
+        return None
+
+    def sampler(self) -> SamplerSettings:
+        """Return how tokens are drawn.
+
+        Raises:
+            ApiError: a token of `logit_bias` or a grammar is not valid.
+        """
+        window = -1 if self.repetition_penalty is not None else DEFAULT_SAMPLER.repeat_last_n
+        grammar = grammar_of({name: getattr(self, name) for name in GRAMMAR_FIELDS})
+        if grammar and self.ignore_eos:
+            message = "A grammar decides where the answer ends, so 'ignore_eos' must be omitted."
+            raise _conflict("ignore_eos", message)
+        values: dict[str, Any] = {
+            "top_k": None if self.top_k is None else max(self.top_k, 0),
+            "typical_p": self.typical_p,
+            "min_p": self.min_p,
+            "dry_multiplier": self.dry_multiplier,
+            "repeat_penalty": self.repeat_penalty or self.repetition_penalty,
+            "repeat_last_n": window if self.repeat_last_n is None else self.repeat_last_n,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "logit_bias": tuple(map(_parse_bias, (self.logit_bias or {}).items())),
+            "ignore_eos": self.ignore_eos,
+            "grammar": grammar,
+            "logprobs": self.top_count,
+        }
+        given = {name: value for name, value in values.items() if value is not None}
+        return replace(DEFAULT_SAMPLER, **given)
+
+    def generation(
+        self, prompt: Prompt, messages: tuple[Message, ...], context: int
+    ) -> GenerationRequest:
+        """Return the engine's request; without a limit, an answer may fill the `context`."""
+        left = max(context - len(prompt.tokens), 1)
+        max_tokens = self.answer_tokens or left
+        sampling = Request(
             messages=messages,
             seed=secrets.randbits(32) if self.seed is None else self.seed,
-            max_tokens=self.answer_tokens or max(tokens_left, 1),
+            max_tokens=max_tokens,
             temperature=_DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
+            sampler=self.sampler(),
         )
+        return GenerationRequest(tokens=prompt.tokens, sampling=sampling, stop=self.stops)
 
 
 class TextPart(BaseModel):
     """A part of a message."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="forbid")
     type: Literal["text"]
     text: Text
 
@@ -139,15 +169,28 @@ class TextPart(BaseModel):
 class ChatMessage(BaseModel):
     """One message of a chat."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1)]
 
-    def to_message(self) -> Message:
-        """Return the message as chat templates accept it."""
+    def check(self, place: str) -> None:
+        """Refuse fields that would be ignored, though they have a value.
+
+        Raises:
+            ApiError: the first of them.
+        """
+        for name, value in (self.model_extra or {}).items():
+            if value and name not in _IGNORED_MESSAGE_FIELDS:
+                message = f"'{name}' of a message is not supported here. Omit it."
+                raise ApiError(400, message, f"{place}.{name}", "unsupported_parameter")
+
+    def to_message(self, *, keep_thoughts: bool = False) -> Message:
+        """Return the message as chat templates accept it, without an answer's thoughts."""
         text = self.content
         if not isinstance(text, str):
             text = "\n".join(part.text for part in text)
+        if self.role == "assistant" and not keep_thoughts:
+            text = split_thoughts(text).answer
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
@@ -156,17 +199,83 @@ class ChatBody(Body):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: MaxTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    reasoning_effort: Text | None = None
+    # Hugging Face and vLLM
+    chat_template_kwargs: dict[str, object] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+
+    def check(self) -> None:
+        """Refuse fields and values that are not supported.
+
+        Raises:
+            ApiError: the first of them.
+        """
+        super().check()
+        for index, message in enumerate(self.messages):
+            message.check(f"messages.{index}")
+        if self.top_logprobs and not self.logprobs:
+            raise _conflict("top_logprobs", "'top_logprobs' requires 'logprobs': true.")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            text = "'continue_final_message' requires that the last message is the assistant's."
+            raise _conflict("continue_final_message", text)
+        continues = bool(self.continue_final_message)
+        if self.add_generation_prompt is not None and self.add_generation_prompt is continues:
+            text = "'add_generation_prompt' must be the opposite of 'continue_final_message'."
+            raise _conflict("add_generation_prompt", text)
 
     @property
     def answer_tokens(self) -> int | None:
         """The maximum tokens of the answer."""
         return self.max_completion_tokens or self.max_tokens
 
+    @property
+    def top_count(self) -> int | None:
+        """The likely tokens whose log-probabilities are wanted; None if no tokens' are."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def to_messages(self) -> tuple[Message, ...]:
+        """Return the messages as chat templates accept them."""
+        continued = self.messages[-1] if self.continue_final_message else None
+        return tuple(m.to_message(keep_thoughts=m is continued) for m in self.messages)
+
+    def prompt_options(self) -> PromptOptions:
+        """Return how the messages become a prompt."""
+        effort = (
+            {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        )
+        variables = {**effort, **(self.chat_template_kwargs or {})}
+        return PromptOptions(variables, bool(self.continue_final_message))
+
+    def generation(
+        self, prompt: Prompt, messages: tuple[Message, ...], context: int
+    ) -> GenerationRequest:
+        """Return the engine's request, in which thoughts are told from the answer.
+
+        They may fill the context in addition to `max_tokens`. `max_completion_tokens` includes
+        them, as OpenAI defines it. What follows a grammar is an answer.
+        """
+        request = super().generation(prompt, messages, context)
+        if request.sampling.sampler.grammar:
+            return request
+        spare = context - len(prompt.tokens) - request.sampling.max_tokens
+        thought_tokens = 0 if self.max_completion_tokens else max(spare, 0)
+        sampling = replace(request.sampling, max_thought_tokens=thought_tokens)
+        return replace(request, sampling=sampling, thought=prompt.thought)
+
 
 class TextBody(Body):
     """The body of /v1/completions: one text, or a list of one."""
 
     prompt: Text
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+    @property
+    def top_count(self) -> int | None:
+        """The likely tokens whose log-probabilities are wanted; None if no tokens' are."""
+        return self.logprobs
 
     @model_validator(mode="before")
     @classmethod
@@ -177,106 +286,13 @@ class TextBody(Body):
         return data
 
 
-class ResponseBuilder:
-    """Builds the response bodies of one chat completion."""
-
-    prefix = "chatcmpl"
-
-    def __init__(self, model: str) -> None:
-        self._envelope = {
-            "id": f"{self.prefix}-{secrets.token_hex(12)}",
-            "created": int(time.time()),
-            "model": model,
-        }
-
-    def completion(self, text: str, result: GenerationResult) -> Json:
-        """Return the body of a response that is not streamed."""
-        message = ChatCompletionMessage(role="assistant", content=text, refusal=None)
-        choice = Choice(index=0, message=message, logprobs=None, finish_reason=result.finish)
-        return _dump(
-            ChatCompletion(
-                **self._envelope, object="chat.completion", choices=[choice], usage=_usage(result)
-            )
-        )
-
-    def role_chunk(self) -> Json | None:
-        """Return the first event of a stream, before any text; None if there is none."""
-        return self._chunk(ChoiceDelta(role="assistant", content=""))
-
-    def content_chunk(self, text: str) -> Json:
-        """Return an event with a piece of text."""
-        return self._chunk(ChoiceDelta(content=text))
-
-    def final_chunk(self, result: GenerationResult) -> Json:
-        """Return the event that gives the reason for the answer's end."""
-        return self._chunk(ChoiceDelta(), result.finish)
-
-    def usage_chunk(self, result: GenerationResult) -> Json:
-        """Return the event with the usage."""
-        return self._event([], usage=_usage(result))
-
-    def _chunk(self, delta: ChoiceDelta, finish_reason: str | None = None) -> Json:
-        choice = ChunkChoice(index=0, delta=delta, logprobs=None, finish_reason=finish_reason)
-        return self._event([choice])
-
-    def _event(self, choices: list[ChunkChoice], **usage: CompletionUsage) -> Json:
-        return _dump(
-            ChatCompletionChunk(
-                **self._envelope, object="chat.completion.chunk", choices=choices, **usage
-            )
-        )
+def _parse_bias(item: tuple[str, float]) -> tuple[int, float]:
+    token, bias = item
+    if not (token.isascii() and token.isdecimal() and len(token) < 10):
+        message = f"'logit_bias' has the key {token[:20]!r}; expected token ids, such as \"42\"."
+        raise ApiError(400, message, "logit_bias", "invalid_value")
+    return int(token), bias
 
 
-class TextResponseBuilder(ResponseBuilder):
-    """Builds the response bodies of one text completion, which are alike in a stream and not."""
-
-    prefix = "cmpl"
-
-    def completion(self, text: str, result: GenerationResult) -> Json:
-        """Return the body of a response that is not streamed."""
-        return self._text([self._choice(text, result.finish)], usage=_usage(result))
-
-    def role_chunk(self) -> Json | None:
-        """Return None: a text has no role."""
-        return None
-
-    def content_chunk(self, text: str) -> Json:
-        """Return an event with a piece of text."""
-        return self._text([self._choice(text)])
-
-    def final_chunk(self, result: GenerationResult) -> Json:
-        """Return the event that gives the reason for the answer's end."""
-        return self._text([self._choice("", result.finish)])
-
-    def usage_chunk(self, result: GenerationResult) -> Json:
-        """Return the event with the usage."""
-        return self._text([], usage=_usage(result))
-
-    @staticmethod
-    def _choice(text: str, finish_reason: str | None = None) -> CompletionChoice:
-        # Not validated: the type has no place for a stream's pieces, whose reason is null.
-        return CompletionChoice.model_construct(
-            index=0, text=text, logprobs=None, finish_reason=finish_reason
-        )
-
-    def _text(self, choices: list[CompletionChoice], **usage: CompletionUsage) -> Json:
-        return _dump(
-            Completion.model_construct(
-                **self._envelope, object="text_completion", choices=choices, **usage
-            )
-        )
-
-
-def _usage(result: GenerationResult) -> CompletionUsage:
-    """Return the tokens of the prompt and the answer, which includes its end-of-turn token."""
-    return CompletionUsage(
-        prompt_tokens=result.prompt_tokens,
-        completion_tokens=result.tokens,
-        total_tokens=result.prompt_tokens + result.tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=result.cached_tokens),
-    )
-
-
-def _dump(body: BaseModel) -> Json:
-    # Clients expect the fields that are null here, such as finish_reason, but no others.
-    return body.model_dump(exclude_unset=True, warnings="none")
+def _conflict(param: str, message: str) -> ApiError:
+    return ApiError(400, message, param, "invalid_value")

@@ -39,13 +39,17 @@ def run(
     sampling: SamplingParams,
     context: int,
     saved_chat: Path | None,
+    *,
+    lines: bool = False,
 ) -> None:
     """Chat with all `models` at once until the user leaves, continuing `saved_chat`, if given.
+
+    Off a terminal, all of stdin is one message; with `lines`, each line is one, or a command.
 
     Raises:
         GattError: a model or a file cannot be used, or, off a terminal, the context is full.
     """
-    screen = open_screen(platformdirs.user_data_path("gatt") / "chat-history")
+    screen = open_screen(platformdirs.user_data_path("gatt") / "chat-history", lines=lines)
     found_models = [find_model(name) for name, _ in models]
     files = [runnable_gguf(model) for model in found_models]
     adapters = [adapter for _, adapter in models]
@@ -75,11 +79,8 @@ def start_conversation(instruction: str, checks: Sequence[str], system: str) -> 
 async def _converse(chat: TerminalChat, saved_chat: Path | None) -> None:
     if saved_chat:
         await load(chat, str(saved_chat))
-    leave = "Ctrl-D leaves" if chat.screen.interactive else "an empty line ends the chat"
-    chat.screen.info(
-        f"{' and '.join(chat.backend.names)}, context of {chat.backend.context} tokens. "
-        f"/help lists the commands; {leave}."
-    )
+    names = " and ".join(chat.backend.names)
+    chat.screen.info(f"{names}, context of {chat.backend.context} tokens. {chat.screen.usage}")
     await show_instruction(chat)
     await chat_loop(chat)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryFile
 
 from pipeline.console import log, print_result
 from pipeline.errors import GattError
 from pipeline.files import write_json, write_text
+from pipeline.folders import create_folder
 from pipeline.report.compared_runs import read_run
 from pipeline.report.comparison import ComparedRow, Comparison, compare_runs, curve_rows
 from pipeline.report.figures import adherence_curve
@@ -30,7 +30,7 @@ def compare(paths: Sequence[Path], folder: Path) -> None:
     if repeated:
         raise GattError(f"{repeated[0]} is named twice. Name each run once.")
     runs = [read_run(path) for path in paths]
-    _create_folder(folder)
+    create_folder(folder, "--out")
     comparison = compare_runs(runs)
     table, warnings = comparison.table, comparison.warnings
     page = _page(comparison)
@@ -45,16 +45,6 @@ def compare(paths: Sequence[Path], folder: Path) -> None:
         log(f"compare: {warning}")
     print_result(markdown(table))
     print_result(f"{folder / 'compare.html'}")
-
-
-def _create_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise GattError(
-            f"Cannot write in the folder {folder} ({error.strerror}). Choose another with --out."
-        ) from error
 
 
 def _page(comparison: Comparison) -> ReportPage:

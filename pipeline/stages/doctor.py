@@ -7,9 +7,17 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import re
 import shutil
 
 from pipeline.console import print_result, print_table
+from pipeline.gpu import (
+    NvidiaGpu,
+    compiler_problem,
+    find_nvcc,
+    pytorch_problem,
+    query_nvidia_smi,
+)
 from pipeline.hub.models import shape_of
 from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
@@ -79,19 +87,74 @@ def _smallest_gpu(shape: ModelShape, settings: Train) -> str:
 
 
 def _print_machine() -> None:
-    import torch
-
-    gpu = on_gpu()
-    gpu_text = "none that PyTorch can use"
-    if gpu:
-        properties = torch.cuda.get_device_properties(0)
-        gpu_text = f"{properties.name}, {properties.total_memory / GB:.1f} GB"
+    gpu, cards = on_gpu(), query_nvidia_smi().gpus
     unsloth = "not installed; `python3 scripts/demo.py` installs it"
     if importlib.util.find_spec("unsloth"):
         unsloth = check_nf4("cuda" if gpu else "cpu")
-    print_result(f"CPU        {platform.processor() or platform.machine()}, {core_count()} cores")
-    print_result(f"Memory     {available_memory() / GB:.1f} GB available")
-    print_result(f"Disk       {shutil.disk_usage('.').free / GB:.1f} GB free in this folder")
-    print_result(f"GPU        {gpu_text}")
-    print_result(f"Unsloth    {unsloth}")
-    print_result(f"llama.cpp  {system_info()}")
+    rows = [
+        ("CPU", f"{platform.processor() or platform.machine()}, {core_count()} cores"),
+        ("Memory", f"{available_memory() / GB:.1f} GB available"),
+        ("Disk", f"{shutil.disk_usage('.').free / GB:.1f} GB free in this folder"),
+        ("GPU", _gpu_text(_usable_gpus() if gpu else _listed_gpus(cards))),
+        ("Unsloth", unsloth),
+    ]
+    if gpu or cards:
+        rows.append(("Triton", _triton_text()))
+    llama = llama_text(system_info(), has_nvidia_gpu=bool(cards), nvcc=find_nvcc())
+    rows.append(("llama.cpp", llama))
+    for name, text in rows:
+        print_result(f"{name:<11}" + text.replace("\n", "\n" + " " * 11))
+
+
+def _usable_gpus() -> list[str]:
+    """Return a line for each device that PyTorch can use."""
+    import torch
+
+    lines = []
+    for device in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(device)
+        name = torch.cuda.get_device_name(device)
+        lines.append(f"{name}, {total / GB:.1f} GB, {free / GB:.1f} GB free")
+    return lines
+
+
+def _listed_gpus(cards: list[NvidiaGpu]) -> list[str]:
+    """Return a line for each card that only the driver lists."""
+    return [
+        f"{card.name}, {card.total_bytes / GB:.1f} GB, {card.free_bytes / GB:.1f} GB free, "
+        f"driver {card.driver}; PyTorch cannot use it"
+        for card in cards
+    ]
+
+
+def _gpu_text(lines: list[str]) -> str:
+    """Return a line for each card, and why PyTorch cannot use one that is there."""
+    problem = pytorch_problem()
+    return "\n".join([*(lines or ["none that PyTorch can use"]), *([problem] if problem else [])])
+
+
+def _triton_text() -> str:
+    """Return whether Triton is there and can compile; Unsloth's kernels are written in it."""
+    if not importlib.util.find_spec("triton"):
+        return "not installed. It comes with the CUDA build of PyTorch."
+    problem = compiler_problem()
+    return f"cannot compile: {problem}" if problem else "can compile (C compiler and Python.h)"
+
+
+def llama_text(info: str, *, has_nvidia_gpu: bool, nvcc: str) -> str:
+    """Return for what llama.cpp was built, from its own description, and what to do about it.
+
+    The description names each backend before its features: "CUDA : ARCHS = 890 | ... | CPU : ...".
+    """
+    backends = re.findall(r"(\w+) : \w+ = ", info)
+    names = {"MTL": "Metal"}
+    build = " + ".join(names.get(name, name) for name in backends if name != "CPU") or "CPU"
+    text = f"{build} build, {info}"
+    if not has_nvidia_gpu or "CUDA" in backends:
+        return text
+    if nvcc:
+        return f"{text}\n`python3 scripts/bootstrap.py` compiles it for the NVIDIA card."
+    return (
+        f"{text}\nFor the NVIDIA card, install the CUDA toolkit (nvcc) or set GATT_LLAMA_WHEEL, "
+        "then run `python3 scripts/bootstrap.py`."
+    )

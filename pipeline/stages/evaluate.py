@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pipeline.console import capture_output, log
@@ -21,10 +22,10 @@ from pipeline.gatt.assign import trained_constraints
 from pipeline.gatt.assignment import AssignedDialogue, read_splits
 from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
-from pipeline.inference.generator import context_for
+from pipeline.inference.generator import context_for, model_files
 from pipeline.recipe import Recipe
 from pipeline.records import Reply
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import Input, RunDir
 from pipeline.system import available_memory
 
 SECTIONS = ("evaluate", "dialogues", "export")
@@ -33,12 +34,23 @@ _FLOAT32_SIZE = 8
 """Memory for a map of attention, in sizes of a 4-bit file: the model in float32."""
 
 
-def inputs(recipe: Recipe, run_dir: RunDir) -> list[Path]:
-    """Return the files that the result depends on."""
+def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
+    """Return what the result depends on."""
+    settings = recipe.evaluate
     tuned = [run_dir.tuned(name) for name in recipe.export.formats]
-    if recipe.evaluate.adapter:
-        tuned = [Path(recipe.evaluate.adapter)]
-    return [find_model(recipe.model).path, run_dir.assignments, run_dir.suites, *tuned]
+    if settings.adapter:
+        tuned = [Path(settings.adapter)]
+    # A file that is missing is an error of the stage, which says more.
+    extra = [Path(name).expanduser() for name in settings.extra_models]
+    judge = model_files(settings.judge) if settings.judge else []
+    return [
+        find_model(recipe.model).path,
+        run_dir.assignments,
+        run_dir.suites,
+        *tuned,
+        *(file for file in extra if file.is_file()),
+        *judge,
+    ]
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> None:
@@ -48,13 +60,16 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     trained = trained_constraints(splits["train"])
     suites = {"evaluation": splits["evaluation"], **read_splits(run_dir.suites)}
     measured = arms(recipe, run_dir)
-    replies = generate_replies(measured, suites, recipe, run_dir.replies)
+    note = partial(run_dir.note, "evaluate")
+    replies = generate_replies(measured, suites, recipe, run_dir.replies, note)
     if settings.attention:
         _map_attention(recipe, run_dir, suites["evaluation"][0], replies)
     judgment = None
     if settings.judge:
         dialogues = [dialogue for suite in suites.values() for dialogue in suite]
-        replies, judgment = judge(settings.judge, replies, dialogues, run_dir.judged)
+        replies, judgment = judge(
+            settings.judge, replies, dialogues, run_dir.judged, settings.max_thought_tokens, note
+        )
     scores = compute_scores(replies, suites, trained)
     scores = replace(scores, primary=settings.primary, judge=judgment)
     if plain := suites.get("plain"):

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from pipeline.console import print_result
 from pipeline.data.dialogues import load_dialogues
 from pipeline.errors import GattError
 from pipeline.export import converter as checkpoint_converter
+from pipeline.export.adapter_folder import for_text_model, with_adapters_tokenizer
 from pipeline.export.exporter import export, predict_reference
 from pipeline.export.job import ExportJob, model_metadata
 from pipeline.files import read_jsonl, write_json
+from pipeline.gguf.huggingface.chat_template import read_chat_template
 from pipeline.gguf.merge import plan_merge
-from pipeline.hub.models import find_model
+from pipeline.hub.convert import cached_checkpoint
+from pipeline.hub.models import find_model, require_chat_template
 from pipeline.inference.logits import Logits
 from pipeline.recipe import Export, Recipe
 from pipeline.records import Message
 from pipeline.run_dir import RunDir
+from pipeline.training.unsloth import load_tokenizer, nf4_round_trip
 
 SECTIONS = ("export", "dialogues")
 """Sections of the recipe that the result depends on."""
@@ -49,9 +53,16 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def export_standalone(
-    name: str, adapter: Path | None, folder: Path, settings: Export, converter: Path | None = None
+    name: str,
+    adapter: Path | None,
+    folder: Path,
+    settings: Export,
+    converter: Path | None = None,
+    merged_dir: Path | None = None,
 ) -> None:
     """Export a base model with an adapter of any trainer, without a run, with the same checks.
+
+    With `merged_dir`, the merged model is written there, too, as `write_merged` does.
 
     Raises:
         GattError: as `export`, or settings that a converter cannot have.
@@ -61,32 +72,47 @@ def export_standalone(
             f"--merge-base {settings.merge_base} cannot be used with --converter, "
             "which converts the 16-bit merge."
         )
-    model = find_model(name)
-    if not converter:
-        plan_merge(model.path, adapter)  # an adapter that does not fit is refused at once
+    base = find_model(name)
+    in_4bit = settings.merge_base != "fp16"
+    if not converter:  # an adapter that does not fit is refused at once
+        plan_merge(base.path, adapter, nf4_round_trip=nf4_round_trip if in_4bit else None)
+    if not (adapter and read_chat_template(adapter)):
+        require_chat_template(base)
     chats: list[list[Message]] = [
         [{"role": "user", "content": dialogue.turns[0]}] for dialogue in load_dialogues("seed")
     ]
-    job = ExportJob(
-        model=model,
-        adapter=adapter,
-        folder=folder,
-        stem=model.name,
-        settings=settings,
-        dialogues=chats,
-        reference=predict_reference(
-            model, adapter, chats, load_in_4bit=settings.merge_base != "fp16"
-        ),
-        metadata=model_metadata(model) if adapter else {},
-    )
-    write_json(folder / "export.json", asdict(export(job, converter)))
+    with tempfile.TemporaryDirectory() as scratch:
+        model, loadable = base, adapter
+        if adapter:
+            model = with_adapters_tokenizer(base, adapter, Path(scratch))
+            loadable = for_text_model(adapter, Path(scratch))
+        tokenizer = load_tokenizer(cached_checkpoint(model))
+        reference = predict_reference(base, loadable, tokenizer, chats, load_in_4bit=in_4bit)
+        job = ExportJob(
+            model=model,
+            adapter=adapter,
+            folder=folder,
+            stem=model.name,
+            settings=settings,
+            dialogues=chats,
+            reference=reference,
+            reference_in_4bit=in_4bit,
+            # llama.cpp's side reads no file without a chat template.
+            base=base if base.is_gguf or read_chat_template(base.path) else None,
+            metadata=model_metadata(model) if adapter else {},
+        )
+        write_json(folder / "export.json", asdict(export(job, converter)))
+        if merged_dir:
+            checkpoint_converter.write_merged(
+                model, adapter, merged_dir, reference, in_4bit=in_4bit
+            )
 
 
-def write_merged(name: str, adapter: Path | None, target: Path) -> None:
-    """Write the merged model in float32 to the folder `target`, as transformers loads it.
+def write_merged(recipe: Recipe, run_dir: RunDir, target: Path) -> None:
+    """Write the merged model of a run in float32 to the folder `target`, as transformers loads it.
 
     Raises:
-        GattError: as `write_checkpoint`.
+        GattError: as `write_checkpoint`, or it does not predict what the trained model does.
     """
-    checkpoint_converter.write_merged(find_model(name), adapter, target)
-    print_result(str(target))
+    reference = Logits.load(run_dir.reference) if run_dir.reference.exists() else None
+    checkpoint_converter.write_merged(find_model(recipe.model), run_dir.adapter, target, reference)

@@ -7,6 +7,7 @@ from pathlib import Path
 import tomlkit
 
 from pipeline.console import log
+from pipeline.data.sources import source_inputs
 from pipeline.data.splits import DialogueSplits, split_dialogues
 from pipeline.errors import GattError
 from pipeline.evaluation.suites import SuiteSettings, build_suites
@@ -21,22 +22,23 @@ from pipeline.gatt.assign import (
 from pipeline.gatt.assignment import AssignedDialogue, write_splits
 from pipeline.gatt.constraints.registry import kind_of
 from pipeline.gatt.generated_values import LISTS, list_values
-from pipeline.gguf.merge import open_base
-from pipeline.hub.models import find_model
+from pipeline.hub.models import find_model, require_exportable
 from pipeline.inference.generator import GenerationEngine
 from pipeline.inference.teacher import open_teacher
 from pipeline.recipe import Evaluate, Recipe
+from pipeline.recipe_file import read_toml
 from pipeline.records import Constraint
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import Input, RunDir
 
 SECTIONS = ("dialogues", "instructions", "synthesize", "evaluate")
 """Sections of the recipe that the result depends on."""
 
 
-def inputs(recipe: Recipe, run_dir: RunDir) -> list[Path]:
-    """Return the files that the result depends on."""
+def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
+    """Return what the result depends on."""
     generated = [run_dir.lists] if run_dir.lists.exists() else []
-    return [find_model(recipe.model).path, *generated]
+    dialogues = source_inputs(recipe.dialogues.source)
+    return [find_model(recipe.model).path, *generated, *dialogues]
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> None:
@@ -49,7 +51,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         GattError: the model cannot be exported, there are too few dialogues for separate splits,
             or the pool is empty or needs a judge.
     """
-    open_base(find_model(recipe.model).path)  # fails here, not after the training
+    require_exportable(find_model(recipe.model))  # fails here, not after the training
     dialogues = split_dialogues(recipe)
     constraints = (*recipe.instructions.pool, *_generated_constraints(recipe, run_dir))
     pool = ConstraintPool(constraints, recipe.instructions.vocabulary_kinds)
@@ -136,18 +138,30 @@ def _generated_constraints(recipe: Recipe, run_dir: RunDir) -> list[Constraint]:
     settings = recipe.instructions
     lists: dict[str, list[str]] = {}
     if run_dir.lists.exists():
-        lists = tomlkit.parse(run_dir.lists.read_text(encoding="utf-8")).unwrap()
+        lists = _checked_lists(run_dir.lists)
     missing = [kind for kind in settings.generate if kind not in lists]
     if missing:
         with open_teacher(recipe, LISTS) as teacher:
             for kind in missing:
                 lists[kind] = _known_values(kind, teacher, settings.generate_count, recipe.seed)
+        run_dir.note("instructions", teacher.name, teacher.changes)
         comment = "# Edit these lists if you like; the next run uses them.\n"
         write_text(run_dir.lists, comment + tomlkit.dumps(lists))
     constraints = [Constraint(kind, value) for kind in settings.generate for value in lists[kind]]
     for constraint in constraints:
         kind_of(constraint)
     return constraints
+
+
+def _checked_lists(file: Path) -> dict[str, list[str]]:
+    lists = read_toml(file)
+    for kind, values in lists.items():
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise GattError(
+                f"{file}: {kind} = {values!r}; expected a list of texts. Correct it, or delete "
+                "the file to have it made again."
+            )
+    return lists
 
 
 def _known_values(kind: str, teacher: GenerationEngine, count: int, seed: int) -> list[str]:

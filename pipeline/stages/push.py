@@ -76,8 +76,9 @@ def _require_report(recipe: Recipe, run_dir: RunDir) -> None:
                 f"{file} is missing; `gatt push` uploads it. Run `gatt {stage} {arguments}` first."
             )
     evaluation = run_dir.manifest("evaluate")
-    evaluated = evaluation["inputs"].get(model.name) if evaluation else None
-    if evaluated not in (None, sha256(model)):
+    evaluated = evaluation["inputs"] if evaluation else {}
+    # The base may have the same name.
+    if model.name in evaluated and sha256(model) not in evaluated.values():
         raise GattError(
             f"The report is about an earlier export than {model}. Run `gatt run {arguments}` to "
             "measure the new one."

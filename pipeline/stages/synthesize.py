@@ -6,21 +6,28 @@ The rules are in `pipeline/gatt/synthesis.py`; here are the files, the statistic
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterable
 
 from pipeline.console import log, print_result, print_table, progress
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_json, write_json, write_jsonl, write_text
-from pipeline.gatt.acceptance import ACCEPTED, MAX_COPIES, Acceptance, measure_acceptance
+from pipeline.gatt.acceptance import (
+    ACCEPTED,
+    MAX_COPIES,
+    UNFINISHED_THOUGHTS,
+    Acceptance,
+    measure_acceptance,
+)
 from pipeline.gatt.assignment import AssignedDialogue, read_split
 from pipeline.gatt.synthesis import Synthesis
 from pipeline.hub.models import find_model
 from pipeline.hub.upload import upload
+from pipeline.inference.generator import model_files
 from pipeline.inference.teacher import open_teacher
 from pipeline.recipe import Recipe
 from pipeline.records import Answer
 from pipeline.report.cards import dataset_card
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import Input, RunDir
 
 _NAMED_INSTRUCTIONS = 8
 """Instructions that the remark on those that were given up names."""
@@ -29,9 +36,10 @@ SECTIONS = ("synthesize", "dialogues")
 """Sections of the recipe that the result depends on."""
 
 
-def inputs(recipe: Recipe, run_dir: RunDir) -> list[Path]:
-    """Return the files that the result depends on."""
-    return [find_model(recipe.model).path, run_dir.assignments]
+def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
+    """Return what the result depends on."""
+    teacher = model_files(recipe.synthesize.teacher) if recipe.synthesize.teacher else []
+    return [find_model(recipe.model).path, run_dir.assignments, *teacher]
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> None:
@@ -47,10 +55,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     too_common = synthesis.remove_common(dialogues)
     rows = [synthesis.synthesized(d, teacher) for d in dialogues if synthesis.accepted(d)]
     if not rows:
-        raise GattError(
-            "The teacher followed no instruction even once. Choose other instructions, a larger "
-            "teacher, or synthesize.edited_ratio = 1."
-        )
+        raise GattError(_nothing_accepted(recipe, synthesis.answers.values()))
     write_jsonl(run_dir.examples, rows)
     acceptance = measure_acceptance(dialogues, synthesis.answers.values(), too_common)
     write_json(run_dir.acceptance, acceptance)
@@ -77,7 +82,29 @@ def _answer(
 
             synthesis = Synthesis(recipe, record, recorded)
             _log_given_up(synthesis.run(teacher.run, dialogues))
+        run_dir.note("synthesize", teacher.name, teacher.changes)
         return synthesis, teacher.name
+
+
+def _nothing_accepted(recipe: Recipe, answers: Iterable[Answer]) -> str:
+    """Return why there is nothing to train on: the most frequent reason, and what to do."""
+    rejected = Counter(a.verdict for a in answers if a.verdict != ACCEPTED)
+    verdict, count = next(iter(rejected.most_common(1)), ("too common", 0))
+    if verdict == UNFINISHED_THOUGHTS:
+        return (
+            f"The teacher thinks, and {count} answers were cut within their thoughts. Raise "
+            f"synthesize.max_thought_tokens ({recipe.synthesize.max_thought_tokens}), or switch "
+            "the teacher's thinking off."
+        )
+    if verdict == "disobeys":
+        return (
+            "The teacher followed no instruction even once. Choose other instructions, a larger "
+            "teacher, or synthesize.edited_ratio = 1."
+        )
+    return (
+        f"No answer of the teacher was accepted, most often because of {verdict!r} ({count}). "
+        "Read synthesize/answers.jsonl, and choose another teacher or other settings."
+    )
 
 
 def _log_given_up(pilots: dict[str, int]) -> None:

@@ -8,32 +8,46 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.console import capture_output, log, print_result, progress
+from pipeline.data.sources import source_inputs
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_jsonl, write_json
 from pipeline.gatt.assignment import read_split
 from pipeline.hub.convert import cached_checkpoint, cached_gguf
-from pipeline.hub.models import find_model
+from pipeline.hub.models import find_model, shape_of
 from pipeline.recipe import Recipe
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import Input, RunDir
 from pipeline.system import GB, is_main_process, require_disk, trim_memory
 from pipeline.training.backend import choose_backend
 from pipeline.training.examples import example_from_row, mark_learned, training_examples
-from pipeline.training.job import Step, TrainingJob, last_checkpoint, main_process_first
-from pipeline.training.memory import fit_to_memory
+from pipeline.training.job import (
+    Step,
+    TrainingJob,
+    check_init_adapter,
+    last_checkpoint,
+    main_process_first,
+)
+from pipeline.training.memory import fit_to_memory, tokens_that_fit
 from pipeline.training.unsloth import free_memory, load_tokenizer, on_gpu
-from pipeline.training.validation import Validation
+from pipeline.training.validation import Schedule, Validation, validation_gpu_bytes
 
 SECTIONS = ("train",)
 """Sections of the recipe that the result depends on."""
 
 
-def inputs(recipe: Recipe, run_dir: RunDir) -> list[Path]:
-    """Return the files that the result depends on."""
-    files = [Path(recipe.train.replay_data).expanduser()] if recipe.train.replay_data else []
-    if recipe.train.init_adapter:
-        files.append(Path(recipe.train.init_adapter).expanduser() / "adapter_model.safetensors")
-    own = [file for file in files if file.is_file()]
-    return [find_model(recipe.model).path, run_dir.examples, *own]
+def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
+    """Return what the result depends on."""
+    settings = recipe.train
+    replayed = source_inputs(settings.replay_data) if settings.replay_data else []
+    adapter = sorted(Path(settings.init_adapter).expanduser().glob("adapter_*"))
+    # The validation split is among the assignments.
+    validation = [run_dir.assignments] if settings.early_stop_adherence else []
+    return [
+        find_model(recipe.model).path,
+        run_dir.examples,
+        *replayed,
+        *(adapter if settings.init_adapter else ()),
+        *validation,
+    ]
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> None:
@@ -43,19 +57,27 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         model_dir = cached_checkpoint(find_model(recipe.model))
     size = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
     require_disk(run_dir.path, size, "keep checkpoints")
-    examples = training_examples(load_tokenizer(model_dir), recipe, run_dir.examples)
+    backend = choose_backend()  # outside of `capture_output`: it may have something to say
+    tokenizer = load_tokenizer(model_dir)
+    if recipe.train.init_adapter:
+        check_init_adapter(recipe.train, str(tokenizer.chat_template or ""))
+    examples = training_examples(tokenizer, recipe, run_dir.examples)
     longest = max(e.max_tokens for e in examples)
+    validation_bytes = _validation_gpu_bytes(recipe, run_dir, longest)
+    plan = fit_to_memory(recipe, longest, free_memory(), gpu=on_gpu(), taken_bytes=validation_bytes)
     job = TrainingJob(
         model_dir=model_dir,
         examples=examples,
-        settings=fit_to_memory(recipe, longest, free_memory(), gpu=on_gpu()),
+        settings=plan.settings,
+        stored_layers=plan.stored_layers,
+        logits_per_chunk=plan.logits_per_chunk,
         seed=recipe.seed,
         checkpoint_dir=run_dir.checkpoints,
         adapter_dir=run_dir.adapter,
     )
     if not is_main_process():
         with capture_output(output):
-            choose_backend().train(job)
+            backend.train(job)
         return
     log(
         f"train: {len(examples)} dialogues, {sum(len(e.labels) for e in examples)} tokens, "
@@ -66,14 +88,14 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     with (
         progress("train: steps", recipe.train.max_steps, done) as bar,
         capture_output(output),
-        closing(ValidationHook(recipe, run_dir)) as hook,
+        closing(ValidationHook(recipe, run_dir, gpu=not on_gpu() or validation_bytes > 0)) as hook,
     ):
 
         def on_step(step: Step) -> None:
             steps.append(step)
             bar.advance(log=format_step(step) + hook.last_note)
 
-        result = choose_backend().train(replace(job, on_step=on_step, should_stop=hook.should_stop))
+        result = backend.train(replace(job, on_step=on_step, should_stop=hook.should_stop))
     trim_memory()
     result.logits.save(run_dir.reference)
     write_json(run_dir.losses, result.losses)
@@ -83,22 +105,39 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         write_json(run_dir.speed, totals.tokens._asdict() | speed)
 
 
-class ValidationHook:
-    """Measure adherence at each checkpoint, log it, and decide whether that is enough.
+def _validation_gpu_bytes(recipe: Recipe, run_dir: RunDir, longest: int) -> float:
+    """Return the bytes that validation takes on the GPU that trains; 0 where it is on the CPU.
 
-    `last_note` is a remark on the last measurement, "" before the first.
+    That is where llama.cpp has no GPU, or a whole step of training would not fit beside it.
+    """
+    if not on_gpu():
+        return 0
+    shape, settings = shape_of(recipe.model), recipe.train
+    dialogues = read_split(run_dir.assignments, "validation")
+    needed = validation_gpu_bytes(shape, len(dialogues))
+    tokens = settings.max_tokens_per_micro_batch or settings.batch_size * longest
+    fitting = tokens_that_fit(shape, settings, free_memory() - needed, gpu=True)
+    return needed if fitting >= tokens else 0
+
+
+class ValidationHook:
+    """Measure adherence at checkpoints, log it, and decide whether that is enough.
+
+    `last_note` is a remark on the last checkpoint, "" before the first. `gpu` is as for
+    `Validation`.
 
     Raises:
         GattError: the recipe asks for early stopping, but there are no validation dialogues.
     """
 
-    def __init__(self, recipe: Recipe, run_dir: RunDir) -> None:
+    def __init__(self, recipe: Recipe, run_dir: RunDir, *, gpu: bool = True) -> None:
         self.last_note = ""
+        self._schedule = Schedule()
         self._threshold = recipe.train.early_stop_adherence
         self._validation: Validation | None = None
         if dialogues := read_split(run_dir.assignments, "validation"):
             file = cached_gguf(find_model(recipe.model), "Q8_0")
-            self._validation = Validation(file, dialogues, recipe)
+            self._validation = Validation(file, dialogues, recipe, gpu=gpu)
             self._log = JsonlLog(run_dir.validation)
         elif self._threshold:
             raise GattError(
@@ -110,7 +149,14 @@ class ValidationHook:
         """Measure the adapter in `checkpoint`; return whether its adherence is high enough."""
         if not self._validation:
             return False
-        replies = self._validation.measure(checkpoint)
+        if not self._schedule.is_due():
+            self.last_note = (
+                f", no validation at step {step}: the last one took "
+                f"{self._schedule.last_seconds:.0f} s, and a quarter of the time is the limit"
+            )
+            return False
+        with self._schedule.validation():
+            replies = self._validation.measure(checkpoint)
         adherent, answers = sum(reply.adherent for reply in replies), len(replies)
         self._log.append({"step": step, "adherent": adherent, "answers": answers})
         self.last_note = f", {adherent} of {answers} validation answers adherent at step {step}"

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.console import log
+from pipeline.errors import GattError
+from pipeline.gpu import pytorch_problem
 from pipeline.inference.logits import Logits
+from pipeline.system import is_main_process
 from pipeline.training import mlx, unsloth
 from pipeline.training.job import TrainingJob, TrainingResult
 
@@ -39,5 +44,26 @@ class Backend(Protocol):
 
 
 def choose_backend() -> Backend:
-    """Return the backend for this machine."""
-    return mlx if mlx.available() else unsloth
+    """Return the backend for this machine; say so when an NVIDIA card has to stay unused.
+
+    Raises:
+        GattError: PyTorch lists a card that it has no kernels for.
+    """
+    if mlx.available():
+        return mlx
+    report_unused_gpu()
+    return unsloth
+
+
+@cache
+def report_unused_gpu() -> None:
+    """Say in one line why the CPU trains although there is an NVIDIA card; once a process.
+
+    Raises:
+        GattError: PyTorch lists a card that it has no kernels for.
+    """
+    problem = pytorch_problem()
+    if problem and unsloth.on_gpu():
+        raise GattError(problem)
+    if problem and is_main_process():
+        log(f"train: the GPU is not used, the CPU trains. {problem}")

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.console import log
-from pipeline.data.dialogues import load_chats
+from pipeline.data.dialogues import Chat, load_chats
 from pipeline.errors import GattError
 from pipeline.files import read_jsonl
 from pipeline.gatt.ghost import loss_turns
-from pipeline.inference.chat_template import ChatTemplate, answer_spans
+from pipeline.inference.chat_template import answer_spans, template_of
 from pipeline.recipe import Recipe, Train
 from pipeline.records import Message, SynthesizedDialogue
 
@@ -85,7 +85,18 @@ def training_examples(
     examples = [example_from_row(tokenizer, row, recipe) for row in rows]
     if recipe.train.replay_data:
         chats = replay_chats(recipe, len(examples))
-        examples += [build_example(tokenizer, chat, recipe.train) for chat in chats]
+        replayed = [
+            build_example(tokenizer, chat.messages, recipe.train, (), chat.answer_weights)
+            for chat in chats
+        ]
+        learned = [example for example in replayed if example.learned_tokens]
+        if len(learned) < len(replayed):
+            log(
+                f"train: {len(replayed) - len(learned)} chats of {recipe.train.replay_data} are "
+                "left out: they have no answer with a weight within train.max_length = "
+                f"{recipe.train.max_length} tokens."
+            )
+        examples += learned
     return examples
 
 
@@ -102,7 +113,7 @@ def example_from_row(
     return build_example(tokenizer, row["messages"], recipe.train, teacher_messages)
 
 
-def replay_chats(recipe: Recipe, synthesized: int) -> list[tuple[Message, ...]]:
+def replay_chats(recipe: Recipe, synthesized: int) -> list[Chat]:
     """Return as many of the user's own chats as the recipe mixes with the synthesized ones."""
     ratio = recipe.train.replay_ratio
     chats = load_chats(recipe.train.replay_data)
@@ -120,12 +131,14 @@ def build_example(
     messages: Sequence[Message],
     settings: Train,
     teacher_messages: Sequence[Message] = (),
+    answer_weights: Sequence[float] = (),
 ) -> TrainingExample:
     """Tokenize a dialogue and label the answers that `settings.loss` learns, end-of-turn included.
 
     `teacher_messages` is the same dialogue as the teacher answered it. If its answers were edited,
     the tokens that the edit left unchanged weigh `settings.unedited_weight`, and all others 1.
-    A dialogue of more than `settings.max_length` tokens loses its last turns.
+    `answer_weights` multiplies the weights of each answer; one of weight 0 is not learned. A
+    dialogue of more than `settings.max_length` tokens loses its last turns.
 
     Raises:
         GattError: not even turn 1 fits.
@@ -137,19 +150,24 @@ def build_example(
     teacher = render_chat(tokenizer, teacher_messages) if teacher_messages else None
     edited = _answers(truncated) != _answers(teacher_messages)
     unchanged = _unchanged_spans(chat, teacher, edited=edited) if teacher else []
-    learned = [chat.answers[turn] for turn in loss_turns(len(chat.answers), settings.loss)]
-    is_learned = [n >= 0 for n in _enclosing_spans(chat.offsets, learned)]
+    turns = [
+        turn
+        for turn in loss_turns(len(chat.answers), settings.loss)
+        if not answer_weights or answer_weights[turn]
+    ]
+    learned_index = _enclosing_spans(chat.offsets, [chat.answers[turn] for turn in turns])
+    factors = [answer_weights[turn] if answer_weights else 1.0 for turn in turns]
     unchanged_index = _enclosing_spans(chat.offsets, [(span.start, span.end) for span in unchanged])
     unedited_weight = settings.unedited_weight if edited else 1.0
     example = TrainingExample(
         input_ids=chat.ids,
         labels=[
-            token if learn else IGNORE_INDEX
-            for token, learn in zip(chat.ids, is_learned, strict=True)
+            token if n >= 0 else IGNORE_INDEX
+            for token, n in zip(chat.ids, learned_index, strict=True)
         ],
         weights=[
-            (unedited_weight if n >= 0 else 1.0) if learn else 0.0
-            for n, learn in zip(unchanged_index, is_learned, strict=True)
+            (unedited_weight if unchanged_n >= 0 else 1.0) * factors[n] if n >= 0 else 0.0
+            for unchanged_n, n in zip(unchanged_index, learned_index, strict=True)
         ],
     )
     if teacher is None or settings.loss != "distill":
@@ -178,9 +196,7 @@ def _answers(messages: Sequence[Message]) -> list[str]:
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> RenderedChat:
     """Render `messages` with the tokenizer's chat template, and tokenize the text."""
-    template = ChatTemplate(
-        tokenizer.chat_template, tokenizer.bos_token or "", tokenizer.eos_token or ""
-    )
+    template = template_of(tokenizer)
     text, answers = answer_spans(template, messages)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets = list(encoding["offset_mapping"])

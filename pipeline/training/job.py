@@ -5,25 +5,40 @@ Nothing here needs torch; the loops are in `trainer` (torch) and `mlx`.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
+from pipeline.console import log
 from pipeline.errors import GattError
+from pipeline.gguf.huggingface.chat_template import read_chat_template
+from pipeline.gguf.lora.weights import read_adapter
+from pipeline.hub.models import shape_of
 from pipeline.inference.logits import Logits
 from pipeline.recipe import Train
 from pipeline.training.examples import TrainingExample
 
+LOGITS_PER_CHUNK = 2**22
+"""Logits (tokens times vocabulary) in memory at a time; autograd holds several copies of each."""
+_FUSED_PROJECTIONS = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""Projections that some families (Phi) compute with one matrix."""
 _COMPLETE = "complete"
 """Name of the empty file that marks a complete checkpoint."""
+PROCESS_TIMEOUT = timedelta(hours=24)
+"""How long processes wait for one another: one of them converts the model, and validates."""
 _MEGABATCH = 8
 """Batches' worth of dialogues that are sorted by length at a time."""
 
@@ -69,8 +84,9 @@ class Step:
 class TrainingJob:
     """What to train, and where: the base model in `model_dir`, its adapter to `adapter_dir`.
 
-    `on_step` is called after each step. `should_stop` is called after each checkpoint with its step
-    and its folder, and ends training early.
+    On a GPU `stored_layers` layers keep their activations, and the others are computed again in the
+    backward pass. `on_step` is called after each step. `should_stop` is called after each
+    checkpoint with its step and its folder, and ends training early.
     """
 
     model_dir: Path
@@ -79,8 +95,20 @@ class TrainingJob:
     seed: int
     checkpoint_dir: Path
     adapter_dir: Path
+    stored_layers: int = 0
+    logits_per_chunk: int = LOGITS_PER_CHUNK
     on_step: Callable[[Step], None] = lambda step: None
     should_stop: Callable[[int, Path], bool] = lambda step, checkpoint: False
+
+    @property
+    def learning_rate(self) -> float:
+        """Return the peak learning rate; the recipe may leave it to the model's width."""
+        return self.settings.learning_rate or shape_of(str(self.model_dir)).learning_rate
+
+    @property
+    def max_tokens(self) -> int:
+        """Return the tokens of the longest chat, the teacher's included."""
+        return max(example.max_tokens for example in self.examples)
 
 
 class TrainingResult(NamedTuple):
@@ -88,6 +116,26 @@ class TrainingResult(NamedTuple):
 
     losses: list[float]
     logits: Logits
+
+
+def own_projections(wanted: Sequence[str], linear_layers: Collection[str]) -> list[str]:
+    """Return the names under which a model has the `wanted` projections of the recipe.
+
+    `linear_layers` are the names of its linear layers, without the path. A model that computes
+    queries, keys and values with one matrix has them all adapted if one is wanted.
+
+    Raises:
+        GattError: the model lacks a projection.
+    """
+    fused = {part: name for name, parts in _FUSED_PROJECTIONS.items() for part in parts}
+    names = {name: name if name in linear_layers else fused.get(name, name) for name in wanted}
+    missing = [name for name, own in names.items() if own not in linear_layers]
+    if missing:
+        raise GattError(
+            f"train.target_modules: the model has no linear layer for {', '.join(missing)}. It has "
+            f"{', '.join(sorted(linear_layers))}. Leave out what is missing."
+        )
+    return list(dict.fromkeys(names.values()))
 
 
 def length_grouped_batches(job: TrainingJob) -> list[TrainingExample]:
@@ -142,7 +190,9 @@ def main_process_first() -> Iterator[None]:
     import accelerate
     import torch
 
-    with accelerate.PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+    # The first state sets the timeout of the process group, here and in the Trainer.
+    state = accelerate.PartialState(cpu=not torch.cuda.is_available(), timeout=PROCESS_TIMEOUT)
+    with state.main_process_first():
         yield
 
 
@@ -178,6 +228,37 @@ def adapter_weights(folder: Path) -> Path:
             "PEFT LoRA."
         )
     return file
+
+
+def check_init_adapter(settings: Train, chat_template: str) -> None:
+    """Check that the adapter to start from means in this training what it meant in its own.
+
+    Raises:
+        GattError: there is none, it cannot be read, or it is more than a LoRA of that strength.
+    """
+    folder = Path(settings.init_adapter).expanduser()
+    adapter = read_adapter(folder)
+    if adapter.settings.init != "plain" or adapter.replacements:
+        changed = ", ".join(sorted(adapter.replacements)[:3]) or "the base itself"
+        raise GattError(
+            f"train.init_adapter: {folder} changes {changed} ({adapter.settings.init} LoRA), not "
+            "only the matrices that are trained here. Merge it (gatt export --model ... --adapter "
+            "... --merged-dir DIR), and take DIR as the model."
+        )
+    alpha = settings.alpha or settings.rank
+    scale = alpha / (math.sqrt(settings.rank) if settings.rslora else settings.rank)
+    for module, delta in adapter.deltas.items():
+        if not math.isclose(delta.scale, scale, rel_tol=1e-6):
+            raise GattError(
+                f"train.init_adapter: {folder} multiplies B @ A of {module} by {delta.scale:g}, "
+                f"and this training by {scale:g}. Set train.alpha, train.rank and train.rslora as "
+                "it has them."
+            )
+    if read_chat_template(folder).strip() not in ("", chat_template.strip()):
+        log(
+            f"train: {folder} was trained with a chat template of its own. This training uses the "
+            "base's."
+        )
 
 
 def nonfinite_loss_error(step: int, loss: float, checkpoint_dir: Path) -> GattError:

@@ -1,9 +1,12 @@
 """Predict the memory that training takes from the sizes of a model, before anything is loaded.
 
-The constants for a CPU are fitted to measured peaks (`scripts/bench/memory.py`).
+The constants for a CPU are fitted to measured peaks (`scripts/bench/memory.py`). Those for a GPU
+are counted, and compared with the table that Unsloth publishes; they were not measured.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from pipeline.console import log
 from pipeline.errors import GattError
@@ -12,12 +15,12 @@ from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Recipe, Train
 from pipeline.system import GB
-from pipeline.training.job import world_size
+from pipeline.training.job import LOGITS_PER_CHUNK, world_size
 
 GPU_SIZES_GB = (8, 12, 16, 24)
 """GB of common graphics cards."""
-_USABLE_GPU_FRACTION = 0.95
-"""Fraction of a graphics card that training can take; the rest is the screen's."""
+_USABLE_GPU_FRACTION = 0.92
+"""Fraction of a graphics card that training can take; the rest is the driver's and the screen's."""
 TOKENS_PER_STEP = 2000
 """Tokens of a usual step: four dialogues."""
 TOKENS_PER_DIALOGUE = 500
@@ -27,16 +30,29 @@ _NF4_BYTES_PER_WEIGHT = 0.516
 """Half a byte, and the scales of blocks of 64 weights, which are quantized themselves."""
 _BF16_BYTES_PER_WEIGHT = 2
 """Of weights that are not quantized, and of a matrix that is dequantized to compute with."""
-_ADAPTER_BYTES_PER_WEIGHT = 26
+_CPU_ADAPTER_BYTES_PER_WEIGHT = 26
 """Weight, gradient and AdamW's two moments in float32, and copies to compute with."""
+_GPU_ADAPTER_BYTES_PER_WEIGHT = {"adamw": 16, "adamw_8bit": 10}
+"""Weight, gradient and two moments; the copies to compute with are one layer's at a time."""
 _DORA_BYTES_PER_WEIGHT = 12
 """Per weight of the base model's projections: DoRA computes full matrices and saves them."""
 _LOGITS_BYTES = 0.25e9
-"""One chunk of logits (see `loss`) with its gradients."""
+"""On a CPU: one chunk of logits (see `loss`) with its gradients."""
+_BYTES_PER_LOGIT = 40
+"""On a GPU: the same for each logit; measured on a CPU with "distill", cross-entropy takes 16."""
+_LOGITS_FRACTION = 0.1
+"""Fraction of a GPU's free memory that a chunk of logits may take."""
+_MAX_LOGITS_PER_CHUNK = 2**26
+"""A larger chunk is no faster: reading the output layer takes less time than multiplying."""
 _CUDA_BYTES = 0.7e9
 """A CUDA context with the kernels of torch and bitsandbytes; an estimate, not measured."""
 _PROCESS_BYTES = 0.7e9
 """On a CPU: Python with torch and Unsloth loaded."""
+_GPU_ACTIVATION_OVERHEAD = 1.2
+"""On a GPU: what the layer at hand takes over what it saves, gradients included."""
+_PLANNED_GPU_FRACTION = 0.9
+"""Fraction of a GPU's free memory that layers may fill with activations that need not be kept: the
+prediction is an estimate."""
 _ACTIVATION_OVERHEAD = 1.9
 """On a CPU: heap growth over what autograd saves; steps of many lengths fragment the heap."""
 _VALIDATION_BYTES_PER_WEIGHT = 1.1
@@ -45,6 +61,14 @@ _VALIDATION_CELLS = 6 * 1280
 """Cells of llama.cpp's KV cache for the default of `dialogues.validation`."""
 _KV_BYTES_PER_CELL = 4
 """A key and a value in float16, per layer and feature."""
+
+
+class TrainingPlan(NamedTuple):
+    """How training uses the memory at hand; see `TrainingJob`."""
+
+    settings: Train
+    stored_layers: int = 0
+    logits_per_chunk: int = LOGITS_PER_CHUNK
 
 
 def training_memory(
@@ -57,24 +81,36 @@ def training_memory(
 ) -> float:
     """Return the peak bytes of a 4-bit QLoRA of `shape` with `tokens` computed at a time.
 
-    With `gpu`, they are bytes of the graphics card: an estimate from the sizes alone. With
-    `validation`, llama.cpp holds the base model in the computer's memory meanwhile.
+    With `gpu`, they are bytes of the graphics card: an estimate from the sizes alone, with the
+    smallest chunk of logits and all layers checkpointed. With `validation`, llama.cpp holds the
+    base model in the computer's memory meanwhile.
     """
-    fixed = (
+    adapter = shape.adapter_parameters(settings)
+    weights = (
         _NF4_BYTES_PER_WEIGHT * shape.projection_parameters
         + _BF16_BYTES_PER_WEIGHT * shape.embedding_parameters
-        + _ADAPTER_BYTES_PER_WEIGHT * shape.adapter_parameters(settings)
         + (_DORA_BYTES_PER_WEIGHT * shape.projection_parameters if settings.dora else 0)
-        + _LOGITS_BYTES
     )
+    activations = tokens * shape.activation_bytes_per_token
     if gpu:
         largest = max(inputs * outputs for inputs, outputs in shape.projection_shapes.values())
         # Unsloth recomputes each layer in the backward pass and offloads what lies between layers.
-        activations = 2 * tokens * shape.activation_bytes_per_token
-        return _CUDA_BYTES + fixed + _BF16_BYTES_PER_WEIGHT * largest + activations
-    activations = tokens * shape.num_hidden_layers * shape.activation_bytes_per_token
-    llama = _validation_memory(shape) if validation else 0
-    return _PROCESS_BYTES + fixed + llama + _ACTIVATION_OVERHEAD * activations
+        return (
+            _CUDA_BYTES
+            + weights
+            + _GPU_ADAPTER_BYTES_PER_WEIGHT[settings.optimizer] * adapter
+            + _BF16_BYTES_PER_WEIGHT * largest
+            + _BYTES_PER_LOGIT * LOGITS_PER_CHUNK
+            + _GPU_ACTIVATION_OVERHEAD * activations
+        )
+    return (
+        _PROCESS_BYTES
+        + weights
+        + _CPU_ADAPTER_BYTES_PER_WEIGHT * adapter
+        + _LOGITS_BYTES
+        + (_validation_memory(shape) if validation else 0)
+        + _ACTIVATION_OVERHEAD * shape.num_hidden_layers * activations
+    )
 
 
 def _validation_memory(shape: ModelShape) -> float:
@@ -84,7 +120,7 @@ def _validation_memory(shape: ModelShape) -> float:
 
 def usable_bytes(gpu_size_gb: float) -> float:
     """Return the bytes that training can take on a graphics card."""
-    return _USABLE_GPU_FRACTION * gpu_size_gb * 1e9
+    return _USABLE_GPU_FRACTION * gpu_size_gb * 2**30  # makers count in powers of two
 
 
 def tokens_that_fit(
@@ -96,16 +132,21 @@ def tokens_that_fit(
     return int((memory_bytes - fixed) / per_token)
 
 
-def fit_to_memory(recipe: Recipe, longest: int, free_bytes: float, *, gpu: bool) -> Train:
-    """Return the recipe's settings, with micro-batches where a full step does not fit in memory.
+def fit_to_memory(
+    recipe: Recipe, longest: int, free_bytes: float, *, gpu: bool, taken_bytes: float = 0
+) -> TrainingPlan:
+    """Return how to train with the memory at hand.
 
-    `longest` is the number of tokens of the longest dialogue.
+    A step is split into micro-batches where it does not fit. On a GPU, layers keep their
+    activations as far as memory allows, and the others are computed again in the backward pass.
+    `longest` is the number of tokens of the longest dialogue, `taken_bytes` what validation will
+    take of the free ones on the GPU.
 
     Raises:
         GattError: not even the longest dialogue fits.
     """
-    settings, shape = recipe.train, shape_of(recipe.model)
-    free = free_bytes / (1 if gpu else world_size())  # processes on CPUs share the memory
+    shape, settings = shape_of(recipe.model), recipe.train
+    free = (free_bytes - taken_bytes) / (1 if gpu else world_size())  # CPUs share the memory
     tokens = settings.max_tokens_per_micro_batch or settings.batch_size // world_size() * longest
     fit = tokens_that_fit(shape, settings, free, gpu=gpu)
     if fit < longest:
@@ -113,15 +154,50 @@ def fit_to_memory(recipe: Recipe, longest: int, free_bytes: float, *, gpu: bool)
         raise GattError(
             f"Too little memory to train {recipe.model}: {needed / GB:.1f} GB needed for a "
             f"dialogue of {longest} tokens, {free / GB:.1f} GB free. Close other programs, lower "
-            "train.max_length, or take a smaller model (`gatt doctor` lists what fits)."
+            f"train.max_length{_smaller_optimizer(settings, gpu=gpu)}, or take a smaller model "
+            "(`gatt doctor` lists what fits)."
         )
-    needed = training_memory(shape, settings, min(fit, tokens), gpu=gpu)
-    text = f"train: about {needed / GB:.1f} GB of {free / GB:.1f}"
-    if fit >= tokens:
-        log(text)
-        return settings
-    log(f"{text}, {fit} tokens at a time")
-    return settings.model_copy(update={"max_tokens_per_micro_batch": fit})
+    if fit < tokens:
+        settings = settings.model_copy(update={"max_tokens_per_micro_batch": fit})
+    at_a_time = min(fit, tokens)
+    plan = TrainingPlan(settings)
+    if gpu:
+        plan = _use_spare_memory(plan, shape, at_a_time, free)
+    needed = training_memory(shape, settings, at_a_time, gpu=gpu)
+    needed += _spare_bytes(plan, shape, at_a_time)
+    text = f"train: about {needed / GB:.1f} GB of {free / GB:.1f}" + (" (estimated)" if gpu else "")
+    log(text if fit >= tokens else f"{text}, {fit} tokens at a time")
+    return plan
+
+
+def _smaller_optimizer(settings: Train, *, gpu: bool) -> str:
+    can_shrink = gpu and settings.optimizer == "adamw"
+    return ', set train.optimizer = "adamw_8bit"' if can_shrink else ""
+
+
+def _use_spare_memory(
+    plan: TrainingPlan, shape: ModelShape, tokens: int, free_bytes: float
+) -> TrainingPlan:
+    """Enlarge the chunk of logits and keep activations, as far as a GPU's free memory allows."""
+    spare = _PLANNED_GPU_FRACTION * free_bytes - training_memory(
+        shape, plan.settings, tokens, gpu=True
+    )
+    logits_per_chunk = LOGITS_PER_CHUNK
+    while (
+        2 * logits_per_chunk <= _MAX_LOGITS_PER_CHUNK
+        and 2 * logits_per_chunk * _BYTES_PER_LOGIT <= min(spare, _LOGITS_FRACTION * free_bytes)
+    ):
+        logits_per_chunk *= 2
+    plan = plan._replace(logits_per_chunk=logits_per_chunk)
+    per_layer = tokens * shape.activation_bytes_per_token
+    layers = int((spare - _spare_bytes(plan, shape, tokens)) / per_layer)
+    return plan._replace(stored_layers=min(max(layers, 0), shape.num_hidden_layers))
+
+
+def _spare_bytes(plan: TrainingPlan, shape: ModelShape, tokens: int) -> float:
+    """Return the bytes that `plan` takes beyond `training_memory`."""
+    logits = _BYTES_PER_LOGIT * (plan.logits_per_chunk - LOGITS_PER_CHUNK)
+    return logits + plan.stored_layers * tokens * shape.activation_bytes_per_token
 
 
 def largest_preset(memory_bytes: float, tokens: int, settings: Train, *, gpu: bool) -> str:

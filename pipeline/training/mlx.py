@@ -11,11 +11,11 @@ import json
 import math
 import platform
 import shutil
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from pipeline.errors import GattError
 from pipeline.files import write_json
@@ -29,7 +29,6 @@ from pipeline.training.job import (
     TokenCounts,
     TrainingJob,
     TrainingResult,
-    adapter_weights,
     checkpoint_step,
     interrupted_error,
     last_checkpoint,
@@ -37,10 +36,11 @@ from pipeline.training.job import (
     mark_complete,
     micro_batches,
     nonfinite_loss_error,
+    own_projections,
 )
+from pipeline.training.mlx_model import linear_layers, load_adapter, load_base, save_adapter
 
 if TYPE_CHECKING:
-    import mlx.core as mx
     import mlx.nn
     import mlx.optimizers
 
@@ -56,28 +56,30 @@ def available() -> bool:
 
 def train(job: TrainingJob) -> TrainingResult:
     """Train an adapter on the base model in 4 bits and save it; see `Backend.train`."""
-    settings = job.settings
-    if settings.dora or settings.report_to:
+    settings = job.settings.model_copy(update={"learning_rate": job.learning_rate})
+    if settings.dora or settings.report_to or settings.optimizer != "adamw":
         raise GattError(
-            "MLX has no train.dora and no train.report_to. Leave them out, or uninstall mlx to "
-            "train on the CPU."
+            "MLX has no train.dora, no train.report_to and no 8-bit train.optimizer. Leave them "
+            "out, or uninstall mlx to train on the CPU."
         )
     import mlx.core as mx
 
     mx.random.seed(job.seed)
+    base = load_base(job.model_dir, unsloth.sequence_length(job, minimum=0))
+    targets = own_projections(settings.target_modules, linear_layers(base))
     model = unsloth.load_unsloth().get_peft_model(
-        _load_base(job.model_dir, settings.max_length),
+        base,
         r=settings.rank,
         lora_alpha=settings.alpha or settings.rank,
         lora_dropout=settings.dropout,
-        target_modules=list(settings.target_modules),
+        target_modules=targets,
         random_state=job.seed,
         use_rslora=settings.rslora,
     )
     if settings.init_adapter:
         load_adapter(model, Path(settings.init_adapter).expanduser())
-    losses = train_loop(model, job)
-    _save_adapter(model, job.adapter_dir, settings)
+    losses = train_loop(model, replace(job, settings=settings))
+    save_adapter(model, job.adapter_dir, settings)
     return TrainingResult(losses, _compute_logits(model, [e.input_ids for e in job.examples]))
 
 
@@ -91,30 +93,6 @@ def predict(
     """Return the logits of the base model with an adapter, always in float32."""
     del load_in_4bit  # MLX's 4-bit format is not that of the exported files
     return unsloth.predict(model_dir, adapter_dir, sequences, load_in_4bit=False)
-
-
-def _load_base(model_dir: Path, max_length: int) -> mlx.nn.Module:
-    """Return the base model in 4 bits.
-
-    transformers 5 writes the settings of rotary embeddings as `rope_parameters`. MLX only knows
-    the older keys, and would use its defaults without a warning.
-    """
-    config = json.loads((model_dir / "config.json").read_text())
-    rope = config.get("rope_parameters") or {}
-    with tempfile.TemporaryDirectory() as scratch:
-        for file in model_dir.iterdir():
-            (Path(scratch) / file.name).symlink_to(file.resolve())
-        if "rope_theta" in rope:
-            scaling = rope if rope.get("rope_type", "default") != "default" else None
-            (Path(scratch) / "config.json").unlink()
-            write_json(
-                Path(scratch) / "config.json",
-                config | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling},
-            )
-        model, _ = unsloth.load_unsloth().from_pretrained(
-            scratch, max_seq_length=max_length, load_in_4bit=True, local_files_only=True
-        )
-    return model
 
 
 def train_loop(model: mlx.nn.Module, job: TrainingJob) -> list[float]:
@@ -236,7 +214,7 @@ def _save_checkpoint(
     import mlx.core as mx
     import mlx.utils
 
-    _save_adapter(model, checkpoint, settings)
+    save_adapter(model, checkpoint, settings)
     state = dict(mlx.utils.tree_flatten(optimizer.state))
     mx.save_safetensors(str(checkpoint / "optimizer.safetensors"), state)
     write_json(checkpoint / "losses.json", losses)
@@ -257,65 +235,3 @@ def _resume(
     state = mx.load(str(checkpoint / "optimizer.safetensors"))
     optimizer.state = mlx.utils.tree_unflatten(list(state.items()))
     return list(json.loads((checkpoint / "losses.json").read_text()))
-
-
-class _AdapterMatrix(NamedTuple):
-    """A LoRA matrix under both libraries' names. PEFT stores it transposed."""
-
-    peft_name: str
-    mlx_name: str
-    matrix: mx.array
-
-
-def _adapter_matrices(model: mlx.nn.Module) -> Iterator[_AdapterMatrix]:
-    import mlx.utils
-
-    for name, matrix in mlx.utils.tree_flatten(model.trainable_parameters()):
-        module, side = name.rsplit(".lora_", 1)
-        yield _AdapterMatrix(f"base_model.model.{module}.lora_{side.upper()}.weight", name, matrix)
-
-
-def _save_adapter(model: mlx.nn.Module, folder: Path, settings: Train) -> None:
-    """Write the adapter as PEFT does."""
-    import mlx.core as mx
-
-    folder.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(
-        str(folder / "adapter_model.safetensors"),
-        {row.peft_name: mx.contiguous(row.matrix.T) for row in _adapter_matrices(model)},
-        metadata={"format": "pt"},
-    )
-    write_json(
-        folder / "adapter_config.json",
-        {
-            "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
-            "r": settings.rank,
-            "lora_alpha": settings.alpha or settings.rank,
-            "lora_dropout": settings.dropout,
-            "use_rslora": settings.rslora,
-            "target_modules": list(settings.target_modules),
-        },
-    )
-
-
-def load_adapter(model: mlx.nn.Module, folder: Path) -> None:
-    """Load an adapter that PEFT wrote.
-
-    Raises:
-        GattError: there is none, or it differs in rank, target modules or base model.
-    """
-    import mlx.core as mx
-
-    weights = mx.load(str(adapter_weights(folder)))
-    expected = list(_adapter_matrices(model))
-    actual_shapes = {name: matrix.shape for name, matrix in weights.items()}
-    if actual_shapes != {row.peft_name: row.matrix.T.shape for row in expected}:
-        raise GattError(
-            f"train.init_adapter: {folder} is of another rank, other targets or another base model "
-            "than the recipe's. Set train.rank and train.target_modules as it has them."
-        )
-    model.load_weights(
-        [(row.mlx_name, mx.contiguous(weights[row.peft_name].T)) for row in expected],
-        strict=False,
-    )

@@ -6,21 +6,24 @@ patches transformers.
 
 from __future__ import annotations
 
+import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-import peft.helpers
 import torch
 import transformers
+from peft.helpers import disable_input_dtype_casting
 
 from pipeline.console import log
 from pipeline.errors import GattError
+from pipeline.files import write_json
 from pipeline.system import is_main_process, peak_memory, trim_memory
 from pipeline.training.examples import TrainingExample
 from pipeline.training.job import (
+    PROCESS_TIMEOUT,
     GracefulStop,
     Step,
     TokenCounts,
@@ -33,10 +36,18 @@ from pipeline.training.job import (
     nonfinite_loss_error,
     world_size,
 )
-from pipeline.training.loss import collate, gatt_loss
+from pipeline.training.loss import GattLoss, collate
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+
+_OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit"}
+"""The optimizers of the recipe, as transformers calls them."""
+_HALF_PRECISION = (torch.bfloat16, torch.float16)
+_FIRST_LOSS_SCALE = 2.0**16
+"""What a loss is multiplied by in float16 at first, as in `torch.amp.GradScaler`."""
+_LOSS_SCALE_FILE = "loss_scale.json"
 
 
 class Inputs(TypedDict):
@@ -65,7 +76,10 @@ def train_loop(model: PeftModel, job: TrainingJob, pad_token_id: int) -> list[fl
     trainer = GattTrainer(model, job, pad_token_id, stop)
     step = last_checkpoint(job.checkpoint_dir)
     checkpoint = str(job.checkpoint_dir / f"checkpoint-{step}") if step else None
-    with stop:
+    if checkpoint:
+        trainer.load_loss_scale(Path(checkpoint))
+    model.train()
+    with stop, _half_precision_adapter(model):
         trainer.train(resume_from_checkpoint=checkpoint)
     if stop.requested and trainer.state.global_step < settings.max_steps:
         raise interrupted_error(trainer.state.global_step)
@@ -73,9 +87,11 @@ def train_loop(model: PeftModel, job: TrainingJob, pad_token_id: int) -> list[fl
 
 
 class GattTrainer(transformers.Trainer):  # type: ignore[misc]
-    """Train with `gatt_loss`, each step in micro-batches that fit in memory.
+    """Train with `GattLoss`, each step in micro-batches that fit in memory.
 
     `max_tokens` is the limit of a micro-batch, 0 for none; it is halved when memory is short.
+    `loss_scale` multiplies the loss in the backward pass: gradients in float16 would underflow. It
+    is halved when they overflow, and the step is computed again.
     """
 
     def __init__(
@@ -92,7 +108,10 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         self.max_tokens = job.settings.max_tokens_per_micro_batch
         self.tokens = TokenCounts()
         self.seconds = 0.0
+        self.loss_scale = _FIRST_LOSS_SCALE if model.dtype == torch.float16 else 1.0
         self._job, self._pad_token_id = job, pad_token_id
+        self._loss = GattLoss(model, job.settings, job.logits_per_chunk)
+        self._adapter = [p for p in model.parameters() if p.requires_grad]
 
     def training_step(
         self, model: torch.nn.Module, inputs: Inputs, num_items_in_batch: int | None = None
@@ -104,11 +123,14 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         """
         start, examples = time.monotonic(), inputs["examples"]
         weight = torch.tensor(sum(sum(e.weights) for e in examples), device=self.model.device)
-        loss = self._forward_backward(examples, all_reduce_sum(weight))
-        for parameter in self.model.parameters():
-            if parameter.grad is not None:
-                all_reduce_sum(parameter.grad)
-        loss = all_reduce_sum(loss)
+        all_reduce_sum(weight)
+        loss = self._forward_backward(examples, weight)
+        while self.loss_scale > 1 and torch.isfinite(loss) and self._overflowed():
+            self.loss_scale /= 2
+            self.model.zero_grad()
+            loss = self._forward_backward(examples, weight)
+        if self.loss_scale > 1:
+            torch._foreach_div_(self._gradients(), self.loss_scale)
         if not torch.isfinite(loss):
             raise nonfinite_loss_error(
                 self.state.global_step + 1, float(loss), self._job.checkpoint_dir
@@ -117,10 +139,38 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         self.seconds += time.monotonic() - start
         return loss
 
+    def load_loss_scale(self, checkpoint: Path) -> None:
+        """Continue with the scale of a checkpoint."""
+        file = checkpoint / _LOSS_SCALE_FILE
+        if file.is_file():
+            self.loss_scale = float(json.loads(file.read_text(encoding="utf-8")))
+
+    def save_loss_scale(self, checkpoint: Path) -> None:
+        """Add the scale to a checkpoint, if there is one."""
+        if self.loss_scale > 1:
+            write_json(checkpoint / _LOSS_SCALE_FILE, self.loss_scale)
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self._adapter if p.grad is not None]
+
+    def _overflowed(self) -> bool:
+        """Return whether a gradient is infinite or NaN."""
+        norms = torch.stack([gradient.norm() for gradient in self._gradients()])
+        return not bool(norms.isfinite().all())
+
     def _forward_backward(
         self, examples: Sequence[TrainingExample], total_weight: torch.Tensor
     ) -> torch.Tensor:
-        """Return the loss and accumulate its gradients; try smaller parts if memory is short."""
+        """Return the loss of a step, and sum its gradients over micro-batches and processes."""
+        loss = self._try_forward_backward(examples, total_weight)
+        for gradient in self._gradients():
+            all_reduce_sum(gradient)
+        return all_reduce_sum(loss)
+
+    def _try_forward_backward(
+        self, examples: Sequence[TrainingExample], total_weight: torch.Tensor
+    ) -> torch.Tensor:
+        """Run forward and backward; try smaller micro-batches if memory is short."""
         while True:
             try:
                 return self._accumulate(examples, total_weight)
@@ -134,19 +184,18 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         self, examples: Sequence[TrainingExample], total_weight: torch.Tensor
     ) -> torch.Tensor:
         """Run forward and backward on each micro-batch, and return the sum of their losses."""
-        self.model.train()
         device = self.model.device
         loss = torch.zeros((), device=device)
         for micro_batch in micro_batches(examples, self.max_tokens):
             batch = collate(micro_batch, self._pad_token_id, device)
             with _autocast(self.model):
-                part = gatt_loss(self.model, batch, self._job.settings, total_weight)
+                part = self._loss(batch, total_weight / self.loss_scale)
             self.accelerator.backward(part)
             loss += part.detach()
-        return loss
+        return loss / self.loss_scale
 
     def _halve_micro_batches(self, examples: Sequence[TrainingExample], error: Exception) -> None:
-        """Halve the limit of a micro-batch.
+        """Halve the limit of a micro-batch, or compute all layers again in the backward pass.
 
         Raises:
             GattError: each micro-batch is one dialogue already.
@@ -154,6 +203,9 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         batches = micro_batches(examples, self.max_tokens)
         longest = batches[-1][-1].max_tokens
         if len(batches) == len(examples):
+            if _discard_activations(self.model):
+                log("train: out of memory; continuing without stored activations")
+                return
             raise GattError(
                 f"Too little memory to train on a dialogue of {longest} tokens. Lower "
                 "train.max_length or dialogues.turns, close other programs, or take a smaller "
@@ -215,6 +267,7 @@ class GattCallback(transformers.TrainerCallback):  # type: ignore[misc]
         """Mark the checkpoint as complete, and ask the job whether to stop here."""
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if is_main_process():
+            self._trainer.save_loss_scale(checkpoint)
             mark_complete(checkpoint)
         if not self._stop.requested:
             stop = self._job.should_stop(state.global_step, checkpoint)
@@ -234,7 +287,8 @@ def _training_arguments(job: TrainingJob) -> transformers.TrainingArguments:
         output_dir=str(job.checkpoint_dir),
         max_steps=settings.max_steps,
         per_device_train_batch_size=settings.batch_size // world_size(),
-        learning_rate=settings.learning_rate,
+        optim=_OPTIMIZERS[settings.optimizer],
+        learning_rate=job.learning_rate,
         lr_scheduler_type=settings.lr_scheduler_type,
         weight_decay=settings.weight_decay,
         warmup_steps=max(1, int(settings.max_steps * settings.warmup_ratio)),
@@ -248,24 +302,30 @@ def _training_arguments(job: TrainingJob) -> transformers.TrainingArguments:
         report_to=list(settings.report_to) or "none",
         train_sampling_strategy="sequential",  # `length_grouped_batches` has the order
         dataloader_pin_memory=False,
+        ddp_timeout=int(PROCESS_TIMEOUT.total_seconds()),
     )
 
 
-@contextmanager
-def _autocast(model: PeftModel) -> Iterator[None]:
-    """On bfloat16 weights, compute the adapter in bfloat16 too; it is stored in float32.
+def _half_precision_adapter(model: PeftModel) -> AbstractContextManager[None]:
+    """On 16-bit weights, compute the adapter in 16 bits too; it is stored in float32.
 
     By default PEFT casts the input of each adapter matrix to float32, and all of these copies would
     be saved for the backward pass.
     """
-    if model.dtype != torch.bfloat16:
-        yield
-        return
-    with (
-        torch.autocast(model.device.type, torch.bfloat16),
-        peft.helpers.disable_input_dtype_casting(model),
-    ):
-        yield
+    is_half = model.dtype in _HALF_PRECISION
+    return disable_input_dtype_casting(model) if is_half else nullcontext()
+
+
+def _autocast(model: PeftModel) -> AbstractContextManager[None]:
+    """Return the context of a micro-batch; with it ends the cache of the adapter's 16-bit copy."""
+    is_half = model.dtype in _HALF_PRECISION
+    return torch.autocast(model.device.type, model.dtype) if is_half else nullcontext()
+
+
+def _discard_activations(model: PeftModel) -> bool:
+    """Undo Unsloth's `checkpoint_skip_layers`; return whether a layer stored its activations."""
+    mark = "_unsloth_skip_checkpoint"
+    return any([module.__dict__.pop(mark, False) for module in model.modules()])
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:

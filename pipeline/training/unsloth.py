@@ -5,6 +5,8 @@ Labels are made in `examples`, the loss in `loss`, the loop in `trainer`.
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -12,23 +14,33 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
-
 from pipeline.errors import GattError
 from pipeline.gguf.base import Array
+from pipeline.gguf.huggingface.chat_template import read_chat_template
+from pipeline.gguf.lora.weights import read_adapter
 from pipeline.inference.logits import Logits
-from pipeline.system import available_memory, is_main_process
-from pipeline.training.job import TrainingJob, TrainingResult, adapter_weights
+from pipeline.system import available_memory, cache_path, is_main_process
+from pipeline.training.job import (
+    TrainingJob,
+    TrainingResult,
+    adapter_weights,
+    own_projections,
+)
 
 if TYPE_CHECKING:
+    import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from unsloth import FastLanguageModel
 
+# On import, bitsandbytes complains that the package `kernels` is missing. That would download code
+# from the Hub to speed up inference in 4 bits, of which there is a second's worth here.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 _PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
 """What logits are kept of, to compare models: the first tokens of the first sequences."""
-_MAX_SEQ_LENGTH = 4096
-"""Unsloth's limit when a model only predicts."""
+_MIN_OFFLOAD_LENGTH = 512
+"""For a shorter limit Unsloth keeps what lies between layers on the GPU."""
 
 
 def on_gpu() -> bool:
@@ -43,6 +55,17 @@ def free_memory() -> int:
     import torch
 
     return int(torch.cuda.mem_get_info()[0]) if on_gpu() else available_memory()
+
+
+def half_precision() -> torch.dtype:
+    """Return the 16-bit format that training computes in here.
+
+    As Unsloth does, float16 on a card older than Ampere: it has no bfloat16 (T4, RTX 20xx).
+    """
+    import torch
+
+    older = on_gpu() and torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8
+    return torch.float16 if older else torch.bfloat16
 
 
 def check_nf4(device: str) -> str:
@@ -62,15 +85,29 @@ def check_nf4(device: str) -> str:
 
 @cache
 def load_tokenizer(model_dir: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the base model."""
+    """Return the tokenizer of the base model, with the one chat template that is exported.
+
+    Raises:
+        GattError: the tokenizer cannot be loaded, or has several templates and none as the default.
+    """
     import transformers
 
-    return transformers.AutoTokenizer.from_pretrained(model_dir)
+    template = read_chat_template(model_dir)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_dir)
+    except Exception as error:  # a damaged file raises any class
+        reason = str(error).strip().partition("\n")[0]
+        raise GattError(
+            f"transformers cannot load the tokenizer of {model_dir} ({type(error).__name__}: "
+            f"{reason}). Download the checkpoint again."
+        ) from error
+    tokenizer.chat_template = template or None
+    return tokenizer
 
 
 def load_unsloth() -> type[FastLanguageModel]:
     """Import Unsloth and return its loader. It has to be imported before transformers."""
-    cache_dir = Path(platformdirs.user_cache_dir("gatt")) / "unsloth"
+    cache_dir = cache_path("unsloth")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
     os.environ.setdefault("UNSLOTH_COMPILE_LOCATION", str(cache_dir))
     os.environ["UNSLOTH_RETURN_LOGITS"] = "1"
@@ -99,26 +136,57 @@ def _load_with_adapter(job: TrainingJob) -> tuple[PeftModel, PreTrainedTokenizer
     loader, settings = load_unsloth(), job.settings
     model, tokenizer = loader.from_pretrained(
         str(job.model_dir),
-        max_seq_length=settings.max_length,
+        max_seq_length=sequence_length(job),
         load_in_4bit=True,
         local_files_only=True,
     )
     if not on_gpu():
         _detach_from_mmap(model)
+    targets = own_projections(settings.target_modules, _linear_layers(model))
     model = loader.get_peft_model(
         model,
         r=settings.rank,
         lora_alpha=settings.alpha or settings.rank,
         lora_dropout=settings.dropout,
-        target_modules=list(settings.target_modules),
+        target_modules=targets,
         random_state=job.seed,
         use_rslora=settings.rslora,
         use_dora=settings.dora,
         use_gradient_checkpointing="unsloth" if on_gpu() else False,
+        **({"checkpoint_skip_layers": job.stored_layers} if on_gpu() else {}),
     )
     if settings.init_adapter:
         load_init_adapter(model, Path(settings.init_adapter).expanduser())
     return model, tokenizer
+
+
+def sequence_length(job: TrainingJob, minimum: int = _MIN_OFFLOAD_LENGTH) -> int:
+    """Return the limit that Unsloth gets: on a GPU it cuts what is longer, without an error.
+
+    Raises:
+        GattError: a chat is longer than the model can read. Unsloth would stretch its rotary
+            embedding, and llama.cpp would not.
+    """
+    config = json.loads((job.model_dir / "config.json").read_text(encoding="utf-8"))
+    text_config = {**config, **config.get("text_config", {})}
+    limit = text_config.get("max_position_embeddings") or job.max_tokens
+    if job.max_tokens > limit:
+        raise GattError(
+            f"A chat has {job.max_tokens} tokens, and the model reads {limit} at most. Lower "
+            "train.max_length."
+        )
+    return int(min(limit, max(job.max_tokens, minimum)))
+
+
+def _linear_layers(model: PreTrainedModel) -> set[str]:
+    """Return the names of the linear layers in the model's blocks, without their path."""
+    from torch.nn import Linear
+
+    return {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.model.named_modules()
+        if isinstance(module, Linear)
+    }
 
 
 def _detach_from_mmap(model: PreTrainedModel) -> None:
@@ -164,8 +232,12 @@ def predict(
 ) -> Logits:
     """Return the logits of the base model with an adapter; see `Backend.predict`."""
     if load_in_4bit:
+        # A limit beyond the model's own would make Unsloth stretch its rotary embedding.
         model, _ = load_unsloth().from_pretrained(
-            str(model_dir), max_seq_length=_MAX_SEQ_LENGTH, load_in_4bit=True, local_files_only=True
+            str(model_dir),
+            max_seq_length=_PREDICTED_TOKENS,
+            load_in_4bit=True,
+            local_files_only=True,
         )
     else:
         import transformers
@@ -176,6 +248,9 @@ def predict(
     if adapter_dir:
         import peft
 
+        rows = read_adapter(adapter_dir).vocabulary_rows
+        if rows not in (0, model.get_input_embeddings().num_embeddings):
+            model.resize_token_embeddings(rows, mean_resizing=False)
         model = peft.PeftModel.from_pretrained(model, str(adapter_dir))
     return compute_logits(model, sequences)
 
@@ -183,12 +258,16 @@ def predict(
 def compute_logits(
     model: PreTrainedModel | PeftModel, sequences: Sequence[Sequence[int]]
 ) -> Logits:
-    """Return the logits of what follows each token of the `first_tokens` of `sequences`."""
+    """Return the logits of what follows each token of the `first_tokens` of `sequences`.
+
+    `model` is in evaluation mode afterwards.
+    """
     import numpy as np
     import torch
 
     prefixes = first_tokens(sequences)
     device = next(model.parameters()).device
+    model.eval()  # no dropout
     with torch.no_grad():
         rows = [
             model(input_ids=torch.tensor([ids], device=device)).logits[0].float().cpu().numpy()
@@ -203,14 +282,17 @@ def first_tokens(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def nf4_round_trip(matrix: Array) -> Array:
-    """Round a float32 matrix (outputs, inputs) to NF4 and back, as 4-bit training stores it."""
+    """Round a float32 matrix (outputs, inputs) to NF4 and back, as 4-bit training stores it.
+
+    Before that it is rounded to the 16 bits that this machine trains in.
+    """
     import torch
     from bitsandbytes import functional
 
     device = "cuda" if on_gpu() else "cpu"
     torch.set_num_threads(1)  # the merge runs several threads itself
     quantized, state = functional.quantize_4bit(
-        torch.from_numpy(matrix).to(device, torch.bfloat16),
+        torch.from_numpy(matrix).to(device, half_precision()),
         blocksize=64,
         compress_statistics=True,
         quant_type="nf4",

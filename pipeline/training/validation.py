@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from pipeline.gatt.assignment import AssignedDialogue
@@ -14,29 +15,46 @@ from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.formats import uniform_format
 from pipeline.gguf.merge import open_base, plan_merge, write
 from pipeline.gguf.reader import open_gguf
+from pipeline.hub.shape import ModelShape
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.generator import context_for
+from pipeline.inference.llama.gpu import gpu_devices
 from pipeline.inference.llama.model import Adapter, LoadedModel
+from pipeline.inference.llama.placement import MARGIN_BYTES, MIN_OUTPUTS, compute_buffer_bytes
 from pipeline.recipe import Recipe
 from pipeline.records import Reply, Request
 
-_MAX_TOKENS = 48
-"""Tokens of a reply."""
+_MAX_TOKENS, _MAX_TURNS = 48, 8
+"""Tokens of a reply, and turns of a dialogue."""
+_BYTES_PER_WEIGHT = 34 / 32
+"""Q8_0: blocks of 32 weights with a scale of two bytes."""
+_CHEAP_SECONDS = 30.0
+"""A validation of this length is never left out."""
+_MAX_FRACTION = 0.25
+"""Fraction of the training time that longer ones may take."""
 
 
 class Validation:
     """Held-out `dialogues` that each checkpoint answers, for up to `max_turns` turns.
 
     The base, the GGUF `file`, is loaded once, and each checkpoint's adapter is applied to it. DoRA
-    adapters cannot be applied by llama.cpp and are merged.
+    adapters cannot be applied by llama.cpp and are merged. Without `gpu`, all of it runs on the
+    CPU.
     """
 
     def __init__(
-        self, file: Path, dialogues: Sequence[AssignedDialogue], recipe: Recipe, max_turns: int = 8
+        self,
+        file: Path,
+        dialogues: Sequence[AssignedDialogue],
+        recipe: Recipe,
+        max_turns: int = _MAX_TURNS,
+        *,
+        gpu: bool = True,
     ) -> None:
         self._file, self._dialogues = file, dialogues
         self._recipe, self._max_turns = recipe, max_turns
-        self._weights = None if recipe.train.dora else LoadedModel(open_gguf(file))
+        self._gpu_layers = None if gpu else 0
+        self._weights = None if recipe.train.dora else self._load(file)
 
     def close(self) -> None:
         """Free the memory of the base."""
@@ -67,6 +85,9 @@ class Validation:
             temperature=self._recipe.evaluate.temperature,
         )
 
+    def _load(self, file: Path) -> LoadedModel:
+        return LoadedModel(open_gguf(file), gpu_layers=self._gpu_layers)
+
     @contextmanager
     def _open(self, checkpoint: Path) -> Iterator[BatchEngine]:
         count, context = len(self._dialogues), context_for(self._max_turns, _MAX_TOKENS)
@@ -75,10 +96,61 @@ class Validation:
             if not self._weights:
                 merged = plan_merge(self._file, checkpoint)
                 write(merged, {gguf: uniform_format(merged.tensors, "Q8_0")})
-                with BatchEngine(gguf, count, context) as engine:
+                with (
+                    closing(self._load(gguf)) as weights,
+                    BatchEngine(weights, count, context) as engine,
+                ):
                     yield engine
                 return
             write_adapter(open_base(self._file), checkpoint, gguf)
             with BatchEngine(self._weights, count, context, adapter=Adapter(gguf)) as engine:
                 yield engine
             self._weights.unload_adapter(Adapter(gguf))
+
+
+class Schedule:
+    """Decides at which checkpoints validation is worth its time.
+
+    The first one is always validated. After a validation of more than 30 seconds, the next one
+    waits until all of them together take at most a quarter of the training time.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._started = clock, clock()
+        self._seconds = self.last_seconds = 0.0
+
+    def is_due(self) -> bool:
+        """Return whether to validate now."""
+        training = self._clock() - self._started - self._seconds
+        expected = self._seconds + self.last_seconds
+        return self.last_seconds <= _CHEAP_SECONDS or expected <= _MAX_FRACTION * training
+
+    @contextmanager
+    def validation(self) -> Iterator[None]:
+        """Measure how long a validation takes."""
+        start = self._clock()
+        yield
+        self.last_seconds = self._clock() - start
+        self._seconds += self.last_seconds
+
+
+def validation_gpu_bytes(shape: ModelShape, dialogues: int) -> float:
+    """Return the bytes that validation takes on a GPU beside training; 0 if llama.cpp has none.
+
+    They are the weights and the output layer in Q8_0, a KV cache in float16 for each dialogue, and
+    llama.cpp's compute buffer. The input embedding is in the computer's memory.
+    """
+    if not (dialogues and gpu_devices()):
+        return 0
+    n_ctx = context_for(_MAX_TURNS, _MAX_TOKENS)
+    weights = shape.projection_parameters + shape.vocab_size * shape.hidden_size
+    cells = min(dialogues, MIN_OUTPUTS) * n_ctx
+    buffer = compute_buffer_bytes(
+        hidden=shape.hidden_size,
+        inner=shape.intermediate_size,
+        vocab=shape.vocab_size,
+        n_ctx=n_ctx,
+        sequences=dialogues,
+    )
+    cache = 4 * cells * shape.num_hidden_layers * shape.kv_size
+    return _BYTES_PER_WEIGHT * weights + cache + buffer + MARGIN_BYTES

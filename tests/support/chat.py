@@ -16,6 +16,7 @@ from pipeline.chat.session import ChatSession, SamplingParams
 from pipeline.chat.terminal import TerminalChat
 from pipeline.gatt.instructions import render_instruction
 from pipeline.inference.chat_engine import AnswerPiece, ChatEngine
+from pipeline.inference.request import TextPiece
 from pipeline.records import Completion, Constraint, FinishReason, Message, Request
 
 AHOY = Constraint("opening", "Ahoy!")
@@ -86,7 +87,7 @@ class ScriptedEngine(ChatEngine):
             text = self._answer(request)
             pieces = re.findall(r"\S+\s*", text)
             for piece in pieces:
-                yield AnswerPiece(index, piece)
+                yield AnswerPiece(index, TextPiece(piece))
             yield AnswerPiece(index, Completion(text, len(pieces), 0, self._finish))
 
 
@@ -100,6 +101,7 @@ class ScriptedScreen:
     lines: Sequence[str]
     choices: Sequence[str] = ()
     interactive: bool = True
+    usage: str = ""
     shown: list[str] = field(default_factory=list)
     drafts: list[str] = field(default_factory=list)
     offers: list[list[str]] = field(default_factory=list)

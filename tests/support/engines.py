@@ -7,13 +7,17 @@ from collections.abc import Callable, Sequence
 
 from pipeline.inference.async_engine import AnswerStream, AsyncEngine
 from pipeline.inference.request import (
+    PROMPT_OPTIONS,
     ContextLengthError,
     Finish,
     GenerationRequest,
     GenerationResult,
+    Prompt,
+    PromptOptions,
+    TextPiece,
 )
 from pipeline.inference.scheduler import EngineStats
-from pipeline.records import Message
+from pipeline.records import Message, SamplerSettings
 
 CONTEXT = 64
 
@@ -47,9 +51,9 @@ class ScriptedAnswer(AnswerStream):
         if not endless:
             self._end.set()
 
-    async def __anext__(self) -> str:
+    async def __anext__(self) -> TextPiece:
         if self._unread:
-            return self._unread.pop(0)
+            return TextPiece(self._unread.pop(0))
         if self.result is None:
             await self.wait()
         raise StopAsyncIteration
@@ -94,9 +98,14 @@ class ScriptedAsyncEngine(AsyncEngine):
         """The names of the models."""
         return self._names
 
-    def chat_tokens(self, name: str, messages: tuple[Message, ...]) -> list[int]:
+    def chat_prompt(
+        self, name: str, messages: tuple[Message, ...], options: PromptOptions = PROMPT_OPTIONS
+    ) -> Prompt:
         """Return a token for each word."""
-        return [0] * sum(len(message["content"].split()) for message in messages)
+        return Prompt([0] * sum(len(message["content"].split()) for message in messages))
+
+    def check(self, name: str, sampler: SamplerSettings) -> None:
+        """Accept everything."""
 
     def text_tokens(self, name: str, text: str) -> list[int]:
         """Return a token for each word."""

@@ -28,7 +28,7 @@ def save_tiny_llama(folder: Path) -> Path:
     import torch
     import transformers
 
-    tokenizer = _save_tokenizer(folder)
+    tokenizer = save_tokenizer(folder)
     torch.manual_seed(1)
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
@@ -56,7 +56,7 @@ def save_tiny_llama(folder: Path) -> Path:
     return folder
 
 
-def _save_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
+def save_tokenizer(folder: Path) -> transformers.PreTrainedTokenizerFast:
     """Train a byte-level BPE on `TEXTS`, with the pre-tokenizer of Llama 3."""
     import transformers
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, trainers

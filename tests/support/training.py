@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -56,26 +57,56 @@ def tiny_job(model_dir: Path, out: Path, settings: Train = SETTINGS) -> Training
     )
 
 
-def tiny_peft_model(model_dir: Path) -> PeftModel:
-    """Return the tiny model with a fresh adapter, always the same."""
+def tiny_peft_model(model_dir: Path, dtype: str = "float32") -> PeftModel:
+    """Return the tiny model with a fresh adapter (in float32), always the same."""
     import peft
     import torch
     import transformers
 
     torch.manual_seed(1)
-    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype)
     model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules="all-linear"))
     assert isinstance(model, peft.PeftModel)
     return model
 
 
-def train_tiny(job: TrainingJob) -> Trained:
-    """Run `train_loop` on a fresh adapter."""
+def train_tiny(job: TrainingJob, dtype: str = "float32") -> Trained:
+    """Run `train_loop` on a fresh adapter, with the base model in `dtype`."""
     import torch
 
     from pipeline.training.trainer import train_loop
 
-    model = tiny_peft_model(job.model_dir)
+    model = tiny_peft_model(job.model_dir, dtype)
     losses = train_loop(model, job, pad_token_id=0)
     trained = [p.detach().flatten() for p in model.parameters() if p.requires_grad]
     return Trained(losses, torch.cat(trained))
+
+
+def loss_of_full_logits(model: PeftModel, examples: Sequence[TrainingExample]) -> torch.Tensor:
+    """Compute the loss of distillation token by token, from the logits of whole chats."""
+    import torch
+
+    total, total_weight = torch.zeros(()), 0.0
+    for example in examples:
+        logprobs = _logprobs(model, example.input_ids)
+        with torch.no_grad(), model.disable_adapter():
+            teacher_logprobs = _logprobs(model, example.teacher_ids)
+        alignment: Mapping[int, int] = dict(example.alignment)
+        for index, label in enumerate(example.labels):
+            if label == IGNORE_INDEX:
+                continue
+            q = logprobs[index - 1]
+            if index in alignment:
+                p = teacher_logprobs[alignment[index] - 1]
+                token_loss = (p.exp() * (p - q)).sum()
+            else:
+                token_loss = -q[label]
+            total = total + example.weights[index] * token_loss
+            total_weight += example.weights[index]
+    return total / total_weight
+
+
+def _logprobs(model: PeftModel, ids: Sequence[int]) -> torch.Tensor:
+    import torch
+
+    return model(input_ids=torch.tensor([list(ids)])).logits[0].log_softmax(-1)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MAX_GAP = 2
-"""Idle sequences between two busy ones that are padded: cheaper than a second pass."""
+"""Idle sequences between two busy ones that are padded on a CPU: cheaper than a second pass."""
 
 
 class BatchRow(NamedTuple):
@@ -26,14 +26,17 @@ class BatchBuilder:
     """The rows of one batch. `indices` are those of the requested rows, `padding` all others.
 
     `cached_tokens` has the number of filled KV cells of each sequence, by sequence id. `exact` pads
-    sequences that would have one row only, for batch-invariant results.
+    sequences that would have one row only, for batch-invariant results. Up to `max_gap` idle
+    sequences between two busy ones are padded.
     """
 
-    def __init__(self, cached_tokens: Sequence[int], *, exact: bool) -> None:
+    def __init__(
+        self, cached_tokens: Sequence[int], *, exact: bool, max_gap: int = MAX_GAP
+    ) -> None:
         self.rows: list[BatchRow] = []
         self.indices: list[int] = []
         self.padding: list[BatchRow] = []
-        self._cached_tokens, self._exact = cached_tokens, exact
+        self._cached_tokens, self._exact, self._max_gap = cached_tokens, exact, max_gap
 
     def add_rows(self, rows: Sequence[BatchRow]) -> None:
         """Add rows, ordered by sequence and position, each followed by its padding."""
@@ -64,7 +67,7 @@ class BatchBuilder:
         pass of its own. In exact mode an idle sequence gets two tokens, as any other.
         """
         gap = range(row.sequence + 1, next_sequence)
-        if len(gap) > MAX_GAP:
+        if len(gap) > self._max_gap:
             return
         for sequence in gap:
             first = self._cached_tokens[sequence]

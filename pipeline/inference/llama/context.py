@@ -15,7 +15,8 @@ A draft token can take the place of the padding token of 3, at no cost. If the s
 next token is already decoded (n-gram speculative decoding, see `ngram_drafter`).
 
 With `exact=False` there are no padding and draft tokens (3), and results differ by rounding, as
-they do in llama.cpp. The server uses this: its users wait for answers and do not compare them.
+they do in llama.cpp. The server uses this: its users wait for answers and do not compare them. No
+GPU is exact: `mixed_batch` has what is different there.
 
 Other modules decide what is generated in which sequence: `batch_worker` for dialogues that are
 known in advance, `scheduler` for requests that arrive at any time.
@@ -33,9 +34,11 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from pipeline.gguf.base import Array
-from pipeline.inference.llama.batch_builder import BatchBuilder, BatchRow
-from pipeline.inference.llama.model import ContextSettings, LlamaHandle, LoadedModel
+from pipeline.inference.llama.batch_builder import MAX_GAP, BatchBuilder, BatchRow
+from pipeline.inference.llama.model import ContextSettings, LoadedModel
 from pipeline.inference.llama.ngram_drafter import NgramDrafter
+from pipeline.inference.llama.sampler import Sampler
+from pipeline.inference.logits import TokenLogprob, log_softmax
 from pipeline.records import FinishReason, Request
 from pipeline.system import core_count
 
@@ -61,7 +64,8 @@ class SequenceState:
     text: str = ""
     finish: FinishReason | None = None
     decoder: codecs.IncrementalDecoder | None = None
-    sampler: LlamaHandle | None = None
+    sampler: Sampler | None = None
+    logprob: TokenLogprob | None = None
 
 
 S = TypeVar("S", bound=SequenceState)
@@ -76,6 +80,8 @@ class BatchContext(Generic[S]):
         GattError: too little memory, or an adapter of another base.
     """
 
+    _max_gap = MAX_GAP
+
     def __init__(
         self,
         model: LoadedModel,
@@ -89,7 +95,7 @@ class BatchContext(Generic[S]):
         self._sequences, self._exact = sequences, exact
         self._drafter = NgramDrafter() if exact else None
         # A chunk of a prompt, or two rows of each sequence; a chunk of one token gets a padding.
-        batch_size = max(_PREFILL_CHUNK, 2 * len(sequences)) + 1
+        batch_size = settings.batch_tokens or max(_PREFILL_CHUNK, 2 * len(sequences)) + 1
         self._context = model.new_context(
             settings, sequences=len(sequences), batch_size=batch_size, threads=threads
         )
@@ -132,7 +138,7 @@ class BatchContext(Generic[S]):
         sequence.tokens, sequence.text, sequence.finish = 0, "", None
         sequence.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.release(sequence)
-        sequence.sampler = self._model.new_sampler(request)
+        sequence.sampler = self._model.new_sampler(request, tokens)
         return shared
 
     def clear(self, sequence: S) -> None:
@@ -153,7 +159,7 @@ class BatchContext(Generic[S]):
         if sequence.draft is not None:
             self._drop_draft(sequence)
         if sequence.sampler:
-            self._api.llama_sampler_free(sequence.sampler)
+            sequence.sampler.close()
             sequence.sampler = None
 
     def prefill(self, sequence: S) -> None:
@@ -210,8 +216,7 @@ class BatchContext(Generic[S]):
             chunk = tokens[start : start + _PREFILL_CHUNK]
             rows = [BatchRow(0, n, token, logits=True) for n, token in enumerate(chunk, start)]
             for index in self._decode_rows(rows):
-                pointer = self._api.llama_get_logits_ith(self._context, index)
-                yield np.ctypeslib.as_array(pointer, (self._model.vocab_size,)).copy()
+                yield self._row(index).copy()
         self.clear(self._sequences[0])
 
     def _copy(self, source: S, target: S) -> None:
@@ -227,10 +232,25 @@ class BatchContext(Generic[S]):
 
     def _draw(self, sequence: S, index: int) -> str:
         """Sample a token at a batch index, and update the state of the answer."""
+        return self._accept(sequence, index, self._draw_token(sequence, index))
+
+    def _draw_token(self, sequence: S, index: int) -> int | None:
+        """Return a token drawn at a batch index; None if no token is allowed."""
+        assert sequence.sampler is not None
+        return sequence.sampler.sample(self._context, index, self._model.vocab_size)
+
+    def _accept(self, sequence: S, index: int, token: int | None) -> str:
+        """Update the state of the answer by a drawn token, and return its text."""
         request, decoder = sequence.request, sequence.decoder
         assert request is not None and decoder is not None
-        token = self._api.llama_sampler_sample(sequence.sampler, self._context, index)
+        if token is None:
+            sequence.pending, sequence.finish = [], "length"
+            return decoder.decode(b"", final=True)
         ended = self._model.is_eog(token)
+        if request.sampler.logprobs is not None:
+            sequence.logprob = (
+                None if ended else self._logprob(token, index, request.sampler.logprobs)
+            )
         piece = decoder.decode(b"" if ended else self._model.token_to_piece(token), ended)
         sequence.tokens += 1
         sequence.text += piece
@@ -247,9 +267,27 @@ class BatchContext(Generic[S]):
                 self._drafter.learn(sequence.cached, token)
         return piece
 
+    def _logprob(self, token: int, index: int, top: int) -> TokenLogprob:
+        """Return the log-probability of a token, and of the `top` most likely ones."""
+        log_probs = log_softmax(self._row(index))
+        likely = np.argsort(-log_probs, kind="stable")[:top]
+        entries = [(n, float(log_probs[n])) for n in (token, *map(int, likely))]
+        (text, logprob), *others = [
+            (self._model.token_to_piece(n, special=True), logprob) for n, logprob in entries
+        ]
+        return TokenLogprob(text, logprob, tuple(others))
+
+    def _row(self, index: int) -> Array:
+        """Return the logits (vocab_size) of a row of the batch, valid until the next batch."""
+        pointer = self._api.llama_get_logits_ith(self._context, index)
+        row: Array = np.ctypeslib.as_array(pointer, (self._model.vocab_size,))
+        return row
+
     def _decode_rows(self, rows: Sequence[BatchRow]) -> list[int]:
         """Decode `rows`, ordered by sequence, with their padding; return their batch indices."""
-        builder = BatchBuilder([len(s.cached) for s in self._sequences], exact=self._exact)
+        builder = BatchBuilder(
+            [len(s.cached) for s in self._sequences], exact=self._exact, max_gap=self._max_gap
+        )
         builder.add_rows(rows)
         batch = self._batch
         batch.n_tokens = len(builder.rows)

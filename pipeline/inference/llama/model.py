@@ -6,7 +6,8 @@ One `LoadedModel` serves any number of llama.cpp contexts and threads.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,10 @@ from pipeline.errors import GattError
 from pipeline.gguf.formats import silence
 from pipeline.gguf.reader import GgufInfo, read_gguf
 from pipeline.inference.chat_template import ChatTemplate
+from pipeline.inference.llama.gpu import gpu_devices
+from pipeline.inference.llama.placement import MIN_OUTPUTS, place_layers
+from pipeline.inference.llama.sampler import Sampler, SamplerFactory
+from pipeline.inference.thoughts import MARKER_TOKENS, is_reasoning_template
 from pipeline.records import Request
 
 CacheType = Literal["F16", "F32"]
@@ -39,21 +44,28 @@ class ContextSettings:
 
     `n_ctx` is the number of KV cells (tokens) of each sequence. The KV cache depends on the
     adapter, so contexts with different adapters share the model's weights and nothing else.
+    With `batch_tokens`, as on a GPU, a batch has up to that many tokens of any sequences; with 0, a
+    prompt is decoded alone, in small chunks.
     """
 
     n_ctx: int
     cache_type: CacheType = "F16"
     adapter: Adapter | None = None
+    batch_tokens: int = 0
 
 
 class LoadedModel:
     """A model loaded by llama.cpp, or only its vocabulary. Several threads may use it at once.
 
+    `gpu_layers` are on the GPU, as `placement` counts them; by default as many as fit, 0 for none.
+
     Raises:
         GattError: llama.cpp refuses the file.
     """
 
-    def __init__(self, info: GgufInfo, *, vocab_only: bool = False) -> None:
+    def __init__(
+        self, info: GgufInfo, *, vocab_only: bool = False, gpu_layers: int | None = None
+    ) -> None:
         import llama_cpp
 
         self.api: ModuleType = llama_cpp
@@ -62,9 +74,16 @@ class LoadedModel:
         # llama.cpp holds no reference to a Python callback: without this list it would be freed.
         self._callbacks: list[object] = []
         silence(llama_cpp)
+        if vocab_only:
+            gpu_layers = 0
+        self.gpu_layers = place_layers(info) if gpu_layers is None else gpu_layers
         params = llama_cpp.llama_model_default_params()
-        params.vocab_only = vocab_only
-        self._model = llama_cpp.llama_model_load_from_file(str(info.path).encode(), params)
+        params.vocab_only, params.n_gpu_layers = vocab_only, self.gpu_layers
+        no_devices = (ctypes.c_void_p * 1)(None)
+        if not self.gpu_layers and gpu_devices():
+            # Without layers, llama.cpp would still send large products to the GPU.
+            params.devices = ctypes.addressof(no_devices)
+        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(info.path), params)
         if not self._model:
             raise GattError(
                 f"llama.cpp cannot load {info.path}: {info.architecture} may be newer than this "
@@ -72,18 +91,20 @@ class LoadedModel:
             )
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
-        # DRY: multiplier 0.8, base 1.75, repeats of up to 5 tokens allowed, over the whole context,
-        # one sequence breaker. Created once and cloned for each request, because creation searches
-        # the vocabulary for the breakers, which takes as long as decoding half a token.
-        breakers = (ctypes.c_char_p * 1)(b"\n")
-        self._dry = llama_cpp.llama_sampler_init_dry(
-            self._vocab, 0.8, 1.75, 5, info.context_length, breakers, 1
-        )
-        self.template = ChatTemplate(info.chat_template, info.bos, info.eos)
+        self._samplers = SamplerFactory(llama_cpp, self._vocab, info.context_length, self.tokenize)
+        self.template = ChatTemplate(info.chat_template, info.bos, info.eos, info.path.name)
+        self._thought_tokens = self._find_thought_tokens()
+
+    def _find_thought_tokens(self) -> set[int]:
+        """Return the tokens of the vocabulary that mark thoughts, where the model can think."""
+        if not is_reasoning_template(self.template.source):
+            return set()
+        ids = map(self.tokenize, MARKER_TOKENS)
+        return {tokens[0] for tokens in ids if len(tokens) == 1}
 
     def close(self) -> None:
         """Free the memory. All contexts must be freed before."""
-        self.api.llama_sampler_free(self._dry)
+        self._samplers.close()
         self.api.llama_model_free(self._model)
 
     def new_context(
@@ -109,8 +130,13 @@ class LoadedModel:
         params.n_threads = params.n_threads_batch = threads
         params.type_k = params.type_v = getattr(self.api, f"GGML_TYPE_{settings.cache_type}")
         # On a CPU flash attention is slower by far; `context.py` gives the reason why it is off.
-        flash_attention = "ENABLED" if self.api.llama_supports_gpu_offload() else "DISABLED"
+        # On a GPU llama.cpp switches it on where the device can, but for a cache in float32.
+        on_gpu = bool(self.gpu_layers) and settings.cache_type == "F16"
+        flash_attention = "AUTO" if on_gpu else "DISABLED"
         params.flash_attn_type = getattr(self.api, f"LLAMA_FLASH_ATTN_TYPE_{flash_attention}")
+        if settings.batch_tokens:
+            # Otherwise there would be room for the logits of every token of a batch.
+            params.n_outputs_max = max(sequences, MIN_OUTPUTS)
         if eval_callback:
             self._callbacks.append(
                 type(params.cb_eval)(lambda node, ask, data: eval_callback(node, ask))
@@ -138,7 +164,7 @@ class LoadedModel:
                     f"{path} is not an adapter. Expected a GGUF such as the adapter.gguf that "
                     "`gatt export` writes."
                 )
-            adapter = self.api.llama_adapter_lora_init(self._model, str(path).encode())
+            adapter = self.api.llama_adapter_lora_init(self._model, os.fsencode(path))
             if not adapter:
                 raise GattError(
                     f"{path} does not fit {self.name}: it is an adapter of another base. Use it "
@@ -166,44 +192,40 @@ class LoadedModel:
         )
         return list(ids[:count])
 
-    def token_to_piece(self, token: int) -> bytes:
-        """Return the bytes of a token; none for a special token."""
-        buffer = ctypes.create_string_buffer(256)
-        lstrip, render_special = 0, False
-        size = self.api.llama_token_to_piece(
-            self._vocab, token, buffer, 256, lstrip, render_special
+    @property
+    def added_tokens(self) -> tuple[bool, bool]:
+        """Whether `tokenize` with `add_special` adds BOS, and EOS."""
+        return (
+            bool(self.api.llama_vocab_get_add_bos(self._vocab)),
+            bool(self.api.llama_vocab_get_add_eos(self._vocab)),
         )
+
+    def token_to_piece(self, token: int, *, special: bool = False) -> bytes:
+        """Return the bytes of a token; none for a special token, unless `special` is set.
+
+        A token that marks a thought always has its bytes, because thoughts are told by them.
+        """
+        buffer = ctypes.create_string_buffer(256)
+        lstrip, special = 0, special or token in self._thought_tokens
+        size = self.api.llama_token_to_piece(self._vocab, token, buffer, 256, lstrip, special)
         return buffer.raw[: max(size, 0)]
 
     def is_eog(self, token: int) -> bool:
         """Return whether the token ends the generation (end of turn or of text)."""
         return bool(self.api.llama_vocab_is_eog(self._vocab, token))
 
-    def new_sampler(self, request: Request) -> LlamaHandle:
-        """Return a sampler chain for one request; greedy at temperature 0.
+    def new_sampler(self, request: Request, prompt: Sequence[int]) -> Sampler:
+        """Return the sampler of an answer to `prompt`.
 
-        The chain is top-k 40, DRY, top-p (below 1 only), min-p 0.05, temperature, seeded draw. DRY
-        stops a small model from repeating earlier answers, yet allows repeats of up to five tokens,
-        so that a required phrase is not penalized.
+        Raises:
+            GattError: the request's grammar is not valid.
         """
-        api = self.api
-        chain: LlamaHandle = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        if request.temperature == 0:
-            api.llama_sampler_chain_add(chain, api.llama_sampler_init_greedy())
-            return chain
-        top_p = [api.llama_sampler_init_top_p(request.top_p, 1)] if request.top_p < 1 else []
-        for sampler in (
-            api.llama_sampler_init_top_k(40),
-            api.llama_sampler_clone(self._dry),
-            *top_p,
-            api.llama_sampler_init_min_p(0.05, 1),
-            api.llama_sampler_init_temp(request.temperature),
-            api.llama_sampler_init_dist(request.seed & 0xFFFFFFFF),
-        ):
-            api.llama_sampler_chain_add(chain, sampler)
-        # DRY sees only what the chain has accepted: give it the earlier answers.
-        for message in request.messages:
-            if message["role"] == "assistant":
-                for token in self.tokenize(message["content"] + "\n"):
-                    api.llama_sampler_accept(chain, token)
-        return chain
+        return self._samplers.new(request, prompt)
+
+    def check_grammar(self, text: str) -> None:
+        """Refuse a grammar that llama.cpp cannot parse.
+
+        Raises:
+            GattError: the grammar is not valid, or too large.
+        """
+        self.api.llama_sampler_free(self._samplers.new_grammar(text))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from starlette.concurrency import run_in_threadpool
 
 from pipeline.chat.session import OnText
 from pipeline.inference.async_engine import AnswerStream, AsyncEngine
-from pipeline.inference.request import GenerationRequest
+from pipeline.inference.request import GenerationRequest, Prompt, TextPiece
 from pipeline.records import Completion, Message, Request
 
 
@@ -34,7 +35,7 @@ class ServedBackend:
 
     async def count_tokens(self, prompts: Sequence[Sequence[Message]]) -> list[int]:
         """Return the tokens of each model's prompt for the next answer."""
-        return list(map(len, await self._tokenize(prompts)))
+        return [len(prompt.tokens) for prompt in await self._render(prompts)]
 
     async def generate(self, requests: Sequence[Request], on_text: OnText) -> list[Completion]:
         """Answer one request with each model; `finish` is "cancelled" for stopped answers.
@@ -44,12 +45,17 @@ class ServedBackend:
             RuntimeError: the engine failed.
         """
         self._stopped = False
-        prompts = await self._tokenize([request.messages for request in requests])
+        prompts = await self._render([request.messages for request in requests])
         if self._stopped:
-            return [Completion("", 0, len(tokens), "cancelled") for tokens in prompts]
+            return [Completion("", 0, len(prompt.tokens), "cancelled") for prompt in prompts]
         try:
-            for name, tokens, request in zip(self.names, prompts, requests, strict=True):
-                generation = GenerationRequest(tokens, request)
+            for name, prompt, request in zip(self.names, prompts, requests, strict=True):
+                spare = self.context - len(prompt.tokens) - request.max_tokens
+                generation = GenerationRequest(
+                    tokens=prompt.tokens,
+                    sampling=replace(request, max_thought_tokens=max(spare, 0)),
+                    thought=prompt.thought,
+                )
                 self._answers.append(self._engine.generate(name, generation))
             answers = enumerate(self._answers)
             return await asyncio.gather(
@@ -65,18 +71,18 @@ class ServedBackend:
         for answer in self._answers:
             answer.cancel()
 
-    async def _tokenize(self, prompts: Sequence[Sequence[Message]]) -> list[list[int]]:
-        """Tokenize in threads: long prompts would block the event loop."""
+    async def _render(self, prompts: Sequence[Sequence[Message]]) -> list[Prompt]:
+        """Render and tokenize in threads: long prompts would block the event loop."""
         return await asyncio.gather(
             *(
-                run_in_threadpool(self._engine.chat_tokens, name, tuple(prompt))
+                run_in_threadpool(self._engine.chat_prompt, name, tuple(prompt))
                 for name, prompt in zip(self.names, prompts, strict=True)
             )
         )
 
 
 async def _read(model_index: int, answer: AnswerStream, on_text: OnText) -> Completion:
-    pieces: list[str] = []
+    pieces: list[TextPiece] = []
     async for piece in answer:
         pieces.append(piece)
         on_text(model_index, piece)
@@ -84,4 +90,8 @@ async def _read(model_index: int, answer: AnswerStream, on_text: OnText) -> Comp
     result = answer.result
     # The stream raises an error for these two.
     assert result.finish != "closed" and result.finish != "failed"
-    return Completion("".join(pieces), result.tokens, result.prompt_tokens, result.finish)
+    text = "".join(piece.text for piece in pieces)
+    thoughts = "".join(piece.thoughts for piece in pieces)
+    is_thinking = result.finish == "length" and not text and bool(thoughts)
+    finish = "thinking" if is_thinking else result.finish
+    return Completion(text, result.tokens, result.prompt_tokens, finish, thoughts)

@@ -104,7 +104,10 @@ class ChatPage:
             )
             return
         self.instruct(self._layout.instruction.value or "")
-        if max_tokens := await self._make_room(text):
+        max_tokens = 0
+        with self._view.warning():  # the chat template may refuse the chat, or fail
+            max_tokens = await self._make_room(text)
+        if max_tokens:
             box = self._layout.message
             box.set_value("")
             if not await self._answer(text, max_tokens) and not box.value:
@@ -146,7 +149,7 @@ class ChatPage:
         if chat.is_answering or not conversation.turns or not chat.is_served:
             return
         self._view.remove_last_turn()
-        with chat.resume_from(conversation.without_last_turn()):
+        with self._view.warning(), chat.resume_from(conversation.without_last_turn()):
             user = conversation.turns[-1].user
             if max_tokens := await self._make_room(user):
                 await self._answer(user, max_tokens)

@@ -83,7 +83,11 @@ class ChatView:
             names = " and ".join(chat.models)
             self._layout.set_status(f"Not served now: {names}. Choose a model for a new chat.")
             return
-        used, context = await chat.tokens_used(), chat.backend.context
+        try:
+            used, context = await chat.tokens_used(), chat.backend.context
+        except GattError as error:  # the chat template refuses the chat, or fails
+            self._layout.set_status(" ".join(str(error).split()), warn=True)
+            return
         if used + chat.sampling.max_tokens > _NEARLY_FULL * context:
             text = f"Nearly full: {context - used} of {context} tokens left."
             self._layout.set_status(f"{text} Nothing is dropped without asking.", warn=True)

@@ -197,6 +197,7 @@ class Layout:
                     text = render_instruction((example,)).text
                     button = ui.button(text, color=None).props("outline no-caps")
                     button.on_click(_call(self._actions.instruct, text))
+                    button.on("click", js_handler="() => chat.focus()")
 
     def list_chats(self, titles: Mapping[str, str], current_id: str) -> None:
         """Show the stored chats; `titles` are by id."""

@@ -32,6 +32,11 @@ def to_html(text: str) -> str:
     return str(_MARKDOWN.render(text))
 
 
+def thoughts_to_html(text: str) -> str:
+    """Return the content of a <details> element with a model's thoughts."""
+    return f"<summary>Thoughts</summary><p>{escape(text.strip())}</p>"
+
+
 def describe(verdict: Verdict) -> str:
     """Return what a verdict means."""
     meaning = _MEANINGS[verdict.mark]

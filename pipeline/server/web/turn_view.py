@@ -9,8 +9,9 @@ from nicegui import ui
 from pipeline.chat.conversation import StandingInstruction, Verdict
 from pipeline.chat.session import cut_note
 from pipeline.gatt.ghost import CHANGE_PREFIX
+from pipeline.inference.request import TextPiece
 from pipeline.records import Completion
-from pipeline.server.web.markdown import badge, describe, to_html
+from pipeline.server.web.markdown import badge, describe, thoughts_to_html, to_html
 from pipeline.server.web.stored_chats import PageChat
 
 
@@ -22,6 +23,8 @@ class TurnView:
         turn = conversation.turns[number - 1] if user is None else None
         self._texts = list(turn.answers) if turn else [""] * len(chat.models)
         self._painted = list(self._texts)
+        self._thoughts = [""] * len(self._texts)
+        self._thought_views: list[ui.html] = []
         self._answers: list[ui.html] = []
         self._badges: list[ui.html] = []
         self._notes: list[ui.label] = []
@@ -45,12 +48,16 @@ class TurnView:
             with ui.element("header"):
                 ui.label(name)
                 self._badges.append(ui.html(sanitize=True, tag="span"))
+            thoughts = ui.html(sanitize=True, tag="details").classes("thoughts")
+            thoughts.set_visibility(False)
+            self._thought_views.append(thoughts)
             self._answers.append(ui.html(to_html(text), sanitize=True).classes("markdown"))
             self._notes.append(ui.label().classes("note"))
 
-    def add_text(self, model_index: int, piece: str) -> None:
-        """Append a piece to an answer; `paint` shows it."""
-        self._texts[model_index] += piece
+    def add_text(self, model_index: int, piece: TextPiece) -> None:
+        """Append a piece to an answer or its thoughts; `paint` shows it."""
+        self._texts[model_index] += piece.text
+        self._thoughts[model_index] += piece.thoughts
 
     def paint(self) -> None:
         """Show the answers as they are now."""
@@ -58,6 +65,10 @@ class TurnView:
             if text != self._painted[index]:
                 self._painted[index] = text
                 self._answers[index].set_content(to_html(text))
+        for view, thoughts in zip(self._thought_views, self._thoughts, strict=True):
+            if thoughts:
+                view.set_visibility(True)
+                view.set_content(thoughts_to_html(thoughts))
 
     def mark(self, model_index: int, verdict: Verdict) -> None:
         """Show whether an answer follows the instruction."""

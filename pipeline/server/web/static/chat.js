@@ -41,6 +41,13 @@ document.addEventListener('keydown', (event) => {
   if (document.body.classList.contains('menu-open')) chat.menu(false)
   else if (document.querySelector('.stop:not(.hidden)')) emitEvent('chat_stop')
 })
+// What is typed while no field has the focus, say after a click on a button, is a message.
+document.addEventListener('keydown', (event) => {
+  const isText = event.key.length === 1 && event.key !== ' '
+  if (!isText || event.ctrlKey || event.metaKey || event.altKey || event.isComposing) return
+  if (event.target.closest('input, textarea, select, .q-menu, .q-dialog')) return
+  if (!document.querySelector('.q-dialog, .q-menu')) chat.box()?.focus()
+})
 document.addEventListener('click', (event) => {
   const cell = event.target.closest('.cell')
   const link = event.target.closest('.markdown a')

@@ -1,0 +1,1 @@
+"""PEFT LoRA adapters: settings, weights, and what they add to a matrix."""

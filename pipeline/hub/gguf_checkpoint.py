@@ -1,0 +1,269 @@
+"""A GGUF as a folder that transformers and Unsloth load: configuration, weights, tokenizer.
+
+transformers can read a GGUF itself, but leaves out what the file says about head sizes, scaled
+rotary embeddings and sliding windows: it fails for Qwen3, and computes something else for Llama
+3.1, Gemma and Phi-4-mini.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import GattError
+from pipeline.files import write_json
+from pipeline.gguf import ggml
+from pipeline.gguf.base import Array, JsonObject, RowOrder, row_order
+from pipeline.gguf.families import FAMILIES, llama3_factors
+from pipeline.gguf.gguf_base import GgufBase
+from pipeline.gguf.huggingface.safetensors import Weights
+from pipeline.gguf.reader import GgufInfo, StoredTensor
+from pipeline.hub.gguf_tokenizer import save_gguf_tokenizer
+from pipeline.hub.text_checkpoint import write_safetensors
+
+_MODULES = (
+    *("input_layernorm", "post_attention_layernorm"),
+    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")),
+    *("self_attn.q_norm", "self_attn.k_norm", "mlp.gate"),
+    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+    *(f"mlp.experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+)
+"""The modules of a layer in all families, as transformers calls them."""
+_LARGE_LAYERS = {"gemma2": 46, "gemma3": 62}
+"""Layers of Gemma's 27B models, whose attention llama.cpp scales by another width."""
+
+
+def write_gguf_checkpoint(base: GgufBase, info: GgufInfo, target: Path) -> None:
+    """Write a GGUF to the folder `target`, its weights dequantized to bfloat16.
+
+    Raises:
+        GattError: a rotary embedding that transformers has no name for.
+    """
+    target.mkdir(parents=True)
+    config = model_config(info)
+    write_safetensors(_weights(base, info), target / "model.safetensors")
+    save_gguf_tokenizer(info, target)
+    write_json(target / "config.json", config)
+
+
+def model_config(info: GgufInfo) -> JsonObject:
+    """Return the `config.json` of a GGUF's model.
+
+    Raises:
+        GattError: a rotary embedding that transformers has no name for.
+    """
+    shapes = {tensor.name: tensor.shape for tensor in info.tensors}
+    names = [name for name, f in FAMILIES.items() if f.architecture == info.architecture]
+    heads, hidden = info.hyperparameter("attention.head_count"), shapes["token_embd.weight"][1]
+    head_dim = info.hyperparameter("attention.key_length", hidden // heads)
+    config = {
+        "architectures": names[:1],
+        "model_type": FAMILIES[names[0]].text_model,
+        "dtype": "bfloat16",
+        "num_hidden_layers": info.layers,
+        "hidden_size": hidden,
+        "intermediate_size": info.hyperparameter("feed_forward_length", hidden),
+        "num_attention_heads": heads,
+        "num_key_value_heads": info.hyperparameter("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "vocab_size": shapes["token_embd.weight"][0],
+        "max_position_embeddings": info.context_length,
+        "rms_norm_eps": info.hyperparameter("attention.layer_norm_rms_epsilon"),
+        "tie_word_embeddings": "output.weight" not in shapes,
+        "attention_bias": "blk.0.attn_q.bias" in shapes,
+        "mlp_bias": "blk.0.ffn_up.bias" in shapes,
+        "rope_parameters": _rope(info, head_dim),
+        "bos_token_id": info.field("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": info.field("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": info.field("tokenizer.ggml.padding_token_id"),
+    }
+    return config | _family_settings(info, config)
+
+
+def _family_settings(info: GgufInfo, config: JsonObject) -> JsonObject:
+    """Return what only the family of the model has in its configuration."""
+    architecture, get = info.architecture, info.hyperparameter
+    if architecture in _LARGE_LAYERS:
+        large = info.layers == _LARGE_LAYERS[architecture]
+        width = config["hidden_size"] // config["num_attention_heads"]
+        settings = {
+            "sliding_window": get("attention.sliding_window", config["max_position_embeddings"]),
+            "query_pre_attn_scalar": width if large else config["head_dim"],
+            "final_logit_softcapping": get("final_logit_softcapping"),
+        }
+        if architecture == "gemma3":
+            local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", 10000.0)}
+            rope = {"full_attention": config["rope_parameters"], "sliding_attention": local}
+            return {**settings, "rope_parameters": rope}
+        # llama.cpp's defaults
+        return {
+            **settings,
+            "attn_logit_softcapping": get("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": get("final_logit_softcapping", 30.0),
+        }
+    if architecture == "phi3":
+        rotated = get("rope.dimension_count", config["head_dim"]) / config["head_dim"]
+        rope = {**config["rope_parameters"], "partial_rotary_factor": rotated}
+        return {
+            "sliding_window": get("attention.sliding_window") or None,
+            "original_max_position_embeddings": get("rope.scaling.original_context_length"),
+            "rope_parameters": rope,
+        }
+    if architecture == "qwen3moe":
+        return {
+            "num_experts": get("expert_count"),
+            "num_experts_per_tok": get("expert_used_count"),
+            "moe_intermediate_size": get("expert_feed_forward_length"),
+            "norm_topk_prob": True,
+        }
+    return {}
+
+
+def _rope(info: GgufInfo, head_dim: int) -> JsonObject:
+    """Return the rotary settings of full attention."""
+    get, tensors = info.hyperparameter, {tensor.name: tensor for tensor in info.tensors}
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
+    original, kind = get("rope.scaling.original_context_length"), get("rope.scaling.type", "none")
+    if factors := tensors.get("rope_freqs.weight"):
+        return rope | _llama3_scaling(info, rope["rope_theta"], head_dim, _values(factors))
+    if "rope_factors_long.weight" in tensors:
+        by_length = {
+            f"{name}_factor": _values(tensors[f"rope_factors_{name}.weight"]).tolist()
+            for name in ("long", "short")
+        }
+        return (
+            rope
+            | {"rope_type": "longrope", "original_max_position_embeddings": original}
+            | (by_length)
+        )
+    if kind == "linear":
+        return rope | {"rope_type": "linear", "factor": get("rope.scaling.factor")}
+    if kind == "yarn":
+        names = {
+            "factor": "factor",
+            "original_max_position_embeddings": "original_context_length",
+            "attention_factor": "yarn_attn_factor",
+            "beta_fast": "yarn_beta_fast",
+            "beta_slow": "yarn_beta_slow",
+        }
+        values = {key: get(f"rope.scaling.{name}") for key, name in names.items()}
+        return rope | {"rope_type": "yarn"} | {k: v for k, v in values.items() if v is not None}
+    if kind != "none":
+        raise GattError(
+            f"{info.path}: a rotary embedding with {kind!r} scaling found; 'linear' or 'yarn' "
+            "expected. Take the model's Hugging Face folder."
+        )
+    return rope
+
+
+def _llama3_scaling(info: GgufInfo, theta: float, head_dim: int, factors: Array) -> JsonObject:
+    """Return the settings of Llama 3's scaling that lead to a file's frequency factors.
+
+    Its models differ in the factor, which the lowest frequency shows, and in the first context.
+    """
+    settings: JsonObject = {
+        "rope_type": "llama3",
+        "factor": float(factors.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    }
+    for exponent in range(13, 25):
+        for context in (8192, 1 << exponent, 1 << (26 - exponent)):
+            settings["original_max_position_embeddings"] = context
+            computed = llama3_factors({**settings, "rope_theta": theta}, head_dim)
+            if computed.shape == factors.shape and np.allclose(computed, factors, rtol=1e-4):
+                return settings
+    raise GattError(
+        f"{info.path}: its frequency factors (rope_freqs) are not those of Llama 3, and "
+        "transformers has no setting for others. Take the model's Hugging Face folder."
+    )
+
+
+def _values(tensor: StoredTensor) -> Array:
+    return ggml.dequantize(tensor.data, tensor.kind, tensor.shape[-1]).reshape(-1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _GgufWeights:
+    """A tensor of a GGUF, or an expert of one, as transformers stores it, in bfloat16.
+
+    `order` has the stored row of each row, `shift` is what Gemma's norms are stored without."""
+
+    file: Path
+    shape: tuple[int, ...]
+    stored: StoredTensor
+    first_row: int = 0
+    order: RowOrder | None = None
+    shift: float = 0.0
+    dtype: str = "BF16"
+
+    def load(self, rows: slice | RowOrder) -> Array:
+        """Return (rows, columns) float32 of some rows; a vector is one row."""
+        count = math.prod(self.shape[:-1])
+        chosen = np.arange(count)[rows] + self.first_row
+        if self.order is not None and len(self.shape) > 1:
+            chosen = self.order[chosen]
+        values = ggml.dequantize(self.stored.data[chosen], self.stored.kind, self.shape[-1])
+        if self.order is not None and len(self.shape) == 1:
+            values = values[:, self.order]
+        return values - np.float32(self.shift)
+
+
+def _weights(base: GgufBase, info: GgufInfo) -> dict[str, Weights]:
+    """Return the weights of a GGUF by transformers' names.
+
+    Raises:
+        GattError: a tensor that has no name there.
+    """
+    import gguf
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[info.architecture.upper()], info.layers)
+    stored = {tensor.name: tensor for tensor in info.tensors}
+    keys = ["model.embed_tokens", "model.norm", "lm_head"]
+    fused = base.architecture == "phi3"  # Phi-3 stores gate and up as one
+    for n in range(info.layers):
+        keys += [
+            f"model.layers.{n}.{module.replace('up_proj', 'gate_up_proj') if fused else module}"
+            for module in _MODULES
+        ]
+    weights: dict[str, Weights] = {}
+    used = {name for name in stored if name.startswith("rope_")}
+    for key in (f"{key}.{end}" for key in keys for end in ("weight", "bias")):
+        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        if name in stored and name not in used:
+            used.add(name)
+            weights |= _by_key(base, key, stored[name], info.path)
+    if unknown := stored.keys() - used:
+        raise GattError(
+            f"{info.path} holds {min(unknown)}, which has no place in transformers. Take the "
+            "model's Hugging Face folder."
+        )
+    return weights
+
+
+def _by_key(base: GgufBase, key: str, tensor: StoredTensor, file: Path) -> dict[str, Weights]:
+    """Return a tensor by its key, or each of its experts."""
+    *experts, rows, columns = (1, *tensor.shape)
+    if len(tensor.shape) == 3:
+        return {
+            key.replace(".experts.", f".experts.{n}."): _GgufWeights(
+                file=file, shape=(rows, columns), stored=tensor, first_row=n * rows
+            )
+            for n in range(experts[-1])
+        }
+    order = row_order(base, tensor.name, tensor.shape[0])
+    shift = base.family.norm_shift if tensor.name.endswith("norm.weight") else 0.0
+    return {
+        key: _GgufWeights(
+            file=file,
+            shape=tensor.shape,
+            stored=tensor,
+            order=None if order is None else np.argsort(order),
+            shift=shift,
+        )
+    }

@@ -1,0 +1,1 @@
+"""What servers differ in: their addresses, and the parameters that they refuse."""
