@@ -5,15 +5,24 @@ The docstring under a field is its help in `gatt init`.
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
-from pipeline.records import MAX_THOUGHT_TOKENS, Constraint
+from pipeline.custom_instructions import parse_pool_entry
+from pipeline.records import MAX_THOUGHT_TOKENS, Constraint, CustomInstruction
 
 VocabularyKind = Literal[
     "opening", "closing", "persona", "signature", "hashtag", "address", "heading", "json"
 ]
+
+
+def _parse_pool_entry(entry: object, info: ValidationInfo) -> object:
+    return parse_pool_entry(entry, (info.context or {}).get("folder", Path()))
+
+
+PoolEntry = Annotated[Constraint | CustomInstruction, BeforeValidator(_parse_pool_entry)]
 
 
 class Section(BaseModel):
@@ -46,39 +55,40 @@ class Dialogues(Section):
 class Instructions(Section):
     """What is taught (Llama 2 paper, section 3.3)."""
 
-    vocabulary_kinds: tuple[VocabularyKind, ...] = (
-        *("opening", "closing", "persona", "signature", "hashtag", "address", "heading", "json"),
-    )
+    vocabulary_kinds: tuple[VocabularyKind, ...] = ()
     """Kinds that get a new value from the built-in vocabulary in every dialogue, so that the model
     learns to follow any value. Every other dialogue has one of these.
     """
-    pool: tuple[Constraint, ...] = (
-        Constraint("uppercase"),
-        Constraint("lowercase"),
-        Constraint("title_case"),
-        Constraint("exclamations"),
-        Constraint("emoji"),
-        Constraint("bold"),
-        Constraint("no_commas"),
-        Constraint("numbered_list"),
-        Constraint("bullet_list"),
-        Constraint("block_quote"),
-        Constraint("quotes"),
-        Constraint("brackets", "parentheses"),
-        Constraint("brackets", "square brackets"),
-        Constraint("code_block"),
+    pool: tuple[PoolEntry, ...] = (
+        Constraint("opening", "Ahoy!"),
+        Constraint("opening", "Hark!"),
+        Constraint("opening", "Good news:"),
+        Constraint("closing", "Over and out."),
+        Constraint("closing", "Stay curious!"),
+        Constraint("persona", "Captain Nemo"),
     )
-    """Constraints to draw from; `gatt instructions --kinds` lists the kinds."""
+    """Instructions to draw from: kinds (`gatt instructions --kinds`), and your own words, such as
+    {text = "You are Ziggy. Never mention prices.", checks = [{not_regex = "[$€]"}], place =
+    "system"}. Only the text is needed; `place` is "first" (message) or "system". Checks are a kind,
+    `regex`, `not_regex`, `function` = "module:function" of reply and dialogue, `ifeval` = a public
+    name with `arguments`, or `rubric`, which the judge reads.
+    """
+    file: str = ""
+    """More instructions in your own words: TOML with [[instructions]] or JSONL of such tables, a
+    text with one on each line, or a folder of system prompts (*.txt, *.md)."""
+    bake: str = ""
+    """A system prompt that the model shall follow without being given it, in place of all other
+    instructions: a text file, or a character card (PNG or JSON)."""
     generate: tuple[Literal["persona", "hobby", "language"], ...] = ()
     """Kinds whose values the teacher lists itself, as in the paper; only values that it knows join
     the pool. They are saved in `lists.toml` of the run, where you can edit them."""
     generate_count: int = Field(default=8, ge=1)
     """Values of each such kind."""
-    recall_ratio: float = Field(default=0.2, ge=0, le=1)
+    recall_ratio: float = Field(default=0.0, ge=0, le=1)
     """Fraction of the training dialogues that set attributes in turn 1 ("Your name is Ada and you
     live in Rome.") and ask for them later.
     """
-    combine_ratio: float = Field(default=0.2, ge=0, le=1)
+    combine_ratio: float = Field(default=0.15, ge=0, le=1)
     """Fraction of the dialogues whose instruction combines two or three compatible constraints."""
     short_ratio: float = Field(default=0.3, ge=0, le=1)
     """Fraction of the training dialogues that show the shortened instruction (in the paper, half of
@@ -88,7 +98,7 @@ class Instructions(Section):
     """Fraction of the training dialogues without an instruction, so that the model learns not to
     invent one.
     """
-    system_ratio: float = Field(default=0.2, ge=0, le=1)
+    system_ratio: float = Field(default=0.0, ge=0, le=1)
     """Fraction of the instructed dialogues with the instruction in the system message instead of
     the first turn.
     """
@@ -96,14 +106,24 @@ class Instructions(Section):
     """Fraction of the dialogues with the instruction in the system message in which the user later
     contradicts it, and it holds.
     """
-    change_ratio: float = Field(default=0.15, ge=0, le=1)
+    change_ratio: float = Field(default=0.0, ge=0, le=1)
     """Fraction of the other instructed dialogues in which another instruction replaces the first
     ("From now on: ...").
     """
-    stop_ratio: float = Field(default=0.15, ge=0, le=1)
+    stop_ratio: float = Field(default=0.0, ge=0, le=1)
     """Fraction of the other instructed dialogues in which the user ends the instruction ("You no
     longer need to do that.").
     """
+
+    @property
+    def constraints(self) -> tuple[Constraint, ...]:
+        """Return the constraints of the pool."""
+        return tuple(entry for entry in self.pool if isinstance(entry, Constraint))
+
+    @property
+    def custom(self) -> tuple[CustomInstruction, ...]:
+        """Return the instructions of the pool that are in the user's own words."""
+        return tuple(entry for entry in self.pool if isinstance(entry, CustomInstruction))
 
 
 class Synthesize(Section):
@@ -127,6 +147,9 @@ class Synthesize(Section):
     logged, never trained on; an answer that is cut within its thoughts is rejected."""
     max_sentences: int = Field(default=1, ge=1)
     """An edited answer is cut after this many sentences."""
+    judge: str = ""
+    """A model, as in `model`, or a server, that judges sampled answers to instructions that no
+    program can check: without checks, or with a rubric. "" accepts these as they are."""
     temperature: float = Field(default=0.8, ge=0)
     """Sampling temperature; with top-k 40, min-p 0.05 and DRY against repeating earlier answers."""
     max_parallel: int = Field(default=0, ge=0)
@@ -266,12 +289,12 @@ class Evaluate(Section):
     suite_turns: int = Field(default=10, ge=2)
     """Turns of these dialogues; recall uses `turns`."""
     unseen: tuple[Constraint, ...] = (
-        Constraint("question"),
-        Constraint("postscript"),
-        Constraint("initial", "T"),
-        Constraint("keyword", "river"),
-        Constraint("hobby", "chess"),
-        Constraint("number"),
+        Constraint("opening", "Well, well!"),
+        Constraint("closing", "So it goes."),
+        Constraint("persona", "Ada Lovelace"),
+        Constraint("hashtag", "goodtoknow"),
+        Constraint("signature", "Ada"),
+        Constraint("uppercase"),
     )
     """Instructions that are not trained: new values of trained kinds, and kinds that are new
     altogether.
@@ -303,3 +326,8 @@ class Recipe(Section):
     train: Train = Train()
     export: Export = Export()
     evaluate: Evaluate = Evaluate()
+
+    @property
+    def chat_system(self) -> str:
+        """Return the system message that the tuned model is used with: none with a baked prompt."""
+        return "" if self.instructions.bake else self.dialogues.system

@@ -6,6 +6,8 @@ names the nearest known one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from tomlkit.exceptions import ParseError, TOMLKitError
 from pipeline.errors import GattError, did_you_mean
 from pipeline.files import decode_text, without_surrogates
 from pipeline.recipe import Recipe
-from pipeline.records import Constraint
+from pipeline.records import Constraint, CustomInstruction
 
 QUICK = (
     "dialogues.train=40",
@@ -66,10 +68,11 @@ def load_recipe(path: Path | None, overrides: tuple[str, ...] = ()) -> Recipe:
             message names the key.
     """
     data = read_toml(path) if path is not None else {}
+    folder = path.parent if path is not None else Path()
     for override in overrides:
         _override(data, override)
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(data, context={"folder": folder})
     except ValidationError as error:
         raise GattError(f"{path or 'recipe'}: {_explain(error)}") from error
 
@@ -125,6 +128,8 @@ def _explain(error: ValidationError) -> str:
     """Return the first problem in one line; an unknown key comes with the nearest valid one."""
     problem = error.errors()[0]
     place = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "value_error":  # one of our own, which says everything
+        return f"{place}: {problem['ctx']['error']}"
     if problem["type"] != "extra_forbidden":
         message = f"{place} = {problem['input']!r}: {problem['msg']}."
         return f"{message} `gatt init` lists every key with its meaning."
@@ -168,10 +173,17 @@ def _toml_value(value: object) -> object:
         return value
     array = tomlkit.array()
     for item in value:
-        if isinstance(item, Constraint):
-            row = tomlkit.inline_table()
-            row.update({"kind": item.kind, **({"value": item.value} if item.value else {})})
-            array.append(row)
-        else:
-            array.append(item)
-    return array.multiline(multiline=bool(value) and isinstance(value[0], Constraint))
+        is_entry = isinstance(item, Constraint | CustomInstruction)
+        array.append(_table(asdict(item)) if is_entry else item)
+    return array.multiline(multiline=any(map(is_dataclass, value)))
+
+
+def _table(values: Mapping[str, object]) -> tomlkit.items.InlineTable:
+    """Return what is not empty of a constraint, or of an instruction with its checks."""
+    row = tomlkit.inline_table()
+    for key, value in values.items():
+        if isinstance(value, tuple):
+            value = [_table(item) for item in value]
+        if value:
+            row.append(key, value)
+    return row

@@ -23,6 +23,8 @@ thought, so that there is no answer.
 
 MAX_THOUGHT_TOKENS = 2048
 """Tokens that a reasoning model may think for one answer, if nothing else is set."""
+_NAME_LENGTH = 40
+"""Characters of the name of an instruction in the user's own words."""
 OMIT_EMPTY = {"omit_empty": True}
 """Metadata of a field that a line of a log leaves out while it is empty."""
 
@@ -45,7 +47,7 @@ class Dialogue:
 
 @dataclass(frozen=True, slots=True)
 class Constraint:
-    """A verifiable requirement on every answer: a kind of `registry.KINDS`, and its value."""
+    """A verifiable requirement on every answer: a kind of the registry, and its value."""
 
     kind: str
     value: str = ""
@@ -54,6 +56,30 @@ class Constraint:
     def name(self) -> str:
         """Return the constraint as tables show it: "opening: Ahoy!"."""
         return f"{self.kind}: {self.value}" if self.value else self.kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CustomInstruction:
+    """An instruction in the user's own words.
+
+    `short` is a shortened wording, or "". `checks` say what is checked of the answers; without any,
+    nothing is. `place` is where the instruction is given: in the first message, or in the system
+    message. `label` is its name in tables; "" is the beginning of the text.
+    """
+
+    text: str
+    short: str = ""
+    checks: tuple[Constraint, ...] = ()
+    place: Literal["first", "system"] = "first"
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """Return the instruction as tables show it."""
+        if self.label:
+            return self.label
+        line = " ".join(self.text.split())
+        return line if len(line) <= _NAME_LENGTH else f"{line[: _NAME_LENGTH - 3].rstrip()}..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +98,20 @@ class Instruction:
     `text` is the full wording, `short` the shortened one ("Figure: Napoleon."). Answers have to
     meet the `constraints`; `recall_questions` test later what is remembered. An instruction that
     only ends another one has no `text`: nothing is expected from there on, and `short` says so.
+    One in the user's own words has a `label`, its name in tables.
     """
 
     text: str
     short: str
     constraints: tuple[Constraint, ...]
     recall_questions: tuple[RecallQuestion, ...] = ()
+    label: str = ""
 
     @property
     def name(self) -> str:
         """Return the instruction as tables show it: "opening: Ahoy!, bold", "name and hobby"."""
+        if self.label:
+            return self.label
         if not self.text:
             return "stop"
         attributes = " and ".join(question.attribute for question in self.recall_questions)
@@ -127,10 +157,10 @@ class SynthesizedDialogue(TypedDict):
 class Reply:
     """One answer of an evaluated model; turns are counted from 1.
 
-    `obeys` is the result of the instruction's check. `defect` is "", or why the reply is not a
-    valid answer (a loop, a repeat, empty). `recall_attribute` is the attribute that a recall
-    question asked for instead of the turn's own message, or "". `thoughts` are those of a reasoning
-    model; they are not scored.
+    `obeys` is the result of the instruction's check; None if it has none, or there is no
+    instruction. `defect` is "", or why the reply is not a valid answer (a loop, a repeat, empty).
+    `recall_attribute` is the attribute that a recall question asked for instead of the turn's own
+    message, or "". `thoughts` are those of a reasoning model; they are not scored.
     """
 
     arm: str
@@ -140,7 +170,7 @@ class Reply:
     prompt_tokens: int
     tokens: int
     finish: FinishReason
-    obeys: bool
+    obeys: bool | None
     defect: str
     recall_attribute: str = ""
     thoughts: str = field(default="", metadata=OMIT_EMPTY)
@@ -148,7 +178,7 @@ class Reply:
     @property
     def adherent(self) -> bool:
         """Return whether the reply obeys and has no defect."""
-        return self.obeys and not self.defect
+        return bool(self.obeys) and not self.defect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

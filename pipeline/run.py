@@ -23,7 +23,8 @@ from pipeline.run_dir import STAGES, Input, RunDir
 from pipeline.system import is_main_process
 
 _ADDED_KEYS = {
-    "synthesize": ("max_thought_tokens",),
+    "instructions": ("file", "bake"),
+    "synthesize": ("max_thought_tokens", "judge"),
     "train": ("optimizer",),
     "evaluate": ("max_thought_tokens",),
 }

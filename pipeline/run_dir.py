@@ -141,13 +141,17 @@ class RunDir:
         """Prepare the folder of a stage that is about to run.
 
         What an attempt with the same settings and inputs left stays, and is resumed. What another
-        one left is moved aside, never mixed in.
+        one left is moved aside, never mixed in. An attempt that a user's Python function has
+        stopped is resumed with the corrected one.
         """
         folder, fingerprint = self.path / stage, _fingerprint(settings, inputs)
         started = folder / "started.json"
         if started.exists():
             earlier: Fingerprint = json.loads(started.read_text(encoding="utf-8"))
-            if _changes(earlier, started.stat().st_mtime, settings, inputs):
+            changes = _changes(earlier, started.stat().st_mtime, settings, inputs)
+            if not (folder / "manifest.json").exists():
+                changes = [name for name in changes if ".py" not in name]
+            if changes:
                 folder.rename(_unused(folder, time.strftime("%Y%m%d-%H%M%S")))
         (folder / "manifest.json").unlink(missing_ok=True)
         write_json(started, fingerprint)

@@ -18,8 +18,8 @@ from pipeline.evaluation.rates import Rate
 from pipeline.evaluation.scores import Scores
 from pipeline.export.summary import ExportSummary, FormatSummary
 from pipeline.files import write_json, write_jsonl, write_text
+from pipeline.gatt.assign import assign_evaluation
 from pipeline.gatt.assignment import write_splits
-from pipeline.gatt.instructions import assign_evaluation
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import recipe_toml
 from pipeline.records import Constraint, Dialogue, Reply

@@ -71,12 +71,15 @@ def _side_by_side(base: Arm, tuned: Arm) -> tuple[float, float, float]:
         BatchEngine(tuned.path, 1, 256, adapter=tuned.adapter) as second,
     ):
         for chat in _CHATS:
-            tokens, positions = divergence._tokenize(first, chat)
-            pairs = list(zip(first.logits(tokens[:-1]), second.logits(tokens[:-1]), strict=True))
-            for position in positions:
-                p, q = (scipy.special.log_softmax(row.astype(float)) for row in pairs[position - 1])
-                losses.append((-p[tokens[position]], -q[tokens[position]]))
-                kl.append(float(scipy.special.rel_entr(np.exp(p), np.exp(q)).sum()))
+            for turn in (1, 3):
+                prompt = first.tokenize(first.template.render(chat[:turn]))
+                answer = first.tokenize(chat[turn]["content"])
+                tokens = [*prompt, *answer[:-1]]
+                rows = list(zip(first.logits(tokens), second.logits(tokens), strict=True))
+                for token, pair in zip(answer, rows[-len(answer) :], strict=True):
+                    p, q = (scipy.special.log_softmax(row.astype(float)) for row in pair)
+                    losses.append((-p[token], -q[token]))
+                    kl.append(float(scipy.special.rel_entr(np.exp(p), np.exp(q)).sum()))
     base_loss, tuned_loss = np.mean(losses, axis=0)
     return float(np.exp(base_loss)), float(np.exp(tuned_loss)), float(np.mean(kl))
 

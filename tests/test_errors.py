@@ -15,6 +15,7 @@ from support.cli import Completed, Gatt, call_gatt
 
 from pipeline.data.splits import split_dialogues
 from pipeline.errors import GattError
+from pipeline.gatt.assign import ConstraintPool
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.recipe_file import _RENAMED, load_recipe
 from pipeline.records import Constraint
@@ -90,12 +91,12 @@ def test_too_few_dialogues() -> None:
 
 
 def test_an_empty_pool() -> None:
-    with pytest.raises(GattError, match=r"instructions\.pool is empty"):
-        check_pool((), Evaluate())
+    with pytest.raises(GattError, match=r"instructions\.pool.* empty"):
+        check_pool(ConstraintPool(()), Evaluate())
 
 
 def test_a_constraint_that_needs_a_judge() -> None:
-    pool = (AHOY, Constraint("style", "talk like a pirate"))
+    pool = ConstraintPool((AHOY, Constraint("style", "talk like a pirate")))
     with pytest.raises(GattError, match=r"talk like a pirate.*evaluate\.judge"):
         check_pool(pool, Evaluate())
     check_pool(pool, Evaluate(judge="smollm2-135m"))

@@ -15,7 +15,7 @@ ROOMS = sorted({PACKAGE, *(file.parent for file in PACKAGE.rglob("__init__.py"))
 MAX_MODULES = 12
 MAX_README_LINES = 80
 ROOT_MODULES = {
-    *("run", "run_dir", "recipe", "recipe_file"),
+    *("run", "run_dir", "recipe", "recipe_file", "custom_instructions"),
     *("folders", "files", "gpu", "system", "console", "records", "errors"),
 }
 

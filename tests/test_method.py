@@ -181,8 +181,8 @@ def test_training_asks_for_the_attributes_of_turn_1() -> None:
         assert len(assigned.exact_answers) == len(values) > 0
         assert all(any(v in answer for v in values) for answer in assigned.exact_answers.values())
         for turn in assigned.exact_answers:
-            asked = {q.question for q in assigned.recall_questions}
-            assert turn > 0 and assigned.dialogue.turns[turn] in asked
+            questions = {q.question for q in assigned.recall_questions}
+            assert turn > 0 and assigned.dialogue.turns[turn] in questions
         statement = assigned.student_instructions[0]
         assert all(value in statement for value in values)
 

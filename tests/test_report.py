@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,19 +17,22 @@ from support.golden import Golden
 
 from pipeline.evaluation.aggregate import compute_scores
 from pipeline.evaluation.attention import AttentionMap
+from pipeline.evaluation.fidelity import AnswerKl, summarize
 from pipeline.evaluation.rates import wilson
 from pipeline.evaluation.scores import (
     ChangeScores,
     ChangeTurn,
     Degradation,
+    Fidelity,
     Judgment,
     RateRow,
     Scores,
 )
-from pipeline.evaluation.suites import build_suites
+from pipeline.evaluation.suites import SuiteSettings, build_suites
 from pipeline.export.summary import ExportSummary, FormatSummary, MergeBase, MergeTrial
 from pipeline.files import write_json, write_jsonl
 from pipeline.gatt.acceptance import Acceptance, AcceptanceRow
+from pipeline.gatt.assign import ConstraintPool
 from pipeline.gatt.assignment import AssignedDialogue, Splits, write_splits
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.records import Constraint, Dialogue, Reply
@@ -120,7 +124,11 @@ def _splits() -> Splits:
         for n in range(4)
     ]
     unseen = (Constraint("uppercase"), Constraint("opening", "Well, well!"))
-    suites = build_suites(dialogues, _POOL, unseen, 10, 20)
+    pool = ConstraintPool(_POOL)
+    settings = SuiteSettings(
+        pool=pool, trained=_POOL, unseen=unseen, turns=10, full_turns=20, seed=1
+    )
+    suites = build_suites(dialogues, settings)
     evaluation = [
         replace(changing, dialogue=dialogue)
         for dialogue, changing in zip(dialogues, suites["change"], strict=True)
@@ -171,11 +179,19 @@ def _measure_the_rest(run_dir: RunDir) -> None:
         primary="recall",
         degradation=Degradation(90, {"base": 3.0, "tuned": 3.3}, {"base": 0.0, "tuned": 0.1}),
         judge=Judgment("big", wilson(7, 10), reliable=False, scores=()),
+        fidelity=_fidelity(),
     )
     write_json(run_dir.scores, scores)
     attention = AttentionMap([[0.5, 1.0], [0.2, 0.4]], [1, 2], (0, 1), [0.5, 0.1])
     write_json(run_dir.attention, {"base": attention, "tuned": attention})
     write_json(run_dir.losses, [2.0, 1.5, 1.2])
+
+
+def _fidelity() -> Fidelity:
+    """Return a fidelity of 75 % in turn 2, and of -25 % in turn 3."""
+    base = [AnswerKl(name, f"say {name}", turn, 10, 4.0) for name in "ab" for turn in (2, 3)]
+    tuned = [answer._replace(kl=1.0 if answer.turn == 2 else 5.0) for answer in base]
+    return summarize(base, {"tuned": tuned, "rival": base})
 
 
 def _scores(run_dir: RunDir) -> Scores:
@@ -205,7 +221,7 @@ def test_page_has_every_section_and_leaves_out_what_was_not_measured(
     always = [
         "Over several turns",
         "How long until the first broken answer",
-        "By instruction",
+        "By kind",
         "Side by side",
         "Training data",
         "Export",
@@ -216,6 +232,7 @@ def test_page_has_every_section_and_leaves_out_what_was_not_measured(
         "Recall",
         "Instructions that were not trained",
         "When the instruction changes",
+        "Reminder fidelity",
         "Leakage and damage",
         "One question, one instruction",
         "The judge",
@@ -310,7 +327,7 @@ def test_adherence_figure_names_its_lines_and_counts_dialogues(full: RunDir) -> 
     svg = _svg(full, "adherence")
     for text in ("base", "GAtt-tuned", "rival", "base, reminded every turn"):
         assert f">{text}<" in svg
-    assert "turn (4 dialogues; " in svg
+    assert "turn (2 to 4 dialogues; " in svg
 
 
 def test_figures_show_seven_models_and_tables_all(bare: RunDir) -> None:
@@ -502,3 +519,35 @@ def test_results_are_saved_as_json(full: RunDir) -> None:
     assert report["facts"]["teacher"] == "my-teacher"
     assert report["export"]["merge_trials"]["nf4"] == {"kl_trained": 0.0, "nll": 1.75}
     assert Scores.from_json(json.dumps(report["scores"])) == _scores(full)
+
+
+def test_the_fidelity_of_each_model_is_a_table_and_a_sentence(full: RunDir, bare: RunDir) -> None:
+    rows = _csv(full, "fidelity_by_turn")
+    assert [(r["turn"], r["tuned: fidelity"], r["rival: fidelity"]) for r in rows] == [
+        ("2", "75%", "0%"),
+        ("3", "-25%", "0%"),
+    ]
+    markdown = (full.report / "report.md").read_text(encoding="utf-8")
+    assert (
+        "tuned, told once: 25% nearer to the base reminded in every turn than the base told once "
+        "is (95 % interval 25 to 25%, 2 dialogues, 40 tokens, turns 2 to 3)."
+    ) in markdown
+    assert "rival, told once: no nearer to the base reminded in every turn than" in markdown
+    assert "Reminder fidelity" not in (bare.report / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_baked_prompt_has_its_own_section(full: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(full.path, tmp_path, dirs_exist_ok=True)
+    run_dir = RunDir(tmp_path)
+    fidelity = replace(_fidelity(), baked=True, saved_tokens=120.0)
+    write_json(run_dir.scores, replace(_scores(full), fidelity=fidelity))
+    run(_recipe(run_dir), run_dir)
+    markdown = (run_dir.report / "report.md").read_text(encoding="utf-8")
+    assert "### Baked prompt" in markdown and "### Reminder fidelity" not in markdown
+    assert (
+        "tuned, without the prompt: 25% nearer to the base with it than the base without the "
+        "prompt is (95 % interval 25 to 25%, 2 dialogues, 40 tokens, turns 2 to 3)."
+    ) in markdown
+    assert "Without the prompt, each request is 120 tokens shorter." in markdown
+    assert "a trained trait shows in" not in markdown  # leakage has no meaning
+    assert "does the model give that of the prompt?" in markdown

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from pipeline.gatt.constraints.registry import obeys
+from pipeline.gatt.constraints.registry import is_judged, obeys, required_words
 from pipeline.gatt.ghost import CHANGE_PREFIX, ghost, with_instruction
 from pipeline.gatt.instructions import parse_instruction
 from pipeline.gatt.quality import find_defect
@@ -147,12 +147,13 @@ class Conversation:
         """Return the verdict on a model's answer in turn `number`, given its earlier answers."""
         turn = self.turns[number - 1]
         constraints = turn.instruction.constraints
-        if not constraints or turn.is_summary:
+        if not constraints or turn.is_summary or is_judged(constraints):
             return Verdict(None)
         text = turn.answers[model_index]
         earlier = [previous.answers[model_index] for previous in self.turns[: number - 1]]
-        defect = find_defect(text, earlier, " ".join(c.value for c in constraints))
-        if not obeys(constraints, text):
+        defect = find_defect(text, earlier, required_words(constraints))
+        dialogue = self.before(number).messages(model_index, turn.user)
+        if not obeys(constraints, text, dialogue):
             return Verdict("✗", defect)
         return Verdict("~" if defect else "✓", defect)
 

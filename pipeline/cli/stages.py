@@ -65,6 +65,13 @@ def run(
     run: Run = DEFAULT_RUN,
     quick: Quick = False,
     set: Set = None,
+    bake: Annotated[
+        str,
+        typer.Option(
+            help="Train the model to follow this system prompt without being given it: a text "
+            "file, or a character card (PNG or JSON)."
+        ),
+    ] = "",
 ) -> None:
     """Run every stage; stages that are up to date are skipped. Example: gatt run my.toml --run
     runs/mine
@@ -72,6 +79,8 @@ def run(
     from pipeline.run import open_run, run_stages
 
     changes = override_list(set, quick=quick)
+    if bake:
+        changes.append(f"instructions.bake={json.dumps(bake)}")
     settings, run_dir = open_run(recipe, run, changes, reuse_recipe=False)
     run_stages(settings, run_dir)
     tuned = run_dir.tuned(settings.export.formats[0])
@@ -86,12 +95,15 @@ def _chat_command(settings: Recipe, tuned: Path) -> str:
     import shutil
     import subprocess
 
-    from pipeline.gatt.instructions import render_instruction
+    from pipeline.gatt.instructions import instruction_of
 
     on_path = shutil.which("gatt")
     program = "gatt" if on_path else os.path.relpath(Path(sys.executable).with_name("gatt"))
-    instruction = render_instruction(settings.instructions.pool[:1]).text
-    options = ["--system", settings.dialogues.system, "--instruction", instruction]
+    options: list[str] = []
+    if not settings.instructions.bake:
+        options = ["--system", settings.dialogues.system]
+        if pool := settings.instructions.pool:
+            options += ["--instruction", instruction_of(pool[0]).text]
     words = [program, "chat", str(tuned), *options]
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 

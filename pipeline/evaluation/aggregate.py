@@ -68,8 +68,9 @@ def compute_scores(
                 adherence(answers, lambda r: (r.arm, r.recall_attribute))
             ),
         )
-    if plain := by_suite.get("plain"):
-        leakage, leaked = _leakage(plain, [c for c in trained if shows_obedience(c)])
+    visible = [c for c in trained if shows_obedience(c)]
+    if visible and (plain := by_suite.get("plain")):
+        leakage, leaked = _leakage(plain, visible)
         scores = replace(scores, leakage=leakage, leaked=leaked)
     if single := by_suite.get("single"):
         kinds = {d.dialogue.id: d.constraints(0)[0].kind for d in suites["single"]}
@@ -100,12 +101,10 @@ def _by_arm(replies: Iterable[Reply]) -> dict[str, list[Reply]]:
 
 def _trained(replies: Sequence[Reply], dialogues: Sequence[AssignedDialogue]) -> Scores:
     """Return the numbers of the instructions that were trained."""
-    kinds = {d.dialogue.id: ", ".join(c.kind for c in d.constraints(0)) for d in dialogues}
-    families = {
-        d.dialogue.id: " and ".join(dict.fromkeys(kind_of(c).family for c in d.constraints(0)))
-        for d in dialogues
-    }
-    turns = max((r.turn for r in replies), default=0)
+    kinds, families = ({d.dialogue.id: name(d) for d in dialogues} for name in (_kinds, _families))
+    of_all, turns = _by_arm(replies), max((r.turn for r in replies), default=0)
+    unchecked = {r.dialogue for r in replies if r.obeys is None and r.finish != "context"}
+    replies = [r for r in replies if r.dialogue not in unchecked]
     first = max(1, turns - 4)
     last_five = [r for r in replies if r.turn >= first]
     after_first = [r for r in replies if r.turn > 1]
@@ -118,28 +117,43 @@ def _trained(replies: Sequence[Reply], dialogues: Sequence[AssignedDialogue]) ->
         by_family=rate_rows(adherence(replies, lambda r: (r.arm, families[r.dialogue]))),
         last_five=rate_rows(adherence(last_five, lambda r: (r.arm, last_turns))),
         last_five_unfiltered=rate_rows(
-            rates(last_five, lambda r: (r.arm, last_turns), lambda r: r.obeys)
+            rates(last_five, lambda r: (r.arm, last_turns), lambda r: bool(r.obeys))
         ),
         after_first=rate_rows(adherence(after_first, lambda r: (r.arm, later_turns))),
-        replies={arm: _count(of_arm) for arm, of_arm in by_arm.items()},
+        replies={arm: _count(of_arm) for arm, of_arm in of_all.items()},
         difference={
             arm: paired_bootstrap(last_five_by_arm["base"], of_arm)
             for arm, of_arm in last_five_by_arm.items()
             if arm != "base"
         },
         survival={arm: kaplan_meier(lifetimes(of_arm).values()) for arm, of_arm in by_arm.items()},
-        distinct_2={arm: distinct_n(of_arm, 2) for arm, of_arm in by_arm.items()},
-        required_sample_size=required_sample_size(last_five_by_arm["tuned"]),
+        distinct_2={arm: distinct_n(of_arm, 2) for arm, of_arm in of_all.items()},
+        required_sample_size=required_sample_size(last_five_by_arm.get("tuned", ())),
+        unchecked=tuple(dict.fromkeys(d.name for d in dialogues if d.dialogue.id in unchecked)),
     )
+
+
+def _kinds(dialogue: AssignedDialogue) -> str:
+    """Return the kinds of a dialogue's constraints, or the name of a custom instruction."""
+    if dialogue.is_custom:
+        return dialogue.name
+    return ", ".join(c.kind for c in dialogue.constraints(0))
+
+
+def _families(dialogue: AssignedDialogue) -> str:
+    if dialogue.is_custom:
+        return "custom"
+    return " and ".join(dict.fromkeys(kind_of(c).family for c in dialogue.constraints(0)))
 
 
 def _count(replies: Sequence[Reply]) -> ReplyCounts:
     return ReplyCounts(
         all=len(replies),
-        obey=sum(r.obeys for r in replies),
+        obey=sum(bool(r.obeys) for r in replies),
         no_answer=sum(bool(r.defect) for r in replies),
         cut=sum(r.finish == "length" for r in replies),
         left_out=sum(r.finish == "context" for r in replies),
+        unchecked=sum(r.obeys is None for r in replies),
     )
 
 

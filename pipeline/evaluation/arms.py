@@ -39,14 +39,20 @@ class Arm:
     repeats_instruction: bool = False
 
     def open(
-        self, settings: Evaluate, dialogues: int, weights: LoadedModel | None = None
+        self,
+        settings: Evaluate,
+        dialogues: int,
+        weights: LoadedModel | None = None,
+        further_tokens: int = 0,
     ) -> GenerationEngine:
         """Open the model for up to `dialogues` dialogues; `weights` are those of `path`, if loaded.
+
+        A dialogue may be longer than usual by `further_tokens`.
 
         Raises:
             GattError: as `open_generator`.
         """
-        context = context_for(settings.turns, settings.max_tokens)
+        context = context_for(settings.turns, settings.max_tokens) + further_tokens
         source = weights or self.path
         if source is None:
             return open_generator(

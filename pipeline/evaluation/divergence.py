@@ -25,16 +25,30 @@ _MAX_MEMORY_FRACTION = 0.25
 """Fraction of the free memory that they may take."""
 
 
-class BaseLogits(NamedTuple):
-    """What the base predicts in one chat.
-
-    `values` has the shape (positions, vocab_size): a row in float32 for the token at each of the
-    `positions` in `tokens`, those of the answers.
-    """
+class ChatPass(NamedTuple):
+    """Tokens that one pass evaluates, and the positions of the answers in them."""
 
     tokens: list[int]
-    positions: list[int]
+    answers: list[range]
+
+
+class AnswerLogits(NamedTuple):
+    """What a model predicts for an answer: a row (vocab_size) of `values` for each token."""
+
+    tokens: list[int]
     values: Array
+
+
+class BaseLogits(NamedTuple):
+    """What the base predicts for the answers of one chat."""
+
+    passes: list[ChatPass]
+    answers: list[AnswerLogits]
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of the logits."""
+        return sum(answer.values.nbytes for answer in self.answers)
 
 
 class TokenScore(NamedTuple):
@@ -58,11 +72,11 @@ def measure_degradation(
     waiting = list(chats)
     with progress("evaluate: degradation", len(chats) * len(tuned)) as bar:
         while waiting:
-            logits = _base_logits(base, waiting, context)
+            logits, vocab_size = _base_logits(base, waiting, context)
             waiting = waiting[len(logits) :]
             for arm in tuned:
                 with _open(arm, context) as model:
-                    if model.vocab_size == logits[0].values.shape[1]:
+                    if model.vocab_size == vocab_size:
                         scores.setdefault(arm.name, []).extend(compare_to_base(model, logits))
                 bar.advance(len(logits))
     perplexity: dict[str, float] = {}
@@ -79,48 +93,64 @@ def _open(arm: Arm, context: int) -> BatchEngine:
     return BatchEngine(arm.path, 1, context, adapter=arm.adapter)
 
 
-def _base_logits(base: Arm, chats: Sequence[Sequence[Message]], context: int) -> list[BaseLogits]:
-    """Return the base's logits in the first of the `chats`: at least one, and as many as fit."""
-    limit = min(_MAX_LOGITS_BYTES, _MAX_MEMORY_FRACTION * available_memory())
+def _base_logits(
+    base: Arm, chats: Sequence[Sequence[Message]], context: int
+) -> tuple[list[BaseLogits], int]:
+    """Return the base's logits in the first of the `chats`, at least one, and its vocab_size."""
+    limit = max_logits_bytes()
     logits: list[BaseLogits] = []
     with _open(base, context) as engine:
         for messages in chats:
-            tokens, positions = _tokenize(engine, messages)
-            logits.append(BaseLogits(tokens, positions, _rows(engine, tokens, positions)))
-            if sum(chat.values.nbytes for chat in logits) >= limit:
+            passes = answer_passes(engine, messages)
+            logits.append(BaseLogits(passes, list(answer_logits(engine, passes))))
+            if sum(chat.bytes for chat in logits) >= limit:
                 break
-    return logits
+        return logits, engine.vocab_size
+
+
+def max_logits_bytes() -> float:
+    """Return how many bytes of logits are kept at a time."""
+    return min(_MAX_LOGITS_BYTES, _MAX_MEMORY_FRACTION * available_memory())
 
 
 def compare_to_base(model: BatchEngine, base: Sequence[BaseLogits]) -> Iterator[TokenScore]:
     """Yield the scores of a model of the base's vocabulary, for each row of the base's logits."""
-    for tokens, positions, values in base:
-        rows = zip(positions, values, _rows(model, tokens, positions), strict=True)
-        for position, base_row, model_row in rows:
-            p, q = log_softmax(base_row), log_softmax(model_row)
-            token = tokens[position]
-            yield TokenScore(-float(p[token]), -float(q[token]), kl_divergence(p, q))
+    for passes, answers in base:
+        for (tokens, base_rows), (_, rows) in zip(
+            answers, answer_logits(model, passes), strict=True
+        ):
+            for token, base_row, row in zip(tokens, base_rows, rows, strict=True):
+                p, q = log_softmax(base_row), log_softmax(row)
+                yield TokenScore(-float(p[token]), -float(q[token]), kl_divergence(p, q))
 
 
-def _rows(engine: BatchEngine, tokens: Sequence[int], positions: Sequence[int]) -> Array:
-    """Return the logits (positions, vocab_size) for the tokens at these positions."""
-    wanted = set(positions)
-    rows = np.empty((len(positions), engine.vocab_size), np.float32)
-    n = 0
-    for position, row in enumerate(engine.logits(tokens[:-1]), 1):
-        if position in wanted:
-            rows[n] = row
-            n += 1
-    return rows
+def answer_passes(engine: BatchEngine, messages: Sequence[Message]) -> list[ChatPass]:
+    """Return the chat up to its last answer as passes that contain each answer once, in order.
 
-
-def _tokenize(engine: BatchEngine, messages: Sequence[Message]) -> tuple[list[int], list[int]]:
-    """Return the tokens up to the last answer, and the positions of the answers' text."""
-    tokens: list[int] = []
-    positions: list[int] = []
+    A pass goes on as long as the template renders an earlier answer as the model has generated it.
+    Where it does not (some leave thoughts out), each answer has a pass with its own prompt.
+    """
+    passes: list[ChatPass] = []
     for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
-            prompt = engine.tokenize(engine.template.render(messages[:turn]))
-            tokens = prompt + engine.tokenize(message["content"])
-            positions += range(len(prompt), len(tokens))
-    return tokens, positions
+        if message["role"] != "assistant":
+            continue
+        prompt = engine.tokenize(engine.template.render(messages[:turn]))
+        tokens = prompt + engine.tokenize(message["content"])
+        earlier = passes.pop() if passes else ChatPass([], [])
+        if prompt[: len(earlier.tokens)] != earlier.tokens:
+            passes.append(earlier)
+            earlier = ChatPass([], [])
+        passes.append(ChatPass(tokens, [*earlier.answers, range(len(prompt), len(tokens))]))
+    return passes
+
+
+def answer_logits(engine: BatchEngine, passes: Sequence[ChatPass]) -> Iterator[AnswerLogits]:
+    """Yield what a model predicts for each answer, in order."""
+    for tokens, answers in passes:
+        first = answers[0].start
+        rows = enumerate(engine.logits(tokens[:-1], first - 1), first)
+        for answer in answers:
+            values = np.empty((len(answer), engine.vocab_size), np.float32)
+            for n, expected in enumerate(answer):
+                values[n] = next(row for position, row in rows if position == expected)
+            yield AnswerLogits(tokens[answer.start : answer.stop], values)

@@ -12,18 +12,22 @@ from typing import NamedTuple
 
 from pipeline.console import log, progress
 from pipeline.evaluation.aggregate import rate_rows
-from pipeline.evaluation.judge_prompts import RELIABLE_AGREEMENT, balanced, question, verdict
+from pipeline.evaluation.judge_prompts import (
+    JUDGE_CONTEXT,
+    RELIABLE_AGREEMENT,
+    balanced,
+    question,
+    verdict,
+)
 from pipeline.evaluation.rates import adherence, wilson
 from pipeline.evaluation.replies import Note
 from pipeline.evaluation.scores import Judgment
 from pipeline.files import JsonlLog
 from pipeline.gatt.assignment import AssignedDialogue
-from pipeline.gatt.constraints.registry import kind_of
 from pipeline.inference.generator import open_generator
 from pipeline.records import MAX_THOUGHT_TOKENS, Reply, Request, Task
 
 _CALIBRATION_REPLIES = 200
-_CONTEXT = 2048
 _MAX_TOKENS = 4
 """Tokens of a verdict."""
 
@@ -56,17 +60,16 @@ def judge(
     Raises:
         GattError: no such model, or nobody answers at that address.
     """
-    by_id = {d.dialogue.id: d for d in dialogues if d.instruction and d.constraints(0)}
+    by_id = {d.dialogue.id: d for d in dialogues if d.constraints(0) or d.needs_judge(0)}
     measured = [
         r
         for r in replies
         if r.dialogue in by_id and not r.recall_attribute and r.finish != "context"
     ]
-    unchecked = [r for r in measured if _needs_judge(by_id[r.dialogue], r)]
-    checked = [r for r in measured if not _needs_judge(by_id[r.dialogue], r)]
-    calibration = balanced(
-        [r for r in checked if r.obeys], [r for r in checked if not r.obeys], _CALIBRATION_REPLIES
-    )
+    unchecked = [r for r in measured if by_id[r.dialogue].needs_judge(r.turn - 1)]
+    checked = [r for r in measured if not by_id[r.dialogue].needs_judge(r.turn - 1)]
+    good, bad = ([r for r in checked if r.obeys is obeys] for obeys in (True, False))
+    calibration = balanced(good, bad, _CALIBRATION_REPLIES)
     verdicts = _verdicts(
         name,
         [*calibration, *unchecked],
@@ -86,7 +89,9 @@ def judge(
             f"evaluate: the judge gave no verdict on {missing} of {len(unchecked)} replies, which "
             "count as not adherent."
         )
-    judged = {r: replace(r, obeys=bool(verdicts[_Key.of(r)])) for r in unchecked}
+    judged = {
+        r: replace(r, obeys=r.obeys is not False and bool(verdicts[_Key.of(r)])) for r in unchecked
+    }
     by_instruction = adherence(judged.values(), lambda r: (r.arm, by_id[r.dialogue].name))
     return [judged.get(r, r) for r in replies], Judgment(
         model=name,
@@ -94,10 +99,6 @@ def judge(
         reliable=agreement.value >= RELIABLE_AGREEMENT,
         scores=rate_rows(by_instruction),
     )
-
-
-def _needs_judge(dialogue: AssignedDialogue, reply: Reply) -> bool:
-    return any(kind_of(c).judged for c in dialogue.constraints(reply.turn - 1))
 
 
 def _verdicts(
@@ -120,7 +121,7 @@ def _verdicts(
             def ask(reply: Reply) -> Task:
                 dialogue, turn = dialogues[reply.dialogue], reply.turn - 1
                 prompt = question(
-                    dialogue.student_instructions[turn], dialogue.dialogue.turns[turn], reply.text
+                    dialogue.criterion(turn), dialogue.dialogue.turns[turn], reply.text
                 )
                 completion = yield Request(
                     messages=prompt,
@@ -140,7 +141,7 @@ def _verdicts(
                 with open_generator(
                     name,
                     dialogues=len(missing),
-                    context=_CONTEXT,
+                    context=JUDGE_CONTEXT,
                     max_thought_tokens=max_thought_tokens,
                 ) as model:
                     model.run(map(ask, missing))

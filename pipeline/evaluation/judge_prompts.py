@@ -11,6 +11,8 @@ from pipeline.records import Message
 
 T = TypeVar("T")
 
+JUDGE_CONTEXT = 2048
+"""Tokens of a judge's context."""
 RELIABLE_AGREEMENT = 0.8
 """Agreement with the exact checks below which verdicts are marked as not reliable."""
 _RUBRIC = """A user gave an assistant this instruction at the beginning of a chat:

@@ -11,7 +11,6 @@ from pipeline.console import log, progress
 from pipeline.evaluation.arms import Arm
 from pipeline.files import JsonlLog
 from pipeline.gatt.assignment import AssignedDialogue
-from pipeline.gatt.ghost import augment
 from pipeline.gatt.rollout import MakeRequest, ReplyKey, Rollout, Turn, turns_of
 from pipeline.gatt.seeds import derive_seed
 from pipeline.gguf.reader import open_gguf
@@ -48,7 +47,7 @@ def generate_replies(
                 reply_log.append(reply)
                 bar.advance()
 
-            for arm, weights in _with_weights(arms):
+            for arm, weights in with_weights(arms):
                 dialogues = _dialogues(arm, suites)
                 rollout = Rollout(
                     arm=arm.name,
@@ -57,7 +56,9 @@ def generate_replies(
                     record=record,
                     recorded=replies,
                 )
-                with arm.open(recipe.evaluate, len(dialogues), weights) as model:
+                turns = recipe.evaluate.turns if arm.repeats_instruction else 1
+                longer = max((d.further_tokens(turns) for d in dialogues), default=0)
+                with arm.open(recipe.evaluate, len(dialogues), weights, longer) as model:
                     model.run(map(rollout.run, dialogues))
                 note(model.name, model.changes)
     _log_unfinished_thoughts(replies.values(), recipe.evaluate.max_thought_tokens)
@@ -76,9 +77,13 @@ def _log_unfinished_thoughts(replies: Iterable[Reply], max_thought_tokens: int) 
         )
 
 
-def _with_weights(arms: Sequence[Arm]) -> Iterator[tuple[Arm, LoadedModel | None]]:
-    """Yield each arm with the weights of its file, which are loaded once for all arms of it."""
-    by_file = sorted(arms, key=lambda arm: str(arm.path))
+def with_weights(arms: Sequence[Arm]) -> Iterator[tuple[Arm, LoadedModel | None]]:
+    """Yield each arm with the weights of its file, which are loaded once for all arms of it.
+
+    Files are loaded one after another, in the order of their first arms.
+    """
+    files = [arm.path for arm in arms]
+    by_file = sorted(arms, key=lambda arm: files.index(arm.path))
     for path, arms_of_file in groupby(by_file, key=lambda arm: arm.path):
         weights = LoadedModel(open_gguf(path)) if path else None
         for arm in arms_of_file:
@@ -112,9 +117,7 @@ def _make_request(recipe: Recipe, arm: Arm) -> MakeRequest:
 
     def make_request(dialogue: AssignedDialogue, turn: Turn, answers: list[str]) -> Request:
         if arm.repeats_instruction:
-            messages = augment(
-                dialogue.dialogue.turns, answers, dialogue.student_instructions, system
-            )
+            messages = dialogue.reminded_prompt(answers, system)
         else:
             messages = dialogue.student_prompt(answers, system)
         position = [dialogue.dialogue.id, turn.number]
@@ -132,16 +135,20 @@ def _make_request(recipe: Recipe, arm: Arm) -> MakeRequest:
     return make_request
 
 
-def chat_of(
-    dialogue: AssignedDialogue, arm: str, replies: Iterable[Reply], system: str
-) -> tuple[Message, ...]:
-    """Return a dialogue with the answers of an arm, up to its last one."""
-    answers = [
+def answers_of(dialogue: AssignedDialogue, arm: str, replies: Iterable[Reply]) -> list[str]:
+    """Return the answers of an arm to a dialogue, as far as turn 1 was in the context."""
+    return [
         reply.text
         for reply in replies
         if (reply.arm, reply.dialogue) == (arm, dialogue.dialogue.id)
         and reply.finish != "context"
         and not reply.recall_attribute
     ]
-    messages = dialogue.student_prompt(answers, system)
+
+
+def chat_of(
+    dialogue: AssignedDialogue, arm: str, replies: Iterable[Reply], system: str
+) -> tuple[Message, ...]:
+    """Return a dialogue with the answers of an arm, up to its last one."""
+    messages = dialogue.student_prompt(answers_of(dialogue, arm, replies), system)
     return messages[:-1] if messages[-1]["role"] == "user" else messages

@@ -37,6 +37,7 @@ class ReplyCounts:
 
     `obey` counts answers that obey, good or not, and `no_answer` loops, repeats and empty ones.
     `cut` counts those at `max_tokens`, `left_out` those whose turn 1 had left the context window.
+    `unchecked` counts those whose instruction nothing checks.
     """
 
     all: int
@@ -44,6 +45,7 @@ class ReplyCounts:
     no_answer: int
     cut: int
     left_out: int
+    unchecked: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,42 @@ class Degradation:
     kl: Mapping[str, JsonFloat]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FidelityRow:
+    """Reminder fidelity of one arm `at` a turn or an instruction, over `tokens` of answers.
+
+    `kl` is KL(reminded base‖arm told once), `base_kl` that of the base told once, in nats per
+    token. `value` is 1 - kl / base_kl with its 95 % interval over the `dialogues`; nan for less
+    than two.
+    """
+
+    arm: str
+    at: int | str
+    kl: float
+    base_kl: float
+    value: JsonFloat
+    low: JsonFloat
+    high: JsonFloat
+    tokens: int
+    dialogues: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How near each arm that is told once comes to the base that is reminded in every turn.
+
+    A turn in which both see the same chat does not count, such as turn 1. `saved_tokens` is by how
+    many tokens the last prompt of a dialogue is shorter without reminders. Where a prompt is
+    `baked`, it is the reminder, and without it nothing is told.
+    """
+
+    overall: tuple[FidelityRow, ...]
+    by_turn: tuple[FidelityRow, ...]
+    by_instruction: tuple[FidelityRow, ...]
+    saved_tokens: float = 0.0
+    baked: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Judgment:
     """The judge `model`, how often it agrees with exact checks, and the rates by its verdicts."""
@@ -112,7 +150,8 @@ class Scores:
     `generalization` has rows for new values of trained kinds and for new kinds; `by_unseen` has one
     for each kind. `combined` is adherence to two constraints at once. After a `stop` the
     instruction should not be obeyed any more, after a `contradiction` of the system message it
-    should. `leaked` counts the trained traits that plain replies show.
+    should. `leaked` counts the trained traits that plain replies show. `unchecked` names the
+    instructions of training that nothing checks: no rate includes them.
     """
 
     turns: int
@@ -139,9 +178,11 @@ class Scores:
     recall_by_attribute: tuple[RateRow, ...] = ()
     leakage: tuple[RateRow, ...] = ()
     leaked: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    unchecked: tuple[str, ...] = ()
     single: tuple[RateRow, ...] = ()
     single_by_kind: tuple[RateRow, ...] = ()
     degradation: Degradation | None = None
+    fidelity: Fidelity | None = None
     judge: Judgment | None = None
 
     @classmethod

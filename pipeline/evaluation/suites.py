@@ -25,11 +25,12 @@ from pipeline.gatt.assign import (
     unseen_values,
 )
 from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.bake import with_prompt
 from pipeline.gatt.constraints.registry import KINDS, compatible, shows_obedience
 from pipeline.gatt.ghost import CHANGE_PREFIX
 from pipeline.gatt.instructions import render_instruction
 from pipeline.gatt.vocabulary.attributes import evaluation_attributes
-from pipeline.records import Constraint, Dialogue
+from pipeline.records import Constraint, Dialogue, Instruction
 
 PAPER_RECALL = {"without GAtt": (1.0, 0.1, 0.0, 0.0), "with GAtt": (1.0, 1.0, 1.0, 1.0)}
 """Table 30: the share of attributes recalled in each of `RECALL_TURNS`, judged by people."""
@@ -84,6 +85,31 @@ def build_suites(
     lengths = {"recall": full, "unseen_values": full, "single": 1}
     return {
         name: [_named(name, lengths.get(name, settings.turns), assigned) for assigned in suite]
+        for name, suite in suites.items()
+    }
+
+
+def build_baked_suites(
+    dialogues: Sequence[Dialogue],
+    recalled: Instruction | None,
+    *,
+    turns: int,
+    full_turns: int,
+    plain: bool,
+) -> dict[str, list[AssignedDialogue]]:
+    """Return the further suites for a baked prompt: which name the model gives, and what was lost.
+
+    `recalled` is the prompt with a question about the name, if it has one. `plain` adds dialogues
+    with another system message.
+    """
+    suites = {
+        "plain": [AssignedDialogue(dialogue=d) for d in dialogues] if plain else [],
+        "recall": [with_prompt(d, recalled) for d in dialogues] if recalled else [],
+        "single": _single(dialogues),
+    }
+    lengths = {"plain": turns, "recall": full_turns, "single": 1}
+    return {
+        name: [_named(name, lengths[name], assigned) for assigned in suite]
         for name, suite in suites.items()
     }
 

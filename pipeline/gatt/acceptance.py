@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.constraints.language import language_of
 from pipeline.gatt.constraints.registry import edit, kind_of, obeys, prefix_fails
 from pipeline.gatt.quality import find_defect, has_repeated_ngrams, is_on_topic
 from pipeline.gatt.text import first_sentences, words
@@ -62,6 +63,11 @@ def judge_candidate(
     text = raw
     if raw and assigned.method == "edited":
         text = edit(assigned.constraints(key.turn), raw)
+    verdict = _answer_verdict(assigned, key.turn, completion, raw, [a.raw for a in accepted])
+    if verdict == ACCEPTED:
+        dialogue = assigned.student_prompt([a.text for a in accepted], "")
+        if not obeys(assigned.constraints(key.turn), text, dialogue):
+            verdict = "disobeys"
     return Answer(
         dialogue=key.dialogue,
         turn=key.turn,
@@ -69,21 +75,16 @@ def judge_candidate(
         raw=raw,
         text=text,
         tokens=completion.tokens,
-        verdict=_verdict(assigned, key.turn, completion, raw, text, [a.raw for a in accepted]),
+        verdict=verdict,
         thoughts=completion.thoughts,
     )
 
 
-def _verdict(
-    assigned: AssignedDialogue,
-    turn: int,
-    completion: Completion,
-    raw: str,
-    text: str,
-    earlier: list[str],
+def _answer_verdict(
+    assigned: AssignedDialogue, turn: int, completion: Completion, raw: str, earlier: list[str]
 ) -> str:
-    """Return `ACCEPTED`, or the first reason why the candidate is not."""
-    sampled, constraints = assigned.method == "sampled", assigned.constraints(turn)
+    """Return `ACCEPTED`, or the first reason why it is not, of an answer that may not obey."""
+    sampled = assigned.method == "sampled"
     if completion.finish == "context":
         return "context"
     if completion.finish == "thinking":
@@ -100,13 +101,25 @@ def _verdict(
     )
     if defect:
         return defect
-    # The topic cannot be compared with a question in another language.
-    in_language = any(kind_of(c).family == "language" for c in constraints)
-    if not in_language and not is_on_topic(raw, [*assigned.dialogue.turns[: turn + 1], *earlier]):
+    if not _keeps_to_topic(assigned, turn, raw, earlier):
         return "off topic"
-    if sampled and completion.finish == "length":
-        return "unfinished"
-    return ACCEPTED if obeys(constraints, text) else "disobeys"
+    return "unfinished" if sampled and completion.finish == "length" else ACCEPTED
+
+
+def _keeps_to_topic(assigned: AssignedDialogue, turn: int, raw: str, earlier: list[str]) -> bool:
+    """Return whether an answer has to do with the dialogue, as far as that can be told.
+
+    It cannot of an answer in another language than the question. An instruction in the user's own
+    words may change the topic, as by a refusal.
+    """
+    turns, instruction = assigned.dialogue.turns[: turn + 1], assigned.active_instruction(turn)
+    if any(kind_of(c).family == "language" for c in assigned.constraints(turn)):
+        return True
+    if instruction is None or not instruction.label:
+        return is_on_topic(raw, [*turns, *earlier])
+    if language_of(raw) != language_of(turns[-1]):
+        return True
+    return is_on_topic(raw, [*turns, *earlier, instruction.text])
 
 
 def cannot_be_accepted(constraints: tuple[Constraint, ...], prefix: str) -> bool:

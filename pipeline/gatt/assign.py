@@ -5,16 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle, zip_longest
+from itertools import count, cycle, zip_longest
 from typing import NamedTuple
 
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import compatible, editable
 from pipeline.gatt.ghost import CHANGE_PREFIX
-from pipeline.gatt.instructions import render_instruction
+from pipeline.gatt.instructions import custom_instruction, instruction_of, render_instruction
 from pipeline.gatt.vocabulary.attributes import training_attributes
 from pipeline.gatt.vocabulary.values import draw_value
-from pipeline.records import Constraint, Dialogue, Instruction
+from pipeline.records import Constraint, CustomInstruction, Dialogue, Instruction
 
 _STOPS = (
     "You no longer need to do that.",
@@ -47,28 +47,40 @@ class Ratios:
     edited: float  # of those that an edit can satisfy: edited, not sampled
 
 
+PoolEntry = Constraint | CustomInstruction
+
+
 class ConstraintPool(NamedTuple):
-    """What is trained: constraints, and kinds whose values `draw_value` draws."""
+    """What is trained: constraints, kinds whose values `draw_value` draws, and custom instructions.
+
+    The latter are in the user's own words.
+    """
 
     constraints: Sequence[Constraint]
     vocabulary_kinds: Sequence[str] = ()
+    custom: Sequence[CustomInstruction] = ()
 
-    def draw(self, rng: random.Random) -> Constraint:
-        """Return any constraint."""
-        if self.vocabulary_kinds and (not self.constraints or rng.random() < 0.5):
+    @property
+    def listed(self) -> Sequence[PoolEntry]:
+        """Return everything that is not drawn from the vocabulary."""
+        return [*self.custom, *self.constraints]
+
+    def draw(self, rng: random.Random) -> PoolEntry:
+        """Return anything."""
+        if self.vocabulary_kinds and (not self.listed or rng.random() < 0.5):
             kind = rng.choice(self.vocabulary_kinds)
             return Constraint(kind, draw_value(kind, "train", rng))
-        return rng.choice(self.constraints)
+        return rng.choice(self.listed)
 
-    def in_turn(self, rng: random.Random) -> Iterator[Constraint]:
-        """Yield constraints without end: by turns from the vocabulary and from the others."""
-        kinds, constraints = cycle(self.vocabulary_kinds), cycle(self.constraints)
+    def in_turn(self, rng: random.Random) -> Iterator[PoolEntry]:
+        """Yield entries without end: by turns from the vocabulary and from the others."""
+        kinds, listed = cycle(self.vocabulary_kinds), cycle(self.listed)
         while True:
             if self.vocabulary_kinds:
                 kind = next(kinds)
                 yield Constraint(kind, draw_value(kind, "train", rng))
-            if self.constraints:
-                yield next(constraints)
+            if self.listed:
+                yield next(listed)
 
 
 def assign_training(
@@ -76,7 +88,8 @@ def assign_training(
 ) -> list[AssignedDialogue]:
     """Assign an instruction, or none, to every dialogue, evenly over the pool.
 
-    The assignments are equal for equal seeds.
+    Every custom instruction gets a dialogue, if there are enough. The assignments are equal for
+    equal seeds.
     """
     return _TrainingDraw(pool, ratios, seed).assign(dialogues)
 
@@ -90,7 +103,14 @@ class _TrainingDraw:
         self._in_turn = pool.in_turn(self._rng)
 
     def assign(self, dialogues: Sequence[Dialogue]) -> list[AssignedDialogue]:
-        return [self._assign(dialogue) for dialogue in dialogues]
+        assigned = [self._assign(dialogue) for dialogue in dialogues]
+        present = {a.instruction for a in assigned}
+        others = [n for n, a in enumerate(assigned) if not a.is_custom]
+        for custom in self._pool.custom:
+            if others and custom_instruction(custom) not in present:
+                number = others.pop()
+                assigned[number] = self._with_custom(dialogues[number], custom)
+        return assigned
 
     def _assign(self, dialogue: Dialogue) -> AssignedDialogue:
         if self._happens(self._ratios.plain):
@@ -109,18 +129,21 @@ class _TrainingDraw:
         instruction, questions = training_attributes(count, self._rng)
         positions = sorted(self._rng.sample(range(1, len(turns)), count))
         by_position = dict(zip(positions, self._rng.sample(questions, count), strict=True))
-        for position, asked in by_position.items():
-            turns[position] = asked.question
+        for position, pair in by_position.items():
+            turns[position] = pair.question
         return AssignedDialogue(
             dialogue=replace(dialogue, turns=tuple(turns)),
             instruction=instruction,
             method="edited",
             in_system=self._happens(self._ratios.system),
-            exact_answers={position: asked.answer for position, asked in by_position.items()},
+            exact_answers={position: pair.answer for position, pair in by_position.items()},
         )
 
     def _with_instruction(self, dialogue: Dialogue) -> AssignedDialogue:
-        constraints = self._combined(next(self._in_turn))
+        entry = next(self._in_turn)
+        if isinstance(entry, CustomInstruction):
+            return self._with_custom(dialogue, entry)
+        constraints = self._combined(entry)
         edited = editable(constraints) and self._happens(self._ratios.edited)
         assigned = AssignedDialogue(
             dialogue=dialogue,
@@ -132,6 +155,18 @@ class _TrainingDraw:
         )
         return self._with_event(assigned) if len(dialogue.turns) > 1 else assigned
 
+    def _with_custom(self, dialogue: Dialogue, custom: CustomInstruction) -> AssignedDialogue:
+        """Give an instruction as it is: no edit can meet all that a text may ask for."""
+        assigned = AssignedDialogue(
+            dialogue=dialogue,
+            instruction=custom_instruction(custom),
+            method="sampled",
+            shortened=bool(custom.short) and self._happens(self._ratios.short),
+            in_system=custom.place == "system",
+            change_turn=self._rng.randrange(1, max(2, len(dialogue.turns))),
+        )
+        return self._with_event(assigned) if len(dialogue.turns) > 1 else assigned
+
     def _combined(self, first: Constraint) -> tuple[Constraint, ...]:
         """Return `first`, in `ratios.combine` of the cases with one or two compatible ones."""
         chosen = [first]
@@ -139,11 +174,13 @@ class _TrainingDraw:
             count = self._rng.randint(2, _MAX_COMBINED)
             # A draw that does not combine is left out; the pool may have none that does.
             for candidate in self._candidates(4 * count):
+                if isinstance(candidate, CustomInstruction):
+                    continue
                 if len(chosen) < count and all(compatible(candidate, c) for c in chosen):
                     chosen.append(candidate)
         return tuple(chosen)
 
-    def _candidates(self, count: int) -> Iterator[Constraint]:
+    def _candidates(self, count: int) -> Iterator[PoolEntry]:
         return (self._pool.draw(self._rng) for _ in range(count))
 
     def _with_event(self, assigned: AssignedDialogue) -> AssignedDialogue:
@@ -174,9 +211,21 @@ class _TrainingDraw:
         """Return an instruction with another constraint, or None if the pool has no other."""
         present = assigned.constraints(0)
         for candidate in self._candidates(20):
-            if candidate not in present and editable((candidate,)) == editable(present):
+            if isinstance(candidate, CustomInstruction):
+                if _may_replace(candidate, assigned):
+                    return custom_instruction(candidate)
+            elif assigned.is_custom or (
+                candidate not in present and editable((candidate,)) == editable(present)
+            ):
                 return render_instruction((candidate,), self._rng.randrange(3))
         return None
+
+
+def _may_replace(custom: CustomInstruction, assigned: AssignedDialogue) -> bool:
+    """Return whether a user could say `custom` halfway; its answers have to be sampled."""
+    assert assigned.instruction
+    is_other = custom.text != assigned.instruction.text
+    return is_other and assigned.method == "sampled" and custom.place == "first"
 
 
 def stop(wording: str) -> Instruction:
@@ -199,13 +248,34 @@ def spread(constraints: Sequence[Constraint]) -> list[Constraint]:
 
 
 def assign_evaluation(
-    dialogues: Sequence[Dialogue], constraints: Sequence[Constraint]
+    dialogues: Sequence[Dialogue],
+    constraints: Sequence[Constraint],
+    custom: Sequence[CustomInstruction] = (),
 ) -> list[AssignedDialogue]:
-    """Assign the constraints, one to each dialogue, evenly over kinds and then over values."""
-    instructions = [render_instruction((constraint,)) for constraint in spread(constraints)]
+    """Assign the constraints, one to each dialogue, evenly over kinds and then over values.
+
+    Custom instructions and constraints come by turns. The custom ones that are left get copies of
+    the dialogues, so that each is measured.
+    """
+    pairs = zip_longest(spread(constraints), custom)
+    entries: list[PoolEntry] = [entry for pair in pairs for entry in pair if entry]
+    assigned = list(zip(dialogues, cycle(entries), strict=False))
+    present = [entry for _, entry in assigned]
+    copies = (
+        replace(dialogue, id=f"{dialogue.id}.{number}")
+        for number in count(2)
+        for dialogue in dialogues
+    )
+    if dialogues:
+        left = [entry for entry in custom if entry not in present]
+        assigned += zip(copies, left, strict=False)
     return [
-        AssignedDialogue(dialogue=dialogue, instruction=instruction)
-        for dialogue, instruction in zip(dialogues, cycle(instructions), strict=False)
+        AssignedDialogue(
+            dialogue=dialogue,
+            instruction=instruction_of(entry),
+            in_system=isinstance(entry, CustomInstruction) and entry.place == "system",
+        )
+        for dialogue, entry in assigned
     ]
 
 

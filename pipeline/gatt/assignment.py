@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.files import read_json, write_json
+from pipeline.gatt.constraints.registry import is_judged, required_words
 from pipeline.gatt.ghost import CHANGE_PREFIX, augment, ghost
 from pipeline.records import (
     Constraint,
@@ -20,6 +21,11 @@ from pipeline.records import (
     RecallQuestion,
     SynthesisMethod,
 )
+
+_BYTES_PER_TOKEN = 3
+"""Of a text; few tokens have less."""
+_SHORT_TOKENS = 64
+"""A short instruction, counted in this way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +37,7 @@ class AssignedDialogue:
     `change_turn` (from 0) something happens, at most one of two: `next_instruction` replaces
     `instruction` or ends it, or the user says `contradiction`, against an instruction in the system
     message, which holds. `exact_answers` has the training answers to recall questions by turn.
+    If `baked`, the instruction is the teacher's system message, and the student has none.
     """
 
     dialogue: Dialogue
@@ -42,6 +49,7 @@ class AssignedDialogue:
     change_turn: int = 0
     contradiction: str = ""
     exact_answers: Mapping[int, str] = field(default_factory=dict)
+    baked: bool = False
 
     @property
     def name(self) -> str:
@@ -55,8 +63,21 @@ class AssignedDialogue:
 
     @property
     def required_words(self) -> str:
-        """Return the values of all constraints; their words do not count as content."""
-        return " ".join(c.value for i in self._instructions for c in i.constraints)
+        """Return the words that answers owe to the constraints; they do not count as content."""
+        return required_words([c for i in self._instructions for c in i.constraints])
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the instruction is in the user's own words."""
+        return bool(self.instruction and self.instruction.label)
+
+    def needs_judge(self, turn: int) -> bool:
+        """Return whether only a judge can tell if the answer of `turn` (from 0) obeys."""
+        instruction = self.active_instruction(turn)
+        if instruction is None:
+            return False
+        is_unchecked = bool(instruction.label) and not instruction.constraints
+        return is_unchecked or is_judged(instruction.constraints)
 
     @property
     def _instructions(self) -> list[Instruction]:
@@ -72,6 +93,13 @@ class AssignedDialogue:
         """Return the constraints on the answer of `turn` (from 0)."""
         instruction = self.active_instruction(turn)
         return instruction.constraints if instruction else ()
+
+    def criterion(self, turn: int) -> str:
+        """Return what a judge is asked about the answer of `turn` (from 0)."""
+        rubrics = [c.value for c in self.constraints(turn) if c.kind == "rubric"]
+        instruction = self.active_instruction(turn)
+        custom = instruction.text if instruction and instruction.label else ""
+        return " ".join(rubrics) or custom or self.student_instructions[turn]
 
     @property
     def student_instructions(self) -> list[str]:
@@ -92,6 +120,8 @@ class AssignedDialogue:
 
         Where answers are sampled, the full instruction stands in every user message; else nowhere.
         """
+        if self.baked:
+            return self.reminded_prompt(answers, system)
         instructions = [""] * len(self.dialogue.turns)
         if self.method == "sampled":
             active = map(self.active_instruction, range(len(self.dialogue.turns)))
@@ -101,12 +131,33 @@ class AssignedDialogue:
     def student_prompt(self, answers: Sequence[str], system: str) -> tuple[Message, ...]:
         """Return the ghosted chat up to the next turn (or the last answer): the student's view."""
         turns, instructions = self.dialogue.turns, self.student_instructions
+        if self.baked:
+            return augment(turns, answers, [""] * len(turns), "")
         if self.in_system:
             system = f"{system} {instructions[0]}".strip()
             instructions = [""] * len(turns)
             if self.contradiction and self.change_turn < len(turns):
                 instructions[self.change_turn] = self.contradiction
         return ghost(turns, answers, instructions, system)
+
+    def reminded_prompt(self, answers: Sequence[str], system: str) -> tuple[Message, ...]:
+        """Return the chat up to the next turn with the student's instruction in every turn.
+
+        If `baked`, the system message has it.
+        """
+        if self.baked and self.instruction:
+            turns = self.dialogue.turns
+            return augment(turns, answers, [""] * len(turns), self.instruction.text)
+        return augment(self.dialogue.turns, answers, self.student_instructions, system)
+
+    def further_tokens(self, turns: int) -> int:
+        """Return about how many tokens a long instruction takes that stands in `turns` messages.
+
+        The contexts of generation have room for a short one in each turn.
+        """
+        longest = max((len(i.text.encode()) for i in self._instructions), default=0)
+        tokens = longest // _BYTES_PER_TOKEN
+        return tokens if self.baked else turns * max(0, tokens - _SHORT_TOKENS)
 
     def with_question(self, turn: int, question: str) -> AssignedDialogue:
         """Return the dialogue up to `turn` (from 1), with `question` as its user message."""
@@ -130,6 +181,24 @@ def read_split(path: Path, split: str) -> list[AssignedDialogue]:
         GattError: as `read_splits`.
     """
     return read_splits(path)[split]
+
+
+def check_files(path: Path) -> list[Path]:
+    """Return the Python files of the users' functions that check answers, out of a file of splits.
+
+    Raises:
+        GattError: as `read_splits`.
+    """
+    if not path.exists() or '"function"' not in path.read_text(encoding="utf-8"):
+        return []
+    constraints = {
+        constraint
+        for dialogues in read_splits(path).values()
+        for assigned in dialogues
+        for constraint in (assigned.instruction.constraints if assigned.instruction else ())
+    }
+    files = {Path(c.value.rpartition(":")[0]) for c in constraints if c.kind == "function"}
+    return sorted(file for file in files if file.is_file())
 
 
 def read_splits(path: Path) -> dict[str, list[AssignedDialogue]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from functools import cache
 
 from pipeline.errors import GattError
-from pipeline.gatt.constraints.registry import KINDS, editable, kind_of
-from pipeline.records import Constraint, Instruction
+from pipeline.gatt.constraints.registry import KINDS, editable, kind_of, prepare
+from pipeline.records import Constraint, CustomInstruction, Instruction
 
 
 def render_instruction(constraints: tuple[Constraint, ...], wording: int = 0) -> Instruction:
@@ -21,6 +21,32 @@ def render_instruction(constraints: tuple[Constraint, ...], wording: int = 0) ->
         full.append(_sentence(template.format(v=constraint.value)))
         short.append(_sentence(kind.short.format(v=constraint.value)))
     return Instruction(" ".join(full), " ".join(short), constraints)
+
+
+def custom_instruction(custom: CustomInstruction) -> Instruction:
+    """Return an instruction in the user's own words; without a short wording both are the same."""
+    return Instruction(custom.text, custom.short or custom.text, custom.checks, label=custom.name)
+
+
+def instruction_of(entry: Constraint | CustomInstruction) -> Instruction:
+    """Return the instruction of an entry of the pool."""
+    if isinstance(entry, Constraint):
+        return render_instruction((entry,))
+    return custom_instruction(entry)
+
+
+def prepare_checks(custom: Iterable[CustomInstruction]) -> None:
+    """Make the checks of instructions ready.
+
+    Raises:
+        GattError: as `registry.prepare`; the message names the instruction.
+    """
+    for instruction in custom:
+        for check in instruction.checks:
+            try:
+                prepare(check)
+            except GattError as error:
+                raise GattError(f"The instruction {instruction.name!r}: {error}") from error
 
 
 def _sentence(text: str) -> str:

@@ -112,13 +112,15 @@ def _checked(
     An answer to a recall question obeys if it mentions the value.
     """
     text = completion.text.strip()
+    is_obeyed: bool | None = None
     if turn.recall:
         is_obeyed, defect = mentions(turn.recall.value, text), find_defect(text, ())
     else:
-        is_obeyed = obeys(dialogue.constraints(turn.number - 1), text)
+        if constraints := dialogue.constraints(turn.number - 1):
+            is_obeyed = obeys(constraints, text, dialogue.student_prompt(answers, ""))
         defect = find_defect(text, answers, dialogue.required_words)
     if completion.finish == "thinking":
-        is_obeyed, defect = False, "unfinished thoughts"
+        is_obeyed, defect = is_obeyed and False, "unfinished thoughts"
     return Reply(
         arm=key.arm,
         dialogue=key.dialogue,

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 from pipeline.gatt.acceptance import (
     ACCEPTED,
@@ -22,10 +24,39 @@ from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.seeds import derive_seed
 from pipeline.gatt.text import has_sentences, words
 from pipeline.recipe import Recipe
-from pipeline.records import Answer, Message, Request, RunTasks, SynthesizedDialogue, Task
+from pipeline.records import (
+    Answer,
+    Completion,
+    Message,
+    Request,
+    RunTasks,
+    SynthesizedDialogue,
+    Task,
+)
 
 _PILOTS = 6
 """Sampled dialogues that try an instruction: if no first turn is accepted, the rest is skipped."""
+_VERDICT_TOKENS = 4
+"""Tokens of a judge's verdict."""
+DISOBEYS_JUDGE = "disobeys (judge)"
+"""The verdict on a candidate that would be accepted, but for the judge."""
+
+
+class Judge(NamedTuple):
+    """A model that judges sampled answers which no program can check.
+
+    `question` makes the chat of a criterion, the user's message and the answer; `verdict` reads
+    what the judge says to it.
+    """
+
+    run: RunTasks
+    question: Callable[[str, str, str], tuple[Message, ...]]
+    verdict: Callable[[str], bool | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Question(Request):
+    """A request that the judge answers, not the teacher."""
 
 
 class Synthesis:
@@ -40,7 +71,9 @@ class Synthesis:
         recipe: Recipe,
         record: Callable[[Answer], None],
         recorded: Iterable[Answer] = (),
+        judge: Judge | None = None,
     ) -> None:
+        self._judge = judge
         self._recipe, self._settings, self._record = recipe, recipe.synthesize, record
         self.answers = {CandidateKey(a.dialogue, a.turn, a.candidate): a for a in recorded}
         self._accepted: dict[str, list[Answer]] = {}
@@ -55,6 +88,8 @@ class Synthesis:
         The result counts the pilot dialogues of each. The pilots run first, so that what is given
         up does not depend on the order in which parallel dialogues finish.
         """
+        if self._judge:
+            run_tasks = _by_turns(run_tasks, self._judge.run)
         sampled: Counter[str] = Counter()
         pilots: list[AssignedDialogue] = []
         rest: list[AssignedDialogue] = []
@@ -81,14 +116,19 @@ class Synthesis:
                 key = CandidateKey(assigned.dialogue.id, turn, candidate)
                 if key not in self.answers:
                     completion = yield self._request(assigned, key, messages)
-                    self.answers[key] = judge_candidate(
+                    answer = judge_candidate(
                         assigned,
                         key,
                         completion,
                         accepted,
                         max_sentences=self._settings.max_sentences,
                     )
-                    self._record(self.answers[key])
+                    if self._judge and self._needs_judge(assigned, answer):
+                        completion = yield self._question(self._judge, assigned, answer)
+                        if not self._judge.verdict(completion.text):
+                            answer = replace(answer, verdict=DISOBEYS_JUDGE)
+                    self.answers[key] = answer
+                    self._record(answer)
                 if self.answers[key].verdict == ACCEPTED:
                     accepted.append(self.answers[key])
                     break
@@ -111,6 +151,22 @@ class Synthesis:
             temperature=settings.temperature,
             stop_when=stop_when,
             max_thought_tokens=settings.max_thought_tokens,
+        )
+
+    def _needs_judge(self, assigned: AssignedDialogue, answer: Answer) -> bool:
+        is_sampled = assigned.method == "sampled"
+        return is_sampled and answer.verdict == ACCEPTED and assigned.needs_judge(answer.turn)
+
+    def _question(self, judge: Judge, assigned: AssignedDialogue, answer: Answer) -> Request:
+        turn = answer.turn
+        return _Question(
+            messages=judge.question(
+                assigned.criterion(turn), assigned.dialogue.turns[turn], answer.text
+            ),
+            seed=0,
+            max_tokens=_VERDICT_TOKENS,
+            temperature=0.0,
+            max_thought_tokens=self._settings.max_thought_tokens,
         )
 
     def _teacher_prompt(
@@ -159,6 +215,44 @@ class Synthesis:
         numbers = range(self._settings.candidates)
         keys = [CandidateKey(assigned.dialogue.id, turn, candidate) for candidate in numbers]
         return [self.answers[key].verdict for key in keys if key in self.answers]
+
+
+_Step = tuple[Task, Request | None]
+"""A task, and what it asks next; None at its end."""
+
+
+def _by_turns(teacher: RunTasks, judge: RunTasks) -> RunTasks:
+    """Return a function that runs tasks with two models, each of which answers many at a time."""
+
+    def run(tasks: Iterable[Task]) -> None:
+        steps: list[_Step] = [(task, next(task, None)) for task in tasks]
+        while steps:
+            questions: list[_Step] = []
+            teacher([_taught(task, request, questions) for task, request in steps])
+            steps = []
+            judge([_judged(task, request, steps) for task, request in questions if request])
+
+    return run
+
+
+def _taught(task: Task, request: Request | None, questions: list[_Step]) -> Task:
+    """Run a task up to its next question for the judge."""
+    while request and not isinstance(request, _Question):
+        request = _send(task, (yield request))
+    if request:
+        questions.append((task, request))
+
+
+def _judged(task: Task, request: Request, steps: list[_Step]) -> Task:
+    steps.append((task, _send(task, (yield request))))
+
+
+def _send(task: Task, completion: Completion) -> Request | None:
+    """Continue a task; None at its end."""
+    try:
+        return task.send(completion)
+    except StopIteration:
+        return None
 
 
 def _up_to_last_answer(messages: tuple[Message, ...]) -> tuple[Message, ...]:

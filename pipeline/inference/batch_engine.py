@@ -117,9 +117,12 @@ class BatchEngine:
         self.run([single_request()], on_text)
         return completions[0]
 
-    def logits(self, tokens: Sequence[int]) -> Iterator[Array]:
-        """Yield for each token the float32 logits (vocab_size) of the token after it."""
-        return self._workers[0].logits(tokens)
+    def logits(self, tokens: Sequence[int], start: int = 0) -> Iterator[Array]:
+        """Yield for each of `tokens[start:]` the float32 logits (vocab_size) of the token after it.
+
+        What a call before has decoded of the tokens before `start` is not decoded again.
+        """
+        return self._workers[0].logits(tokens, start)
 
     def perplexity(self, texts: Iterable[str]) -> float:
         """Return exp of the mean NLL of the texts' tokens, without the first token of each."""

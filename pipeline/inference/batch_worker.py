@@ -102,12 +102,12 @@ class BatchWorker:
                 self._remove(sequence, busy)
         queue.leave()
 
-    def logits(self, tokens: Sequence[int]) -> Iterator[Array]:
-        """Yield for each token the float32 logits (vocab_size) of the token after it.
+    def logits(self, tokens: Sequence[int], start: int = 0) -> Iterator[Array]:
+        """Yield for each of `tokens[start:]` the float32 logits (vocab_size) of the token after it.
 
         No dialogue may be running.
         """
-        return self._context.logits(tokens)
+        return self._context.logits(tokens, start)
 
     def perplexity(self, texts: Iterable[str]) -> float:
         """Return exp of the mean NLL of the texts' tokens, without the first token of each.

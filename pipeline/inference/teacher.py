@@ -24,8 +24,10 @@ _USER_TOKENS = 100
 """Tokens of a user message of the teacher's: the instruction stands in every one of them."""
 
 
-def open_teacher(recipe: Recipe, dialogues: int) -> GenerationEngine:
+def open_teacher(recipe: Recipe, dialogues: int, further_tokens: int = 0) -> GenerationEngine:
     """Open the teacher that the recipe names, for up to `dialogues` dialogues.
+
+    A dialogue may be longer than usual by `further_tokens`.
 
     Where a local teacher is converted to another format, what that costs in quality is logged.
 
@@ -42,7 +44,8 @@ def open_teacher(recipe: Recipe, dialogues: int) -> GenerationEngine:
     return open_generator(
         name,
         dialogues=dialogues,
-        context=context_for(recipe.dialogues.turns, settings.max_tokens, _USER_TOKENS),
+        context=context_for(recipe.dialogues.turns, settings.max_tokens, _USER_TOKENS)
+        + further_tokens,
         format_name=format_name,
         max_parallel=settings.max_parallel,
         max_thought_tokens=settings.max_thought_tokens,

@@ -10,8 +10,9 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import PurePath
 
-from pipeline.gatt.instructions import render_instruction
+from pipeline.gatt.instructions import instruction_of
 from pipeline.recipe import Recipe
 from pipeline.report.facts import shortened_warning
 
@@ -59,7 +60,9 @@ def model_card(recipe: Recipe, model: PublishedModel) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     base = f"[{model.base_id}](https://huggingface.co/{model.base_id})"
-    instructions = [render_instruction((c,)).text for c in recipe.instructions.pool]
+    instructions = [instruction_of(entry).text for entry in recipe.instructions.pool]
+    if file := recipe.instructions.file:
+        instructions.append(f"and those of {PurePath(file).name}")
     if kinds := recipe.instructions.generate:
         instructions.append(f"and values that the teacher listed for: {', '.join(kinds)}")
     card = ModelCard.from_template(
@@ -141,10 +144,10 @@ def _meaning(name: str) -> str:
 def _commands(recipe: Recipe, model: PublishedModel) -> list[str]:
     """Return one command for each program that can chat with the model."""
     chat = ["gatt", "chat", model.model_file]
-    if recipe.dialogues.system:
-        chat += ["--system", recipe.dialogues.system]
-    if recipe.instructions.pool:
-        chat += ["--instruction", render_instruction(recipe.instructions.pool[:1]).text]
+    if recipe.chat_system:
+        chat += ["--system", recipe.chat_system]
+    if recipe.instructions.pool and not recipe.instructions.bake:
+        chat += ["--instruction", instruction_of(recipe.instructions.pool[0]).text]
     title = shlex.quote(model.repository.split("/")[-1].lower())
     ollama = [
         f"ollama create {title} -f {name} && ollama run {title}"

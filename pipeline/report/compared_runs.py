@@ -11,7 +11,6 @@ from pipeline.evaluation.scores import Scores
 from pipeline.export.summary import ExportSummary
 from pipeline.files import read_jsonl
 from pipeline.gatt.assignment import AssignedDialogue, read_split
-from pipeline.gatt.constraints.registry import kind_of
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.records import Dialogue, Reply
@@ -78,6 +77,11 @@ def read_run(path: Path) -> ComparedRun:
         file_bytes=_file_bytes(run_dir),
         training_seconds=trained["seconds"] if trained else None,
     )
+    if not run.replies:
+        raise GattError(
+            f"{path} has no instruction with a check, so that there is no adherence to compare. "
+            "Its report has the reminder fidelity."
+        )
     if all(reply.finish == "context" for reply in run.last_five("tuned")):
         raise GattError(
             f"{path} has no reply of a tuned model in the last five turns. Run "
@@ -105,10 +109,11 @@ def _judged_replies(
         reply = Reply(**row)
         if reply.recall_attribute or reply.dialogue not in by_id:
             continue
-        constraints = by_id[reply.dialogue].constraints(reply.turn - 1)
-        if any(kind_of(constraint).judged for constraint in constraints):
+        if by_id[reply.dialogue].needs_judge(reply.turn - 1):
+            if not verdicts and reply.obeys is None:  # nothing has checked it
+                continue
             verdict = verdicts.get((reply.arm, reply.dialogue, reply.turn), False)
-            reply = replace(reply, obeys=verdict)
+            reply = replace(reply, obeys=reply.obeys is not False and verdict)
         replies.append(replace(reply, dialogue=f"{seed}:{reply.dialogue}"))
     return replies
 

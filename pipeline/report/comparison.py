@@ -10,7 +10,7 @@ from pipeline.evaluation.aggregate import rate_rows
 from pipeline.evaluation.rates import Rate, adherence, rates, wilson
 from pipeline.evaluation.scores import RateRow, Scores
 from pipeline.evaluation.statistics import Difference, kaplan_meier, lifetimes, paired_bootstrap
-from pipeline.gatt.constraints.registry import kind_of
+from pipeline.gatt.constraints.registry import is_judged
 from pipeline.records import Constraint, Reply
 from pipeline.report.compared_runs import ComparedRun, EvaluationTask
 from pipeline.report.tables import Cell, Table
@@ -23,6 +23,7 @@ _TASK_SETTINGS = (
     "dialogues.system",
     "dialogues.source",
     "instructions.pool",
+    "instructions.file",
 )
 """Settings that must be equal, like the dialogues, for a difference to mean something."""
 _SUITE_SETTINGS = ("evaluate.suite_dialogues", "evaluate.suite_turns")
@@ -142,7 +143,9 @@ def _task_warnings(runs: Sequence[ComparedRun]) -> list[str]:
         for key in _TASK_SETTINGS
         if len({repr(run.settings[key]) for run in runs}) > 1
     ]
-    needs_judge = any(kind_of(c).judged for c in runs[0].recipe.instructions.pool)
+    instructions = runs[0].recipe.instructions
+    needs_judge = bool(instructions.file) or is_judged(instructions.constraints)
+    needs_judge |= any(not c.checks or is_judged(c.checks) for c in instructions.custom)
     if needs_judge and len({run.recipe.evaluate.judge for run in runs}) > 1:
         warnings.append("The runs were judged by different models.")
     tasks_by_seed: dict[int, set[frozenset[EvaluationTask]]] = {}
@@ -190,7 +193,7 @@ def _table(rows: Sequence[ComparedRow], different: Sequence[str], *, paired: boo
             _pooled_rate([r for r in row.replies if r.turn > 1]) for row in rows
         ],
         "obeys, valid answer or not": [
-            _pooled_rate(row.last_five, lambda reply: reply.obeys) for row in rows
+            _pooled_rate(row.last_five, lambda reply: bool(reply.obeys)) for row in rows
         ],
         "half broken by turn": [
             kaplan_meier(lifetimes(row.replies).values()).median or "never" for row in rows
@@ -272,7 +275,12 @@ def _short(value: object) -> str:
     """Return a setting for a cell: constraints by name, a long text by its beginning and end."""
     if isinstance(value, list):
         value = ", ".join(
-            Constraint(**item).name if isinstance(item, dict) else str(item) for item in value
+            _entry_name(item) if isinstance(item, dict) else str(item) for item in value
         )
     text = str(value)
     return text if len(text) <= 40 else f"{text[:18]}...{text[-18:]}"
+
+
+def _entry_name(entry: dict[str, str]) -> str:
+    """Return the name of an entry of the pool: a constraint, or an instruction with a text."""
+    return entry["text"] if "text" in entry else Constraint(**entry).name

@@ -44,6 +44,8 @@ def adherence_curve(layout: Layout, rows: Sequence[RateRow], turns: int) -> Figu
         points = sorted(by_arm[arm], key=lambda row: int(row.at))
         _draw_rates(axes, [int(row.at) for row in points], points, style)
         labels.append(_Label(arm, int(points[-1].at), points[-1].value, style.color))
+    if not by_arm:
+        axes.text(0.5, 0.5, "No instruction has a check.", ha="center", transform=axes.transAxes)
     dialogues = _count_text(max(row.n for row in by_arm[arm]) for arm in by_arm)
     _format_turns(axes, layout, turns, f"turn ({dialogues}; the instruction is given in turn 1)")
     axes.set_ylabel("answers that keep the instruction")

@@ -21,6 +21,7 @@ _MARKDOWN_TABLES = (
     "change",
     "stop",
     "contradiction",
+    "fidelity",
     "leakage",
     "degradation",
     "single",

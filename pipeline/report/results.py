@@ -60,7 +60,8 @@ class RunResults:
     @property
     def arms(self) -> list[str]:
         """Return all measured models."""
-        return list(dict.fromkeys(row.arm for row in self.scores.last_five))
+        measured = dict.fromkeys(row.arm for row in self.scores.last_five)
+        return list(measured or self.scores.replies)
 
     @property
     def plotted_arms(self) -> list[str]:

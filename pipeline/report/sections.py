@@ -8,15 +8,26 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from pipeline.evaluation.scores import RateRow, Scores
+from pipeline.evaluation.fidelity import WITH_PROMPT
+from pipeline.evaluation.scores import Fidelity, FidelityRow, RateRow, Scores
 from pipeline.evaluation.suites import PAPER_RECALL
 from pipeline.gatt.rollout import RECALL_TURNS
 from pipeline.report.facts import public_name
 from pipeline.report.figures import attention_figure, change_curve, survival_curve
 from pipeline.report.page import ReportSection
 from pipeline.report.results import RunResults
-from pipeline.report.tables import Cell, Table, by_arm, format_cell, overview
+from pipeline.report.tables import (
+    Cell,
+    Table,
+    by_arm,
+    fidelity_interval,
+    fidelity_table,
+    format_cell,
+    overview,
+)
 
+_NAMED = 8
+"""Instructions that a note names."""
 Section = Callable[[RunResults], ReportSection | None]
 
 
@@ -39,6 +50,13 @@ def headline(scores: Scores) -> str:
     if scores.primary in ("recall", "unseen"):
         missing = f"The figure chosen to open this report ({scores.primary}) was not measured. "
     rows = list(scores.after_first if scores.primary == "after_first" else scores.last_five)
+    if not rows:
+        fidelity = scores.fidelity
+        notes = [] if fidelity and fidelity.baked else ["No instruction has a check."]
+        if fidelity:
+            tuned = [row for row in fidelity.overall if row.arm == "tuned"]
+            notes += [fidelity_note(row, fidelity) for row in tuned]
+        return " ".join(notes)
     return (
         f"{missing}In {rows[0].at}, the tuned model keeps its instruction in "
         f"{_share(rows, 'tuned')} of the answers, the base in {_share(rows, 'base')}."
@@ -65,6 +83,15 @@ def several_turns(results: RunResults) -> ReportSection:
             f"To detect a difference of 5 points from this rate, {size.dialogues} dialogues per "
             "model are needed."
         )
+    baked = scores.fidelity and scores.fidelity.baked
+    if (unchecked := scores.unchecked) and not baked:
+        names = ", ".join(f"“{name}”" for name in unchecked[:_NAMED])
+        more = f" and {len(unchecked) - _NAMED} more" if len(unchecked) > _NAMED else ""
+        notes.append(
+            f"Adherence to {len(unchecked)} of the instructions is not measured, because nothing "
+            f"checks them: {names}{more}. They are in the reminder fidelity. Add checks, or name a "
+            "judge (evaluate.judge)."
+        )
     ceiling = " Ceiling: the base, reminded every turn." if "ceiling" in results.arms else ""
     return ReportSection(
         title="Over several turns",
@@ -84,6 +111,12 @@ def recall(results: RunResults) -> ReportSection | None:
         turn: [f"{share:.0%}" for share in shares]
         for turn, shares in zip(RECALL_TURNS, zip(*PAPER_RECALL.values(), strict=True), strict=True)
     }
+    if scores.fidelity and scores.fidelity.baked:
+        return ReportSection(
+            title="Recall",
+            caption="Asked for its name, does the model give that of the prompt?",
+            tables=[ours],
+        )
     not_in_paper = [None] * len(PAPER_RECALL)
     rows: list[list[Cell]] = [
         [turn, *rates, *(paper.get(turn, not_in_paper) if isinstance(turn, int) else not_in_paper)]
@@ -105,9 +138,11 @@ def recall(results: RunResults) -> ReportSection | None:
     )
 
 
-def first_broken_answer(results: RunResults) -> ReportSection:
+def first_broken_answer(results: RunResults) -> ReportSection | None:
     """Return how many turns dialogues last without a broken answer."""
     survival, turns = results.scores.survival, results.scores.turns
+    if not survival:
+        return None
     rows = [[arm, survival[arm].median or f"not by turn {turns}"] for arm in results.arms]
     return ReportSection(
         title="How long until the first broken answer",
@@ -117,9 +152,11 @@ def first_broken_answer(results: RunResults) -> ReportSection:
     )
 
 
-def by_instruction(results: RunResults) -> ReportSection:
+def by_instruction(results: RunResults) -> ReportSection | None:
     """Return adherence by trained instruction and by family."""
     scores = results.scores
+    if not scores.by_instruction:
+        return None
     tables = [by_arm("by_instruction", "kind", scores.by_instruction, results.arms)]
     if scores.by_family:
         tables.append(by_arm("by_family", "family", scores.by_family, results.arms))
@@ -198,9 +235,11 @@ def change(results: RunResults) -> ReportSection | None:
 def leakage_and_damage(results: RunResults) -> ReportSection | None:
     """Return trained traits and perplexity in dialogues without an instruction."""
     scores = results.scores
-    if not scores.leakage:
+    if not scores.leakage and not scores.degradation:
         return None
-    tables = [by_arm("leakage", "a trained trait shows in", scores.leakage, results.arms)]
+    baked = bool(scores.fidelity and scores.fidelity.baked)
+    leakage = by_arm("leakage", "a trained trait shows in", scores.leakage, results.arms)
+    tables = [leakage] if scores.leakage and not baked else []
     notes = [
         f"{arm}: {trait}, {count} times"
         for arm, traits in scores.leaked.items()
@@ -222,11 +261,68 @@ def leakage_and_damage(results: RunResults) -> ReportSection | None:
     return ReportSection(
         title="Leakage and damage",
         caption=(
-            "Dialogues without an instruction: no trained trait should show, and the model should "
-            "answer as before."
+            "Dialogues with another system message: the model should answer as before."
+            if baked
+            else "Dialogues without an instruction: no trained trait should show, and the model "
+            "should answer as before."
         ),
         tables=tables,
         notes=notes,
+    )
+
+
+def reminder_fidelity(results: RunResults) -> ReportSection | None:
+    """Return how near each model that is told once comes to the base that is always reminded.
+
+    For a baked prompt: a model without the prompt, and the base with it.
+    """
+    fidelity = results.scores.fidelity
+    if not fidelity or not fidelity.overall:
+        return None
+    dialogues = max(row.dialogues for row in fidelity.overall)
+    notes = [fidelity_note(row, fidelity) for row in fidelity.overall]
+    tables = [
+        fidelity_table("fidelity", "", fidelity.overall),
+        fidelity_table("fidelity_by_turn", "turn", fidelity.by_turn),
+    ]
+    if fidelity.baked:
+        title, near, far = "Baked prompt", "with it", "without the prompt"
+        notes += [
+            f"Without the prompt, each request is {fidelity.saved_tokens:.0f} tokens shorter.",
+            "No program can check a prompt, so there is no adherence. Nor is there leakage: the "
+            "prompt is meant to show without being given. What has changed under another system "
+            "message is in the section on damage.",
+        ]
+    else:
+        title, near, far = "Reminder fidelity", "reminded in every turn", "told once"
+        by_instruction = fidelity.by_instruction
+        tables.append(fidelity_table("fidelity_by_instruction", "instruction", by_instruction))
+    return ReportSection(
+        title=title,
+        caption=(
+            f"How much nearer a model {far} comes to the base {near} than the base {far}. It needs "
+            f"no check: it is the KL from the base {near}, on its own answers in {dialogues} "
+            f"dialogues. 100% is a model that predicts as the base {near} does, 0% one that is no "
+            "nearer to it than the base."
+        ),
+        tables=tables,
+        notes=notes,
+    )
+
+
+def fidelity_note(row: FidelityRow, fidelity: Fidelity) -> str:
+    """Return what the figure of one model means."""
+    interval = fidelity_interval(row)
+    counts = f"{f'95 % interval {interval}, ' if interval else ''}{row.dialogues} dialogues"
+    near, far = "reminded in every turn", "told once"
+    if fidelity.baked:
+        near, far = "with it", "without the prompt"
+    arm = row.arm if row.arm.endswith(WITH_PROMPT) else f"{row.arm}, {far}"
+    if not row.value > 0:
+        return f"{arm}: no nearer to the base {near} than the base {far} ({counts})."
+    return (
+        f"{arm}: {row.value:.0%} nearer to the base {near} than the base {far} is ({counts}, "
+        f"{row.tokens} tokens, {row.at})."
     )
 
 
@@ -290,6 +386,7 @@ EVALUATION_SECTIONS: Sequence[Section] = (
     by_instruction,
     generalization,
     change,
+    reminder_fidelity,
     leakage_and_damage,
     single_turn,
     judge,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.evaluation.rates import Rate, wilson
-from pipeline.evaluation.scores import RateRow, ReplyCounts, Scores
+from pipeline.evaluation.scores import FidelityRow, RateRow, ReplyCounts, Scores
 
 Cell = str | int | float | Rate | None
 """A text, a number, a rate with its interval, or None for an empty cell."""
@@ -41,7 +41,7 @@ def overview(scores: Scores, arms: Sequence[str]) -> Table:
 
     def rates(meaning: str, by_arm: Sequence[RateRow]) -> list[Cell]:
         cells = {rate.arm: rate for rate in by_arm}
-        return [f"{by_arm[0].at}, {meaning}", *(cells.get(arm) for arm in arms)]
+        return [f"{by_arm[0].at}, {meaning}", *(cells.get(arm) for arm in arms)] if by_arm else []
 
     def counts(meaning: str, field: str) -> list[Cell]:
         return [f"all turns: {meaning}", *(_share(scores.replies[arm], field) for arm in arms)]
@@ -50,17 +50,36 @@ def overview(scores: Scores, arms: Sequence[str]) -> Table:
         rates("strict", scores.last_five),
         rates("valid answer or not", scores.last_five_unfiltered),
         rates("strict", scores.after_first),
-        counts("obey, valid answer or not", "obey"),
+        counts("obey, valid answer or not", "obey") if scores.last_five else [],
         counts("not a valid answer (loop, repeat, empty)", "no_answer"),
         counts("cut at the maximum length", "cut"),
         counts("left out (turn 1 no longer in the context window)", "left_out"),
         ["all turns: distinct word pairs (distinct-2)", *(scores.distinct_2[arm] for arm in arms)],
     ]
-    return Table("overview", ["", *arms], rows)
+    return Table("overview", ["", *arms], [row for row in rows if row])
 
 
 def _share(counts: ReplyCounts, field: str) -> Rate:
-    return wilson(getattr(counts, field), counts.all)
+    n = counts.all - counts.unchecked if field == "obey" else counts.all
+    return wilson(getattr(counts, field), n)
+
+
+def fidelity_table(name: str, first: str, rows: Sequence[FidelityRow]) -> Table:
+    """Return a row for each turn or instruction, with three columns for each model."""
+    columns = [first, "base: nats per token"]
+    for arm in dict.fromkeys(row.arm for row in rows):
+        columns += [f"{arm}: nats per token", f"{arm}: fidelity", f"{arm}: 95 % interval"]
+    cells: dict[int | str, list[Cell]] = {}
+    for row in rows:
+        fidelity = None if math.isnan(row.value) else f"{row.value:.0%}"
+        of_base: list[Cell] = [row.at, row.base_kl]
+        cells.setdefault(row.at, of_base).extend((row.kl, fidelity, fidelity_interval(row)))
+    return Table(name, columns, list(cells.values()))
+
+
+def fidelity_interval(row: FidelityRow) -> str:
+    """Return the interval of a fidelity as "30 to 95%"; "" where one dialogue gives none."""
+    return "" if math.isnan(row.low) else f"{100 * row.low:.0f} to {row.high:.0%}"
 
 
 def curve_tables(scores: Scores, losses: Sequence[float], arms: Sequence[str]) -> Iterator[Table]:

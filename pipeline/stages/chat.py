@@ -20,7 +20,7 @@ from pipeline.chat.screen import Screen
 from pipeline.chat.session import ChatSession, SamplingParams
 from pipeline.chat.terminal import TerminalChat, open_screen
 from pipeline.errors import GattError
-from pipeline.gatt.constraints.registry import kind_of
+from pipeline.gatt.constraints.registry import prepare
 from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import runnable_gguf
 from pipeline.hub.models import find_model
@@ -89,7 +89,7 @@ def _parse_check(check: str) -> Constraint:
     """Return the constraint of "kind=value", or "kind"."""
     kind, _, value = check.partition("=")
     constraint = Constraint(kind, value)
-    kind_of(constraint)
+    prepare(constraint)
     return constraint
 
 

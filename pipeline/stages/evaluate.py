@@ -15,11 +15,12 @@ from pipeline.evaluation.aggregate import compute_scores
 from pipeline.evaluation.arms import arms
 from pipeline.evaluation.attention import attention_map
 from pipeline.evaluation.divergence import measure_degradation
+from pipeline.evaluation.fidelity import measure_fidelity
 from pipeline.evaluation.judge import judge
 from pipeline.evaluation.replies import chat_of, generate_replies
 from pipeline.files import write_json
 from pipeline.gatt.assign import trained_constraints
-from pipeline.gatt.assignment import AssignedDialogue, read_splits
+from pipeline.gatt.assignment import AssignedDialogue, check_files, read_splits
 from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
 from pipeline.inference.generator import context_for, model_files
@@ -50,6 +51,7 @@ def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
         *tuned,
         *(file for file in extra if file.is_file()),
         *judge,
+        *check_files(run_dir.assignments),
     ]
 
 
@@ -62,7 +64,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     measured = arms(recipe, run_dir)
     note = partial(run_dir.note, "evaluate")
     replies = generate_replies(measured, suites, recipe, run_dir.replies, note)
-    if settings.attention:
+    if settings.attention and not recipe.instructions.bake:
         _map_attention(recipe, run_dir, suites["evaluation"][0], replies)
     judgment = None
     if settings.judge:
@@ -76,6 +78,8 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         chats = [chat_of(dialogue, "base", replies, system) for dialogue in plain]
         context = context_for(settings.turns, settings.max_tokens)
         scores = replace(scores, degradation=measure_degradation(measured, chats, context))
+    fidelity = measure_fidelity(measured, suites["evaluation"], replies, recipe)
+    scores = replace(scores, fidelity=fidelity)
     write_json(run_dir.scores, scores)
 
 

@@ -46,7 +46,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         dialogues=[row["messages"] for _, row in read_jsonl(run_dir.examples)],
         reference=Logits.load(run_dir.reference) if run_dir.reference.exists() else None,
         metadata=model_metadata(model, recipe.dialogues.source),
-        system=recipe.dialogues.system,
+        system=recipe.chat_system,
         temperature=recipe.evaluate.temperature,
     )
     write_json(run_dir.exported, asdict(export(job)))

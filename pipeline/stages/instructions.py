@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import tomlkit
 
-from pipeline.console import log
+from pipeline.console import log, print_table
+from pipeline.custom_instructions import with_distinct_names
+from pipeline.data.instruction_files import read_instructions
+from pipeline.data.prompts import read_prompt
 from pipeline.data.sources import source_inputs
 from pipeline.data.splits import DialogueSplits, split_dialogues
 from pipeline.errors import GattError
-from pipeline.evaluation.suites import SuiteSettings, build_suites
+from pipeline.evaluation.suites import SuiteSettings, build_baked_suites, build_suites
 from pipeline.files import write_text
 from pipeline.gatt.assign import (
     ConstraintPool,
@@ -20,14 +25,19 @@ from pipeline.gatt.assign import (
     trained_constraints,
 )
 from pipeline.gatt.assignment import AssignedDialogue, write_splits
-from pipeline.gatt.constraints.registry import kind_of
+from pipeline.gatt.bake import assign_baked, baked_instruction, with_prompt
+from pipeline.gatt.constraints.registry import is_judged, kind_of
 from pipeline.gatt.generated_values import LISTS, list_values
+from pipeline.gatt.instructions import custom_instruction, prepare_checks
+from pipeline.gguf.reader import open_gguf
+from pipeline.hub.convert import runnable_gguf
 from pipeline.hub.models import find_model, require_exportable
-from pipeline.inference.generator import GenerationEngine
+from pipeline.inference.generator import GenerationEngine, context_for
+from pipeline.inference.llama.model import LoadedModel
 from pipeline.inference.teacher import open_teacher
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.recipe_file import read_toml
-from pipeline.records import Constraint
+from pipeline.records import Constraint, CustomInstruction
 from pipeline.run_dir import Input, RunDir
 
 SECTIONS = ("dialogues", "instructions", "synthesize", "evaluate")
@@ -38,7 +48,14 @@ def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
     """Return what the result depends on."""
     generated = [run_dir.lists] if run_dir.lists.exists() else []
     dialogues = source_inputs(recipe.dialogues.source)
-    return [find_model(recipe.model).path, *generated, *dialogues]
+    return [find_model(recipe.model).path, *generated, *dialogues, *_custom_inputs(recipe)]
+
+
+def _custom_inputs(recipe: Recipe) -> list[Input]:
+    """Return the files of instructions; reading a missing one is an error that says more."""
+    names = filter(None, (recipe.instructions.file, recipe.instructions.bake))
+    files = (Path(name).expanduser() for name in names)
+    return [file for file in files if file.exists()]
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> None:
@@ -52,15 +69,20 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
             or the pool is empty or needs a judge.
     """
     require_exportable(find_model(recipe.model))  # fails here, not after the training
-    dialogues = split_dialogues(recipe)
-    constraints = (*recipe.instructions.pool, *_generated_constraints(recipe, run_dir))
-    pool = ConstraintPool(constraints, recipe.instructions.vocabulary_kinds)
+    if recipe.instructions.bake:
+        _assign_prompt(recipe, run_dir)
+        return
+    custom, listed = _custom_instructions(recipe), recipe.instructions
+    pool = ConstraintPool(listed.constraints, listed.vocabulary_kinds, custom)
     check_pool(pool, recipe.evaluate)
+    dialogues = split_dialogues(recipe)
+    constraints = (*pool.constraints, *_generated_constraints(recipe, run_dir))
+    pool = pool._replace(constraints=constraints)
     training = write_assignments(recipe, run_dir, dialogues, pool)
     settings = recipe.evaluate
     suites = SuiteSettings(
         pool=pool,
-        trained=trained_constraints(training),
+        trained=trained_constraints([d for d in training if not d.is_custom]),
         unseen=settings.unseen,
         turns=min(settings.suite_turns, settings.turns),
         full_turns=settings.turns,
@@ -70,13 +92,79 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     write_splits(run_dir.suites, build_suites(held_out, suites))
 
 
-def check_pool(pool: ConstraintPool, evaluate: Evaluate) -> None:
-    """Check that there are constraints, and that something can tell whether they are met.
+def _assign_prompt(recipe: Recipe, run_dir: RunDir) -> None:
+    """Write the assignments that bake a prompt into the model; no program can check them.
 
     Raises:
-        GattError: an empty pool, or a constraint that needs a judge where there is none.
+        GattError: there is no prompt in the file, or it is longer than the model's context.
     """
-    for constraint in (*pool.constraints, *evaluate.unseen):
+    file = Path(recipe.instructions.bake).expanduser()
+    prompt = read_prompt(file)
+    require_short_prompt(prompt.text, file, recipe)
+    dialogues, settings = split_dialogues(recipe), recipe.instructions
+    instruction = baked_instruction(prompt.text)
+    training = assign_baked(
+        dialogues.training,
+        instruction,
+        identity_ratio=settings.recall_ratio,
+        # Without another system message, a plain dialogue would look like a baked one.
+        plain_ratio=settings.plain_ratio if recipe.dialogues.system else 0.0,
+        seed=recipe.seed,
+    )
+    splits = {
+        "train": training,
+        "validation": [],
+        "evaluation": [with_prompt(d, instruction) for d in dialogues.evaluation],
+    }
+    write_splits(run_dir.assignments, splits)
+    held_out = dialogues.evaluation[: recipe.evaluate.suite_dialogues]
+    recalled = baked_instruction(prompt.text, prompt.name) if prompt.name else None
+    suites = build_baked_suites(
+        held_out,
+        recalled,
+        turns=min(recipe.evaluate.suite_turns, recipe.evaluate.turns),
+        full_turns=recipe.evaluate.turns,
+        plain=bool(recipe.dialogues.system),
+    )
+    write_splits(run_dir.suites, suites)
+    log(
+        f"instructions: {len(training)} training dialogues with the prompt {file.name}, "
+        f"{len(dialogues.evaluation)} for evaluation"
+    )
+
+
+def require_short_prompt(text: str, file: Path, recipe: Recipe) -> None:
+    """Raise a `GattError` if prompt, question and answer exceed the model's context."""
+    model = find_model(recipe.model)
+    gguf = runnable_gguf(model, "" if model.is_gguf else recipe.synthesize.format or "F16")
+    info = open_gguf(gguf)
+    vocabulary = LoadedModel(info, vocab_only=True)
+    tokens = len(vocabulary.tokenize(text))
+    vocabulary.close()
+    room = info.context_length - context_for(1, recipe.synthesize.max_tokens)
+    if tokens > room:
+        raise GattError(
+            f"The prompt {file} has {tokens} tokens; the context of {model.name} has room for "
+            f"{max(0, room)} of them. Shorten it, or choose a model with a longer context."
+        )
+
+
+def check_pool(pool: ConstraintPool, evaluate: Evaluate) -> None:
+    """Check that there are instructions, and that what is named can tell whether they are met.
+
+    Raises:
+        GattError: an empty pool, a check that cannot be used, or a constraint that needs a judge
+            where there is none.
+    """
+    prepare_checks(pool.custom)
+    constraints = (*pool.constraints, *evaluate.unseen)
+    for constraint in constraints:
+        if not kind_of(constraint).wordings:
+            raise GattError(
+                f"{constraint.name!r} is a check, and no instruction. Write what the model shall "
+                f'do, too: {{text = "...", checks = [{{{constraint.kind} = "..."}}]}}.'
+            )
+    for constraint in (*constraints, *(check for c in pool.custom for check in c.checks)):
         if kind_of(constraint).judged and not evaluate.judge:
             raise GattError(
                 f"No program can check {constraint.name!r}. Name a model or a server as the judge "
@@ -109,19 +197,55 @@ def write_assignments(
         edited=recipe.synthesize.edited_ratio,
     )
     training = assign_training(dialogues.training, pool, ratios, recipe.seed)
-    trained = trained_constraints(training)
+    trained = trained_constraints([d for d in training if not d.is_custom])
+    given = {assigned.instruction for assigned in training}
+    custom = [c for c in pool.custom if custom_instruction(c) in given]
     checkable = [c for c in trained if not kind_of(c).judged]
+    checkable_custom = [c for c in custom if c.checks and not is_judged(c.checks)]
+    validation = assign_evaluation(dialogues.validation, checkable, checkable_custom)
     splits = {
         "train": training,
-        "validation": assign_evaluation(dialogues.validation, checkable),
-        "evaluation": assign_evaluation(dialogues.evaluation, trained),
+        "validation": validation[: len(dialogues.validation)],
+        "evaluation": assign_evaluation(dialogues.evaluation, trained, custom),
     }
     write_splits(run_dir.assignments, splits)
     log(
-        f"instructions: {len(training)} training dialogues, {len(dialogues.evaluation)} for "
+        f"instructions: {len(training)} training dialogues, {len(splits['evaluation'])} for "
         f"evaluation, {_count_instructions(training)} instructions"
     )
+    _show_custom(pool.custom, training)
     return training
+
+
+def _custom_instructions(recipe: Recipe) -> tuple[CustomInstruction, ...]:
+    """Return the different instructions in the user's own words, of the pool and of the file."""
+    settings = recipe.instructions
+    listed = read_instructions(Path(settings.file)) if settings.file else []
+    return with_distinct_names([*settings.custom, *listed])
+
+
+def _show_custom(custom: Sequence[CustomInstruction], training: Sequence[AssignedDialogue]) -> None:
+    """Print each instruction in the user's own words, what checks it, and its dialogues."""
+    if not custom:
+        return
+    given = Counter(assigned.instruction for assigned in training)
+    counts = [given[custom_instruction(c)] for c in custom]
+    rows = [
+        (c.name, c.place, "; ".join(map(_check_name, c.checks)) or "none", dialogues)
+        for c, dialogues in zip(custom, counts, strict=True)
+    ]
+    print_table(("instruction", "place", "checks", "dialogues"), rows)
+    if missing := counts.count(0):
+        log(
+            f"instructions: {missing} of these have no training dialogue and are not measured. "
+            f"Raise dialogues.train to {len(custom)} or more."
+        )
+
+
+def _check_name(check: Constraint) -> str:
+    """Return a check for a table, of a function's file only the last part."""
+    value = Path(check.value).name if check.kind == "function" else check.value
+    return Constraint(check.kind, value).name
 
 
 def _count_instructions(dialogues: list[AssignedDialogue]) -> int:

@@ -6,10 +6,12 @@ The rules are in `pipeline/gatt/synthesis.py`; here are the files, the statistic
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 from pipeline.console import log, print_result, print_table, progress
 from pipeline.errors import GattError
+from pipeline.evaluation.judge_prompts import JUDGE_CONTEXT, question, verdict
 from pipeline.files import JsonlLog, read_json, write_json, write_jsonl, write_text
 from pipeline.gatt.acceptance import (
     ACCEPTED,
@@ -18,11 +20,11 @@ from pipeline.gatt.acceptance import (
     Acceptance,
     measure_acceptance,
 )
-from pipeline.gatt.assignment import AssignedDialogue, read_split
-from pipeline.gatt.synthesis import Synthesis
+from pipeline.gatt.assignment import AssignedDialogue, check_files, read_split
+from pipeline.gatt.synthesis import DISOBEYS_JUDGE, Judge, Synthesis
 from pipeline.hub.models import find_model
 from pipeline.hub.upload import upload
-from pipeline.inference.generator import model_files
+from pipeline.inference.generator import model_files, open_generator
 from pipeline.inference.teacher import open_teacher
 from pipeline.recipe import Recipe
 from pipeline.records import Answer
@@ -39,7 +41,9 @@ SECTIONS = ("synthesize", "dialogues")
 def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
     """Return what the result depends on."""
     teacher = model_files(recipe.synthesize.teacher) if recipe.synthesize.teacher else []
-    return [find_model(recipe.model).path, run_dir.assignments, *teacher]
+    judge = model_files(recipe.synthesize.judge) if recipe.synthesize.judge else []
+    checks = check_files(run_dir.assignments)
+    return [find_model(recipe.model).path, run_dir.assignments, *teacher, *judge, *checks]
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> None:
@@ -71,7 +75,11 @@ def _answer(
 ) -> tuple[Synthesis, str]:
     """Run the synthesis, and return it with the teacher's name."""
     turns = sum(len(d.dialogue.turns) for d in dialogues)
-    with JsonlLog(run_dir.answers) as answers, open_teacher(recipe, len(dialogues)) as teacher:
+    longer = max(d.further_tokens(recipe.dialogues.turns) for d in dialogues)
+    with (
+        JsonlLog(run_dir.answers) as answers,
+        open_teacher(recipe, len(dialogues), longer) as teacher,
+    ):
         recorded = [Answer(**row) for row in answers.records]
         done = sum(answer.verdict == ACCEPTED for answer in recorded)
         with progress("synthesize: answers", turns, done) as bar:
@@ -80,10 +88,27 @@ def _answer(
                 answers.append(answer)
                 bar.advance(int(answer.verdict == ACCEPTED))
 
-            synthesis = Synthesis(recipe, record, recorded)
-            _log_given_up(synthesis.run(teacher.run, dialogues))
+            with _open_judge(recipe, len(dialogues)) as judge:
+                synthesis = Synthesis(recipe, record, recorded, judge)
+                _log_given_up(synthesis.run(teacher.run, dialogues))
         run_dir.note("synthesize", teacher.name, teacher.changes)
         return synthesis, teacher.name
+
+
+@contextmanager
+def _open_judge(recipe: Recipe, dialogues: int) -> Iterator[Judge | None]:
+    """Open the judge of answers that no program can check, if the recipe names one."""
+    settings = recipe.synthesize
+    if not settings.judge:
+        yield None
+        return
+    with open_generator(
+        settings.judge,
+        dialogues=dialogues,
+        context=JUDGE_CONTEXT,
+        max_thought_tokens=settings.max_thought_tokens,
+    ) as model:
+        yield Judge(model.run, question, verdict)
 
 
 def _nothing_accepted(recipe: Recipe, answers: Iterable[Answer]) -> str:
@@ -96,7 +121,7 @@ def _nothing_accepted(recipe: Recipe, answers: Iterable[Answer]) -> str:
             f"synthesize.max_thought_tokens ({recipe.synthesize.max_thought_tokens}), or switch "
             "the teacher's thinking off."
         )
-    if verdict == "disobeys":
+    if verdict in ("disobeys", DISOBEYS_JUDGE):
         return (
             "The teacher followed no instruction even once. Choose other instructions, a larger "
             "teacher, or synthesize.edited_ratio = 1."

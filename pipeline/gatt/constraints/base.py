@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from pipeline.records import Message
 
 Check = Callable[[str, str], bool]
 """A predicate of a value and a text (or the beginning of one). It never raises."""
@@ -30,7 +32,8 @@ def avoids(is_forbidden: Check) -> Check:
 class Kind:
     """A kind of constraint, such as "opening": how it is worded, checked and edited.
 
-    `{v}` in a wording stands for the value. Kinds of one `slot` cannot be combined. Reports
+    `{v}` in a wording stands for the value; without wordings it is a check of instructions in the
+    user's own words only. Kinds of one `slot` cannot be combined. Reports
     aggregate by `family`. `values` are examples; `accepts` says which other values are valid.
     """
 
@@ -41,6 +44,10 @@ class Kind:
     values: tuple[str, ...] = ("",)
     accepts: Literal["any", "number", "listed"] = "any"
     check: Check
+    dialogue_check: Callable[[str, str, Sequence[Message]], bool] | None = None
+    """Decides in place of `check`, with the messages before the answer as a third argument."""
+    prepare: Callable[[str], object] | None = None
+    """Raises a GattError if the check cannot be made with a value."""
     edit: Edit | None = None
     """Changes an answer so that it passes `check`; None where no exact edit can."""
     prefix_fails: Check = never

@@ -7,16 +7,18 @@ and the edit that makes it meet them.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from pipeline.errors import GattError
 from pipeline.gatt.constraints.base import Kind
 from pipeline.gatt.constraints.content_kinds import PHRASE_KINDS, WORD_KINDS
+from pipeline.gatt.constraints.custom_kinds import CUSTOM_KINDS
 from pipeline.gatt.constraints.format_kinds import LAYOUT_KINDS, LENGTH_KINDS
 from pipeline.gatt.constraints.style_kinds import STYLE_KINDS
-from pipeline.records import Constraint
+from pipeline.records import Constraint, Message
 
 KINDS: dict[str, Kind] = PHRASE_KINDS | WORD_KINDS | STYLE_KINDS | LENGTH_KINDS | LAYOUT_KINDS
-"""Every kind by its name, in the order of `gatt instructions --kinds`."""
+"""Every kind that has a wording, by its name, in the order of `gatt instructions --kinds`."""
 
 INCOMPATIBLE_SLOTS: dict[str, tuple[str, ...]] = {
     "json": (
@@ -55,9 +57,10 @@ def kind_of(constraint: Constraint) -> Kind:
         GattError: no such kind, or a value that the kind does not accept.
     """
     name, value = constraint.kind, constraint.value
-    kind = KINDS.get(name)
+    kind = KINDS.get(name) or CUSTOM_KINDS.get(name)
     if kind is None:
-        raise GattError(f"Unknown kind of instruction {name!r}. Known: {', '.join(KINDS)}.")
+        known = ", ".join((*KINDS, *CUSTOM_KINDS))
+        raise GattError(f"Unknown kind of instruction {name!r}. Known: {known}.")
     if kind.values == ("",):
         if value:
             raise GattError(
@@ -95,9 +98,41 @@ def compatible(first: Constraint, second: Constraint) -> bool:
     )
 
 
-def obeys(constraints: tuple[Constraint, ...], text: str) -> bool:
-    """Return whether `text` meets all constraints."""
-    return all(kind_of(c).check(c.value, text) for c in constraints)
+def prepare(constraint: Constraint) -> None:
+    """Make the check of a constraint ready.
+
+    Raises:
+        GattError: as `kind_of`, or its pattern, function or verifier cannot be used.
+    """
+    kind = kind_of(constraint)
+    if kind.prepare:
+        kind.prepare(constraint.value)
+
+
+def obeys(constraints: tuple[Constraint, ...], text: str, dialogue: Sequence[Message] = ()) -> bool:
+    """Return whether `text`, an answer to the last message of `dialogue`, meets all constraints.
+
+    Raises:
+        GattError: a function of the user has raised.
+    """
+    return all(_is_met(constraint, text, dialogue) for constraint in constraints)
+
+
+def _is_met(constraint: Constraint, text: str, dialogue: Sequence[Message]) -> bool:
+    kind = kind_of(constraint)
+    if kind.dialogue_check:
+        return kind.dialogue_check(constraint.value, text, dialogue)
+    return kind.check(constraint.value, text)
+
+
+def is_judged(constraints: Sequence[Constraint]) -> bool:
+    """Return whether only a judge can tell if all constraints are met."""
+    return any(kind_of(constraint).judged for constraint in constraints)
+
+
+def required_words(constraints: Sequence[Constraint]) -> str:
+    """Return the values of constraints that stand in an answer; they are no content of its own."""
+    return " ".join(c.value for c in constraints if c.kind not in CUSTOM_KINDS)
 
 
 def shows_obedience(constraint: Constraint) -> bool:

@@ -209,15 +209,23 @@ class BatchContext(Generic[S]):
         sequence.draft = None
         return self._draw(sequence, index + 1)  # the draft is the next row of the batch
 
-    def logits(self, tokens: Sequence[int]) -> Iterator[Array]:
-        """Yield the float32 logits (vocab_size) after each token; no sequence may be in use."""
-        self.clear(self._sequences[0])
-        for start in range(0, len(tokens), _PREFILL_CHUNK):
-            chunk = tokens[start : start + _PREFILL_CHUNK]
-            rows = [BatchRow(0, n, token, logits=True) for n, token in enumerate(chunk, start)]
-            for index in self._decode_rows(rows):
-                yield self._row(index).copy()
-        self.clear(self._sequences[0])
+    def logits(self, tokens: Sequence[int], start: int = 0) -> Iterator[Array]:
+        """Yield the float32 logits (vocab_size) after each of `tokens[start:]`.
+
+        Before `start`, cells that a call before has left are used again. No sequence may be in use.
+        """
+        sequence = self._sequences[0]
+        shared = min(start, common_prefix_length(sequence.cached, list(tokens)))
+        self._api.llama_memory_seq_rm(self._memory, sequence.id, shared, -1)
+        del sequence.cached[shared:]
+        for first in range(shared, len(tokens), _PREFILL_CHUNK):
+            chunk = tokens[first : first + _PREFILL_CHUNK]
+            rows = [BatchRow(0, n, token, logits=True) for n, token in enumerate(chunk, first)]
+            indices = self._decode_rows(rows)
+            sequence.cached += chunk
+            for row, index in zip(rows, indices, strict=True):
+                if row.position >= start:
+                    yield self._row(index).copy()
 
     def _copy(self, source: S, target: S) -> None:
         """Replace the cells of `target` by a copy of those of `source`."""

@@ -1,0 +1,284 @@
+"""Reminder fidelity: how near a model that is told once comes to the base that is always reminded.
+
+It needs neither a check nor a judge. The base that is reminded in every turn (ceiling) has
+answered, and its own answers are scored token by token. Its predictions are the reference for those
+of each model that is told once. All see the same earlier answers; only the reminders differ:
+
+    fidelity = 1 - KL(reminded base‖model told once) / KL(reminded base‖base told once)
+
+1 is a model that predicts as if it were reminded, 0 is no nearer than the base, and a model that is
+further away is below 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.console import progress
+from pipeline.evaluation.arms import Arm
+from pipeline.evaluation.divergence import (
+    AnswerLogits,
+    ChatPass,
+    answer_logits,
+    answer_passes,
+    max_logits_bytes,
+)
+from pipeline.evaluation.replies import answers_of, with_weights
+from pipeline.evaluation.scores import Fidelity, FidelityRow
+from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.constraints.registry import is_judged
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.generator import context_for, thought_room
+from pipeline.inference.logits import mean_kl
+from pipeline.recipe import Recipe
+from pipeline.records import Instruction, Message, Reply
+
+K = TypeVar("K", int, str)
+Sums = npt.NDArray[np.float64]
+"""Divergences in nats, summed over answers: (dialogues, 2), of base and model."""
+
+_MIN_DIALOGUES = 8
+"""Dialogues that are scored, if there are as many; more, if more instructions are unchecked."""
+_MARGIN = 64
+"""Further tokens of a context: an answer's text may have more than were generated."""
+_RESAMPLES = 2000
+WITH_PROMPT = ", with the prompt"
+"""Ends the name of a model into which a prompt is baked and that has the prompt nevertheless."""
+
+
+class Views(NamedTuple):
+    """A chat as its models see it: with a `reminder` in every turn, and told `once`.
+
+    `first_turn` (from 1) is the first one before whose answer they differ. Where the prompt is to
+    be `baked`, the reminder is the prompt, and without it nothing is told.
+    """
+
+    dialogue: str
+    instruction: str
+    reminded: tuple[Message, ...]
+    once: tuple[Message, ...]
+    first_turn: int
+    baked: bool
+
+
+class Reference(NamedTuple):
+    """What the reminded base predicts for its `answers`, and the tokens of both views."""
+
+    views: Views
+    answers: list[AnswerLogits]
+    reminded: list[ChatPass]
+    once: list[ChatPass]
+
+    @property
+    def saved_tokens(self) -> int:
+        """Return by how much the last prompt is shorter without reminders."""
+        ends = (passes[-1].answers[-1].start for passes in (self.reminded, self.once))
+        return next(ends) - next(ends)
+
+
+class AnswerKl(NamedTuple):
+    """KL(reminded base‖model told once) of an answer: the sum over its tokens, in nats."""
+
+    dialogue: str
+    instruction: str
+    turn: int
+    tokens: int
+    kl: float
+
+
+def measure_fidelity(
+    arms: Sequence[Arm],
+    dialogues: Sequence[AssignedDialogue],
+    replies: Sequence[Reply],
+    recipe: Recipe,
+) -> Fidelity | None:
+    """Return the fidelity of each arm but the first, the base; None if there is nothing to score.
+
+    `replies` has those of the ceiling. Servers are left out, and models with another vocabulary.
+    """
+    measured = [arm for arm in arms if arm.in_all_suites and arm.path]
+    chosen = chosen_dialogues(dialogues)
+    system = recipe.dialogues.system
+    waiting = [views for d in chosen if (views := _views(d, replies, system))]
+    context = _context(measured[0], chosen, recipe)
+    kl: dict[str, list[AnswerKl]] = {}
+    saved_tokens: list[int] = []
+    with progress("evaluate: reminder fidelity", len(waiting)) as bar:
+        while waiting:
+            done = _score(measured, waiting, context, kl)
+            waiting = waiting[len(done) :]
+            saved_tokens += [reference.saved_tokens for reference in done]
+            bar.advance(len(done))
+    base = kl.pop(measured[0].name, [])
+    if not base:
+        return None
+    return replace(
+        summarize(base, kl),
+        saved_tokens=sum(saved_tokens) / len(saved_tokens),
+        baked=any(dialogue.baked for dialogue in chosen),
+    )
+
+
+def chosen_dialogues(dialogues: Sequence[AssignedDialogue]) -> list[AssignedDialogue]:
+    """Return one dialogue for each instruction that no program can check, and up to 8 in all."""
+    unchecked: dict[Instruction | None, AssignedDialogue] = {}
+    for dialogue in dialogues:
+        if not dialogue.constraints(0) or is_judged(dialogue.constraints(0)):
+            unchecked.setdefault(dialogue.instruction, dialogue)
+    first = list(unchecked.values())
+    others = [dialogue for dialogue in dialogues if dialogue not in first]
+    return [*first, *others[: max(0, _MIN_DIALOGUES - len(first))]]
+
+
+def _views(dialogue: AssignedDialogue, replies: Sequence[Reply], system: str) -> Views | None:
+    """Return the views of the chat with the ceiling's answers; None if they do not differ."""
+    answers = answers_of(dialogue, "ceiling", replies)
+    for turn in range(1, len(answers) + 1):
+        before = answers[: turn - 1]
+        if dialogue.reminded_prompt(before, system) != dialogue.student_prompt(before, system):
+            return Views(
+                dialogue.dialogue.id,
+                dialogue.name,
+                dialogue.reminded_prompt(answers, system),
+                dialogue.student_prompt(answers, system),
+                first_turn=turn,
+                baked=dialogue.baked,
+            )
+    return None
+
+
+def _context(base: Arm, dialogues: Sequence[AssignedDialogue], recipe: Recipe) -> int:
+    """Return the tokens of a context in which the ceiling's chats fit."""
+    assert base.path
+    settings = recipe.evaluate
+    thoughts = thought_room(base.path, settings.max_thought_tokens)
+    longer = max((d.further_tokens(settings.turns) for d in dialogues), default=0)
+    return context_for(settings.turns, settings.max_tokens) + longer + thoughts + _MARGIN
+
+
+def _score(
+    arms: Sequence[Arm], chats: Sequence[Views], context: int, kl: dict[str, list[AnswerKl]]
+) -> list[Reference]:
+    """Add the divergences in the first chats, as many as fit into memory, and return these.
+
+    A model into which the prompt is baked is measured with the prompt, too.
+    """
+    references: list[Reference] = []
+    vocab_size = 0
+    for arm, weights in with_weights(arms):
+        assert weights
+        with BatchEngine(weights, 1, context, adapter=arm.adapter) as engine:
+            if arm is arms[0]:
+                references, vocab_size = _references(engine, chats), engine.vocab_size
+            if engine.vocab_size != vocab_size:
+                continue
+            for r in references:
+                kl.setdefault(arm.name, []).extend(_divergences(engine, r, r.once))
+                if r.views.baked and arm is not arms[0]:
+                    with_prompt = kl.setdefault(f"{arm.name}{WITH_PROMPT}", [])
+                    with_prompt.extend(_divergences(engine, r, r.reminded))
+    return references
+
+
+def _references(base: BatchEngine, chats: Sequence[Views]) -> list[Reference]:
+    """Return what the reminded base predicts in the first of the `chats`, at least in one."""
+    references: list[Reference] = []
+    room = max_logits_bytes()
+    for views in chats:
+        reminded = answer_passes(base, views.reminded)
+        answers = list(islice(answer_logits(base, reminded), views.first_turn - 1, None))
+        references.append(Reference(views, answers, reminded, answer_passes(base, views.once)))
+        room -= sum(answer.values.nbytes for answer in answers)
+        if room <= 0:
+            break
+    return references
+
+
+def _divergences(
+    model: BatchEngine, reference: Reference, passes: Sequence[ChatPass]
+) -> list[AnswerKl]:
+    """Return the divergences of a model in one of the views by answer; empty answers have none."""
+    views = reference.views
+    predicted = islice(answer_logits(model, passes), views.first_turn - 1, None)
+    pairs = enumerate(zip(reference.answers, predicted, strict=True), views.first_turn)
+    return [
+        AnswerKl(
+            views.dialogue,
+            views.instruction,
+            turn,
+            len(expected.tokens),
+            mean_kl(expected.values, actual.values) * len(expected.tokens),
+        )
+        for turn, (expected, actual) in pairs
+        if expected.tokens
+    ]
+
+
+def summarize(base: Sequence[AnswerKl], models: Mapping[str, Sequence[AnswerKl]]) -> Fidelity:
+    """Return the fidelity of each model: overall, by turn and by instruction.
+
+    `base` and each of `models` have the same answers in the same order.
+    """
+
+    def rows(key: Callable[[AnswerKl], K]) -> tuple[FidelityRow, ...]:
+        return tuple(
+            _row(arm, at, [pair for pair in zip(base, model, strict=True) if key(pair[0]) == at])
+            for arm, model in models.items()
+            for at in sorted({key(answer) for answer in base})
+        )
+
+    turns = {answer.turn for answer in base}
+    all_turns = f"turns {min(turns)} to {max(turns)}"
+    return Fidelity(
+        overall=rows(lambda answer: all_turns),
+        by_turn=rows(lambda answer: answer.turn),
+        by_instruction=rows(lambda answer: answer.instruction),
+    )
+
+
+def _row(arm: str, at: int | str, pairs: Sequence[tuple[AnswerKl, AnswerKl]]) -> FidelityRow:
+    """Return the fidelity over pairs of the base's and the model's divergence."""
+    by_dialogue: dict[str, Sums] = {}
+    for base, model in pairs:
+        by_dialogue.setdefault(base.dialogue, np.zeros(2))[:] += base.kl, model.kl
+    sums = np.array(list(by_dialogue.values()))
+    tokens = sum(base.tokens for base, _ in pairs)
+    base_kl, kl = sums.sum(axis=0) / tokens
+    low, high = _interval(sums)
+    return FidelityRow(
+        arm=arm,
+        at=at,
+        kl=float(kl),
+        base_kl=float(base_kl),
+        value=float(_fidelity(sums)),
+        low=low,
+        high=high,
+        tokens=tokens,
+        dialogues=len(sums),
+    )
+
+
+def _fidelity(sums: Sums) -> Sums:
+    """Return the fidelity of (..., dialogues, 2) sums; nan where those of the base are 0."""
+    base, model = np.moveaxis(sums.sum(axis=-2), -1, 0)
+    return np.where(base > 0, 1 - model / np.where(base > 0, base, 1), math.nan)
+
+
+def _interval(sums: Sums) -> tuple[float, float]:
+    """Return the 95 % percentile interval (Efron 1979) over the dialogues of (dialogues, 2) sums.
+
+    Dialogues are drawn with replacement: the answers of one follow from one another. It is nan for
+    less than two of them.
+    """
+    if len(sums) < 2 or not sums[:, 0].all():
+        return math.nan, math.nan
+    drawn = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLES, len(sums)))
+    low, high = np.nanpercentile(_fidelity(sums[drawn]), (2.5, 97.5))
+    return float(low), float(high)

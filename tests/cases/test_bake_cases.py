@@ -1,0 +1,216 @@
+"""Prompts to bake: text files and character cards, and what is wrong with some of them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import struct
+import subprocess
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.cli import call_gatt, override_flags
+
+from pipeline.data.prompts import read_prompt
+from pipeline.errors import GattError
+from pipeline.gatt.assignment import AssignedDialogue, read_splits
+from pipeline.gatt.bake import IDENTITY_QUESTIONS, baked_instruction, with_prompt
+from pipeline.records import Dialogue
+from pipeline.run_dir import RunDir
+
+_V2 = {
+    "spec": "chara_card_v2",
+    "spec_version": "2.0",
+    "data": {
+        "name": "Ziggy",
+        "description": "{{char}} is a cheerful robot who guides {{user}}.",
+        "personality": "curious",
+        "scenario": "A museum.\r\n\r\n\r\n\r\nIt rains.",
+        "first_mes": "Hello <USER>, I am <BOT>!",
+        "mes_example": "<START>\n{{user}}: Hi\n{{Char}}: Beep.",
+        "system_prompt": "{{original}} You play {{char}}.",
+        "tags": ["robot"],
+    },
+}
+_RENDERED = (
+    "You play Ziggy.\n\nZiggy is a cheerful robot who guides User.\n\nPersonality: curious\n\n"
+    "Scenario: A museum.\n\nIt rains.\n\nExamples of how Ziggy talks:\nUser: Hi\nZiggy: Beep.\n\n"
+    "Ziggy begins the conversation with:\nHello User, I am Ziggy!"
+)
+
+
+def _chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def _png(*texts: tuple[bytes, bytes]) -> bytes:
+    """Return an image of one pixel with chunks before its end, as SillyTavern writes them."""
+    header = struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0\0")), *texts, (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*chunk) for chunk in chunks)
+
+
+def _encoded(card: object) -> bytes:
+    return base64.b64encode(json.dumps(card).encode())
+
+
+def _renamed(name: str) -> dict[str, object]:
+    return {"spec": "chara_card_v3", "data": {**_V2["data"], "name": name}}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("card.json", json.dumps(_V2).encode()),
+        ("v1.json", json.dumps(_V2["data"]).encode()),
+        ("card.txt", json.dumps(_V2).encode("utf-16")),
+        ("tEXt.png", _png((b"tEXt", b"chara\0" + _encoded(_V2)))),
+        ("zTXt.png", _png((b"zTXt", b"Chara\0\0" + zlib.compress(_encoded(_V2))))),
+        ("iTXt.png", _png((b"iTXt", b"ccv3\0\0\0en\0\0" + _encoded(_V2)))),
+        ("packed.png", _png((b"iTXt", b"ccv3\0\1\0\0\0" + zlib.compress(_encoded(_V2))))),
+        (
+            "both.png",
+            _png(
+                (b"tEXt", b"chara\0" + _encoded(_renamed("Old"))),
+                (b"tEXt", b"Comment\0drawn by hand"),
+                (b"tEXt", b"ccv3\0" + _encoded(_V2)),
+            ),
+        ),
+    ],
+)
+def test_a_card_becomes_one_text_with_its_names(file: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(content)
+    text, name = read_prompt(tmp_path / file)
+    assert name == "Ziggy"
+    assert text == _RENDERED
+
+
+def test_a_card_without_a_system_prompt_says_who_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "card.json"
+    file.write_text(json.dumps({"name": "Ada", "description": "A poet."}))
+    text, _ = read_prompt(file)
+    assert text == "You are Ada. Answer as Ada would, and stay in character.\n\nA poet."
+
+
+def test_a_text_is_taken_as_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text('\n{"a": 1} is how you answer, {{user}}.\n', encoding="utf-8-sig")
+    assert read_prompt(file) == ('{"a": 1} is how you answer, {{user}}.', "")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("photo.png", _png(), "is an image without a character card"),
+        ("broken.png", _png((b"tEXt", b"chara\0bm8ganNvbg==")), "card in .* is broken"),
+        ("other.png", _png((b"tEXt", b"chara\0\xff\xfe")), "card in .* is broken"),
+        ("cut.png", _png((b"tEXt", b"chara\0" + _encoded(_V2)))[:90], "card in .* is broken"),
+        ("photo.jpg", b"\xff\xd8\xff\xe0rest", "not a PNG"),
+        ("empty.txt", b" \n\t", "is empty"),
+        ("list.json", b"[1, 2]", "is not a character card"),
+        ("other.json", b'{"model": "x"}', "is not a character card"),
+        ("name.json", json.dumps({"data": {"name": "Ziggy"}}).encode(), "has no text"),
+        ("name.png", _png((b"tEXt", b"chara\0" + _encoded({"name": "Z"}))), "has no text"),
+        ("latin.txt", "Sei höflich.".encode("latin-1"), "not UTF-8"),
+    ],
+)
+def test_what_has_no_prompt_is_one_line(
+    file: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(GattError, match=message) as error:
+        read_prompt(tmp_path / file)
+    assert file in str(error.value)
+
+
+def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "no.txt", tmp_path):
+        with pytest.raises(GattError, match="Expected a text file, or a character card"):
+            read_prompt(path)
+
+
+# --- in a run ---
+
+
+def _instructions(run: Path, *flags: object) -> subprocess.CompletedProcess[str]:
+    return call_gatt("instructions", "--run", run, *override_flags(), *flags)
+
+
+def test_the_teacher_has_the_prompt_and_the_student_has_none(tmp_path: Path) -> None:
+    card, run = tmp_path / "card.json", RunDir(tmp_path / "run")
+    card.write_text(json.dumps(_V2))
+    flags = ("--set", f"instructions.bake={card}", "--set", "dialogues.train=30")
+    done = _instructions(run.path, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "30 training dialogues with the prompt card.json" in done.stderr
+    splits, suites = read_splits(run.assignments), read_splits(run.suites)
+    baked = [d for d in splits["train"] if d.baked]
+    plain = [d for d in splits["train"] if not d.baked]
+    assert 0 < len(plain) < len(baked)
+    assert any(question in d.dialogue.turns for d in baked for question in IDENTITY_QUESTIONS)
+    for assigned in (*baked, *splits["evaluation"]):
+        teacher = assigned.teacher_prompt(["Beep."], "Be kind.")
+        student = assigned.student_prompt(["Beep."], "Be kind.")
+        assert teacher[0] == {"role": "system", "content": _RENDERED}
+        assert teacher == assigned.reminded_prompt(["Beep."], "Be kind.")
+        assert student == teacher[1:]
+        assert [m["role"] for m in student] == ["user", "assistant", "user"]
+    for assigned in plain:  # another system message is obeyed as before
+        student = assigned.student_prompt([], "Be kind.")
+        assert student == assigned.teacher_prompt([], "Be kind.")
+        assert student[0]["content"] == "Be kind."
+    assert splits["validation"] == []
+    assert {name: len(suite) > 0 for name, suite in suites.items()} == {
+        "plain": True,
+        "recall": True,
+        "single": True,
+    }
+    (question,) = suites["recall"][0].recall_questions
+    assert (question.attribute, question.value) == ("name", "Ziggy")
+    assert question.question not in IDENTITY_QUESTIONS
+    assert _instructions(run.path, *flags).stderr.endswith("instructions: done already\n")
+    card.write_text(json.dumps(_renamed("Zaggy")))
+    assert "this has changed: card.json" in _instructions(run.path, *flags).stderr
+
+
+def test_without_another_system_message_there_are_no_plain_dialogues(tmp_path: Path) -> None:
+    prompt, run = tmp_path / "prompt.txt", RunDir(tmp_path / "run")
+    prompt.write_text("You are a pirate.")
+    flags = ("--set", f"instructions.bake={prompt}", "--set", "dialogues.system=''")
+    assert _instructions(run.path, *flags, "--set", "dialogues.train=30").returncode == 0
+    assert all(assigned.baked for assigned in read_splits(run.assignments)["train"])
+    suites = read_splits(run.suites)
+    assert (suites["plain"], suites["recall"]) == ([], [])  # the prompt gives no name
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "Cannot read the prompt"),
+        ("  \n", "is empty"),
+        ("Answer like a pirate. " * 2000, "has .* tokens; the context of .* has room for"),
+    ],
+)
+def test_a_prompt_that_cannot_be_baked_is_one_line(
+    text: str | None, message: str, tmp_path: Path
+) -> None:
+    prompt = tmp_path / "prompt.txt"
+    if text is not None:
+        prompt.write_text(text)
+    done = call_gatt("run", "--bake", prompt, "--run", tmp_path / "run")
+    assert done.returncode == 1
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("gatt: ")]
+    assert re.search(message, line) and "prompt.txt" in line
+
+
+def test_a_long_instruction_gets_a_longer_context() -> None:
+    dialogue = Dialogue("d", "sea", ("Hi?", "Why?"))
+    short = AssignedDialogue(dialogue=dialogue, instruction=baked_instruction("Be a pirate."))
+    long = replace(short, instruction=baked_instruction("Be a pirate. " * 60))  # 780 bytes
+    assert short.further_tokens(20) == 0
+    assert long.further_tokens(20) == 20 * (260 - 64)
+    assert with_prompt(dialogue, baked_instruction("Be a pirate. " * 60)).further_tokens(20) == 260
