@@ -260,7 +260,7 @@ def test_a_json_object_begins_as_one(api: Api) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "problem"),
     [
-        ({"grammar": 'root ::= "'}, None, "grammar is not valid"),
+        ({"grammar": 'root ::= "'}, "grammar", "grammar is not valid"),
         ({"grammar": 'root ::= root "x"'}, None, "left recursion"),
         ({"grammar": "root ::= " + "(" * 9000 + '"x"' + ")" * 9000}, None, "too large"),
         ({"grammar": 'root ::= "a"\n' + "# x\n" * 30_000}, None, "too large"),
@@ -451,6 +451,7 @@ def test_variables_of_the_chat_template_are_set_or_refused(thinking: Api) -> Non
     for fields in unknown:
         error = thinking.refusal(**request, **fields)
         assert "it has enable_thinking" in error["message"]
+        assert error["param"] == "chat_template_kwargs"
     assert (
         "has no variable"
         in thinking.refusal(model="own", chat_template_kwargs={"enable_thinking": False})["message"]
