@@ -6,6 +6,7 @@ GPT-2's pre-tokenizer for every byte-level BPE.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pipeline.errors import GattError
@@ -15,6 +16,14 @@ from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 """llama.cpp's types of the tokens that it looks for in a text before anything else."""
+_SAME_RULE = {
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "falcon3": "llama-bpe",
+    "pixtral": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+}
+"""Other names of pre-tokenizers in llama.cpp (`llama_vocab::impl::load`)."""
 _SPACE = "\u2581"
 """SentencePiece's sign for a space."""
 
@@ -25,8 +34,6 @@ def save_gguf_tokenizer(info: GgufInfo, folder: Path) -> None:
     Raises:
         GattError: a kind of tokenizer that is not supported.
     """
-    import json
-
     import transformers
     from tokenizers import Tokenizer
 
@@ -53,6 +60,7 @@ def save_gguf_tokenizer(info: GgufInfo, folder: Path) -> None:
         tokenizer_object=Tokenizer.from_str(json.dumps(description)),
         bos_token=info.bos or None,
         eos_token=info.eos,
+        unk_token=info.token("unknown") or None,
         pad_token=info.token("padding") or info.eos,
     )
     tokenizer.chat_template = info.chat_template
@@ -61,9 +69,10 @@ def save_gguf_tokenizer(info: GgufInfo, folder: Path) -> None:
 
 def _byte_level(info: GgufInfo, tokens: list[str]) -> JsonObject:
     """Return the parts of a byte-level BPE."""
-    rule = info.field("tokenizer.ggml.pre")
+    name = info.field("tokenizer.ggml.pre")
+    rule = _SAME_RULE.get(name, name)
     if rule not in PRE_TOKENIZERS:
-        raise _unsupported(info, f"tokenizer.ggml.pre = {rule!r}")
+        raise _unsupported(info, f"tokenizer.ggml.pre = {name!r}")
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[rule]},

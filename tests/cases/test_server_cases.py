@@ -165,10 +165,10 @@ def test_log_probabilities_are_those_of_the_model(
 
 
 def test_streams_and_text_completions_have_log_probabilities(api: Api) -> None:
-    whole = api.chat(logprobs=True)["choices"][0]["logprobs"]["content"]
+    expected = api.chat(logprobs=True)["choices"][0]["logprobs"]["content"]
     chunks = [event["choices"][0] for event in api.events(logprobs=True)]
     streamed = [entry for c in chunks if c["logprobs"] for entry in c["logprobs"]["content"]]
-    assert [entry["token"] for entry in streamed] == [entry["token"] for entry in whole]
+    assert [entry["token"] for entry in streamed] == [entry["token"] for entry in expected]
     body = api.post("/v1/completions", logprobs=2).json()["choices"][0]
     assert "".join(body["logprobs"]["tokens"]) == body["text"]
     assert [len(top) for top in body["logprobs"]["top_logprobs"]] == [2] * 16
