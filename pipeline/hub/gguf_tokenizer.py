@@ -37,9 +37,8 @@ def save_gguf_tokenizer(info: GgufInfo, folder: Path) -> None:
     import transformers
     from tokenizers import Tokenizer
 
-    kind = info.field("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
-        raise _unsupported(info, f"tokenizer.ggml.model = {kind!r}")
+    require_tokenizer(info)
+    byte_level = info.field("tokenizer.ggml.model") == "gpt2"
     tokens = list(map(str, info.field("tokenizer.ggml.tokens")))
     types = info.field("tokenizer.ggml.token_type", [1] * len(tokens))
     description = {
@@ -54,7 +53,7 @@ def save_gguf_tokenizer(info: GgufInfo, folder: Path) -> None:
             for id, (text, type_) in enumerate(zip(tokens, types, strict=True))
             if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ],
-        **(_byte_level(info, tokens) if kind == "gpt2" else _sentencepiece(info, tokens)),
+        **(_byte_level(info, tokens) if byte_level else _sentencepiece(info, tokens)),
     }
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(description)),
@@ -67,12 +66,30 @@ def save_gguf_tokenizer(info: GgufInfo, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def require_tokenizer(info: GgufInfo) -> None:
+    """Check that a GGUF's tokenizer is of a supported kind.
+
+    Raises:
+        GattError: it is not.
+    """
+    kind, rule = info.field("tokenizer.ggml.model"), info.field("tokenizer.ggml.pre")
+    unknown = ""
+    if kind not in ("gpt2", "llama"):
+        unknown = f"tokenizer.ggml.model = {kind!r}"
+    elif kind == "gpt2" and _SAME_RULE.get(rule, rule) not in PRE_TOKENIZERS:
+        unknown = f"tokenizer.ggml.pre = {rule!r}"
+    if unknown:
+        raise GattError(
+            f"{info.path}: {unknown} found; 'gpt2' with the pre-tokenizer of "
+            f"{', '.join(PRE_TOKENIZERS)}, or 'llama' expected. Take the model's Hugging Face "
+            "folder."
+        )
+
+
 def _byte_level(info: GgufInfo, tokens: list[str]) -> JsonObject:
     """Return the parts of a byte-level BPE."""
     name = info.field("tokenizer.ggml.pre")
     rule = _SAME_RULE.get(name, name)
-    if rule not in PRE_TOKENIZERS:
-        raise _unsupported(info, f"tokenizer.ggml.pre = {name!r}")
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[rule]},
@@ -130,10 +147,3 @@ def _sentencepiece(info: GgufInfo, tokens: list[str]) -> JsonObject:
             "byte_fallback": True,
         },
     }
-
-
-def _unsupported(info: GgufInfo, kind: str) -> GattError:
-    return GattError(
-        f"{info.path}: {kind} found; 'gpt2' with the pre-tokenizer of {', '.join(PRE_TOKENIZERS)}, "
-        "or 'llama' expected. Take the model's Hugging Face folder."
-    )

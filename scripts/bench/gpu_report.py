@@ -32,7 +32,7 @@ class Length(NamedTuple):
 
 
 def lengths(rows: Iterable[Row]) -> dict[tuple[str, str, int], Length]:
-    """Return the medians by (arm, case, tokens); the first step of each in a process is left out."""
+    """Return the medians by (arm, case, tokens), without the first step of each in a process."""
     steps: dict[tuple[str, str, int], list[Row]] = defaultdict(list)
     first: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     seen: set[tuple[int, str, int]] = set()
