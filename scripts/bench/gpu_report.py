@@ -188,7 +188,7 @@ def table(machine: Row, rows: Sequence[Row]) -> str:
                         _gb(row.peak_bytes),
                         _gb(row.total_bytes),
                         _gb(row.predicted_bytes) if row.predicted_bytes else "",
-                        f"+{row.warm_up_seconds:.1f} s",
+                        f"{row.warm_up_seconds:+.1f} s",
                     )
                     for (arm, case, tokens), row in measured.items()
                 ],

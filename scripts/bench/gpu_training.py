@@ -44,7 +44,7 @@ from pipeline.training.backend import choose_backend
 from pipeline.training.examples import IGNORE_INDEX, TrainingExample
 from pipeline.training.job import Step, TrainingJob, length_grouped_batches
 from pipeline.training.memory import fit_to_memory, training_memory
-from pipeline.training.unsloth import free_memory, load_unsloth, on_gpu
+from pipeline.training.unsloth import free_memory, on_gpu
 
 if TYPE_CHECKING:
     import transformers
@@ -190,14 +190,16 @@ def train_gatt(model_dir: Path, out: Path, workload: Workload, folder: Path) -> 
 
 def train_unsloth(model_dir: Path, out: Path, workload: Workload, folder: Path) -> None:
     """Train both workloads with TRL's trainer on Unsloth's model."""
-    loader = load_unsloth()
+    # Not through `load_unsloth`: it has Unsloth return logits, which costs time and memory.
+    from unsloth import FastLanguageModel as Loader
+
     arm = Arm("unsloth", model_dir, out, workload)
     job = arm.lengths_job(folder / "lengths")
     defaults = Train()
-    model, tokenizer = loader.from_pretrained(
+    model, tokenizer = Loader.from_pretrained(
         str(model_dir), max_seq_length=job.settings.max_length, load_in_4bit=True
     )
-    model = loader.get_peft_model(
+    model = Loader.get_peft_model(
         model,
         r=RANK,
         lora_alpha=RANK,

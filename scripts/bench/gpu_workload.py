@@ -24,7 +24,7 @@ class Workload:
     dialogues: int
 
 
-FULL = Workload((512, 1024, 2048, 4096, 8192), 4, 32)
+FULL = Workload((512, 1024, 2048, 4096, 8192), 3, 24)
 QUICK = Workload((64, 160), 2, 8)
 
 
