@@ -80,6 +80,7 @@ def _wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_the_exact_engines_under_load(
     server: GattServer, exact_engine: BatchEngine
 ) -> None:

