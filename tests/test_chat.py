@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +21,7 @@ from support.chat import (
     run_chat,
 )
 from support.cli import call_gatt
+from support.cores import pretend_cores
 from support.servers import MODEL
 from support.tmux import terminal
 
@@ -45,7 +45,7 @@ CHAT = (sys.executable, "-m", "pipeline", "chat", MODEL)
 def one_thread() -> Iterator[None]:
     """Generate with one thread: several wait for each other on a busy machine."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "cpu_count", lambda: 1)
+        pretend_cores(patch, 1)
         yield
 
 

@@ -10,6 +10,7 @@ import llama_cpp
 import numpy as np
 import pytest
 import scipy.special
+from support.cores import pretend_cores
 
 from pipeline.data.dialogues import load_dialogues
 from pipeline.hub.convert import cached_gguf
@@ -23,7 +24,7 @@ from pipeline.records import Completion, Message, Request, Task
 @pytest.fixture
 def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     """Use one thread: several would wait for each other while another program holds a core."""
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    pretend_cores(monkeypatch, 1)
 
 
 class _Turn(NamedTuple):
@@ -86,7 +87,7 @@ def test_answers_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.Monkey
     model = cached_gguf(find_model("smollm2-135m"), "Q4_0")
 
     def converse(cores: int, dialogues: int) -> dict[_Turn, Completion]:
-        monkeypatch.setattr("os.cpu_count", lambda: cores)
+        pretend_cores(monkeypatch, cores)
         return _converse(model, dialogues, dialogues=dialogues, turns=1, max_tokens=6)
 
     assert converse(cores=2, dialogues=3) == converse(cores=1, dialogues=3)

@@ -162,10 +162,10 @@ def test_a_model_that_does_not_fit_runs_on_the_cpu_and_says_so(
     assert not batches
     unfit, where = capsys.readouterr().err.splitlines()
     assert unfit.startswith(
-        "llama.cpp: tiny.gguf (0.0 GB) does not fit in the 0.1 GB that are free"
+        "llama.cpp: Tiny Llama (0.0 GB) does not fit in the 0.1 GB that are free"
     )
     assert unfit.endswith("on Fake RTX: it runs on the CPU")
-    assert where == "llama.cpp: tiny.gguf with 4 sequences of 256 tokens on the CPU"
+    assert where == "llama.cpp: 4 sequences of 256 tokens on the CPU"
 
 
 def test_the_log_says_how_many_sequences_run_where(
@@ -173,9 +173,7 @@ def test_the_log_says_how_many_sequences_run_where(
 ) -> None:
     install_fake_gpu(monkeypatch, 6)
     with BatchEngine(tiny_gguf, 200, _CONTEXT):
-        assert capsys.readouterr().err == (
-            "llama.cpp: tiny.gguf with 64 sequences of 256 tokens on Fake RTX\n"
-        )
+        assert capsys.readouterr().err == ("llama.cpp: 64 sequences of 256 tokens on Fake RTX\n")
 
 
 def test_the_server_decodes_prompts_together(

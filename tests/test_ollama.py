@@ -69,7 +69,8 @@ class Model(NamedTuple):
             **{f"tokenizer.ggml.{name}": value for name, value in keys.items()},
         }
         fields = {name: Field(value, 8) for name, value in values.items()}
-        return GgufInfo(fields, [], Path("tuned.gguf"), 1)
+        path = Path("tuned.gguf")
+        return GgufInfo(fields, [], path, 1, (path,))
 
 
 def _mistral(opening: str, closing: str, answer: str, end: str) -> Model:

@@ -157,6 +157,7 @@ def test_dialogues_with_a_real_server(real: str) -> None:
     assert len({completion.text for completion in completions.values()}) > 8
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_a_server_as_the_teacher(
     real: str, tmp_path: Path, gatt: Gatt, tiny: list[str]
 ) -> None:

@@ -50,6 +50,7 @@ def test_interrupted_synthesis_resumes_and_gives_the_same_data(
     assert len(keys) == len(set(keys))
 
 
+@pytest.mark.slow
 def test_interrupted_training_resumes_and_gives_the_same_adapter(
     finished: RunDir, tmp_path: Path, gatt: Gatt, tiny: list[str]
 ) -> None:

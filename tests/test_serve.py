@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import time
@@ -17,6 +16,7 @@ import openai
 import pytest
 from pydantic import SecretStr
 from support.cli import call_gatt
+from support.cores import pretend_cores
 from support.servers import MODEL, GattServer, gatt_server, llama_cpp_server
 
 from pipeline.data.dialogues import load_dialogues
@@ -40,7 +40,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GattServer]:
 def exact_engine(base: Path) -> Iterator[BatchEngine]:
     """Return the engine of the other stages; on one thread, as the server needs the other cores."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "cpu_count", lambda: 1)
+        pretend_cores(patch, 1)
         with BatchEngine(base, 1, CONTEXT) as engine:
             yield engine
 
@@ -80,6 +80,7 @@ def _wait_until(holds: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_the_exact_engines_under_load(
     server: GattServer, exact_engine: BatchEngine
 ) -> None:

@@ -29,7 +29,7 @@ from pipeline.hub.models import Model, require_chat_template
 from pipeline.hub.text_checkpoint import write_text_checkpoint
 from pipeline.system import cache_path, require_disk
 
-_CONVERSION = 7
+_CONVERSION = 8
 """Version of the conversion, part of the names in the cache: raise it with every change."""
 
 

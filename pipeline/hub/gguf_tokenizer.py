@@ -6,6 +6,7 @@ GPT-2's pre-tokenizer for every byte-level BPE.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from pipeline.errors import GattError
@@ -15,6 +16,14 @@ from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 """llama.cpp's types of the tokens that it looks for in a text before anything else."""
+_SAME_RULE = {
+    "llama3": "llama-bpe",
+    "llama-v3": "llama-bpe",
+    "falcon3": "llama-bpe",
+    "pixtral": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+}
+"""Other names of pre-tokenizers in llama.cpp (`llama_vocab::impl::load`)."""
 _SPACE = "\u2581"
 """SentencePiece's sign for a space."""
 
@@ -25,14 +34,11 @@ def save_gguf_tokenizer(info: GgufInfo, folder: Path) -> None:
     Raises:
         GattError: a kind of tokenizer that is not supported.
     """
-    import json
-
     import transformers
     from tokenizers import Tokenizer
 
-    kind = info.field("tokenizer.ggml.model")
-    if kind not in ("gpt2", "llama"):
-        raise _unsupported(info, f"tokenizer.ggml.model = {kind!r}")
+    require_tokenizer(info)
+    byte_level = info.field("tokenizer.ggml.model") == "gpt2"
     tokens = list(map(str, info.field("tokenizer.ggml.tokens")))
     types = info.field("tokenizer.ggml.token_type", [1] * len(tokens))
     description = {
@@ -47,23 +53,43 @@ def save_gguf_tokenizer(info: GgufInfo, folder: Path) -> None:
             for id, (text, type_) in enumerate(zip(tokens, types, strict=True))
             if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ],
-        **(_byte_level(info, tokens) if kind == "gpt2" else _sentencepiece(info, tokens)),
+        **(_byte_level(info, tokens) if byte_level else _sentencepiece(info, tokens)),
     }
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(description)),
         bos_token=info.bos or None,
         eos_token=info.eos,
+        unk_token=info.token("unknown") or None,
         pad_token=info.token("padding") or info.eos,
     )
     tokenizer.chat_template = info.chat_template
     tokenizer.save_pretrained(folder)
 
 
+def require_tokenizer(info: GgufInfo) -> None:
+    """Check that a GGUF's tokenizer is of a supported kind.
+
+    Raises:
+        GattError: it is not.
+    """
+    kind, rule = info.field("tokenizer.ggml.model"), info.field("tokenizer.ggml.pre")
+    unknown = ""
+    if kind not in ("gpt2", "llama"):
+        unknown = f"tokenizer.ggml.model = {kind!r}"
+    elif kind == "gpt2" and _SAME_RULE.get(rule, rule) not in PRE_TOKENIZERS:
+        unknown = f"tokenizer.ggml.pre = {rule!r}"
+    if unknown:
+        raise GattError(
+            f"{info.path}: {unknown} found; 'gpt2' with the pre-tokenizer of "
+            f"{', '.join(PRE_TOKENIZERS)}, or 'llama' expected. Take the model's Hugging Face "
+            "folder."
+        )
+
+
 def _byte_level(info: GgufInfo, tokens: list[str]) -> JsonObject:
     """Return the parts of a byte-level BPE."""
-    rule = info.field("tokenizer.ggml.pre")
-    if rule not in PRE_TOKENIZERS:
-        raise _unsupported(info, f"tokenizer.ggml.pre = {rule!r}")
+    name = info.field("tokenizer.ggml.pre")
+    rule = _SAME_RULE.get(name, name)
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[rule]},
@@ -121,10 +147,3 @@ def _sentencepiece(info: GgufInfo, tokens: list[str]) -> JsonObject:
             "byte_fallback": True,
         },
     }
-
-
-def _unsupported(info: GgufInfo, kind: str) -> GattError:
-    return GattError(
-        f"{info.path}: {kind} found; 'gpt2' with the pre-tokenizer of {', '.join(PRE_TOKENIZERS)}, "
-        "or 'llama' expected. Take the model's Hugging Face folder."
-    )

@@ -20,6 +20,7 @@ from pipeline.gguf.huggingface.config import (
 from pipeline.gguf.merge import open_base
 from pipeline.gguf.reader import open_gguf, part_paths
 from pipeline.hub.gguf_checkpoint import model_config
+from pipeline.hub.gguf_tokenizer import require_tokenizer
 from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 
@@ -109,6 +110,10 @@ def require_exportable(model: Model) -> None:
     """
     list(open_base(model.path).tensors())
     require_chat_template(model)
+    if model.is_gguf:
+        info = open_gguf(model.path)
+        require_tokenizer(info)
+        model_config(info)  # training needs it
 
 
 def _printable(name: str) -> str:

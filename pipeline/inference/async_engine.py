@@ -26,6 +26,7 @@ from pipeline.inference.request import (
     GenerationRequest,
     GenerationResult,
     Job,
+    OptionError,
     Prompt,
     PromptOptions,
     TextPiece,
@@ -157,9 +158,11 @@ class AsyncEngine:
         known = model.template.variable_names() if options.template_variables else set[str]()
         for variable in options.template_variables:
             if variable not in known:
-                raise GattError(
-                    f"The chat template of {name} has no variable {variable!r}; it has "
-                    f"{', '.join(sorted(known)) or 'none'}. Omit it."
+                names = ", ".join(sorted(known)) or "no variable of its own"
+                raise OptionError(
+                    "chat_template_kwargs",
+                    f"The chat template of {name} has no variable {variable!r}; it has {names}. "
+                    "Omit it.",
                 )
         text = model.template.render(
             messages,
@@ -179,12 +182,16 @@ class AsyncEngine:
         model = self._models[name].loaded
         for token, _ in sampler.logit_bias:
             if not 0 <= token < model.vocab_size:
-                raise GattError(
+                raise OptionError(
+                    "logit_bias",
                     f"Token {token} of 'logit_bias' does not exist; expected 0 to "
-                    f"{model.vocab_size - 1}."
+                    f"{model.vocab_size - 1}.",
                 )
         if sampler.grammar:
-            model.check_grammar(sampler.grammar)
+            try:
+                model.check_grammar(sampler.grammar)
+            except GattError as error:
+                raise OptionError("grammar", str(error)) from error
 
     def text_tokens(self, name: str, text: str) -> list[int]:
         """Return the prompt for the continuation of plain text."""

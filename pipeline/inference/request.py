@@ -39,6 +39,14 @@ class ContextLengthError(GattError):
         self.prompt, self.answer, self.context = prompt, answer, context
 
 
+class OptionError(GattError):
+    """A model cannot follow an option of a request; `option` is its name in the API."""
+
+    def __init__(self, option: str, message: str) -> None:
+        super().__init__(message)
+        self.option = option
+
+
 class PromptOptions(NamedTuple):
     """How a chat becomes a prompt: the variables of its template that are set.
 

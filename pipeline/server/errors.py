@@ -9,7 +9,12 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 
 from pipeline.errors import GattError
-from pipeline.inference.request import ContextLengthError, EngineClosedError, QueueFullError
+from pipeline.inference.request import (
+    ContextLengthError,
+    EngineClosedError,
+    OptionError,
+    QueueFullError,
+)
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -63,6 +68,8 @@ def from_engine(error: Exception, param: str | None = None) -> ApiError:
             return ApiError(429, message, code="server_busy", headers={"retry-after": "1"})
         case EngineClosedError():
             return ApiError(503, message, code="server_stopping")
+        case OptionError():
+            return ApiError(400, message, error.option, "invalid_value")
         case GattError():
             return ApiError(400, message, param, "invalid_prompt")
         case _:

@@ -32,7 +32,7 @@ class Length(NamedTuple):
 
 
 def lengths(rows: Iterable[Row]) -> dict[tuple[str, str, int], Length]:
-    """Return the medians by (arm, case, tokens); the first step of each in a process is left out."""
+    """Return the medians by (arm, case, tokens), without the first step of each in a process."""
     steps: dict[tuple[str, str, int], list[Row]] = defaultdict(list)
     first: dict[tuple[str, str, int], list[float]] = defaultdict(list)
     seen: set[tuple[int, str, int]] = set()
@@ -188,7 +188,7 @@ def table(machine: Row, rows: Sequence[Row]) -> str:
                         _gb(row.peak_bytes),
                         _gb(row.total_bytes),
                         _gb(row.predicted_bytes) if row.predicted_bytes else "",
-                        f"+{row.warm_up_seconds:.1f} s",
+                        f"{row.warm_up_seconds:+.1f} s",
                     )
                     for (arm, case, tokens), row in measured.items()
                 ],

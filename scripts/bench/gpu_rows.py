@@ -9,7 +9,7 @@ from typing import Any
 
 Row = dict[str, Any]
 NOT_A_RESULT = "cpu, not a result"
-"""The device of rows that were measured without a card."""
+"""The name of the device where there is no card."""
 
 
 def append_row(out: Path, **row: object) -> None:
@@ -27,10 +27,3 @@ def read_rows(out: Path, offset: int = 0) -> Iterator[Row]:
             yield json.loads(line)
         except ValueError:
             continue
-
-
-def device_name() -> str:
-    """Return the name of the card that torch uses, or `NOT_A_RESULT`."""
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else NOT_A_RESULT

@@ -27,8 +27,10 @@ from support.shared import make_once
 from pipeline.errors import GattError
 from pipeline.gguf.base import Array
 from pipeline.gguf.checkpoint import CheckpointBase
+from pipeline.gguf.merge import plan_merge, write_skeleton
 from pipeline.gguf.reader import open_gguf, read_gguf
 from pipeline.hub.convert import cached_checkpoint, write_formats
+from pipeline.hub.gguf_tokenizer import save_gguf_tokenizer
 from pipeline.hub.models import Model, find_model, require_exportable, shape_of
 from pipeline.records import Message
 
@@ -565,6 +567,32 @@ def test_other_programs_feed_the_tokens_of_training(
     for n in ("bos", "eos"):
         changed = written.get(n) is False and flags.get(n, n == "bos")
         assert (f"written with tokenizer.ggml.add_{n}_token = false" in done.stderr) is changed
+
+
+# Tokenizers of GGUF files
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama-v3", "falcon3", "pixtral", "deepseek-r1-qwen"])
+def test_a_pre_tokenizer_is_known_by_its_other_names(
+    name: str, plain: Path, tmp_path: Path
+) -> None:
+    import transformers
+
+    from pipeline.export.verify import find_mismatch, load_and_predict, sample_chats
+
+    file = tmp_path / "vocabulary.gguf"
+    write_skeleton(plan_merge(plain, keys={"tokenizer.ggml.pre": name}), file)
+    save_gguf_tokenizer(open_gguf(file), tmp_path / "hf")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    chats = sample_chats(file)
+    assert find_mismatch(chats, load_and_predict(file, chats.texts, ()).token_ids, tokenizer) == ""
+
+
+def test_an_unknown_pre_tokenizer_is_refused(plain: Path, tmp_path: Path) -> None:
+    file = tmp_path / "vocabulary.gguf"
+    write_skeleton(plan_merge(plain, keys={"tokenizer.ggml.pre": "tekken"}), file)
+    with pytest.raises(GattError, match=r"tokenizer\.ggml\.pre = 'tekken' found; 'gpt2' with"):
+        save_gguf_tokenizer(open_gguf(file), tmp_path / "hf")
 
 
 # File names

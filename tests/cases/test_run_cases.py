@@ -477,13 +477,13 @@ def test_an_error_that_is_a_bug_keeps_its_traceback(
 def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/r\xe8ve"))
     folder.mkdir()
-    (folder / "caf\udce9.gguf").write_bytes(b"x")
+    (folder / "d\udce9but.gguf").write_bytes(b"x")
     run_dir = RunDir(folder / "run")
-    run_dir.claim("evaluate", "", [folder / "caf\udce9.gguf", folder])
-    run_dir.finish("evaluate", "", [folder / "caf\udce9.gguf"], 1.0)
+    run_dir.claim("evaluate", "", [folder / "d\udce9but.gguf", folder])
+    run_dir.finish("evaluate", "", [folder / "d\udce9but.gguf"], 1.0)
     manifest = run_dir.manifest("evaluate")
-    assert manifest and manifest["inputs"].keys() == {"caf\\xe9.gguf"}
-    assert run_dir.changes("evaluate", "", [folder / "caf\udce9.gguf"]) == []
+    assert manifest and manifest["inputs"].keys() == {"d\\xe9but.gguf"}
+    assert run_dir.changes("evaluate", "", [folder / "d\udce9but.gguf"]) == []
     assert "training dialogues" in _instructions(folder / "run").stderr
     with pytest.raises(GattError, match=r"bytes that are not UTF-8.*Rename the file"):
         open_run(None, tmp_path / "run", (f"dialogues.source={folder}/x.jsonl",))

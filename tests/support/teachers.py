@@ -34,7 +34,7 @@ _WORDS = (
     "thunder",
     "copper",
     "velvet",
-    "harbour",
+    "harbor",
     "meadow",
     "lantern",
     "orchard",
@@ -60,7 +60,7 @@ def obeying_answer_to(messages: list[Message]) -> str:
     if not phrases:
         return f"Captain Nemo here. {answer}" if "Nemo" in text else answer
     before = text.split(phrases[-1])[0][-90:].lower()
-    ends = "clos" in before or "end " in before
+    ends = any(word in before for word in ("close", "closing", "end "))
     return f"{answer} {phrases[-1]}" if ends else f"{phrases[-1]} {answer}"
 
 

@@ -126,16 +126,17 @@ def _normalize_union(schema: Schema, types: Sequence[object], place: str) -> Sch
     """Return a schema of several types as alternatives, each with its own keywords."""
     foreign = frozenset(name for names in _KEYWORDS.values() for name in names)
     definitions = {name: schema[name] for name in ("$defs", "definitions") if name in schema}
-    alternatives: list[Schema] = [
-        {
-            name: kind if name == "type" else value
-            for name, value in schema.items()
-            if name not in foreign - _KEYWORDS.get(str(kind), frozenset())
-            and name not in _ANNOTATIONS
-        }
-        for kind in types
-    ]
-    return _normalize({"anyOf": alternatives, **definitions}, place)
+    common: Schema = {
+        name: value
+        for name, value in schema.items()
+        if name not in foreign and name not in _ANNOTATIONS
+    }
+    alternatives: list[Schema] = []
+    for kind in types:
+        own = _KEYWORDS.get(str(kind), frozenset[str]())
+        keywords = {name: schema[name] for name in schema if name in own}
+        alternatives.append(common | keywords | {"type": kind})
+    return _normalize(definitions | {"anyOf": alternatives}, place)
 
 
 def _check_values(schema: Schema, place: str) -> None:

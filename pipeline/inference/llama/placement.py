@@ -45,9 +45,10 @@ def place_layers(info: GgufInfo, n_ctx: int = _USUAL_CONTEXT) -> int:
     layers = fitting if fitting >= _MIN_GPU_SHARE * everything else 0
     if layers < everything:
         where = f"{layers} of its {everything} layers go there" if layers else "it runs on the CPU"
+        name = info.field("general.name", info.path.name)
         log(
-            f"llama.cpp: {info.path.name} ({info.bytes / GB:.1f} GB) does not fit in the "
-            f"{free / GB:.1f} GB that are free on {describe_gpus(devices)}: {where}"
+            f"llama.cpp: {name} ({info.bytes / GB:.1f} GB) does not fit in the {free / GB:.1f} GB "
+            f"that are free on {describe_gpus(devices)}: {where}"
         )
     return layers
 

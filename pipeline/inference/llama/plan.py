@@ -44,8 +44,7 @@ class ContextPlan(NamedTuple):
             if self.gpu_layers <= info.layers:
                 where += f" ({self.gpu_layers} of {info.layers + 1} layers) and the CPU"
         return (
-            f"llama.cpp: {info.path.name} with {sum(self.sequences)} sequences of "
-            f"{self.settings.n_ctx} tokens on {where}"
+            f"llama.cpp: {sum(self.sequences)} sequences of {self.settings.n_ctx} tokens on {where}"
         )
 
 
