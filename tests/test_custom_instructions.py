@@ -145,7 +145,7 @@ def test_a_saved_recipe_is_read_back(tmp_path: Path) -> None:
         ('{text = "  "}', "there is no text"),
         ("{text = 3}", "text = 3; expected a text"),
         ('"Be blunt."', 'expected a table: {text = "Be blunt."}'),
-        ('{text = "a", chekcs = []}', "unknown key 'chekcs'. Did you mean 'checks'"),
+        ('{text = "a", check = []}', "unknown key 'check'. Did you mean 'checks'"),
         ('{text = "a", place = "user"}', 'expected "first"'),
         ('{text = "a", checks = "bold"}', "expected a list"),
         ('{text = "a", checks = [{regex = "a", not_regex = "b"}]}', "expected one kind"),
@@ -639,3 +639,24 @@ def test_assignments_with_custom_instructions_are_read_back(tmp_path: Path) -> N
     assert read_splits(tmp_path / "splits.json")["train"] == assigned
     assert check_files(tmp_path / "splits.json") == []
     assert check_files(tmp_path / "none.json") == []
+
+
+@pytest.mark.parametrize(
+    ("checks", "verdict", "obeyed"),
+    [
+        ((), True, [True, True]),
+        ((), None, [False, False]),
+        ((Constraint("rubric", "Blunt?"), Constraint("regex", "Ziggy says")), True, [True, False]),
+        ((Constraint("rubric", "Blunt?"),), False, [False, False]),
+    ],
+)
+def test_a_verdict_counts_together_with_the_checks_of_programs(
+    checks: tuple[Constraint, ...],
+    verdict: bool | None,
+    obeyed: list[bool],
+) -> None:
+    custom = replace(BLUNT, checks=checks)
+    (assigned,) = assign_evaluation([Dialogue("a", "sea", QUESTIONS)], [], [custom])
+    assert assigned.needs_judge(0)
+    replies = _replies(assigned, [SEA, SALT], "tuned")
+    assert [assigned.with_verdict(r, verdict=verdict).obeys for r in replies] == obeyed

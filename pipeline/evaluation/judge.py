@@ -6,7 +6,6 @@ It is calibrated first on replies whose exact check is known.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,9 +88,7 @@ def judge(
             f"evaluate: the judge gave no verdict on {missing} of {len(unchecked)} replies, which "
             "count as not adherent."
         )
-    judged = {
-        r: replace(r, obeys=r.obeys is not False and bool(verdicts[_Key.of(r)])) for r in unchecked
-    }
+    judged = {r: by_id[r.dialogue].with_verdict(r, verdict=verdicts[_Key.of(r)]) for r in unchecked}
     by_instruction = adherence(judged.values(), lambda r: (r.arm, by_id[r.dialogue].name))
     return [judged.get(r, r) for r in replies], Judgment(
         model=name,

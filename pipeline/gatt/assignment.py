@@ -19,6 +19,7 @@ from pipeline.records import (
     Instruction,
     Message,
     RecallQuestion,
+    Reply,
     SynthesisMethod,
 )
 
@@ -93,6 +94,14 @@ class AssignedDialogue:
         """Return the constraints on the answer of `turn` (from 0)."""
         instruction = self.active_instruction(turn)
         return instruction.constraints if instruction else ()
+
+    def with_verdict(self, reply: Reply, *, verdict: bool | None) -> Reply:
+        """Return a reply that needs a judge with its verdict, which programs' checks may overrule.
+
+        No verdict counts as a bad one.
+        """
+        programs = [c for c in self.constraints(reply.turn - 1) if not is_judged((c,))]
+        return replace(reply, obeys=bool(verdict) and not (programs and reply.obeys is False))
 
     def criterion(self, turn: int) -> str:
         """Return what a judge is asked about the answer of `turn` (from 0)."""

@@ -113,7 +113,7 @@ def _judged_replies(
             if not verdicts and reply.obeys is None:  # nothing has checked it
                 continue
             verdict = verdicts.get((reply.arm, reply.dialogue, reply.turn), False)
-            reply = replace(reply, obeys=reply.obeys is not False and verdict)
+            reply = by_id[reply.dialogue].with_verdict(reply, verdict=verdict)
         replies.append(replace(reply, dialogue=f"{seed}:{reply.dialogue}"))
     return replies
 
