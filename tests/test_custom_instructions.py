@@ -152,7 +152,7 @@ def test_a_saved_recipe_is_read_back(tmp_path: Path) -> None:
         ('{text = "a", checks = [{uppercase = true}]}', "the check uppercase has the value True"),
         ('{text = "a", checks = [{function = "polite"}]}', 'expected "module:function"'),
         ('{text = "a", checks = [{regex = "a", arguments = {n = 1}}]}', "next to ifeval"),
-        ('{kind = "opening", valu = "Hi"}', "unknown key 'valu' next to kind"),
+        ('{kind = "opening", worth = "Hi"}', "unknown key 'worth' next to kind"),
         ("{}", "there is no text"),
     ],
 )
@@ -240,7 +240,7 @@ def test_a_folder_has_one_system_prompt_in_each_file(tmp_path: Path) -> None:
         ("i.jsonl", b"Be blunt.\n", "line 1: not a line of JSON"),
         ("i.json", b'{"text": "a"}', "not a list"),
         ("i.md", b"", "there is no text"),
-        ("i.txt", b"caf\xe9", "not UTF-8"),
+        ("i.txt", b"d\xe9", "not UTF-8"),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_it(

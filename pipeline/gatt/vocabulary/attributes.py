@@ -121,8 +121,8 @@ UNSEEN_ATTRIBUTES = {
         statements=(),
         questions=(),
         answers=(),
-        evaluation_statement="your favourite colour is {v}",
-        evaluation_question="Which colour do you like best?",
+        evaluation_statement="your favourite color is {v}",
+        evaluation_question="Which color do you like best?",
     ),
 }
 """Attributes that only evaluation asks for."""
