@@ -41,7 +41,7 @@ from pipeline.records import (
     Task,
 )
 from pipeline.report.figures import adherence_curve
-from pipeline.report.sections import headline
+from pipeline.report.sections.headline import headline
 from pipeline.report.tables import overview
 
 DATA = Path(__file__).parent / "data"

@@ -37,7 +37,7 @@ from pipeline.gatt.assignment import AssignedDialogue, Splits, write_splits
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.records import Constraint, Dialogue, Reply
 from pipeline.report.figures import adherence_curve, change_curve
-from pipeline.report.sections import headline
+from pipeline.report.sections.headline import headline
 from pipeline.report.tables import Table, markdown, sort_key
 from pipeline.run_dir import RunDir
 from pipeline.stages.report import run

@@ -17,8 +17,8 @@ from pipeline.report.facts import public_name, shortened_warning
 from pipeline.report.figures import adherence_curve
 from pipeline.report.page import ReportPage, as_markdown
 from pipeline.report.results import RunResults, read_results
-from pipeline.report.run_sections import RUN_SECTIONS
-from pipeline.report.sections import EVALUATION_SECTIONS, headline
+from pipeline.report.sections import SECTIONS as REPORT_SECTIONS
+from pipeline.report.sections.headline import headline
 from pipeline.report.tables import curve_tables
 from pipeline.run_dir import RunDir
 
@@ -65,7 +65,7 @@ def report_page(results: RunResults) -> ReportPage:
     )
     if len(plotted) < len(results.arms):
         caption += f" Figures show {len(plotted)} of {len(results.arms)} models, tables all."
-    sections = [build(results) for build in (*EVALUATION_SECTIONS, *RUN_SECTIONS)]
+    sections = [build(results) for build in REPORT_SECTIONS]
     return ReportPage(
         title=f"GAtt report: {public_name(results.recipe.model)}",
         headline=headline(scores),

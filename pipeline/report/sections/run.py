@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from pipeline.export.summary import MIN_RETAINED
 from pipeline.report.figures import loss_curve
 from pipeline.report.page import ReportSection
 from pipeline.report.results import RunResults, Throughput
-from pipeline.report.sections import Section
 from pipeline.report.tables import Cell, Table
 
 _WEIGHTS = {"fp16": "original", "nf4": "4-bit"}
@@ -123,6 +120,3 @@ def facts(results: RunResults) -> ReportSection:
         caption="What is needed to repeat it.",
         tables=[Table("facts", ["fact", "value"], list(results.facts.items()))],
     )
-
-
-RUN_SECTIONS: Sequence[Section] = (training_data, training, export, facts)

@@ -1,0 +1,147 @@
+"""The sections about what else training did: fidelity, leakage, damage, the judge, attention."""
+
+from __future__ import annotations
+
+from pipeline.evaluation.fidelity import WITH_PROMPT
+from pipeline.evaluation.scores import Fidelity, FidelityRow
+from pipeline.report.facts import public_name
+from pipeline.report.figures import attention_figure
+from pipeline.report.page import ReportSection
+from pipeline.report.results import RunResults
+from pipeline.report.tables import (
+    Cell,
+    Table,
+    by_arm,
+    fidelity_interval,
+    fidelity_table,
+    format_cell,
+)
+
+
+def leakage_and_damage(results: RunResults) -> ReportSection | None:
+    """Return trained traits and perplexity in dialogues without an instruction."""
+    scores = results.scores
+    if not scores.leakage and not scores.degradation:
+        return None
+    baked = bool(scores.fidelity and scores.fidelity.baked)
+    leakage = by_arm("leakage", "a trained trait shows in", scores.leakage, results.arms)
+    tables = [leakage] if scores.leakage and not baked else []
+    notes = [
+        f"{arm}: {trait}, {count} times"
+        for arm, traits in scores.leaked.items()
+        for trait, count in traits.items()
+    ]
+    degradation = scores.degradation
+    if degradation and degradation.perplexity:
+        base = degradation.perplexity["base"]
+        rows: list[list[Cell]] = [
+            [arm, perplexity, f"{perplexity / base - 1:+.1%}", degradation.kl[arm]]
+            for arm, perplexity in degradation.perplexity.items()
+        ]
+        columns = ["", "perplexity", "change from the base", "KL from the base, nats per token"]
+        tables.append(Table("degradation", columns, rows))
+        notes.append(
+            f"Perplexity and KL are over {degradation.tokens} tokens of the base's own answers in "
+            "plain dialogues."
+        )
+    return ReportSection(
+        title="Leakage and damage",
+        caption=(
+            "Dialogues with another system message: the model should answer as before."
+            if baked
+            else "Dialogues without an instruction: no trained trait should show, and the model "
+            "should answer as before."
+        ),
+        tables=tables,
+        notes=notes,
+    )
+
+
+def reminder_fidelity(results: RunResults) -> ReportSection | None:
+    """Return how near each model that is told once comes to the base that is always reminded.
+
+    For a baked prompt: a model without the prompt, and the base with it.
+    """
+    fidelity = results.scores.fidelity
+    if not fidelity or not fidelity.overall:
+        return None
+    dialogues = max(row.dialogues for row in fidelity.overall)
+    notes = [fidelity_note(row, fidelity) for row in fidelity.overall]
+    tables = [
+        fidelity_table("fidelity", "", fidelity.overall),
+        fidelity_table("fidelity_by_turn", "turn", fidelity.by_turn),
+    ]
+    if fidelity.baked:
+        title, near, far = "Baked prompt", "with it", "without the prompt"
+        notes += [
+            f"Without the prompt, each request is {fidelity.saved_tokens:.0f} tokens shorter.",
+            "No program can check a prompt, so there is no adherence. Nor is there leakage: the "
+            "prompt is meant to show without being given. What has changed under another system "
+            "message is in the section on damage.",
+        ]
+    else:
+        title, near, far = "Reminder fidelity", "reminded in every turn", "told once"
+        by_instruction = fidelity.by_instruction
+        tables.append(fidelity_table("fidelity_by_instruction", "instruction", by_instruction))
+    return ReportSection(
+        title=title,
+        caption=(
+            f"How much nearer a model {far} comes to the base {near} than the base {far}. It needs "
+            f"no check: it is the KL from the base {near}, on its own answers in {dialogues} "
+            f"dialogues. 100% is a model that predicts as the base {near} does, 0% one that is no "
+            "nearer to it than the base."
+        ),
+        tables=tables,
+        notes=notes,
+    )
+
+
+def fidelity_note(row: FidelityRow, fidelity: Fidelity) -> str:
+    """Return what the figure of one model means."""
+    interval = fidelity_interval(row)
+    counts = f"{f'95 % interval {interval}, ' if interval else ''}{row.dialogues} dialogues"
+    near, far = "reminded in every turn", "told once"
+    if fidelity.baked:
+        near, far = "with it", "without the prompt"
+    arm = row.arm if row.arm.endswith(WITH_PROMPT) else f"{row.arm}, {far}"
+    if not row.value > 0:
+        return f"{arm}: no nearer to the base {near} than the base {far} ({counts})."
+    return (
+        f"{arm}: {row.value:.0%} nearer to the base {near} than the base {far} is ({counts}, "
+        f"{row.tokens} tokens, {row.at})."
+    )
+
+
+def judge(results: RunResults) -> ReportSection | None:
+    """Return the verdicts of a judge, and how often it agrees with exact checks."""
+    judgment = results.scores.judge
+    if not judgment:
+        return None
+    tables = (
+        [by_arm("judge", "instruction", judgment.scores, results.arms)] if judgment.scores else []
+    )
+    return ReportSection(
+        title="The judge",
+        caption=(
+            f"{public_name(judgment.model)} judged what no program can check. Where a program can, "
+            f"it agreed in {format_cell(judgment.agreement) or 'none'} of the replies."
+        ),
+        tables=tables,
+        notes=[] if judgment.reliable else ["Below 80 %: its verdicts are not reliable."],
+    )
+
+
+def attention(results: RunResults) -> ReportSection | None:
+    """Return the map of what the answers of one dialogue attend to."""
+    if not results.attention:
+        return None
+    return ReportSection(
+        title="What the answers attend to",
+        caption=(
+            "One dialogue, each model with its own answers: the strongest attention over all heads "
+            "and layers, from each answer (down) to everything before it (across), in bins of "
+            "eight tokens, as in Figure 10 of the paper; and the mean share of the attention that "
+            "falls on the instruction."
+        ),
+        picture=attention_figure(results.attention),
+    )
