@@ -107,7 +107,7 @@ def test_every_arm_answers(finished: RunDir) -> None:
 def test_every_suite_is_measured(finished: RunDir) -> None:
     scores = _scores(finished)
     assert {row.at for row in scores.recall} == {2, 3}
-    assert {row.at for row in scores.recall_by_attribute} == {"name", "hobby"}
+    assert {row.at for row in scores.recall_by_attribute} == {"name", "hobby", "town"}
     assert {row.arm for row in scores.single} == {"base", "tuned"}
     assert scores.change["base"].change_turn == 2
     assert scores.leakage[0].n == 3

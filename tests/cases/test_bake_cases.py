@@ -143,7 +143,8 @@ def _instructions(run: Path, *flags: object) -> subprocess.CompletedProcess[str]
 def test_the_teacher_has_the_prompt_and_the_student_has_none(tmp_path: Path) -> None:
     card, run = tmp_path / "card.json", RunDir(tmp_path / "run")
     card.write_text(json.dumps(_V2))
-    flags = ("--set", f"instructions.bake={card}", "--set", "dialogues.train=30")
+    values = (f"instructions.bake={card}", "dialogues.train=30", "instructions.recall_ratio=0.2")
+    flags = [flag for value in values for flag in ("--set", value)]
     done = _instructions(run.path, *flags)
     assert done.returncode == 0, done.stderr
     assert "30 training dialogues with the prompt card.json" in done.stderr
