@@ -227,7 +227,8 @@ def test_a_client_that_disconnects_frees_its_sequence(server: GattServer, stream
 
 def test_each_request_has_a_line_of_log_without_its_texts(server: GattServer) -> None:
     server.chat("Do you like marzipan?", max_tokens=3)
-    line = server.log_records[-1]
+    # An answer that a client of another test left may be logged after this one.
+    line = [record for record in server.log_records if record["status"] != 499][-1]
     assert (line["model"], line["status"], line["tokens"]) == (MODEL, 200, 3)
     assert line["prompt_tokens"] > line["cached_tokens"]
     assert 0 < line["first_token_seconds"] <= line["seconds"]
