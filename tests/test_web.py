@@ -109,7 +109,8 @@ def test_what_is_typed_after_a_click_on_a_button_is_a_message(tab: Tab) -> None:
     tab.page.click(".examples button >> nth=0")
     tab.page.keyboard.type("Name a color.")
     assert box.input_value() == "Name a color."
-    assert tab.page.get_by_label("Instruction", exact=True).input_value() == _AHOY
+    instruction = tab.page.get_by_label("Instruction", exact=True)
+    tab.wait_until(lambda: instruction.input_value() == _AHOY)
     tab.page.click("[aria-label^=Colors]")
     tab.page.keyboard.type("Or two.")
     assert box.input_value() == "Name a color.Or two."
@@ -117,9 +118,9 @@ def test_what_is_typed_after_a_click_on_a_button_is_a_message(tab: Tab) -> None:
     tab.page.click("[aria-label^=Colors]")
     tab.page.keyboard.press("Space")
     assert box.input_value() == "Name a color.Or two."
-    tab.page.get_by_label("Instruction", exact=True).fill("Be")
+    instruction.fill("Be")
     tab.page.keyboard.type(" kind.")
-    assert tab.page.get_by_label("Instruction", exact=True).input_value() == "Be kind."
+    assert instruction.input_value() == "Be kind."
     assert box.input_value() == "Name a color.Or two."
 
 
