@@ -1,9 +1,9 @@
-"""The commands outside a run: compare, push, chat, serve, doctor."""
+"""The commands outside a run: compare, exam, push, chat, serve, doctor."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -15,7 +15,10 @@ from pipeline.errors import GattError
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Folders of evaluated runs; the first is the reference."),
+        typer.Argument(
+            help="Folders of evaluated runs, or result files of gatt exam; the first is the "
+            "reference."
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="Output folder for the page, the chart and the table.")
@@ -25,6 +28,101 @@ def compare(
     from pipeline.stages.compare import compare as compare_runs
 
     compare_runs(runs, out)
+
+
+@app.command()
+def exam(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="A GGUF file, a preset, a Hugging Face folder, an adapter (GGUF or folder) after "
+            "the model that it is on, or a server: http://host:port/v1#model.",
+        ),
+    ],
+    turns: Annotated[
+        str, typer.Option(help="20, 50, another number, or context: until the context is full.")
+    ] = "20",
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="once, every, every-K, depth-D, system or failed; can be repeated. Default: once, "
+            "every, every-5, depth-4, system, failed."
+        ),
+    ] = None,
+    regime: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="first, system, three, replaced, added, stopped, contradicted, long or "
+            "attributes; can be repeated. Default: all."
+        ),
+    ] = None,
+    dialogues: Annotated[
+        int, typer.Option(help="Dialogues of each regime; 0 takes all.", min=0)
+    ] = 0,
+    sampler: Annotated[
+        Literal["plain", "greedy", "gatt"],
+        typer.Option(
+            help="plain: temperature 0.8, top-k 40, top-p 0.95, min-p 0.05, as most programs; "
+            "gatt: that of gatt evaluate, with DRY."
+        ),
+    ] = "plain",
+    window: Annotated[
+        Literal["drop", "pin", "refuse"],
+        typer.Option(
+            help="When the context is full: drop the oldest exchange, pin the first one and drop "
+            "the next, or refuse and end the dialogue."
+        ),
+    ] = "drop",
+    max_tokens: Annotated[
+        int, typer.Option(help="Maximum tokens of an answer; long ones: four times.", min=8)
+    ] = 256,
+    context: Annotated[
+        int, typer.Option(help="Context in tokens; 0: 4096, for more than 20 turns 8192.", min=0)
+    ] = 0,
+    training_minutes: Annotated[
+        float | None,
+        typer.Option(help="What training the models after the first took, to see when it pays."),
+    ] = None,
+    max_parallel: Annotated[
+        int, typer.Option(help="Dialogues in parallel; 0 uses what the machine allows.", min=0)
+    ] = 0,
+    seed: int = 1,
+    out: Annotated[
+        Path, typer.Option(help="Output folder; what an interrupted exam has done is kept there.")
+    ] = Path("exams"),
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick", help="One dialogue of each regime, 8 turns, short answers, two arms."
+        ),
+    ] = False,
+    ifeval: Annotated[
+        bool,
+        typer.Option(
+            "--ifeval", help="Also compare our checks with IFEval's verifiers on the replies."
+        ),
+    ] = False,
+) -> None:
+    """Measure how long instructions hold. Example: gatt exam smollm2-135m tuned-Q8_0.gguf"""
+    from pipeline.stages import exam as stage
+
+    options = stage.ExamOptions(
+        turns=turns,
+        arms=arm or (),
+        regimes=regime or (),
+        dialogues=dialogues,
+        sampler=sampler,
+        window=window,
+        max_tokens=max_tokens,
+        context=context,
+        training_minutes=training_minutes,
+        max_parallel=max_parallel,
+        seed=seed,
+        quick=quick,
+        ifeval=ifeval,
+    )
+    stage.run(models, options, out)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`gatt compare`: several runs in one table and one chart. It loads no model."""
+"""`gatt compare`: several runs, or exams, in one table and one chart. It loads no model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pipeline.console import log, print_result
 from pipeline.errors import GattError
+from pipeline.exam.page import publish
+from pipeline.exam.result import read_result
 from pipeline.files import write_json, write_text
 from pipeline.folders import create_folder
 from pipeline.report.compared_runs import read_run
@@ -22,13 +24,20 @@ _MAX_CURVES = 8
 def compare(paths: Sequence[Path], folder: Path) -> None:
     """Write `compare.html`, `.md`, `.json`, chart and table to `folder`, and print the table.
 
+    Of results of `gatt exam`, which are files, only the page with its tables is written.
+
     Raises:
-        GattError: a run is named twice, is not a run, was not evaluated or lacks a file, or
+        GattError: a run or result is named twice, is none, was not evaluated or lacks a file, or
             `folder` cannot be written.
     """
     repeated = [path for path, n in Counter(path.resolve() for path in paths).items() if n > 1]
     if repeated:
-        raise GattError(f"{repeated[0]} is named twice. Name each run once.")
+        raise GattError(f"{repeated[0]} is named twice. Name each once.")
+    if any(path.is_file() for path in paths):
+        results = [read_result(path) for path in paths]
+        create_folder(folder, "--out")
+        publish(results, folder / "compare.html")
+        return
     runs = [read_run(path) for path in paths]
     create_folder(folder, "--out")
     comparison = compare_runs(runs)

@@ -21,6 +21,7 @@ _LIMITS = ("max_tokens", "max_completion_tokens")
 _OPTIONAL = {
     "seed": "so that another run gets other answers",
     "temperature": "so that the server's own applies",
+    "top_p": "so that the server's own applies",
     "stream_options": "so that tokens are counted by chunks",
     "stream": "so that no answer is stopped early",
 }
@@ -63,6 +64,8 @@ class Parameters:
             "temperature": request.temperature,
             "seed": request.seed & self._max_seed,
         }
+        if request.top_p < 1:
+            body["top_p"] = request.top_p
         limit = {self._limit: request.max_tokens + thought_tokens}
         body |= limit if self._limit in _LIMITS else {"extra_body": limit}
         if stream:
@@ -98,7 +101,7 @@ class Parameters:
             self._max_seed = _INT32
             log(f"{self._server} takes seeds below 2^31 only: the first bit of each is left out.")
             return True
-        if name in ("stream", "temperature") and not _UNSUPPORTED.search(text):
+        if name in ("stream", "temperature", "top_p") and not _UNSUPPORTED.search(text):
             return False
         self.changes[name] = "left out"
         log(f"{self._server} refuses {name}: requests go without it, {_OPTIONAL[name]}.")

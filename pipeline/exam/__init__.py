@@ -1,0 +1,1 @@
+"""The persistence exam: a frozen set, arms without training, and a result that others can cite."""

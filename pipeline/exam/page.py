@@ -1,0 +1,132 @@
+"""The page of an exam, or of several results in comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.console import log, print_result, print_table
+from pipeline.evaluation.aggregate import rate_rows
+from pipeline.evaluation.statistics import kaplan_meier, lifetimes
+from pipeline.exam.arms import ONCE
+from pipeline.exam.result import ExamResult, counted_replies
+from pipeline.exam.rows import ExamRow, exam_rows, warnings_about
+from pipeline.exam.tables import (
+    facts_table,
+    main_table,
+    regime_rows,
+    regime_table,
+    regimes_by_arm,
+    terminal_table,
+    turn_table,
+)
+from pipeline.exam.tasks import REGIMES
+from pipeline.report.figures import adherence_curve, survival_curve
+from pipeline.report.page import ReportPage, ReportSection
+
+_MAX_CURVES = 8
+_MIN_TURNS = 2
+
+
+def publish(results: Sequence[ExamResult], page: Path) -> None:
+    """Print the tables of some results, and write their page."""
+    write_page(results, page)
+    for warning in warnings_about(results):
+        log(f"exam: {warning}")
+    print_result(f"{headline(results)}\n")
+    print_table(*terminal_table(results))
+    print_result("\nBy regime: share kept, mean words of an answer\n")
+    print_table(*regime_rows(results))
+    print_result(f"\n{page}")
+
+
+def write_page(results: Sequence[ExamResult], file: Path) -> None:
+    """Write the page to `file`, with its figures and tables as files next to it."""
+    rows = _curve_rows(results)
+    turns = max((len(d.marks) for row in rows for d in row.arm.dialogues), default=_MIN_TURNS)
+    curves = rate_rows({(row.label, s.turn): s.adherence for row in rows for s in row.arm.by_turn})
+    lives = {
+        row.label: lifetimes(counted_replies(row.arm.dialogues, from_turn_1=True)).values()
+        for row in rows
+    }
+    survival = {label: kaplan_meier(of_arm) for label, of_arm in lives.items() if of_arm}
+    shown = (
+        "" if len(rows) == len(exam_rows(results)) else f" The first {len(rows)} arms are shown."
+    )
+    page = ReportPage(
+        title="gatt exam",
+        headline=headline(results),
+        warning=" ".join(warnings_about(results)),
+        chart=adherence_curve(curves, turns),
+        caption=f"Answers that keep the one instruction of the first message, by turn; bands are "
+        f"95 % Wilson intervals. Mean lengths of the answers are in the tables.{shown}",
+        sections=[
+            ReportSection(
+                title="Arms",
+                caption="Share of the answers that do what was asked for and are valid, over all "
+                "regimes, from turn 2 or the event on, while all messages are in the context. "
+                "Intervals allow for answers of one dialogue being alike. Milliseconds are those "
+                "of the whole batch, divided by its answers.",
+                tables=[main_table(results), turn_table(results)],
+                notes=_notes(results),
+            ),
+            ReportSection(
+                title="Until the first broken answer",
+                caption="Share of the dialogues with one instruction in the first message without "
+                "a broken answer so far.",
+                picture=survival_curve(survival, turns) if survival else None,
+            ),
+            ReportSection(
+                title="Regimes",
+                caption="Share kept, and mean words (w) of an answer.",
+                notes=[f"{name}: {text}." for name, text in REGIMES.items()],
+                tables=[regimes_by_arm(results), regime_table(results)],
+            ),
+            ReportSection(
+                title="What was measured",
+                caption="A result file has all verdicts; the replies are next to it.",
+                tables=[facts_table(results)],
+            ),
+        ],
+    )
+    page.write(file)
+
+
+def headline(results: Sequence[ExamResult]) -> str:
+    """Return how much is kept without a reminder, and with the best one of the first model."""
+    once = [
+        (r.model.name, arm.adherence) for r in results if (arm := r.arm(ONCE)) and arm.adherence.n
+    ]
+    reminded = [
+        (arm.adherence.value, arm.name)
+        for arm in results[0].arms
+        if arm.name != ONCE and arm.adherence.n
+    ]
+    parts = []
+    if once:
+        shares = ", ".join(f"{name} {rate.value:.0%}" for name, rate in once)
+        parts.append(f"Answers that keep an instruction, told once: {shares}")
+    if reminded:
+        value, best = max(reminded)
+        parts.append(f"{results[0].model.name} with its best reminder ({best}): {value:.0%}")
+    return f"{'; '.join(parts)}." if parts else "Nothing was measured."
+
+
+def _notes(results: Sequence[ExamResult]) -> list[str]:
+    notes = [
+        "once: told once. every-K: a reminder in each K-th turn (every: in each). depth-D: a note "
+        "D messages before the end. system: what holds also stands in the system message. failed: "
+        "a reminder after an answer that failed its check."
+    ]
+    if any(r.model.training_minutes is not None for r in results):
+        notes.append(
+            "Training pays from the turn in which its minutes, and the trained model's time for "
+            "its kept answers, are less than the reminder's time for as many kept answers."
+        )
+    return notes
+
+
+def _curve_rows(results: Sequence[ExamResult]) -> list[ExamRow]:
+    """Return the rows of the chart: those told once first."""
+    rows = [row for row in exam_rows(results) if row.arm.by_turn]
+    return sorted(rows, key=lambda row: row.arm.name != ONCE)[:_MAX_CURVES]

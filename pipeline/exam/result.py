@@ -1,0 +1,204 @@
+"""The result of an exam: a JSON file that others can cite, submit and compare.
+
+`result.schema.json` is its JSON schema; a test keeps both equal. The verdicts of all answers are in
+it, so that every number can be computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.errors import GattError
+from pipeline.evaluation.rates import JsonFloat, Rate
+from pipeline.exam.settings import ExamSettings
+from pipeline.exam.tasks import EXAM_NAME
+from pipeline.records import Reply
+
+RESULT_VERSION = 1
+KEPT, BROKEN, KEPT_FULL, BROKEN_FULL, UNMEASURED = "10+-."
+"""Marks of an answer: kept or not; the same after the first messages had left the context."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExaminedModel:
+    """What was examined: SHA-256 of the model and the adapter as they were named, or a server.
+
+    `training_minutes` is what its training took; None if it was not said.
+    """
+
+    name: str
+    sha256: str
+    adapter_sha256: str
+    server: str
+    training_minutes: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExamSet:
+    """What it was examined on: the frozen set, and how much of it.
+
+    `turns` is the length, 0 until the context was full. `complete` if nothing of the set was left
+    out: all regimes, all dialogues, 20 turns or more.
+    """
+
+    name: str
+    version: int
+    sha256: str
+    turns: int
+    regimes: tuple[str, ...]
+    dialogues: int
+    complete: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DialogueVerdicts:
+    """The answers of one dialogue, a mark for each turn: "1101.".
+
+    "1" kept, "0" not kept, "+" and "-" the same after the first messages had left the context, "."
+    nothing measured. They count from turn `first_counted` on. `attribute` is what was asked for in
+    place of the user's own messages, or "".
+    """
+
+    id: str
+    regime: str
+    attribute: str
+    first_counted: int
+    marks: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegimeScore:
+    """The counted answers of one regime."""
+
+    regime: str
+    adherence: Rate
+    words: JsonFloat
+    cut: Rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TurnScore:
+    """The answers of one turn in the regime "first"."""
+
+    turn: int
+    adherence: Rate
+    words: JsonFloat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArmResult:
+    """One arm. Rates are over counted answers in the context; intervals allow for dialogues.
+
+    `last_five` is over the last five turns. `full_window` is over the answers after the first
+    messages had left the context. `words` is the mean length of an answer, `cut` the share that
+    ended at the limit of tokens, `cut_loops` the share of those that were loops, which no limit
+    ends, `invalid` the share of loops, repeats and empty answers.
+    `half_broken` is the turn (regime "first") after which half of the dialogues have had a broken
+    answer, None if never. `reminder_tokens` are those that the arm added to a prompt, in the mean;
+    those per kept answer divide by the share that is kept. None: no answer was kept.
+    """
+
+    name: str
+    answers: int
+    adherence: Rate
+    last_five: Rate
+    full_window: Rate
+    words: JsonFloat
+    cut: Rate
+    cut_loops: Rate
+    invalid: Rate
+    half_broken: int | None
+    prompt_tokens: JsonFloat
+    answer_tokens: JsonFloat
+    reminder_tokens: JsonFloat
+    reminder_tokens_per_kept: float | None
+    seconds: float
+    milliseconds_per_answer: JsonFloat
+    milliseconds_per_kept: float | None
+    regimes: tuple[RegimeScore, ...]
+    by_turn: tuple[TurnScore, ...]
+    dialogues: tuple[DialogueVerdicts, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExamResult:
+    """One model's exam; `notes` are what a server refused, `machine` is where it was timed."""
+
+    format: int
+    gatt: str
+    exam: ExamSet
+    model: ExaminedModel
+    settings: ExamSettings
+    sampler: dict[str, float]
+    machine: str
+    date: str
+    notes: dict[str, str]
+    replies_sha256: str
+    arms: tuple[ArmResult, ...]
+
+    def arm(self, name: str) -> ArmResult | None:
+        """Return the arm called `name`, or None."""
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+
+def read_result(path: Path) -> ExamResult:
+    """Read a result file.
+
+    Raises:
+        GattError: there is none, or it is another JSON file.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    if not path.is_file():
+        raise GattError(f"No file at {path}. Name a result that `gatt exam` has written.")
+    try:
+        return TypeAdapter(ExamResult).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the file"
+        raise GattError(
+            f"{path} is not a result of {EXAM_NAME} that this version reads ({place}: "
+            f"{first['msg']}). Name a file that `gatt exam` has written."
+        ) from error
+
+
+def json_schema() -> dict[str, object]:
+    """Return the JSON schema of a result file."""
+    from pydantic import TypeAdapter
+
+    schema = TypeAdapter(ExamResult).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def counted_replies(
+    dialogues: Sequence[DialogueVerdicts], *, from_turn_1: bool = False
+) -> list[Reply]:
+    """Return the counted answers in the context as replies, for statistics.
+
+    With `from_turn_1`, those of the regime "first" from turn 1 on. They have no text; an attribute
+    is a dialogue of its own.
+    """
+    return [
+        verdict_reply(f"{row.id} {row.attribute}".strip(), turn, is_kept=mark == KEPT)
+        for row in dialogues
+        if row.regime == "first" or not from_turn_1
+        for turn, mark in enumerate(row.marks, 1)
+        if mark in (KEPT, BROKEN) and (from_turn_1 or turn >= row.first_counted)
+    ]
+
+
+def verdict_reply(dialogue: str, turn: int, *, is_kept: bool) -> Reply:
+    """Return a verdict as a reply without a text."""
+    return Reply(
+        arm="",
+        dialogue=dialogue,
+        turn=turn,
+        text="",
+        prompt_tokens=0,
+        tokens=0,
+        finish="stop",
+        obeys=is_kept,
+        defect="",
+    )

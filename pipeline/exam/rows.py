@@ -1,0 +1,127 @@
+"""The rows of a comparison: models and arms, their differences, and when training has paid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.evaluation.statistics import Difference, paired_bootstrap
+from pipeline.exam.arms import ONCE
+from pipeline.exam.result import ArmResult, ExamResult, counted_replies
+
+MAX_CUT = 0.05
+"""Share of cut answers, but for loops, above which an arm gets a warning."""
+_TASK_FIELDS = ("name", "version", "sha256", "turns", "regimes", "dialogues")
+_SETTINGS = ("max_tokens", "sampler", "seed", "window")
+
+
+@dataclass(frozen=True, slots=True)
+class ExamRow:
+    """One arm of one model; `label` names it among the others of the table."""
+
+    result: ExamResult
+    arm: ArmResult
+    label: str
+
+    @property
+    def is_training_free(self) -> bool:
+        """Return whether this is an arm that reminds a model whose training is not counted."""
+        return self.arm.name != ONCE and self.result.model.training_minutes is None
+
+
+def exam_rows(results: Sequence[ExamResult]) -> list[ExamRow]:
+    """Return all arms of all results, in their order."""
+    names = model_names(results)
+    return [
+        ExamRow(result, arm, f"{name}: {arm.name}" if len(results) > 1 else arm.name)
+        for name, result in zip(names, results, strict=True)
+        for arm in result.arms
+    ]
+
+
+def model_names(results: Sequence[ExamResult]) -> list[str]:
+    """Return the names of the models, numbered where several results are of one."""
+    names = [result.model.name for result in results]
+    return [
+        f"{name} ({names[: n + 1].count(name)})" if names.count(name) > 1 else name
+        for n, name in enumerate(names)
+    ]
+
+
+def differences(rows: Sequence[ExamRow]) -> list[Difference | None]:
+    """Return each row's adherence minus that of the first row, over common dialogues."""
+    first, *rest = rows
+    reference = counted_replies(first.arm.dialogues)
+    others = [paired_bootstrap(reference, counted_replies(row.arm.dialogues)) for row in rest]
+    return [None, *(d if d.dialogues > 1 else None for d in others)]
+
+
+def trained(results: Sequence[ExamResult]) -> list[ExamResult]:
+    """Return the results of trained models, those whose training time is known."""
+    return [r for r in results if r.model.training_minutes is not None and r.arm(ONCE)]
+
+
+def turns_to_pay(reminded: ArmResult, tuned: ArmResult, training_minutes: float) -> str:
+    """Return from which turn on training was cheaper than a reminder, in time for kept answers.
+
+    In n turns the tuned model gives `p n` kept answers, where p is the share that it keeps. The
+    reminder needs `p n` times its own time for a kept answer to give as many.
+    """
+    if tuned.milliseconds_per_kept is None:
+        return "never"
+    if reminded.milliseconds_per_kept is None:
+        return "1"  # the reminder never gives what the tuned model gives
+    saved = tuned.adherence.value * (reminded.milliseconds_per_kept - tuned.milliseconds_per_kept)
+    if saved <= 0:
+        return "never"
+    return f"{math.ceil(60_000 * training_minutes / saved):,}"
+
+
+def warnings_about(results: Sequence[ExamResult]) -> list[str]:
+    """Return what a reader has to know about the numbers, and why some cannot be compared."""
+    warnings = [*_differing(results)]
+    if len({result.settings.context for result in results}) > 1:
+        warnings.append("The contexts differ in size: answers count while all messages are in it.")
+    if len({result.machine for result in results}) > 1:
+        warnings.append("The times were taken on different machines.")
+    for row in exam_rows(results):
+        if row.arm.cut.hits - row.arm.cut_loops.hits > MAX_CUT * row.arm.cut.n:
+            warnings.append(
+                f"{row.label}: {row.arm.cut.value:.0%} of the answers were cut at "
+                f"{row.result.settings.max_tokens} tokens ({row.arm.cut_loops.value:.0%} were "
+                "loops), so that they cannot show their ending. Raise --max-tokens."
+            )
+    for result in results:
+        if not result.exam.complete:
+            warnings.append(
+                f"{result.model.name}: not the whole exam ({result.exam.dialogues} dialogues, "
+                f"{_length(result)}), so this is no result to cite."
+            )
+        notes = ", ".join(f"{name}: {change}" for name, change in result.notes.items())
+        if notes:
+            warnings.append(f"{result.model.name}: {notes}.")
+    return warnings
+
+
+def comparable(results: Sequence[ExamResult]) -> bool:
+    """Return whether all results are of the same exam with the same settings."""
+    return not _differing(results)
+
+
+def _differing(results: Sequence[ExamResult]) -> list[str]:
+    """Return a warning for each setting that makes results those of different tasks."""
+    names = [f"exam.{name}" for name in _TASK_FIELDS]
+    names += [f"settings.{name}" for name in _SETTINGS]
+    warnings = []
+    for name in names:
+        section, field = name.split(".")
+        values = {repr(getattr(getattr(result, section), field)) for result in results}
+        if len(values) > 1:
+            shown = " and ".join(sorted(values))
+            warnings.append(f"{field} differs ({shown}): no differences are computed.")
+    return warnings
+
+
+def _length(result: ExamResult) -> str:
+    return f"{result.exam.turns} turns" if result.exam.turns else "until the context is full"

@@ -1,0 +1,99 @@
+"""What a result of the exam depends on, besides the model and the frozen set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from pipeline.errors import GattError
+from pipeline.records import DEFAULT_SAMPLER, SamplerSettings
+
+SamplerName = Literal["plain", "greedy", "gatt"]
+WindowPolicy = Literal["drop", "pin", "refuse"]
+"""What happens to a chat that no longer fits in the context, as clients do it.
+
+"drop": the oldest exchanges are left out. "pin": the same, but the first one stays. "refuse": the
+dialogue ends there. The system message stays in any case.
+"""
+FULL_TURNS = 20
+"""Turns of the shortest length that counts as a result."""
+TURNS_AFTER_FULL = 10
+"""Turns that are measured after the context was full, where `turns` is "context"."""
+_MAX_TURNS = 1000
+_TURN_TOKENS = 30
+"""A turn of the shortest answers, with its markers: no context has more turns."""
+_CONTEXT, _LONG_CONTEXT = 4096, 8192
+
+
+class SamplerChoice(NamedTuple):
+    """How tokens are drawn: the fields of a `Request`, under llama.cpp's names."""
+
+    temperature: float
+    top_p: float
+    settings: SamplerSettings
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Return the values by llama.cpp's names; a DRY multiplier of 0 switches it off."""
+        settings = self.settings
+        dry = 0.8 if settings.dry_multiplier is None else settings.dry_multiplier
+        return {
+            "temperature": self.temperature,
+            "top_k": settings.top_k,
+            "top_p": self.top_p,
+            "min_p": settings.min_p,
+            "dry_multiplier": dry,
+        }
+
+
+SAMPLERS: dict[SamplerName, SamplerChoice] = {
+    "plain": SamplerChoice(0.8, 0.95, SamplerSettings(top_k=40, min_p=0.05, dry_multiplier=0.0)),
+    "greedy": SamplerChoice(0.0, 1.0, SamplerSettings(top_k=0, min_p=0.0, dry_multiplier=0.0)),
+    "gatt": SamplerChoice(0.7, 1.0, DEFAULT_SAMPLER),
+}
+"""The default of most programs, greedy decoding, and that of `gatt evaluate` (with DRY)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExamSettings:
+    """What decides each reply, with the model, the set, the arm and the dialogue.
+
+    `context` is that of the model that was measured; 0 is a server's own. `system_role` is False
+    where the chat template knows no system message: it then precedes the first user message.
+    """
+
+    max_tokens: int
+    max_thought_tokens: int
+    context: int
+    window: WindowPolicy
+    sampler: SamplerName
+    seed: int
+    system_role: bool
+
+
+def parse_turns(text: str) -> int:
+    """Return the number of turns, or 0 for "context": until the context is full.
+
+    Raises:
+        GattError: neither.
+    """
+    if text == "context":
+        return 0
+    if text.isdecimal() and 2 <= int(text) <= _MAX_TURNS:
+        return int(text)
+    raise GattError(
+        f"--turns {text}: expected a number from 2 to {_MAX_TURNS} such as 20 or 50, or "
+        '"context", which goes on until the context is full.'
+    )
+
+
+def default_context(turns: int, trained: int) -> int:
+    """Return the context in tokens for `turns`, at most the one that the model was trained for."""
+    wanted = _LONG_CONTEXT if turns > FULL_TURNS else _CONTEXT
+    return min(wanted, trained)
+
+
+def most_turns(turns: int, context: int) -> int:
+    """Return the user turns that a dialogue needs; `turns` 0 is until the context is full."""
+    limit = (context or _LONG_CONTEXT) // _TURN_TOKENS + TURNS_AFTER_FULL
+    return turns or min(_MAX_TURNS, limit)

@@ -1,0 +1,173 @@
+"""The exam's dialogues: a frozen file of user turns and instructions, by regime.
+
+`Instruction.text` is what the user says, `Instruction.short` what holds from then on: the wording
+of reminders. `scripts/exam_set.py` wrote the file; a test pins its hash, and a change is a new
+version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from pipeline.errors import GattError, did_you_mean
+from pipeline.files import sha256
+from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.constraints.registry import obeys
+from pipeline.records import Dialogue, Instruction, Reply
+
+EXAM_NAME, EXAM_VERSION = "gatt-exam", 1
+REGIMES = {
+    "first": "one instruction in the first message",
+    "system": "one instruction in the system message",
+    "three": "three instructions at once in the first message",
+    "replaced": "another instruction replaces the first (counted from there on)",
+    "added": "a second instruction is added (counted from there on: both)",
+    "stopped": "the user ends the instruction (counted from there on: it no longer shows)",
+    "contradicted": "the user contradicts the system message (counted from there on: it holds)",
+    "long": "one instruction in the first message, and long answers",
+    "attributes": "name, hobby and another fact, asked for later (turns 2, 4, 6, 20, 40, the last)",
+}
+"""What happens in the dialogues, by the name of the regime."""
+_RECALL_TURNS = (2, 4, 6, 20, 40)
+_LONG_FACTOR = 4
+"""Long answers may have so many times the tokens of the others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StoredTask:
+    """A dialogue as the file has it; the fields are those of `AssignedDialogue`."""
+
+    id: str
+    regime: str
+    conversation: str
+    instruction: Instruction
+    next_instruction: Instruction | None = None
+    change_turn: int = 0
+    in_system: bool = False
+    contradiction: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StoredExam:
+    """The file: `conversations` are user turns by name."""
+
+    name: str
+    version: int
+    system: str
+    long_system: str
+    conversations: dict[str, tuple[str, ...]]
+    tasks: tuple[_StoredTask, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExamTask:
+    """A dialogue of the exam with its system message.
+
+    Answers count from turn `first_counted` (from 1) on: earlier ones are those of other regimes.
+    """
+
+    regime: str
+    assigned: AssignedDialogue
+    system: str
+    first_counted: int
+    max_tokens_factor: int = 1
+
+    @property
+    def id(self) -> str:
+        """Return the name of the dialogue."""
+        return self.assigned.dialogue.id
+
+    def is_kept(self, reply: Reply) -> bool | None:
+        """Return whether a reply does what was asked for and is a valid answer.
+
+        None: there is nothing to check, or turn 1 did not fit in the context. Where the user has
+        ended the instruction, a reply that still follows it is not kept.
+        """
+        if reply.finish == "context":
+            return None
+        if reply.recall_attribute:
+            return reply.adherent
+        if self.regime == "stopped" and reply.turn >= self.first_counted:
+            return not reply.defect and not obeys(self.assigned.constraints(0), reply.text)
+        return None if reply.obeys is None else reply.adherent
+
+    def counts(self, turn: int, last: int, *, recall: bool) -> bool:
+        """Return whether an answer in `turn` counts in a dialogue of `last` turns."""
+        if recall:
+            return turn in (*_RECALL_TURNS, last)
+        return turn >= self.first_counted
+
+
+def exam_file() -> Path:
+    """Return the frozen file."""
+    return Path(str(files("pipeline.exam") / f"exam_{EXAM_VERSION}.json"))
+
+
+def exam_sha256() -> str:
+    """Return the SHA-256 of the frozen file."""
+    return sha256(exam_file())
+
+
+def exam_tasks(regimes: Sequence[str], per_regime: int, turns: int) -> list[ExamTask]:
+    """Return the first `per_regime` dialogues (0: all) of each regime, with `turns` user turns.
+
+    Raises:
+        GattError: no such regime.
+    """
+    for regime in regimes:
+        if regime not in REGIMES:
+            hint = did_you_mean(regime, REGIMES)
+            raise GattError(f"No regime {regime!r}. {hint} Expected one of {', '.join(REGIMES)}.")
+    return [
+        task
+        for regime in regimes or REGIMES
+        for task in _of_regime(regime, turns)[: per_regime or None]
+    ]
+
+
+def _of_regime(regime: str, turns: int) -> list[ExamTask]:
+    exam = _read()
+    return [_task(exam, stored, turns) for stored in exam.tasks if stored.regime == regime]
+
+
+def _task(exam: _StoredExam, stored: _StoredTask, turns: int) -> ExamTask:
+    is_long = stored.regime == "long"
+    assigned = AssignedDialogue(
+        dialogue=Dialogue(stored.id, stored.regime, _user_turns(exam, stored, turns)),
+        instruction=stored.instruction,
+        next_instruction=stored.next_instruction,
+        change_turn=stored.change_turn,
+        in_system=stored.in_system,
+        contradiction=stored.contradiction,
+    )
+    return ExamTask(
+        regime=stored.regime,
+        assigned=assigned,
+        system=exam.long_system if is_long else exam.system,
+        first_counted=stored.change_turn + 1 if stored.change_turn else 2,
+        max_tokens_factor=_LONG_FACTOR if is_long else 1,
+    )
+
+
+def _user_turns(exam: _StoredExam, stored: _StoredTask, turns: int) -> tuple[str, ...]:
+    """Return `turns` user turns: those of the dialogue's conversation, then those of the next."""
+    names = list(exam.conversations)
+    start = names.index(stored.conversation)
+    in_order = (
+        turn
+        for round_ in range(-(-turns // len(exam.conversations[stored.conversation])))
+        for turn in exam.conversations[names[(start + round_) % len(names)]]
+    )
+    return tuple(islice(in_order, turns))
+
+
+@cache
+def _read() -> _StoredExam:
+    return TypeAdapter(_StoredExam).validate_json(exam_file().read_bytes())

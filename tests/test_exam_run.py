@@ -1,0 +1,266 @@
+"""The command `gatt exam`: models of any kind, its result files, and going on after an end."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cli import call_gatt
+from support.scripted_model import write_scripted_gguf
+from support.servers import FakeOpenAIServer, in_thread
+from support.shared import make_once
+
+from pipeline.errors import GattError
+from pipeline.exam.models import ExamModel, find_models
+from pipeline.exam.result import ExamResult, read_result
+from pipeline.exam.rows import warnings_about
+from pipeline.stages.compare import compare
+from pipeline.stages.exam import ExamOptions, run
+
+_WORDS = ("Let", " me", " see:", " yes", ".")
+"""The scripted model answers "Let me see: yes.", as the first dialogue wants."""
+_NO_SYSTEM = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% for m in messages %}{{ m.content }}\n{% endfor %}<|begin|>"
+)
+_OPTIONS = ExamOptions(
+    turns="3",
+    arms=("once", "every"),
+    regimes=("first",),
+    dialogues=2,
+    sampler="greedy",
+    window="drop",
+    max_tokens=16,
+    context=0,
+    training_minutes=None,
+    max_parallel=0,
+    seed=1,
+    quick=False,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the GGUF of the scripted model; its context has 512 tokens."""
+    folder = make_once(
+        tmp_path_factory, "exam-model", lambda folder: write_scripted_gguf(folder, _WORDS)
+    )
+    return folder / "scripted.gguf"
+
+
+def _result(folder: Path, name: str = "scripted") -> ExamResult:
+    return read_result(folder / f"{name}.json")
+
+
+def _rows(folder: Path, name: str = "scripted") -> list[dict[str, Any]]:
+    lines = (folder / f"{name}.replies.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines[1:]]
+
+
+def test_a_model_is_examined(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run([str(model)], _OPTIONS, tmp_path)
+    result = _result(tmp_path)
+    assert [arm.name for arm in result.arms] == ["once", "every"]
+    once, every = result.arms
+    # One dialogue wants "Let me see:", the other one French; two turns of three count.
+    assert (
+        (once.adherence.hits, once.adherence.n)
+        == (every.adherence.hits, every.adherence.n)
+        == (2, 4)
+    )
+    assert once.words == 4
+    assert {d.id: d.marks for d in once.dialogues} == {"first-01": "111", "first-02": "000"}
+    assert once.reminder_tokens == 0
+    assert every.reminder_tokens > 0
+    assert every.prompt_tokens > once.prompt_tokens
+    assert once.seconds > 0
+    assert once.milliseconds_per_kept == pytest.approx(2 * once.milliseconds_per_answer)
+    assert not result.exam.complete
+    assert len(result.model.sha256) == 64
+    shown = capsys.readouterr()
+    assert "Answers that keep an instruction, told once: scripted 50%" in shown.out
+    assert "no result to cite" in shown.err
+    page = (tmp_path / "exam.html").read_text(encoding="utf-8")
+    assert "scripted 50%" in page and "<svg" in page
+
+
+def test_a_longer_exam_goes_on_where_the_shorter_one_ended(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run([str(model)], _OPTIONS, tmp_path)
+    first = _rows(tmp_path)
+    run([str(model)], replace(_OPTIONS, turns="4"), tmp_path)
+    assert _rows(tmp_path)[: len(first)] == first
+    assert len(_rows(tmp_path)) == len(first) + 4
+    assert {d.marks for d in _result(tmp_path).arms[0].dialogues} == {"1111", "0000"}
+    # What is done loads no model, and a shorter exam counts its own turns only.
+    monkeypatch.setattr(ExamModel, "open", None)
+    run([str(model)], _OPTIONS, tmp_path)
+    assert {d.marks for d in _result(tmp_path).arms[0].dialogues} == {"111", "000"}
+
+
+def test_replies_of_other_settings_are_not_mixed_in(model: Path, tmp_path: Path) -> None:
+    run([str(model)], _OPTIONS, tmp_path)
+    before = (tmp_path / "scripted.replies.jsonl").read_bytes()
+    with pytest.raises(GattError, match=r"seed 1 → 2.*--out"):
+        run([str(model)], replace(_OPTIONS, seed=2), tmp_path)
+    assert (tmp_path / "scripted.replies.jsonl").read_bytes() == before
+
+
+def test_the_oldest_messages_leave_a_full_context(model: Path, tmp_path: Path) -> None:
+    options = replace(
+        _OPTIONS, turns="context", arms=("once",), dialogues=1, context=512, window="drop"
+    )
+    run([str(model)], options, tmp_path)
+    rows = _rows(tmp_path)
+    inside = [row for row in rows if not row["dropped"]]
+    full = rows[len(inside) :]
+    assert len(inside) > 1
+    assert len(full) == 10  # and then it ends
+    dropped = [row["dropped"] for row in full]
+    assert dropped == sorted(dropped) and dropped[0] >= 1
+    assert all(row["reply"]["prompt_tokens"] + 16 <= 512 for row in rows)
+    (arm,) = _result(tmp_path).arms
+    assert arm.dialogues[0].marks == "1" * len(inside) + "+" * 10
+    assert (arm.adherence.n, arm.full_window.n) == (len(inside) - 1, 10)
+
+
+def test_a_pinned_message_stays_and_a_refused_one_ends_the_dialogue(
+    model: Path, tmp_path: Path
+) -> None:
+    options = replace(_OPTIONS, turns="12", arms=("once",), dialogues=1, context=512)
+    run([str(model)], replace(options, window="pin"), tmp_path / "pin")
+    run([str(model)], replace(options, window="refuse"), tmp_path / "refuse")
+    pinned, refused = (_result(tmp_path / name).arms[0] for name in ("pin", "refuse"))
+    marks = pinned.dialogues[0].marks
+    assert marks.startswith("11") and marks.endswith("+")
+    # Both are the same until the context is full.
+    assert refused.dialogues[0].marks == marks.replace("+", ".")
+    finishes = [row["reply"]["finish"] for row in _rows(tmp_path / "refuse")]
+    assert finishes[marks.index("+") :] == ["context"] * marks.count("+")
+    assert (refused.adherence.n, refused.full_window.n) == (marks.count("1") - 1, 0)
+
+
+def test_a_template_without_a_system_role(tmp_path: Path) -> None:
+    gguf = write_scripted_gguf(tmp_path / "model", _WORDS, _NO_SYSTEM)
+    options = replace(_OPTIONS, turns="2", arms=("system",), regimes=("first", "system"))
+    run([str(gguf)], replace(options, dialogues=1), tmp_path / "out")
+    result = _result(tmp_path / "out")
+    assert not result.settings.system_role
+    assert result.arms[0].answers == 4
+
+
+def test_an_adapter_is_examined_on_the_model_before_it(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    options = replace(_OPTIONS, turns="2", arms=("once",), dialogues=1, max_tokens=8)
+    folder = shutil.copytree(tiny_adapter, tmp_path / "tiny-lora")
+    run(
+        [str(tiny_llama), str(folder)],
+        replace(options, training_minutes=2.0),
+        tmp_path / "out",
+    )
+    base = _result(tmp_path / "out", "tiny-llama")
+    tuned = _result(tmp_path / "out", "tiny-llama+tiny-lora")
+    assert (base.model.training_minutes, tuned.model.training_minutes) == (None, 2.0)
+    assert base.model.sha256 == tuned.model.sha256
+    assert tuned.model.adapter_sha256 and not base.model.adapter_sha256
+    texts = [
+        [row["reply"]["text"] for row in _rows(tmp_path / "out", name)]
+        for name in ("tiny-llama", "tiny-llama+tiny-lora")
+    ]
+    assert texts[0] != texts[1]
+
+
+def test_a_server_is_examined(tmp_path: Path) -> None:
+    def chunk(text: str, finish: str | None) -> str:
+        choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+        row = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "first"}
+        return f"data: {json.dumps({**row, 'choices': [choice]})}\n\n"
+
+    stream = chunk("Let me see: yes.", None) + chunk("", "stop") + "data: [DONE]\n\n"
+    with in_thread(FakeOpenAIServer()) as server:
+        server.responses = [lambda handler, _: handler.send(200, "text/event-stream", stream)]
+        options = replace(_OPTIONS, turns="2", arms=("once",), dialogues=1, sampler="plain")
+        run([f"{server.url}#first"], options, tmp_path)
+        body = server.bodies[-1]
+    assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.8, 0.95, 16)
+    result = _result(tmp_path, "first")
+    assert (result.model.name, result.model.sha256) == ("first", "")
+    assert (result.arms[0].adherence.hits, result.arms[0].adherence.n) == (1, 1)
+    assert result.settings.context == 0
+
+
+def test_results_are_compared(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for seed in (1, 2):
+        run([str(model)], replace(_OPTIONS, seed=seed), tmp_path / str(seed))
+        files.append(tmp_path / str(seed) / "scripted.json")
+    capsys.readouterr()
+    same = tmp_path / "same.json"
+    shutil.copy(files[0], same)
+    compare([files[0], same], tmp_path / "compared")
+    table = capsys.readouterr().out
+    assert "vs first row" in table and "+0 (+0 to +0)" in table
+    assert "scripted (1)" in table and "scripted (2)" in table
+    assert (tmp_path / "compared" / "compare.html").is_file()
+    compare(files, tmp_path / "other")
+    shown = capsys.readouterr()
+    assert "seed differs (1 and 2): no differences are computed." in shown.err
+    assert "vs first row" not in shown.out
+
+
+def test_cut_answers_are_told(model: Path, tmp_path: Path) -> None:
+    options = replace(_OPTIONS, arms=("once",), dialogues=1)
+    run([str(model)], options, tmp_path / "whole")
+    assert not any("cut" in text for text in warnings_about([_result(tmp_path / "whole")]))
+    run([str(model)], replace(options, max_tokens=3), tmp_path / "cut")
+    result = _result(tmp_path / "cut")
+    assert (result.arms[0].cut.value, result.arms[0].cut_loops.value) == (1, 0)
+    assert "once: 100% of the answers were cut at 3 tokens (0% were loops)" in " ".join(
+        warnings_about([result])
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--turns", "many"), "--turns many: expected a number"),
+        (("--arm", "sometimes"), "No arm 'sometimes'. Expected once"),
+        (("--regime", "frist"), "No regime 'frist'. Did you mean 'first'?"),
+        (("--training-minutes", "5"), "Name both: `gatt exam BASE TUNED`"),
+        (("--context", "100000"), "was trained for 512 tokens"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    words: tuple[str, ...], expected: str, model: Path, tmp_path: Path
+) -> None:
+    done = call_gatt("exam", model, *words, "--out", tmp_path / "out")
+    assert done.returncode == 1
+    assert expected in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.jsonl"))
+
+
+def test_an_adapter_alone_or_a_name_twice_is_refused(tiny_adapter: Path, model: Path) -> None:
+    with pytest.raises(GattError, match="Name the model that it was trained on before it"):
+        find_models([str(tiny_adapter)])
+    with pytest.raises(GattError, match="Two models have the name 'scripted'"):
+        find_models([str(model), str(model)])
+
+
+def test_another_file_is_no_result(tmp_path: Path) -> None:
+    file = tmp_path / "x.json"
+    file.write_text('{"format": 1}')
+    with pytest.raises(GattError, match="is not a result of gatt-exam"):
+        compare([file], tmp_path / "out")
+    with pytest.raises(GattError, match="No file at"):
+        compare([file.with_name("y.json"), file], tmp_path / "out")
