@@ -18,7 +18,7 @@ from pipeline.errors import GattError
 from pipeline.export.importance import measure_importance
 from pipeline.export.lm_studio import link_for_lm_studio
 from pipeline.export.summary import ExportSummary, FormatSummary
-from pipeline.export.verify import SampleChats, find_mismatch, load_and_predict
+from pipeline.export.verify import LoadedFile, SampleChats, find_mismatch, load_and_predict
 from pipeline.gguf import ggml
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.base import Bytes
@@ -31,7 +31,7 @@ from pipeline.hub.convert import cached_checkpoint, write_formats
 from pipeline.hub.models import Model, find_model
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.llama.model import Adapter, LoadedModel
-from pipeline.inference.logits import mean_kl
+from pipeline.inference.logits import Logits, mean_kl
 from pipeline.recipe import Export
 from pipeline.records import Message, Request
 from pipeline.stages.export import export_standalone
@@ -344,15 +344,27 @@ def test_a_file_with_different_tokens_replaces_nothing(tiny_llama: Path, tmp_pat
 
 def test_the_first_different_token_is_described() -> None:
     class Tokenizer:
+        def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[5]] * len(texts)}
+
         def apply_chat_template(self, chat: list[Message], **_: object) -> list[int]:
             return [1, 2, 3, 4] if chat[0]["content"] == "Hi" else [7]
 
     questions = [Message(role="user", content=text) for text in ("Hi", "Bye")]
     chats = SampleChats([[question] for question in questions], ["<Hi>", "<Bye>"])
-    assert find_mismatch(chats, [[1, 2, 3, 4], [7]], Tokenizer()) == ""
-    message = find_mismatch(chats, [[1, 2, 9, 4], [7]], Tokenizer())
-    assert message == "token 2 of '<Hi>': [9, 4] instead of [3, 4]"
-    assert "token 1 of '<Bye>'" in find_mismatch(chats, [[1, 2, 3, 4], [7, 8]], Tokenizer())
+
+    def mismatch(*token_ids: list[int], **control_tokens: int) -> str:
+        loaded = LoadedFile(
+            list(token_ids), Logits([], np.empty((0, 9), np.float32)), control_tokens
+        )
+        return find_mismatch(chats, loaded, Tokenizer())
+
+    assert mismatch([1, 2, 3, 4], [7]) == ""
+    assert mismatch([1, 2, 9, 4], [7]) == "token 2 of '<Hi>': [9, 4] instead of [3, 4]"
+    assert "token 1 of '<Bye>'" in mismatch([1, 2, 3, 4], [7, 8])
+    # A control token of both, and one that the tokenizer reads as plain text.
+    assert "token 1 of '<Bye>'" in mismatch([1, 2, 3, 4], [7, 8], Bye=5)
+    assert mismatch([1, 2, 3, 4], [7, 8], Bye=8) == ""
 
 
 def test_chat_applies_an_adapter_to_a_base(

@@ -4,6 +4,8 @@ bytes.
 
 from __future__ import annotations
 
+import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,22 +14,27 @@ from typing import NamedTuple
 import pytest
 from converter import converter
 from support.bases import make_multimodal
-from support.families import FAMILIES, SIZES, save_adapter, save_byte_level, save_family
+from support.families import FAMILIES, save_adapter, save_family
 from support.shared import make_once
+from support.training import tiny_job
 
 from pipeline.errors import GattError
 from pipeline.export.summary import ExportSummary
 from pipeline.export.verify import find_mismatch, load_and_predict, sample_chats
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.base import JsonObject
+from pipeline.gguf.formats import uniform_format
 from pipeline.gguf.gguf_base import GgufBase
-from pipeline.gguf.merge import open_base
+from pipeline.gguf.merge import open_base, plan_merge, write
 from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import write_formats
 from pipeline.hub.gguf_checkpoint import write_gguf_checkpoint
-from pipeline.hub.models import Model, shape_of
+from pipeline.hub.models import Model, require_exportable, shape_of
+from pipeline.inference.logits import mean_kl
 from pipeline.recipe import Export
 from pipeline.stages.export import export_standalone
+from pipeline.training import unsloth
+from pipeline.training.backend import choose_backend
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +117,11 @@ def test_a_family_becomes_what_llama_cpp_writes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["llama 3", "mistral", "qwen2", "qwen3", "gemma 2", "gemma 3", "phi 3"]
+    "name",
+    [
+        *("llama 3", "mistral", "qwen2", "qwen3", "gemma 2", "gemma 3", "phi 3"),
+        *("smollm3", "olmo 2", "olmo 3", "granite", "ministral 3"),
+    ],
 )
 def test_an_adapter_becomes_what_llama_cpp_writes(
     model_dir: Path, llama_cpp: Path, tmp_path: Path
@@ -121,6 +132,44 @@ def test_an_adapter_becomes_what_llama_cpp_writes(
     script = _script(llama_cpp, "convert_lora_to_gguf.py", "")
     _run(script, adapter, "--base", model_dir, "--outfile", expected, "--outtype", "f32")
     _assert_equal(file, expected)
+
+
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+_LOG_YARN = {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 0, 1]}, "each 4th layer"),
+        ("smollm3", {"no_rope_layers": None, "no_rope_layer_interval": 2}, "each 4th layer"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window = true"),
+        ("olmo 2", {"tie_word_embeddings": True}, "tie_word_embeddings = true"),
+        ("olmo 2", {"attention_bias": True}, "attention_bias = true"),
+        ("olmo 3", {"head_dim": 32}, "head_dim = 32 found"),
+        ("olmo 3", {"rope_parameters": {"sliding_attention": _YARN}}, "with a sliding window"),
+        ("granite", {"head_dim": 32}, "head_dim = 32 found"),
+        ("ministral 3", {"rope_parameters": {"rope_type": "default"}}, "expects 'yarn'"),
+        ("ministral 3", {"sliding_window": 64, "rope_parameters": _LOG_YARN}, "has none"),
+        ("qwen2", {"rope_parameters": {**_YARN, "attention_factor": 1.5}}, "by 1.5000.* by 1.1386"),
+        ("qwen2", {"rope_parameters": {**_YARN, "mscale": 1, "mscale_all_dim": 1}}, "by 1.0000"),
+        ("qwen2", {"rope_parameters": {**_YARN, "truncate": False}}, "truncate = False"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute_is_refused_before_training(
+    name: str, change: JsonObject, problem: str, model_dir: Path, tmp_path: Path
+) -> None:
+    """Each of these would load in llama.cpp, and predict something else or not at all."""
+    folder = tmp_path / "base"
+    shutil.copytree(model_dir, folder)
+    require_exportable(Model("tiny", folder))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    rope = {"rope_theta": 10000.0, **change.get("rope_parameters", {})}
+    (folder / "config.json").write_text(
+        json.dumps({**config, **change, "rope_parameters": rope}), encoding="utf-8"
+    )
+    with pytest.raises(GattError, match=problem):
+        require_exportable(Model("tiny", folder))
 
 
 _FAST = ("llama 3", "llama 2", "qwen2 yarn", "qwen3 moe", "gemma 3", "phi 4 mini")
@@ -160,10 +209,13 @@ def test_training_on_a_gguf_is_training_on_its_folder(
     base = open_base(file)
     assert isinstance(base, GgufBase)
     write_gguf_checkpoint(base, open_gguf(file), folder)
+    # Without it transformers warns of wrong tokens, if the vocabulary is large.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["transformers_version"] == transformers.__version__
     chats = sample_chats(file)
-    token_ids = load_and_predict(file, chats.texts, ()).token_ids
+    loaded = load_and_predict(file, chats.texts, ())
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    assert find_mismatch(chats, token_ids, tokenizer) == ""
+    assert find_mismatch(chats, loaded, tokenizer) == ""
     networks = [
         transformers.AutoModelForCausalLM.from_pretrained(f, dtype="float32")
         for f in (model_dir, folder)
@@ -173,6 +225,22 @@ def test_training_on_a_gguf_is_training_on_its_folder(
         expected, actual = (network(ids).logits for network in networks)
     assert actual.equal(expected)
     assert shape_of(str(file)) == shape_of(str(model_dir))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["smollm3", "olmo 2", "olmo 3", "granite", "ministral 3"])
+def test_unsloth_trains_a_family_on_the_cpu(name: str, model_dir: Path, tmp_path: Path) -> None:
+    """Base in 4 bits, three steps: llama.cpp predicts what the model in Unsloth does."""
+    job = tiny_job(model_dir, tmp_path)
+    trained = choose_backend().train(job).logits
+    distances = []
+    for adapter in (None, job.adapter_dir):
+        merged = plan_merge(model_dir, adapter, nf4_round_trip=unsloth.nf4_round_trip)
+        write(merged, {tmp_path / "tuned.gguf": uniform_format(merged.tensors, "F32")})
+        exported = load_and_predict(tmp_path / "tuned.gguf", (), trained.sequences)
+        distances.append(mean_kl(trained.values, exported.logits.values))
+    untrained, tuned = distances
+    assert tuned < 0.005 and untrained > 10 * tuned  # bfloat16 rounds
 
 
 @pytest.mark.slow
@@ -186,43 +254,3 @@ def test_a_multimodal_model_becomes_what_llama_cpp_writes(
     script, expected = _script(llama_cpp, "convert_hf_to_gguf.py", ""), tmp_path / "expected.gguf"
     _run(script, folder, "--outfile", expected, "--outtype", "f16")
     _assert_equal(tmp_path / "F16.gguf", expected)
-
-
-@pytest.mark.slow
-def test_another_family_is_written_by_the_users_own_converter(
-    llama_cpp: Path, tmp_path: Path
-) -> None:
-    """A family that is not supported, with llama.cpp's converter."""
-    import torch
-    import transformers
-
-    folder, out = tmp_path / "olmo", tmp_path / "out"
-    folder.mkdir()
-    vocab_size = save_byte_level(folder, "gpt-2")
-    torch.manual_seed(1)
-    config = transformers.OlmoConfig(**SIZES, vocab_size=vocab_size)
-    transformers.OlmoForCausalLM(config).save_pretrained(folder)
-    adapter = save_adapter(folder, tmp_path / "adapter")
-    settings = Export(formats=("F16", "Q4_0"), merge_base="fp16")
-    with pytest.raises(GattError, match=r"OlmoForCausalLM.*--converter PATH"):
-        export_standalone(str(folder), adapter, out, settings, None)
-    script = tmp_path / "convert.py"
-    script.write_text(_script(llama_cpp, "convert_hf_to_gguf.py", "gpt-2"), encoding="utf-8")
-    with pytest.raises(GattError, match=r"--merge-base auto cannot be used with --converter"):
-        export_standalone(str(folder), adapter, out, Export(), script)
-    with pytest.raises(GattError, match="No converter at"):
-        export_standalone(str(folder), adapter, out, settings, tmp_path / "missing.py")
-    export_standalone(str(folder), adapter, out, settings, script)
-    summary = ExportSummary.from_json((out / "export.json").read_text())
-    kl = summary.formats["F16"].kl_trained
-    assert kl is not None and kl < 1e-3
-    assert {p.name for p in out.iterdir()} == {"olmo-F16.gguf", "olmo-Q4_0.gguf", "export.json"}
-
-
-def test_a_converter_that_fails_is_reported(tmp_path: Path) -> None:
-    from pipeline.export.converter import convert
-
-    script = tmp_path / "convert.py"
-    script.write_text("raise SystemExit('unknown model')")
-    with pytest.raises(GattError, match=r"convert\.py failed: unknown model"):
-        convert(script, tmp_path, tmp_path / "out.gguf", "F16")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 from converter import converter
+from support.family_templates import FAMILIES
 from support.golden import Golden
 
 from pipeline.errors import GattError
 from pipeline.inference.chat_template import ChatTemplate, answer_spans
+from pipeline.inference.thoughts import thinks
 from pipeline.records import Message
 
 _CHAT: list[Message] = [
@@ -17,6 +19,12 @@ _CHAT: list[Message] = [
     {"role": "assistant", "content": "  assistant: user  "},
 ]
 """Contents that also stand in the text of templates."""
+_THOUGHTLESS: list[Message] = [
+    {"role": "user", "content": "Q1"},
+    {"role": "assistant", "content": "A1"},
+    {"role": "user", "content": "Q2"},
+    {"role": "assistant", "content": "A2"},
+]
 _REASONING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n"
     "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
@@ -86,11 +94,44 @@ def test_rendered_chats(name: str, source: str, golden: Golden) -> None:
     golden(f"chat-{name}.txt", "".join(f"{chat}\n--------\n" for chat in chats))
 
 
+@pytest.mark.parametrize(
+    ("name", "earlier", "last", "prompt"),
+    [
+        ("Qwen3", "", "<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
+        ("SmolLM3", *["<think>\n\n</think>\n"] * 3),
+        ("DeepSeek R1", "", "", "<think>\n"),
+    ],
+)
+def test_a_thinking_model_is_trained_without_thoughts(
+    name: str, earlier: str, last: str, prompt: str
+) -> None:
+    """Thoughts of earlier turns are left out as the template does, and those of any turn empty.
+
+    DeepSeek R1's template always opens a thought, so its answers are trained without one.
+    """
+    family = FAMILIES[name]
+    template = ChatTemplate(family.source, family.bos, family.eos)
+    text, spans = answer_spans(template, _THOUGHTLESS)
+    before = [text[:start] for start, _ in spans]
+    ends = {text[start:end].removeprefix(f"A{n}") for n, (start, end) in enumerate(spans, 1)}
+    assert len(ends) == 1 and "think" not in ends.pop()
+    assert [text[start:][:2] for start, _ in spans] == ["A1", "A2"]
+    assert before[0].endswith(earlier) and before[1].endswith(last)
+    assert text.count("<think>") == bool(earlier) + bool(last)
+    request = template.render(_THOUGHTLESS[:3])
+    assert request.endswith(prompt) and thinks(template) == (name == "DeepSeek R1")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "end"),
     [
         ("Qwen-Qwen3-0.6B", "<|im_end|>"),
+        ("Qwen3.5-4B", "<|im_end|>"),
+        ("LFM2.5-Instruct", "<|im_end|>"),
+        ("ibm-granite-granite-3.3-2B-Instruct", "<|end_of_text|>"),
+        ("ibm-granite-granite-4.1", "<|end_of_text|>"),
+        ("mistralai-Ministral-3-14B-Reasoning-2512", "</s>"),
         ("Qwen-Qwen2.5-7B-Instruct", "<|im_end|>"),
         ("HuggingFaceTB-SmolLM3-3B", "<|im_end|>"),
         ("meta-llama-Llama-3.1-8B-Instruct", "<|eot_id|>"),

@@ -1,6 +1,10 @@
 """Checks of a GGUF file: llama.cpp must read chats in the tokens of training, and predict what the
 trained model does.
 
+llama.cpp makes a control token of every token that looks like one to it, such as `</s>`, an
+ordinary token of Qwen2.5 (`llama_vocab::impl::load`). It reads these wherever a text spells them
+out, where the tokenizer reads plain text; all other texts have to be read in the same tokens.
+
 A broken file may abort the process, so it is loaded in a child process: `python -m
 pipeline.export.verify FILE ADAPTER INPUT.json OUTPUT.npz`, where "-" stands for no adapter."""
 
@@ -51,19 +55,22 @@ _TRICKY_TEXTS = (
     "line\n\n\nbreaks,\ttabs\r\nand 1234567890",
     "naïve café, 漢字 и 🙂‍↔️ é",
     "It's 2,026 and I'll pay €35.50 {\"x\": [1, 2]} x**2",
-    "<|im_end|> </s> <eos> <|eot_id|> [/INST] <think>",
 )
 """Texts that are known to expose differences between tokenizers."""
+_SPELLED_TOKENS = ("<|im_end|>", "</s>", "<eos>", "<|eot_id|>", "[/INST]", "<think>")
+"""Control tokens of some models, which users may quote; each has a chat of its own."""
 
 
 class LoadedFile(NamedTuple):
     """What llama.cpp made of a file's inputs.
 
-    `token_ids` are those of each text. `logits` are those of the sequences.
+    `token_ids` are those of each text. `logits` are those of the sequences. `control_tokens` are
+    the ids of the tokens that it takes for control tokens, by their texts.
     """
 
     token_ids: list[list[int]]
     logits: Logits
+    control_tokens: dict[str, int]
 
 
 class SampleChats(NamedTuple):
@@ -109,7 +116,7 @@ def verify_file(
     """
     chats = sample_chats(file)
     loaded = load_and_predict(file, chats.texts, reference.sequences if reference else [[0, 0]])
-    mismatch = find_mismatch(chats, loaded.token_ids, tokenizer) if tokenizer else ""
+    mismatch = find_mismatch(chats, loaded, tokenizer) if tokenizer else ""
     if mismatch:
         raise GattError(
             f"llama.cpp would tokenize chats for {file.name} differently from the training "
@@ -144,7 +151,8 @@ def sample_chats(file: Path) -> SampleChats:
     """
     info = open_gguf(file)
     template = ChatTemplate(info.chat_template, info.bos, info.eos, info.path.name)
-    chats: list[list[Message]] = [[{"role": "user", "content": text}] for text in _TRICKY_TEXTS]
+    texts = (*_TRICKY_TEXTS, *(f"What does {token} mean?" for token in _SPELLED_TOKENS))
+    chats: list[list[Message]] = [[{"role": "user", "content": text}] for text in texts]
     replies = [text.strip() for text in reversed(_TRICKY_TEXTS[1:])]
     long = list(augment(_TRICKY_TEXTS, replies, [""] * len(_TRICKY_TEXTS), ""))
     accepted, refusals = SampleChats([], []), []
@@ -162,12 +170,17 @@ def sample_chats(file: Path) -> SampleChats:
 
 
 def find_mismatch(
-    chats: SampleChats, token_ids: Sequence[list[int]], tokenizer: PreTrainedTokenizerBase
+    chats: SampleChats, loaded: LoadedFile, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """Describe the first token of llama.cpp that is not the Hugging Face tokenizer's; "" if all
     agree.
+
+    Messages that spell out one of `overridden_tokens` are not compared.
     """
-    for chat, text, ids in zip(*chats, token_ids, strict=True):
+    overridden = overridden_tokens(loaded, tokenizer)
+    for chat, text, ids in zip(*chats, loaded.token_ids, strict=True):
+        if any(token in message["content"] for message in chat for token in overridden):
+            continue
         expected = list(
             tokenizer.apply_chat_template(
                 chat,
@@ -182,6 +195,16 @@ def find_mismatch(
             n = next((n for n, (a, b) in pairs if a != b), min(len(ids), len(expected)))
             return f"token {n} of {text[:60]!r}: {ids[n : n + 3]} instead of {expected[n : n + 3]}"
     return ""
+
+
+def overridden_tokens(loaded: LoadedFile, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the texts that llama.cpp reads as control tokens, and `tokenizer` as plain text."""
+    texts = list(filter(None, loaded.control_tokens))
+    if not texts:
+        return []
+    read = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    pairs = zip(texts, read, strict=True)
+    return [text for text, ids in pairs if list(ids) != [loaded.control_tokens[text]]]
 
 
 def load_and_predict(
@@ -220,7 +243,8 @@ def load_and_predict(
         with np.load(outputs) as arrays:
             ends = np.cumsum(arrays["lengths"])[:-1]
             token_ids = [part.tolist() for part in np.split(arrays["ids"], ends)] if texts else []
-            return LoadedFile(token_ids, Logits([list(s) for s in sequences], arrays["logits"]))
+            logits = Logits([list(s) for s in sequences], arrays["logits"])
+            return LoadedFile(token_ids, logits, json.loads(str(arrays["control_tokens"])))
 
 
 def _child(path: Path, adapter: Path | None, inputs: Path, outputs: Path) -> None:
@@ -232,6 +256,7 @@ def _child(path: Path, adapter: Path | None, inputs: Path, outputs: Path) -> Non
     sequences = request["sequences"]
     model = LoadedModel(open_gguf(path), vocab_only=not sequences)
     token_ids = [model.tokenize(text) for text in request["texts"]]
+    control_tokens = json.dumps(model.control_tokens())
     logits = np.empty((sum(map(len, sequences)), model.vocab_size), np.float32)
     if sequences:
         longest = max(map(len, sequences)) + 1
@@ -242,7 +267,8 @@ def _child(path: Path, adapter: Path | None, inputs: Path, outputs: Path) -> Non
         worker.close()
     model.close()
     flat = np.array([id for ids in token_ids for id in ids], np.int32)
-    np.savez(outputs, ids=flat, lengths=[len(ids) for ids in token_ids], logits=logits)
+    lengths = [len(ids) for ids in token_ids]
+    np.savez(outputs, ids=flat, lengths=lengths, logits=logits, control_tokens=control_tokens)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.console import log, progress
-from pipeline.errors import GattError
-from pipeline.export.added_tokens import added_token_keys
 from pipeline.export.converter import convert, write_merged
 from pipeline.export.importance import measure_importance
 from pipeline.export.job import ExportJob
 from pipeline.export.summary import MergeBase, MergeTrial
-from pipeline.export.verify import find_mismatch, load_and_predict, sample_chats
+from pipeline.export.tokens import added_token_keys, read_as_trained
+from pipeline.export.verify import load_and_predict
 from pipeline.gguf.adapter import missing_from_gguf, write_adapter
 from pipeline.gguf.base import Array
 from pipeline.gguf.formats import UNIFORM_FORMATS, KeyValue
@@ -26,14 +25,11 @@ from pipeline.gguf.imatrix import ImportanceMatrix
 from pipeline.gguf.merge import file_size, open_base, plan_merge, write, write_skeleton
 from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import cached_checkpoint, cached_gguf, plan_format
-from pipeline.hub.models import Model
 from pipeline.inference.chat_template import ChatTemplate, template_of
 from pipeline.inference.llama.model import Adapter
 from pipeline.inference.logits import Logits, mean_kl, mean_nll
 from pipeline.system import require_disk
 from pipeline.training.unsloth import load_tokenizer, nf4_round_trip
-
-_SPACE_PREFIX = "tokenizer.ggml.add_space_prefix"
 
 
 class WrittenFile(NamedTuple):
@@ -105,7 +101,10 @@ class ExportWriter:
             self._importance.save(imatrix, "the run's dialogues")
         vocabulary = self._scratch / "vocabulary.gguf"
         if job.settings.verify_tokenizer:
-            self._keys = _tokenizer_keys(job.model, vocabulary)
+            tokenizer = load_tokenizer(cached_checkpoint(job.model))
+            self._keys = read_as_trained(job.model, tokenizer, vocabulary).keys
+        for key, value in self._keys.items():
+            log(f"export: written with {key} = {str(value).lower()}, the tokenizer's own rule.")
         write_skeleton(plan_merge(job.model.path, keys=self._keys), vocabulary)
         for key in added_token_keys(vocabulary):
             log(
@@ -195,35 +194,3 @@ class ExportWriter:
 
 def _compare(reference: Logits, logits: Logits) -> MergeTrial:
     return MergeTrial(mean_kl(reference.values, logits.values), mean_nll(logits))
-
-
-def _tokenizer_keys(model: Model, file: Path) -> dict[str, KeyValue]:
-    """Return keys with which llama.cpp tokenizes chats as in training.
-
-    They are none, or the opposite rule for the space before a text. llama.cpp's converter takes
-    that rule from settings of the tokenizer that versions of transformers read differently.
-
-    Raises:
-        GattError: the tokens differ with both rules.
-    """
-    tokenizer = load_tokenizer(cached_checkpoint(model))
-    keys: dict[str, KeyValue] = {}
-    for _ in range(2):
-        write_skeleton(plan_merge(model.path, keys=keys), file)
-        chats = sample_chats(file)
-        token_ids = load_and_predict(file, chats.texts, ()).token_ids
-        mismatch = find_mismatch(chats, token_ids, tokenizer)
-        if not mismatch:
-            if keys:
-                rule = str(keys[_SPACE_PREFIX]).lower()
-                log(f"export: written with {_SPACE_PREFIX} = {rule}, the tokenizer's own rule.")
-            return keys
-        info = open_gguf(file)
-        if info.field("tokenizer.ggml.model") != "llama":
-            break
-        keys = {_SPACE_PREFIX: not info.field(_SPACE_PREFIX, True)}  # noqa: FBT003
-    raise GattError(
-        f"llama.cpp would tokenize a chat differently from the training tokenizer ({mismatch}). "
-        "Nothing was written. To export it nevertheless, set export.verify_tokenizer = false "
-        "(or --allow-tokenizer-mismatch)."
-    )

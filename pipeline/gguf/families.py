@@ -20,11 +20,15 @@ from pipeline.gguf.huggingface.hyperparameters import (
     common_keys,
     gemma2_keys,
     gemma3_keys,
+    granite_keys,
     head_size,
     llama_keys,
+    ministral3_keys,
+    olmo2_keys,
     phi3_keys,
     qwen3_moe_keys,
     rope_of,
+    smollm3_keys,
 )
 
 _NEEDED = (
@@ -43,6 +47,7 @@ _DENSE = (*_ATTENTION, "ffn_gate", "ffn_up", "ffn_down")
 _EXPERTS = (*_ATTENTION, "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _QK_NORMS = ("attn_q_norm", "attn_k_norm")
 _POST_NORMS = ("post_attention_norm", "post_ffw_norm")
+_MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +126,42 @@ FAMILIES = {
         text_model="phi3",
         matrices=("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down"),
     ),
+    "SmolLM3ForCausalLM": Family(
+        architecture="smollm3", keys=smollm3_keys, text_model="smollm3", interleaved=True
+    ),
+    "Olmo2ForCausalLM": Family(
+        architecture="olmo2",
+        keys=olmo2_keys,
+        text_model="olmo2",
+        needs=("tie_word_embeddings",),
+        matrices=(*_MATRICES, *_QK_NORMS, *_POST_NORMS),
+    ),
+    "Olmo3ForCausalLM": Family(
+        architecture="olmo2",
+        keys=olmo2_keys,
+        text_model="olmo3",
+        needs=("tie_word_embeddings", "sliding_window"),
+        matrices=(*_MATRICES, *_QK_NORMS, *_POST_NORMS),
+    ),
+    "GraniteForCausalLM": Family(
+        architecture="granite",
+        keys=granite_keys,
+        text_model="granite",
+        needs=(
+            "attention_multiplier",
+            "embedding_multiplier",
+            "residual_multiplier",
+            "logits_scaling",
+        ),
+        interleaved=True,
+    ),
+    "Ministral3ForCausalLM": Family(
+        architecture="mistral3",
+        keys=ministral3_keys,
+        text_model="ministral3",
+        needs=("head_dim", "rope_parameters"),
+        interleaved=True,
+    ),
 }
 """By the first of `architectures` in `config.json`."""
 _TEXT_MODELS = {family.text_model: name for name, family in FAMILIES.items()}
@@ -137,6 +178,21 @@ class ModelConfig(NamedTuple):
     multimodal: bool
 
 
+def is_supported(config: JsonObject) -> bool:
+    """Return whether a configuration names a family that this version writes."""
+    return _class_name(config) in FAMILIES
+
+
+def _class_name(config: JsonObject) -> str:
+    """Return transformers' class of a model, or of the text part of a multimodal one."""
+    names = config.get("architectures")
+    name = str(names[0]) if isinstance(names, list) and names else "none"
+    text = config.get("text_config")
+    if name in FAMILIES or not isinstance(text, dict):
+        return name
+    return _TEXT_MODELS.get(str(text.get("model_type")), "")
+
+
 def read_config(config: JsonObject, source: str) -> ModelConfig:
     """Return the family that a configuration names, and its settings with transformers' defaults.
 
@@ -145,19 +201,19 @@ def read_config(config: JsonObject, source: str) -> ModelConfig:
     Raises:
         GattError: a family that is not supported, or a key that it needs is missing.
     """
-    names = config.get("architectures")
+    names, text = config.get("architectures"), config.get("text_config")
     name = str(names[0]) if isinstance(names, list) and names else "none"
-    text = config.get("text_config")
     multimodal = name not in FAMILIES and isinstance(text, dict)
-    text_model = str(text.get("model_type")) if multimodal and text else ""
-    class_name = _TEXT_MODELS.get(text_model, "") if multimodal else name
+    class_name = _class_name(config)
     if class_name not in FAMILIES:
-        part = f" with the text model {text_model!r}" if multimodal else ""
+        model_type = text.get("model_type") if isinstance(text, dict) else ""
+        part = f" with the text model {str(model_type)!r}" if multimodal else ""
         raise GattError(
-            f"{source} is a {name}{part}; this version writes GGUF for {', '.join(FAMILIES)}, and "
-            "for models whose text model is one of these. Give a GGUF of the model instead, if it "
-            "is one of these, or export a folder with `gatt export --model FOLDER --converter "
-            "PATH` and your own convert_hf_to_gguf.py of llama.cpp."
+            f"{source} is a {name}{part}; this version trains and evaluates {', '.join(FAMILIES)}, "
+            "and models whose text model is one of these. Give a GGUF of the model instead, if it "
+            "is one of these. A folder of another architecture that llama.cpp reads is exported by "
+            "`gatt export --model FOLDER --adapter LORA`, or with your own convert_hf_to_gguf.py "
+            "by --converter PATH."
         )
     family, settings = FAMILIES[class_name], text_part(config)
     for key in _SIZES:

@@ -31,6 +31,7 @@ _GPT4O = (
     rf"|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_CONTRACTION}"
     r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_TEKKEN = _GPT4O.replace(_CONTRACTION, "").replace(r"\p{N}{1,3}", r"\p{N}", 1)
 _WORDS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 _BYTES = {**_WORDS, "use_regex": False}
 
@@ -45,8 +46,17 @@ PRE_TOKENIZERS: dict[str, list[JsonObject]] = {
     "llama-bpe": [_split(_LLAMA3), _BYTES],
     "qwen2": [_split(_QWEN2), _BYTES],
     "gpt-4o": [_split(_GPT4O), _BYTES],
+    "tekken": [_split(_TEKKEN), _BYTES],
 }
 """llama.cpp's `tokenizer.ggml.pre`, and the same rule as it stands in `tokenizer.json`."""
+_OTHER_NAMES = {
+    "olmo2": {"llama-bpe": "dbrx"},
+    "granite": {"llama-bpe": "dbrx", "smollm": "refact"},
+}
+"""What llama.cpp calls a rule in the tokenizers of an architecture. Its `llama-bpe` also takes
+whole words of the vocabulary without merges (`ignore_merges`), and its `dbrx` does not."""
+_LLAMA_VOCABULARIES = ("llama", "smollm3", "granite", "mistral3")
+"""Architectures whose tokenizers llama.cpp's converter treats as Llama's."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
@@ -95,7 +105,7 @@ class Vocabulary:
         self._model_file = folder / "tokenizer.model"
         self._kind: _Kind = self._find_kind()
         self._pre_tokenizer = (
-            name_of_pre_tokenizer(self._tokenizer, folder)
+            name_of_pre_tokenizer(self._tokenizer, folder, architecture)
             if self._kind == "byte level"
             else "default"
         )
@@ -121,7 +131,8 @@ class Vocabulary:
         # byte fallback that is never used.
         byte_level = "ByteLevel" in str(self._tokenizer.get("pre_tokenizer"))
         falls_back = model.get("type") == "BPE" and model.get("byte_fallback") and not byte_level
-        return "byte fallback" if falls_back and self._architecture == "llama" else "byte level"
+        as_llama = self._architecture in _LLAMA_VOCABULARIES
+        return "byte fallback" if falls_back and as_llama else "byte level"
 
     @property
     def size(self) -> int:
@@ -164,7 +175,8 @@ class Vocabulary:
 
     def _write_flags(self, writer: GGUFWriter) -> None:
         """Write whether a space is put before a text, and a BOS token."""
-        prefix = self._settings.get("add_prefix_space") if self._architecture == "llama" else None
+        as_llama = self._architecture in _LLAMA_VOCABULARIES
+        prefix = self._settings.get("add_prefix_space") if as_llama else None
         if self._architecture == "gemma2" or (
             self._architecture == "gemma3" and self._kind == "sentencepiece"
         ):
@@ -172,7 +184,7 @@ class Vocabulary:
         if prefix is not None:
             writer.add_add_space_prefix(prefix)
         # SmolLM and Granite name a BOS token, but do not use it.
-        if self._architecture == "llama" and self._config.get("vocab_size") == 49152:
+        if as_llama and self._config.get("vocab_size") == 49152:
             writer.add_add_bos_token(False)  # noqa: FBT003
 
     def _sentencepiece(self) -> _Pieces:
@@ -249,7 +261,7 @@ def _looks_special(text: str) -> bool:
     )
 
 
-def name_of_pre_tokenizer(tokenizer: JsonObject, source: Path) -> str:
+def name_of_pre_tokenizer(tokenizer: JsonObject, source: Path, architecture: str = "") -> str:
     """Return llama.cpp's name for the pre-tokenizer of a `tokenizer.json`.
 
     Raises:
@@ -261,7 +273,9 @@ def name_of_pre_tokenizer(tokenizer: JsonObject, source: Path) -> str:
     if tokenizer["model"].get("type") == "BPE":
         for name, known_steps in PRE_TOKENIZERS.items():
             if [_splitting(step) for step in steps] == [_splitting(step) for step in known_steps]:
-                return name
+                ignores_merges = tokenizer["model"].get("ignore_merges")
+                other = _OTHER_NAMES.get(architecture, {})
+                return name if ignores_merges else other.get(name, name)
     raise GattError(
         f"The tokenizer of {source} is not supported (supported: SentencePiece, and byte-level BPE "
         f"of {', '.join(PRE_TOKENIZERS)}). Give a GGUF of the model instead."
@@ -269,8 +283,14 @@ def name_of_pre_tokenizer(tokenizer: JsonObject, source: Path) -> str:
 
 
 def _splitting(step: JsonObject) -> JsonObject:
-    """Return the keys of a step that decide where it splits; offsets do not."""
-    return {key: value for key, value in step.items() if key != "trim_offsets"}
+    """Return the keys of a step that decide where it splits; offsets do not.
+
+    To remove what no pattern matches is to isolate the matches, where they cover every text.
+    """
+    rule = {key: value for key, value in step.items() if key != "trim_offsets"}
+    if rule.get("behavior") == "Removed" and rule.get("invert"):
+        rule |= {"behavior": "Isolated", "invert": False}
+    return rule
 
 
 def token_types(tokenizer: JsonObject, size: int) -> tuple[list[str], list[int]]:

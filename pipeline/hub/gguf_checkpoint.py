@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,10 @@ def write_gguf_checkpoint(base: GgufBase, info: GgufInfo, target: Path) -> None:
     config = model_config(info)
     write_safetensors(_weights(base, info), target / "model.safetensors")
     save_gguf_tokenizer(info, target)
-    write_json(target / "config.json", config)
+    # Without its version, transformers takes a large vocabulary for one of Mistral's early files,
+    # and warns of wrong tokens.
+    versioned = {**config, "transformers_version": version("transformers")}
+    write_json(target / "config.json", versioned)
 
 
 def model_config(info: GgufInfo) -> JsonObject:
@@ -121,7 +125,43 @@ def _family_settings(info: GgufInfo, config: JsonObject) -> JsonObject:
             "moe_intermediate_size": get("expert_feed_forward_length"),
             "norm_topk_prob": True,
         }
+    if architecture == "olmo2" and get("attention.sliding_window"):
+        return _olmo3_settings(info, config)
+    if architecture == "granite":
+        return {
+            "attention_multiplier": get("attention.scale", config["head_dim"] ** -0.5),
+            "embedding_multiplier": get("embedding_scale", 1.0),
+            "residual_multiplier": get("residual_scale", 1.0),
+            "logits_scaling": get("logit_scale"),
+        }
+    if architecture == "mistral3" and not get("attention.temperature_scale"):
+        return {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+    if architecture == "mistral3":
+        log_mul = get("rope.scaling.yarn_log_multiplier")
+        rope = {
+            **config["rope_parameters"],
+            "mscale": log_mul,
+            "mscale_all_dim": log_mul,
+            "llama_4_scaling_beta": get("attention.temperature_scale"),
+        }
+        return {"rope_parameters": rope, "sliding_window": None}
     return {}
+
+
+def _olmo3_settings(info: GgufInfo, config: JsonObject) -> JsonObject:
+    """Return what OLMo 3 has besides the settings of OLMo 2, whose architecture it is stored as."""
+    get, rope = info.hyperparameter, config["rope_parameters"]
+    local = {"rope_type": "default", "rope_theta": get("rope.freq_base_swa", rope["rope_theta"])}
+    pattern = get("attention.sliding_window_pattern", 4)
+    if isinstance(pattern, int):  # every so many layers one sees the whole context
+        pattern = [bool((n + 1) % pattern) for n in range(info.layers)]
+    return {
+        "architectures": ["Olmo3ForCausalLM"],
+        "model_type": "olmo3",
+        "sliding_window": get("attention.sliding_window"),
+        "layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern],
+        "rope_parameters": {"full_attention": rope, "sliding_attention": local},
+    }
 
 
 def _rope(info: GgufInfo, head_dim: int) -> JsonObject:

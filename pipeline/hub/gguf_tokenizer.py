@@ -16,14 +16,19 @@ from pipeline.gguf.vocabulary import PRE_TOKENIZERS
 
 _UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4
 """llama.cpp's types of the tokens that it looks for in a text before anything else."""
-_SAME_RULE = {
+SAME_RULE = {
     "llama3": "llama-bpe",
     "llama-v3": "llama-bpe",
     "falcon3": "llama-bpe",
     "pixtral": "llama-bpe",
+    "dbrx": "llama-bpe",
+    "smaug-bpe": "llama-bpe",
+    "refact": "smollm",
     "deepseek-r1-qwen": "qwen2",
 }
 """Other names of pre-tokenizers in llama.cpp (`llama_vocab::impl::load`)."""
+_WITH_MERGES = ("dbrx", "smaug-bpe")
+"""Names of Llama 3's rule under which llama.cpp does not look for whole words first."""
 _SPACE = "\u2581"
 """SentencePiece's sign for a space."""
 
@@ -76,7 +81,7 @@ def require_tokenizer(info: GgufInfo) -> None:
     unknown = ""
     if kind not in ("gpt2", "llama"):
         unknown = f"tokenizer.ggml.model = {kind!r}"
-    elif kind == "gpt2" and _SAME_RULE.get(rule, rule) not in PRE_TOKENIZERS:
+    elif kind == "gpt2" and SAME_RULE.get(rule, rule) not in PRE_TOKENIZERS:
         unknown = f"tokenizer.ggml.pre = {rule!r}"
     if unknown:
         raise GattError(
@@ -89,7 +94,7 @@ def require_tokenizer(info: GgufInfo) -> None:
 def _byte_level(info: GgufInfo, tokens: list[str]) -> JsonObject:
     """Return the parts of a byte-level BPE."""
     name = info.field("tokenizer.ggml.pre")
-    rule = _SAME_RULE.get(name, name)
+    rule = SAME_RULE.get(name, name)
     return {
         "normalizer": None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[rule]},
@@ -105,7 +110,7 @@ def _byte_level(info: GgufInfo, tokens: list[str]) -> JsonObject:
             "vocab": {text: id for id, text in enumerate(tokens)},
             "merges": [merge.split(" ") for merge in info.field("tokenizer.ggml.merges", [])],
             # llama.cpp looks for whole words first for Llama 3 (`llama_vocab::impl::load`).
-            "ignore_merges": rule == "llama-bpe",
+            "ignore_merges": rule in ("llama-bpe", "tekken") and name not in _WITH_MERGES,
         },
     }
 

@@ -585,7 +585,7 @@ def test_a_pre_tokenizer_is_known_by_its_other_names(
     save_gguf_tokenizer(open_gguf(file), tmp_path / "hf")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     chats = sample_chats(file)
-    assert find_mismatch(chats, load_and_predict(file, chats.texts, ()).token_ids, tokenizer) == ""
+    assert find_mismatch(chats, load_and_predict(file, chats.texts, ()), tokenizer) == ""
 
 
 def test_an_unknown_pre_tokenizer_is_refused(plain: Path, tmp_path: Path) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.gguf.base import JsonObject
 from pipeline.gguf.vocabulary import PRE_TOKENIZERS
+from pipeline.hub.gguf_tokenizer import SAME_RULE
 from support.models import TEXTS
 
 CHAT_TEMPLATE = (
@@ -45,6 +47,14 @@ _YARN_ROPE = {
     "rope_theta": 1e6,
     "factor": 4.0,
     "original_max_position_embeddings": 64,
+}
+_MINISTRAL_ROPE = {
+    **_YARN_ROPE,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
 }
 _GEMMA = {"head_dim": 16, "sliding_window": 64, "query_pre_attn_scalar": 16}
 _MOE = {
@@ -87,6 +97,34 @@ FAMILIES = {
     "phi 3": Family("Phi3", "sentencepiece", {"sliding_window": 256}),
     "phi 4 mini": Family(
         "Phi3", "gpt-4o", {"rope_parameters": _LONG_ROPE, "tie_word_embeddings": True}
+    ),
+    "smollm3": Family("SmolLM3", "llama-bpe", {"num_hidden_layers": 5}),
+    "olmo 2": Family("Olmo2", "dbrx", {}),
+    "olmo 3": Family(
+        "Olmo3",
+        "dbrx",
+        {
+            "num_hidden_layers": 4,
+            "sliding_window": 32,
+            "rope_parameters": {
+                "full_attention": {**_YARN_ROPE, "attention_factor": 0.1 * math.log(4) + 1},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e6},
+            },
+        },
+    ),
+    "granite": Family(
+        "Granite",
+        "refact",
+        {
+            "attention_multiplier": 0.2,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "logits_scaling": 2.0,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "ministral 3": Family(
+        "Ministral3", "tekken", {"head_dim": 32, "rope_parameters": _MINISTRAL_ROPE}
     ),
 }
 
@@ -131,8 +169,14 @@ def save_byte_level(folder: Path, pre_tokenizer: str) -> int:
     )
     bpe.train_from_iterator([" ".join(TEXTS)] * 4, trainer)
     bpe.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
-    steps = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[pre_tokenizer]}
-    bpe_json = json.dumps({**json.loads(bpe.to_str()), "pre_tokenizer": steps})
+    rule = SAME_RULE.get(pre_tokenizer, pre_tokenizer)
+    steps = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[rule]}
+    described = {**json.loads(bpe.to_str()), "pre_tokenizer": steps}
+    described["model"]["ignore_merges"] = pre_tokenizer in ("llama-bpe", "tekken")
+    # An ordinary token that llama.cpp takes for a control token, as Qwen2.5 has one.
+    vocabulary, tool = described["model"]["vocab"], described["added_tokens"][-1]
+    vocabulary["</s>"], tool["id"] = len(vocabulary), len(vocabulary) + 1
+    bpe_json = json.dumps(described)
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(bpe_json),
         bos_token="<|begin|>",

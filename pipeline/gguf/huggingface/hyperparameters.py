@@ -12,6 +12,8 @@ from pipeline.errors import GattError
 from pipeline.gguf.base import JsonObject
 
 Keys = JsonObject
+_WITHOUT_ROPE = 4
+"""Of so many layers of SmolLM3 one has no rotary embedding in llama.cpp."""
 
 
 def rope_of(config: JsonObject) -> JsonObject:
@@ -72,6 +74,7 @@ def _scaling(config: JsonObject) -> Keys:
             "rope_scaling_factor": rope["factor"],
         }
     if kind == "yarn":
+        _require_yarn(config, rope)
         return {
             "rope_scaling_type": gguf.RopeScalingType.YARN,
             "rope_scaling_factor": rope["factor"],
@@ -87,6 +90,29 @@ def _scaling(config: JsonObject) -> Keys:
         f"A rotary embedding with {kind!r} scaling found; "
         "'llama3', 'linear', 'yarn' or 'longrope' expected."
     )
+
+
+def _require_yarn(config: JsonObject, rope: JsonObject) -> None:
+    """Check that llama.cpp scales attention as transformers does; no key of a GGUF changes that.
+
+    Source: `llama_context` of llama.cpp, `_compute_yarn_parameters` of transformers.
+    """
+
+    def scale(multiplier: float) -> float:
+        return 0.1 * multiplier * math.log(rope["factor"]) + 1 if rope["factor"] > 1 else 1.0
+
+    mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    ratio = scale(mscale) / scale(mscale_all) if mscale and mscale_all else scale(1.0)
+    factor = rope.get("attention_factor") or ratio
+    expected = scale(1.0)
+    if config.get("model_type") == "ministral3":
+        expected /= scale(mscale_all or 0.0)
+    if abs(factor - expected) > 1e-3 or rope.get("truncate") is False:
+        raise GattError(
+            f"A rotary embedding with 'yarn' scaling found that multiplies attention by "
+            f"{factor:.4f}, with truncate = {rope.get('truncate', True)}; llama.cpp multiplies by "
+            f"{expected:.4f} and truncates. Take a model without attention_factor and truncate."
+        )
 
 
 def llama_keys(config: JsonObject) -> Keys:
@@ -165,3 +191,83 @@ def _phi3_dimensions(config: JsonObject) -> int:
     return int(rope_of(config).get("partial_rotary_factor", 1.0) * config["hidden_size"]) // int(
         config["num_attention_heads"]
     )
+
+
+def smollm3_keys(config: JsonObject) -> Keys:
+    step = config.get("no_rope_layer_interval") or _WITHOUT_ROPE
+    layers = range(1, config["num_hidden_layers"] + 1)
+    rotated = config.get("no_rope_layers") or [int(layer % step != 0) for layer in layers]
+    if list(map(bool, rotated)) != [layer % _WITHOUT_ROPE != 0 for layer in layers]:
+        raise GattError(
+            f"A SmolLM3 with no_rope_layers = {rotated} found; llama.cpp leaves out the rotary "
+            f"embedding of each {_WITHOUT_ROPE}th layer, and of no other."
+        )
+    _refuse(config, "SmolLM3", ("use_sliding_window", "attention_bias", "mlp_bias"))
+    return llama_keys(config)
+
+
+def olmo2_keys(config: JsonObject) -> Keys:
+    """Return the keys of OLMo 2, and of OLMo 3, which has layers with a sliding window."""
+    _refuse(config, "OLMo", ("attention_bias", "tie_word_embeddings"))
+    _require_plain_heads(config, "OLMo")
+    keys = common_keys(config)
+    if config.get("sliding_window"):
+        layers = config.get("layer_types") or [
+            "sliding_attention" if layer % 4 else "full_attention"
+            for layer in range(1, config["num_hidden_layers"] + 1)
+        ]
+        keys["sliding_window"] = config["sliding_window"]
+        keys["sliding_window_pattern"] = [layer == "sliding_attention" for layer in layers]
+        local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+        if local.get("rope_type", "default") != "default":
+            raise GattError(
+                "A scaled rotary embedding in layers with a sliding window found; llama.cpp scales "
+                "only that of the others."
+            )
+        keys["rope_freq_base_swa"] = local.get("rope_theta", keys["rope_freq_base"])
+    return keys
+
+
+def granite_keys(config: JsonObject) -> Keys:
+    _require_plain_heads(config, "Granite")
+    plain = {key: value for key, value in config.items() if key != "head_dim"}
+    scales = {
+        "attention_scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+    }
+    return llama_keys(plain) | {name: config[key] for name, key in scales.items()}
+
+
+def ministral3_keys(config: JsonObject) -> Keys:
+    rope = rope_of(config)
+    if rope["rope_type"] != "yarn":
+        raise GattError(
+            f"A Ministral 3 with {rope['rope_type']!r} scaling of the rotary embedding found; "
+            "llama.cpp expects 'yarn'."
+        )
+    if config.get("sliding_window"):
+        raise GattError("A Ministral 3 with sliding_window found; llama.cpp has none for it.")
+    return {
+        **llama_keys(config),
+        "rope_scaling_yarn_log_mul": rope["mscale_all_dim"],
+        "attn_temperature_scale": rope["llama_4_scaling_beta"],
+    }
+
+
+def _refuse(config: JsonObject, family: str, switches: tuple[str, ...]) -> None:
+    """Refuse what llama.cpp's graph of a family does not compute."""
+    for key in switches:
+        if config.get(key):
+            raise GattError(f"A {family} with {key} = true found; llama.cpp has none for it.")
+
+
+def _require_plain_heads(config: JsonObject, family: str) -> None:
+    """Check that the heads share the width of the model, as llama.cpp computes it for a family."""
+    expected = config["hidden_size"] // config["num_attention_heads"]
+    if head_size(config) != expected:
+        raise GattError(
+            f"A {family} with head_dim = {config['head_dim']} found; llama.cpp expects "
+            f"hidden_size / num_attention_heads = {expected}."
+        )
