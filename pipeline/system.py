@@ -74,6 +74,11 @@ def trim_memory() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
+    trim_heap()
+
+
+def trim_heap() -> None:
+    """Return freed pages of the heap to the operating system, on Linux."""
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError):  # musl has no such function
             ctypes.CDLL(None).malloc_trim(0)

@@ -17,6 +17,7 @@ from pipeline.hub.models import shape_of
 from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Recipe, Train
+from pipeline.stages import doctor
 from pipeline.training.job import LOGITS_PER_CHUNK
 from pipeline.training.memory import (
     GPU_SIZES_GB,
@@ -29,6 +30,7 @@ from pipeline.training.memory import (
     usable_bytes,
 )
 
+FOUR_DIALOGUES = Train(batch_size=4)
 SMOLLM2 = ModelShape(
     num_hidden_layers=30,
     hidden_size=576,
@@ -60,12 +62,30 @@ def test_parameters_are_counted_as_torch_counts_them(tiny_llama: Path) -> None:
     assert shape.adapter_parameters(settings) == sum(trained)
 
 
-@pytest.mark.parametrize(
-    ("name", "billions"),
-    [("gemma-3-1b", 1.0), ("llama-3.1-8b", 8.03), ("qwen3-8b", 8.19), ("mistral-7b", 7.25)],
-)
-def test_the_shape_of_a_preset_has_its_published_parameters(name: str, billions: float) -> None:
-    assert shape_of(name).parameters / 1e9 == pytest.approx(billions, rel=0.01)
+_PUBLISHED = {
+    "gemma-3-1b": 1.0,
+    "gemma-3-4b": 3.88,
+    "llama-3.1-8b": 8.03,
+    "llama-3.2-1b": 1.24,
+    "llama-3.2-3b": 3.21,
+    "mistral-7b": 7.25,
+    "phi-4-mini": 3.84,
+    "qwen2.5-0.5b": 0.494,
+    "qwen2.5-1.5b": 1.544,
+    "qwen3-0.6b": 0.596,
+    "qwen3-1.7b": 1.72,
+    "qwen3-4b": 4.02,
+    "qwen3-8b": 8.19,
+    "smollm2-1.7b": 1.711,
+    "smollm2-135m": 0.1345,
+    "smollm2-360m": 0.3618,
+}
+"""Billions of parameters, of gemma-3-4b without its vision tower."""
+
+
+@pytest.mark.parametrize("name", presets())
+def test_the_shape_of_a_preset_has_its_published_parameters(name: str) -> None:
+    assert shape_of(name).parameters / 1e9 == pytest.approx(_PUBLISHED[name], rel=0.005)
 
 
 @pytest.mark.parametrize("gpu", [False, True])
@@ -97,7 +117,8 @@ def test_a_larger_gpu_trains_a_larger_preset() -> None:
     assert largest_preset(1e6, TOKENS_PER_STEP, Train(), gpu=True) == ""
 
 
-def test_doctor_shows_what_a_model_takes() -> None:
+def test_doctor_shows_what_a_model_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "speed_text", lambda *_: "")  # tested in test_cpu_training.py
     shown = call_gatt("doctor", "--model", "qwen3-1.7b")
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"^qwen3-1.7b +1\.72 B .* 8 GB ", shown.stdout, re.MULTILINE)
@@ -124,8 +145,18 @@ def test_a_recipe_for_a_graphics_card(tmp_path: Path) -> None:
 
 
 def test_a_step_is_split_to_fit_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = Recipe()
-    assert fit_to_memory(recipe, 500, 64e9, gpu=False) == TrainingPlan(recipe.train)
+    recipe = Recipe(train=FOUR_DIALOGUES)
+    assert fit_to_memory(recipe, 200, 64e9, gpu=False) == TrainingPlan(
+        recipe.train, dequantize=True
+    )
+    long = fit_to_memory(recipe, 500, 64e9, gpu=False).settings
+    assert long.max_tokens_per_micro_batch == 1024  # more at a time are no faster on a CPU
+    longer = fit_to_memory(recipe, 1500, 64e9, gpu=False).settings
+    assert longer.max_tokens_per_micro_batch == 1500
+    chosen = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"max_tokens_per_micro_batch": 1900})}
+    )
+    assert fit_to_memory(chosen, 500, 64e9, gpu=False).settings == chosen.train
     free = training_memory(SMOLLM2, recipe.train, 700)
     settings = fit_to_memory(recipe, 500, free, gpu=False).settings
     assert settings.max_tokens_per_micro_batch == pytest.approx(700, abs=1)
@@ -137,8 +168,22 @@ def test_a_step_is_split_to_fit_in_memory(capsys: pytest.CaptureFixture[str]) ->
         fit_to_memory(recipe, 500, training_memory(SMOLLM2, recipe.train, 400), gpu=False)
 
 
+def test_spare_memory_of_a_cpu_keeps_the_base_in_16_bits(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = Recipe(train=FOUR_DIALOGUES)
+    needed = training_memory(SMOLLM2, recipe.train, 800)
+    dequantized = 2 * SMOLLM2.projection_parameters
+    plan = fit_to_memory(recipe, 200, 1.3 * (needed + dequantized), gpu=False)
+    assert plan.dequantize
+    assert f"about {(needed + dequantized) / 1e9:.1f} GB of" in capsys.readouterr().err
+    assert not fit_to_memory(recipe, 200, needed + dequantized, gpu=False).dequantize
+    dora = recipe.model_copy(update={"train": recipe.train.model_copy(update={"dora": True})})
+    assert not fit_to_memory(dora, 200, 64e9, gpu=False).dequantize
+
+
 def test_processes_on_a_cpu_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = Recipe()
+    recipe = Recipe(train=FOUR_DIALOGUES)
     free = training_memory(SMOLLM2, recipe.train, 700)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(GattError, match="Too little memory"):
@@ -171,7 +216,8 @@ def _plan_bytes(shape: ModelShape, plan: TrainingPlan, tokens: int) -> float:
 def test_the_plan_for_a_gpu_fits(
     name: str, card_gb: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, free, shape = Recipe(model=name), usable_bytes(card_gb), shape_of(name)
+    recipe = Recipe(model=name, train=FOUR_DIALOGUES)
+    free, shape = usable_bytes(card_gb), shape_of(name)
     needed = training_memory(shape, recipe.train, 600, gpu=True)
     if needed > free:
         with pytest.raises(GattError, match=r'set train\.optimizer = "adamw_8bit"'):
@@ -189,7 +235,7 @@ def test_the_plan_for_a_gpu_fits(
 
 def test_spare_memory_of_a_gpu_is_used() -> None:
     """Layers keep their activations and chunks grow with the card, all of them if it is large."""
-    recipe = Recipe(model="llama-3.1-8b")
+    recipe = Recipe(model="llama-3.1-8b", train=FOUR_DIALOGUES)
     plans = [fit_to_memory(recipe, 500, usable_bytes(size), gpu=True) for size in (12, 16, 24, 80)]
     stored = [plan.stored_layers for plan in plans]
     assert stored == sorted(stored) and 0 < stored[0] < 8 and stored[-1] == 32

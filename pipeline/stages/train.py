@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.console import capture_output, log, print_result, progress
 from pipeline.data.sources import source_inputs
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_jsonl, write_json
 from pipeline.gatt.assignment import read_split
-from pipeline.hub.convert import cached_checkpoint, cached_gguf
+from pipeline.hub.convert import cached_checkpoint, cached_gguf, runnable_gguf
 from pipeline.hub.models import find_model, shape_of
 from pipeline.recipe import Recipe
 from pipeline.run_dir import Input, RunDir
 from pipeline.system import GB, is_main_process, require_disk, trim_memory
-from pipeline.training.backend import choose_backend
-from pipeline.training.examples import example_from_row, mark_learned, training_examples
+from pipeline.training.backend import Backend, choose_backend
+from pipeline.training.examples import (
+    TrainingExample,
+    example_from_row,
+    mark_learned,
+    training_examples,
+)
 from pipeline.training.job import (
     Step,
     TrainingJob,
+    TrainingResult,
     check_init_adapter,
     last_checkpoint,
     main_process_first,
 )
 from pipeline.training.memory import fit_to_memory, tokens_that_fit
 from pipeline.training.unsloth import free_memory, load_tokenizer, on_gpu
-from pipeline.training.validation import Schedule, Validation, validation_gpu_bytes
+from pipeline.training.validation import (
+    AdaptableBase,
+    Schedule,
+    Validation,
+    validation_gpu_bytes,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pipeline.training.rollouts.collector import Rollouts, RolloutStats
 
 SECTIONS = ("train",)
 """Sections of the recipe that the result depends on."""
@@ -39,8 +58,9 @@ def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
     settings = recipe.train
     replayed = source_inputs(settings.replay_data) if settings.replay_data else []
     adapter = sorted(Path(settings.init_adapter).expanduser().glob("adapter_*"))
-    # The validation split is among the assignments.
-    validation = [run_dir.assignments] if settings.early_stop_adherence else []
+    # The validation split is among the assignments, as are the instructions of rollouts.
+    is_read = settings.early_stop_adherence or settings.rollouts != "none"
+    validation = [run_dir.assignments] if is_read else []
     return [
         find_model(recipe.model).path,
         run_dir.examples,
@@ -52,8 +72,7 @@ def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
 
 def run(recipe: Recipe, run_dir: RunDir) -> None:
     """Train `train/adapter` and write the loss of every step; resume from the last checkpoint."""
-    output = run_dir.checkpoints.parent / "unsloth.log"
-    with main_process_first(), capture_output(output):
+    with main_process_first(), capture_output(run_dir.training_log):
         model_dir = cached_checkpoint(find_model(recipe.model))
     size = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
     require_disk(run_dir.path, size, "keep checkpoints")
@@ -62,7 +81,10 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     if recipe.train.init_adapter:
         check_init_adapter(recipe.train, str(tokenizer.chat_template or ""))
     examples = training_examples(tokenizer, recipe, run_dir.examples)
+    rollouts = read_rollouts(recipe, run_dir, tokenizer, examples)
     longest = max(e.max_tokens for e in examples)
+    if rollouts:
+        longest = max(longest, rollouts.max_tokens)
     validation_bytes = _validation_gpu_bytes(recipe, run_dir, longest)
     plan = fit_to_memory(recipe, longest, free_memory(), gpu=on_gpu(), taken_bytes=validation_bytes)
     job = TrainingJob(
@@ -71,50 +93,115 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         settings=plan.settings,
         stored_layers=plan.stored_layers,
         logits_per_chunk=plan.logits_per_chunk,
+        dequantize=plan.dequantize,
         seed=recipe.seed,
         checkpoint_dir=run_dir.checkpoints,
         adapter_dir=run_dir.adapter,
+        rollouts=rollouts,
     )
     if not is_main_process():
-        with capture_output(output):
+        with capture_output(run_dir.training_log):
             backend.train(job)
         return
     log(
         f"train: {len(examples)} dialogues, {sum(len(e.labels) for e in examples)} tokens, "
         f"{sum(e.learned_tokens for e in examples)} of them learned"
     )
+    gpu = not on_gpu() or validation_bytes > 0
+    with (
+        closing(adaptable_base(recipe, gpu=gpu)) as base,
+        closing(rollout_base(recipe, gpu=gpu)) as student,
+        closing(rollouts) if rollouts else nullcontext(),
+    ):
+        if rollouts:
+            rollouts.prepare(student, run_dir.rollouts, _init_adapter(recipe))
+        result, steps = _train(backend, job, recipe, run_dir, base)
+    trim_memory()
+    result.logits.save(run_dir.reference)
+    write_json(run_dir.losses, result.losses)
+    if steps:
+        write_json(run_dir.speed, _speed(steps[-1]))
+
+
+def _train(
+    backend: Backend, job: TrainingJob, recipe: Recipe, run_dir: RunDir, base: AdaptableBase
+) -> tuple[TrainingResult, list[Step]]:
+    """Train with a progress bar and validation; return the steps of this process, too."""
     steps: list[Step] = []
     done = last_checkpoint(run_dir.checkpoints)
     with (
         progress("train: steps", recipe.train.max_steps, done) as bar,
-        capture_output(output),
-        closing(ValidationHook(recipe, run_dir, gpu=not on_gpu() or validation_bytes > 0)) as hook,
+        capture_output(run_dir.training_log),
+        closing(ValidationHook(recipe, run_dir, base)) as hook,
     ):
 
         def on_step(step: Step) -> None:
             steps.append(step)
             bar.advance(log=format_step(step) + hook.last_note)
 
-        result = backend.train(replace(job, on_step=on_step, should_stop=hook.should_stop))
-    trim_memory()
-    result.logits.save(run_dir.reference)
-    write_json(run_dir.losses, result.losses)
-    if steps:
-        totals = steps[-1]
-        speed = {"seconds": totals.seconds, "peak_memory_bytes": totals.peak_memory_bytes}
-        write_json(run_dir.speed, totals.tokens._asdict() | speed)
+        return backend.train(replace(job, on_step=on_step, should_stop=hook.should_stop)), steps
+
+
+def _speed(totals: Step) -> dict[str, float]:
+    """Return the tokens and seconds of training, and those of rollouts, if there were any."""
+    speed = {"seconds": totals.seconds, "peak_memory_bytes": totals.peak_memory_bytes}
+    if totals.rollouts:
+        speed |= {
+            "rollout_seconds": totals.rollouts.seconds,
+            "rollout_tokens": totals.rollouts.tokens,
+        }
+    return totals.tokens._asdict() | speed
+
+
+def adaptable_base(recipe: Recipe, *, gpu: bool = True) -> AdaptableBase:
+    """Return the base that validates the adapters of training; it is not loaded yet."""
+    make_file = partial(cached_gguf, find_model(recipe.model), "Q8_0")
+    return AdaptableBase(make_file, dora=recipe.train.dora, gpu=gpu)
+
+
+def rollout_base(recipe: Recipe, *, gpu: bool = True) -> AdaptableBase:
+    """Return the base that rolls out, in the format of synthesis; it is not loaded yet."""
+    make_file = partial(runnable_gguf, find_model(recipe.model), recipe.synthesize.format)
+    return AdaptableBase(make_file, dora=recipe.train.dora, gpu=gpu)
+
+
+def read_rollouts(
+    recipe: Recipe,
+    run_dir: RunDir,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[TrainingExample],
+) -> Rollouts | None:
+    """Return what the model in training will answer, if the recipe has `train.rollouts`.
+
+    The synthesized dialogues come first in `examples`.
+    """
+    if recipe.train.rollouts == "none":
+        return None
+    from pipeline.training.rollouts.collector import Rollouts
+    from pipeline.training.rollouts.dialogues import ghost_dialogues
+
+    dialogues = ghost_dialogues(run_dir.assignments, run_dir.examples, recipe.dialogues.system)
+    lengths = [len(example.input_ids) for example in examples[: len(dialogues)]]
+    return Rollouts(dialogues, lengths, recipe, tokenizer)
+
+
+def _init_adapter(recipe: Recipe) -> Path | None:
+    adapter = recipe.train.init_adapter
+    return Path(adapter).expanduser() if adapter else None
 
 
 def _validation_gpu_bytes(recipe: Recipe, run_dir: RunDir, longest: int) -> float:
-    """Return the bytes that validation takes on the GPU that trains; 0 where it is on the CPU.
+    """Return the bytes that validation or a rollout takes on the GPU; 0 where it is on the CPU.
 
     That is where llama.cpp has no GPU, or a whole step of training would not fit beside it.
     """
     if not on_gpu():
         return 0
     shape, settings = shape_of(recipe.model), recipe.train
-    dialogues = read_split(run_dir.assignments, "validation")
-    needed = validation_gpu_bytes(shape, len(dialogues))
+    dialogues = len(read_split(run_dir.assignments, "validation"))
+    if settings.rollouts != "none":
+        dialogues = max(dialogues, settings.rollout_steps * settings.batch_size)
+    needed = validation_gpu_bytes(shape, dialogues)
     tokens = settings.max_tokens_per_micro_batch or settings.batch_size * longest
     fitting = tokens_that_fit(shape, settings, free_memory() - needed, gpu=True)
     return needed if fitting >= tokens else 0
@@ -123,21 +210,20 @@ def _validation_gpu_bytes(recipe: Recipe, run_dir: RunDir, longest: int) -> floa
 class ValidationHook:
     """Measure adherence at checkpoints, log it, and decide whether that is enough.
 
-    `last_note` is a remark on the last checkpoint, "" before the first. `gpu` is as for
-    `Validation`.
+    `last_note` is a remark on the last checkpoint, "" before the first. `base` answers with the
+    checkpoints' adapters.
 
     Raises:
         GattError: the recipe asks for early stopping, but there are no validation dialogues.
     """
 
-    def __init__(self, recipe: Recipe, run_dir: RunDir, *, gpu: bool = True) -> None:
+    def __init__(self, recipe: Recipe, run_dir: RunDir, base: AdaptableBase) -> None:
         self.last_note = ""
         self._schedule = Schedule()
         self._threshold = recipe.train.early_stop_adherence
         self._validation: Validation | None = None
         if dialogues := read_split(run_dir.assignments, "validation"):
-            file = cached_gguf(find_model(recipe.model), "Q8_0")
-            self._validation = Validation(file, dialogues, recipe, gpu=gpu)
+            self._validation = Validation(base, dialogues, recipe)
             self._log = JsonlLog(run_dir.validation)
         elif self._threshold:
             raise GattError(
@@ -163,10 +249,9 @@ class ValidationHook:
         return bool(self._threshold) and adherent >= self._threshold * answers
 
     def close(self) -> None:
-        """Close the log and free the model."""
+        """Close the log."""
         if self._validation:
             self._log.close()
-            self._validation.close()
 
 
 def format_step(step: Step) -> str:
@@ -174,8 +259,19 @@ def format_step(step: Step) -> str:
     return (
         f"loss {step.loss:.3f}, rate {step.learning_rate:.1e}, "
         f"{step.tokens.learned / step.seconds:.0f} learned tokens/s, "
-        f"{step.peak_memory_bytes / GB:.1f} GB"
+        f"{step.peak_memory_bytes / GB:.1f} GB" + _format_rollouts(step.rollouts)
     )
+
+
+def _format_rollouts(stats: RolloutStats | None) -> str:
+    if stats is None:
+        return ""
+    text = f", divergence {stats.divergence:.2f}"
+    if stats.answers:
+        text += f", {stats.obeying} of {stats.answers} own answers obey"
+    if stats.tokens:
+        text += f", {stats.tokens / stats.seconds:.0f} rollout tokens/s"
+    return text
 
 
 def show_labels(recipe: Recipe, run_dir: RunDir) -> None:

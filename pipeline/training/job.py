@@ -17,7 +17,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.console import log
 from pipeline.errors import GattError
@@ -27,6 +27,9 @@ from pipeline.hub.models import shape_of
 from pipeline.inference.logits import Logits
 from pipeline.recipe import Train
 from pipeline.training.examples import TrainingExample
+
+if TYPE_CHECKING:
+    from pipeline.training.rollouts.collector import Rollouts, RolloutStats
 
 LOGITS_PER_CHUNK = 2**22
 """Logits (tokens times vocabulary) in memory at a time; autograd holds several copies of each."""
@@ -59,10 +62,9 @@ class TokenCounts(NamedTuple):
         learned, computed, padding = self
         for examples in micro_batches:
             learned += sum(e.learned_tokens for e in examples)
-            for lengths in (
-                [len(e.input_ids) for e in examples],
-                [len(e.teacher_ids) for e in examples],
-            ):
+            prefixes = [prefix for e in examples if (prefix := teacher_prefix(e))]
+            for chats in ([e.input_ids for e in examples], prefixes):
+                lengths = [len(chat) for chat in chats] or [0]
                 computed += len(lengths) * max(lengths)
                 padding += len(lengths) * max(lengths) - sum(lengths)
         return TokenCounts(learned, computed, padding)
@@ -70,7 +72,10 @@ class TokenCounts(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A finished optimizer step; `tokens` and `seconds` are totals of all steps so far."""
+    """A finished optimizer step; `tokens` and `seconds` are totals of all steps so far.
+
+    `seconds` are those of training, without `rollouts`.
+    """
 
     number: int
     loss: float
@@ -78,6 +83,7 @@ class Step:
     tokens: TokenCounts
     seconds: float
     peak_memory_bytes: int
+    rollouts: RolloutStats | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +91,10 @@ class TrainingJob:
     """What to train, and where: the base model in `model_dir`, its adapter to `adapter_dir`.
 
     On a GPU `stored_layers` layers keep their activations, and the others are computed again in the
-    backward pass. `on_step` is called after each step. `should_stop` is called after each
-    checkpoint with its step and its folder, and ends training early.
+    backward pass. On a CPU `dequantize` keeps the base model in 16 bits too. With `rollouts`,
+    examples are replaced by what the model itself answers. `on_step` is called after each step.
+    `should_stop` is called after each checkpoint with its step and its folder, and ends training
+    early.
     """
 
     model_dir: Path
@@ -97,6 +105,8 @@ class TrainingJob:
     adapter_dir: Path
     stored_layers: int = 0
     logits_per_chunk: int = LOGITS_PER_CHUNK
+    dequantize: bool = False
+    rollouts: Rollouts | None = None
     on_step: Callable[[Step], None] = lambda step: None
     should_stop: Callable[[int, Path], bool] = lambda step, checkpoint: False
 
@@ -108,7 +118,19 @@ class TrainingJob:
     @property
     def max_tokens(self) -> int:
         """Return the tokens of the longest chat, the teacher's included."""
-        return max(example.max_tokens for example in self.examples)
+        longest = max(example.max_tokens for example in self.examples)
+        return max(longest, self.rollouts.max_tokens) if self.rollouts else longest
+
+
+def distilled_pairs(example: TrainingExample) -> list[tuple[int, int]]:
+    """Return the pairs of `example.alignment` whose token has a weight."""
+    return [pair for pair in example.alignment if example.weights[pair[0]]]
+
+
+def teacher_prefix(example: TrainingExample) -> Sequence[int]:
+    """Return the teacher's chat up to its last token that is distilled; it may be empty."""
+    pairs = distilled_pairs(example)
+    return example.teacher_ids[: 1 + max(index for _, index in pairs)] if pairs else ()
 
 
 class TrainingResult(NamedTuple):
@@ -139,7 +161,12 @@ def own_projections(wanted: Sequence[str], linear_layers: Collection[str]) -> li
 
 
 def length_grouped_batches(job: TrainingJob) -> list[TrainingExample]:
-    """Return the dialogues of all steps, one batch after another; each epoch is shuffled anew.
+    """Return the dialogues of all steps, one batch after another (see `length_grouped_order`)."""
+    return [job.examples[index] for index in length_grouped_order(job)]
+
+
+def length_grouped_order(job: TrainingJob) -> list[int]:
+    """Return the indices of the dialogues of all steps; each epoch is shuffled anew.
 
     Dialogues of similar length share a batch, because a batch is padded to its longest one. With
     batches drawn at random, a fifth of what is computed would be padding.
@@ -147,16 +174,16 @@ def length_grouped_batches(job: TrainingJob) -> list[TrainingExample]:
     rng = random.Random(f"order {job.seed}")
     size, examples = job.settings.batch_size, job.examples
     total = job.settings.max_steps * size
-    ordered: list[TrainingExample] = []
+    ordered: list[int] = []
     while len(ordered) < total:
-        epoch = rng.sample(examples, len(examples))
-        batches: list[list[TrainingExample]] = []
+        epoch = rng.sample(range(len(examples)), len(examples))
+        batches: list[list[int]] = []
         for start in range(0, len(epoch), _MEGABATCH * size):
             megabatch = epoch[start : start + _MEGABATCH * size]
-            megabatch.sort(key=lambda example: len(example.input_ids))
+            megabatch.sort(key=lambda index: len(examples[index].input_ids))
             batches += [megabatch[n : n + size] for n in range(0, len(megabatch), size)]
         rng.shuffle(batches)
-        ordered += [example for batch in batches for example in batch]
+        ordered += [index for batch in batches for index in batch]
     return ordered[:total]
 
 

@@ -6,6 +6,7 @@ torch; import it only where training runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pipeline.recipe import Train
 from pipeline.training.examples import IGNORE_INDEX, TrainingExample
-from pipeline.training.job import LOGITS_PER_CHUNK
+from pipeline.training.job import LOGITS_PER_CHUNK, distilled_pairs, teacher_prefix
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 class Batch(TypedDict):
     """Examples padded on the right: tensors of shape (batch, tokens).
 
-    With "distill" also `teacher_ids`, and `alignment` of shape (3, aligned tokens): batch row,
-    index in `input_ids`, index in `teacher_ids`.
+    With "distill" also `teacher_ids`, whose rows are those of the first examples, and `alignment`
+    of shape (3, aligned tokens): row, index in `input_ids`, index in `teacher_ids`.
     """
 
     input_ids: torch.Tensor
@@ -43,6 +44,9 @@ def collate(
 ) -> Batch:
     """Pad `examples` to tensors of shape (batch, tokens) on `device`.
 
+    Those with a teacher's chat come first. It ends with its last aligned token: what follows is
+    not compared.
+
     There is no attention mask. Padding is on the right, where causal attention does not look, and
     without a mask attention uses its faster causal kernel.
     """
@@ -51,14 +55,16 @@ def collate(
         tensors = [torch.tensor(row, dtype=dtype) for row in rows]
         return pad_sequence(tensors, batch_first=True, padding_value=value).to(device)
 
+    examples = sorted(examples, key=lambda e: not distilled_pairs(e))
     batch: Batch = {
         "input_ids": pad((e.input_ids for e in examples), pad_token_id, torch.long),
         "labels": pad((e.labels for e in examples), IGNORE_INDEX, torch.long),
         "weights": pad((e.weights for e in examples), 0.0, torch.float32),
     }
-    alignment = [(row, *pair) for row, e in enumerate(examples) for pair in e.alignment]
+    alignment = [(row, *pair) for row, e in enumerate(examples) for pair in distilled_pairs(e)]
     if alignment:
-        batch["teacher_ids"] = pad((e.teacher_ids for e in examples), pad_token_id, torch.long)
+        prefixes = [prefix for e in examples if (prefix := teacher_prefix(e))]
+        batch["teacher_ids"] = pad(prefixes, pad_token_id, torch.long)
         batch["alignment"] = torch.tensor(alignment, device=device).T
     return batch
 
@@ -75,9 +81,11 @@ class GattLoss:
 
     The loss of a token is its cross-entropy. For a token in `batch["alignment"]` it is instead
     KL(base‖model), where the base model reads the teacher's prompt: context distillation (Askell et
-    al. 2021, section 2; Snell et al. 2022). `settings.cross_entropy` mixes the two.
+    al. 2021, section 2; Snell et al. 2022). `settings.beta` chooses another divergence, and
+    `settings.cross_entropy` mixes the two losses.
 
-    `logits_per_chunk` are the logits (tokens times vocabulary) in memory at a time.
+    `logits_per_chunk` are the logits (tokens times vocabulary) in memory at a time. `divergence` is
+    the sum over `distilled_tokens` of all calls.
     """
 
     def __init__(
@@ -85,6 +93,7 @@ class GattLoss:
     ) -> None:
         base = model.get_base_model()
         self._decoder, self._head, self._settings = base.model, OutputHead(base), settings
+        self.divergence, self.distilled_tokens = torch.zeros((), device=model.device), 0
         self._chunk_tokens = max(1, logits_per_chunk // base.lm_head.weight.shape[0])
         # PEFT's `disable_adapter` walks through all modules twice: 25 ms at 32 layers.
         self._adapters = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
@@ -96,26 +105,34 @@ class GattLoss:
         batch's.
         """
         # From here on tensors are (tokens, ...) over all learned tokens of the batch.
-        hidden, is_target = self._hidden_states(batch["input_ids"], batch["labels"] != IGNORE_INDEX)
+        is_target = (batch["labels"] != IGNORE_INDEX) & (batch["weights"] != 0)
+        hidden, is_target = self._hidden_states(batch["input_ids"], is_target)
         labels, weights = batch["labels"][is_target], batch["weights"][is_target]
         teacher = self._teacher_states(batch, is_target) if "alignment" in batch else None
         if total_weight is None:
             total_weight = weights.sum()
-        loss = torch.zeros((), device=hidden.device)
-        gradients: list[torch.Tensor] = []
-        for chunk in torch.arange(len(labels), device=hidden.device).split(self._chunk_tokens):
+        is_aligned = teacher.index >= 0 if teacher else torch.zeros_like(weights, dtype=torch.bool)
+        loss, gradient = torch.zeros((), device=hidden.device), torch.zeros_like(hidden)
+        for chunk in self._chunks(is_aligned):
             with torch.enable_grad():
                 chunk_hidden = hidden[chunk].detach().requires_grad_()
                 logits = self._head(chunk_hidden)
-                losses = functional.cross_entropy(logits, labels[chunk], reduction="none")
-                if teacher is not None:
-                    losses = self._distill(losses, logits, teacher.select(chunk))
+                if teacher and is_aligned[chunk[0]]:
+                    losses = self._distill(logits, labels[chunk], teacher.select(chunk))
+                else:
+                    losses = functional.cross_entropy(logits, labels[chunk], reduction="none")
                 chunk_loss = (losses * weights[chunk]).sum() / total_weight
             # This frees the chunk's logits, before those of the next chunk are computed.
-            gradients += torch.autograd.grad(chunk_loss, chunk_hidden)
+            (gradient[chunk],) = torch.autograd.grad(chunk_loss, chunk_hidden)
             loss += chunk_loss.detach()
-        value: torch.Tensor = _WithGradient.apply(hidden, torch.cat(gradients), loss)
+        value: torch.Tensor = _WithGradient.apply(hidden, gradient, loss)
         return value
+
+    def _chunks(self, is_aligned: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Yield the indices of tokens whose logits are computed together: all aligned, or none."""
+        for tokens in (is_aligned.nonzero()[:, 0], (~is_aligned).nonzero()[:, 0]):
+            if len(tokens):
+                yield from tokens.split(self._chunk_tokens)
 
     def _hidden_states(
         self, input_ids: torch.Tensor, is_target: torch.Tensor
@@ -158,21 +175,24 @@ class GattLoss:
                 adapter._disable_adapters = False
 
     def _distill(
-        self, cross_entropy: torch.Tensor, logits: torch.Tensor, teacher: _Teacher
+        self, logits: torch.Tensor, labels: torch.Tensor, teacher: _Teacher
     ) -> torch.Tensor:
-        """Replace the losses (tokens) of aligned tokens by KL(base‖model).
+        """Return the losses (tokens) of aligned tokens: the divergence from the base model.
 
         `logits` are the model's, of shape (tokens, vocab_size).
         """
-        is_aligned = teacher.index >= 0
-        if not is_aligned.any():
-            return cross_entropy
         with torch.no_grad():
-            teacher_logits = self._head(teacher.hidden[teacher.index[is_aligned]])
+            teacher_logits = self._head(teacher.hidden[teacher.index])
         settings = self._settings
-        kl = kl_divergence(teacher_logits, logits[is_aligned], settings.temperature, settings.top_k)
-        mixed = torch.lerp(kl, cross_entropy[is_aligned], settings.cross_entropy)
-        return cross_entropy.index_put((is_aligned,), mixed)
+        divergences = divergence(
+            teacher_logits, logits, settings.temperature, settings.top_k, settings.beta
+        )
+        self.divergence += divergences.detach().sum()
+        self.distilled_tokens += len(divergences)
+        if not settings.cross_entropy:
+            return divergences
+        cross_entropy = functional.cross_entropy(logits, labels, reduction="none")
+        return torch.lerp(divergences, cross_entropy, settings.cross_entropy)
 
 
 class OutputHead:
@@ -241,23 +261,47 @@ class _Teacher(NamedTuple):
         return self._replace(index=self.index[tokens])
 
 
-def kl_divergence(
-    teacher_logits: torch.Tensor, logits: torch.Tensor, temperature: float, top_k: int
+def divergence(
+    teacher_logits: torch.Tensor,
+    logits: torch.Tensor,
+    temperature: float,
+    top_k: int,
+    beta: float = 0.0,
 ) -> torch.Tensor:
-    """Return KL(teacher‖model) of each token, shape (tokens), from logits (tokens, vocab_size).
+    """Return the divergence of each token, shape (tokens), from logits (tokens, vocab_size).
 
-    Both distributions are taken at `temperature`, and the result is multiplied by its square
-    (Hinton et al. 2015, section 2.1). With `top_k`, the teacher's k most likely tokens are
-    compared, and the rest of the vocabulary as one more; 0 compares all.
+    It is KL(teacher‖model) for `beta` 0, KL(model‖teacher) for 1, and the generalized
+    Jensen-Shannon divergence between (Agarwal et al. 2024, equation 1). Both distributions are
+    taken at `temperature`, and the result is multiplied by its square (Hinton et al. 2015, section
+    2.1). With `top_k`, the teacher's k most likely tokens are compared, and the rest of the
+    vocabulary as one more; 0 compares all.
     """
-    teacher_logprobs = (teacher_logits / temperature).log_softmax(-1)
-    logprobs = (logits / temperature).log_softmax(-1)
+    if temperature != 1:  # a division by 1 would copy all logits
+        teacher_logits, logits = teacher_logits / temperature, logits / temperature
+    teacher_logprobs, logprobs = teacher_logits.log_softmax(-1), logits.log_softmax(-1)
     if top_k and top_k < logits.shape[-1]:
         teacher_logprobs, most_likely = teacher_logprobs.topk(top_k, dim=-1)
         teacher_logprobs = _append_rest(teacher_logprobs)
         logprobs = _append_rest(logprobs.gather(-1, most_likely))
-    kl = functional.kl_div(logprobs, teacher_logprobs, reduction="none", log_target=True)
-    return kl.sum(-1) * temperature**2
+    return generalized_jsd(teacher_logprobs, logprobs, beta) * temperature**2
+
+
+def generalized_jsd(
+    teacher_logprobs: torch.Tensor, logprobs: torch.Tensor, beta: float
+) -> torch.Tensor:
+    """Return the divergence for `beta` of two distributions, along the last dimension."""
+    if beta == 0:
+        return _kl(teacher_logprobs, logprobs)
+    if beta == 1:
+        return _kl(logprobs, teacher_logprobs)
+    parts = [teacher_logprobs + math.log(beta), logprobs + math.log1p(-beta)]
+    mixture = torch.stack(parts).logsumexp(0)
+    return beta * _kl(teacher_logprobs, mixture) + (1 - beta) * _kl(logprobs, mixture)
+
+
+def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Return KL(p‖q) of log-probabilities."""
+    return functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
 
 def _append_rest(logprobs: torch.Tensor) -> torch.Tensor:

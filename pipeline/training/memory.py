@@ -23,6 +23,8 @@ _USABLE_GPU_FRACTION = 0.92
 """Fraction of a graphics card that training can take; the rest is the driver's and the screen's."""
 TOKENS_PER_STEP = 2000
 """Tokens of a usual step: four dialogues."""
+CPU_TOKENS_AT_A_TIME = 1024
+"""On a CPU, micro-batches of more tokens are no faster and take more memory."""
 TOKENS_PER_DIALOGUE = 500
 """Tokens of a usual dialogue, the least that is computed at a time."""
 
@@ -46,13 +48,15 @@ _MAX_LOGITS_PER_CHUNK = 2**26
 """A larger chunk is no faster: reading the output layer takes less time than multiplying."""
 _CUDA_BYTES = 0.7e9
 """A CUDA context with the kernels of torch and bitsandbytes; an estimate, not measured."""
-_PROCESS_BYTES = 0.7e9
-"""On a CPU: Python with torch and Unsloth loaded."""
+_PROCESS_BYTES = 0.6e9
+"""On a CPU: Python with torch, Unsloth and the kernels that they keep."""
 _GPU_ACTIVATION_OVERHEAD = 1.2
 """On a GPU: what the layer at hand takes over what it saves, gradients included."""
 _PLANNED_GPU_FRACTION = 0.9
 """Fraction of a GPU's free memory that layers may fill with activations that need not be kept: the
 prediction is an estimate."""
+_PLANNED_CPU_FRACTION = 0.8
+"""Fraction of a computer's free memory up to which the base model is kept in 16 bits too."""
 _ACTIVATION_OVERHEAD = 1.9
 """On a CPU: heap growth over what autograd saves; steps of many lengths fragment the heap."""
 _VALIDATION_BYTES_PER_WEIGHT = 1.1
@@ -69,6 +73,7 @@ class TrainingPlan(NamedTuple):
     settings: Train
     stored_layers: int = 0
     logits_per_chunk: int = LOGITS_PER_CHUNK
+    dequantize: bool = False
 
 
 def training_memory(
@@ -118,6 +123,11 @@ def _validation_memory(shape: ModelShape) -> float:
     return _VALIDATION_BYTES_PER_WEIGHT * shape.parameters + kv_cache
 
 
+def dequantized_bytes(shape: ModelShape) -> float:
+    """Return the bytes of the projections in 16 bits; see `TrainingJob.dequantize`."""
+    return _BF16_BYTES_PER_WEIGHT * shape.projection_parameters
+
+
 def usable_bytes(gpu_size_gb: float) -> float:
     """Return the bytes that training can take on a graphics card."""
     return _USABLE_GPU_FRACTION * gpu_size_gb * 2**30  # makers count in powers of two
@@ -147,7 +157,10 @@ def fit_to_memory(
     """
     shape, settings = shape_of(recipe.model), recipe.train
     free = (free_bytes - taken_bytes) / (1 if gpu else world_size())  # CPUs share the memory
-    tokens = settings.max_tokens_per_micro_batch or settings.batch_size // world_size() * longest
+    whole = settings.max_tokens_per_micro_batch or settings.batch_size // world_size() * longest
+    tokens = whole
+    if not (gpu or settings.max_tokens_per_micro_batch):
+        tokens = min(whole, max(longest, CPU_TOKENS_AT_A_TIME))
     fit = tokens_that_fit(shape, settings, free, gpu=gpu)
     if fit < longest:
         needed = training_memory(shape, settings, longest, gpu=gpu)
@@ -157,13 +170,15 @@ def fit_to_memory(
             f"train.max_length{_smaller_optimizer(settings, gpu=gpu)}, or take a smaller model "
             "(`gatt doctor` lists what fits)."
         )
-    if fit < tokens:
-        settings = settings.model_copy(update={"max_tokens_per_micro_batch": fit})
     at_a_time = min(fit, tokens)
+    if at_a_time < whole:
+        settings = settings.model_copy(update={"max_tokens_per_micro_batch": at_a_time})
     plan = TrainingPlan(settings)
+    needed = training_memory(shape, settings, at_a_time, gpu=gpu)
     if gpu:
         plan = _use_spare_memory(plan, shape, at_a_time, free)
-    needed = training_memory(shape, settings, at_a_time, gpu=gpu)
+    elif not settings.dora and needed + dequantized_bytes(shape) <= _PLANNED_CPU_FRACTION * free:
+        plan = plan._replace(dequantize=True)
     needed += _spare_bytes(plan, shape, at_a_time)
     text = f"train: about {needed / GB:.1f} GB of {free / GB:.1f}" + (" (estimated)" if gpu else "")
     log(text if fit >= tokens else f"{text}, {fit} tokens at a time")
@@ -196,8 +211,9 @@ def _use_spare_memory(
 
 def _spare_bytes(plan: TrainingPlan, shape: ModelShape, tokens: int) -> float:
     """Return the bytes that `plan` takes beyond `training_memory`."""
+    weights = dequantized_bytes(shape) if plan.dequantize else 0
     logits = _BYTES_PER_LOGIT * (plan.logits_per_chunk - LOGITS_PER_CHUNK)
-    return logits + plan.stored_layers * tokens * shape.activation_bytes_per_token
+    return weights + logits + plan.stored_layers * tokens * shape.activation_bytes_per_token
 
 
 def largest_preset(memory_bytes: float, tokens: int, settings: Train, *, gpu: bool) -> str:

@@ -20,7 +20,7 @@ from peft.helpers import disable_input_dtype_casting
 from pipeline.console import log
 from pipeline.errors import GattError
 from pipeline.files import write_json
-from pipeline.system import is_main_process, peak_memory, trim_memory
+from pipeline.system import is_main_process, peak_memory, trim_heap, trim_memory
 from pipeline.training.examples import TrainingExample
 from pipeline.training.job import (
     PROCESS_TIMEOUT,
@@ -30,17 +30,19 @@ from pipeline.training.job import (
     TrainingJob,
     interrupted_error,
     last_checkpoint,
-    length_grouped_batches,
+    length_grouped_order,
     mark_complete,
     micro_batches,
     nonfinite_loss_error,
     world_size,
 )
 from pipeline.training.loss import GattLoss, collate
+from pipeline.training.rollouts.own_examples import OwnExamples
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from pipeline.training.rollouts.collector import RolloutStats
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit"}
 """The optimizers of the recipe, as transformers calls them."""
@@ -48,12 +50,15 @@ _HALF_PRECISION = (torch.bfloat16, torch.float16)
 _FIRST_LOSS_SCALE = 2.0**16
 """What a loss is multiplied by in float16 at first, as in `torch.amp.GradScaler`."""
 _LOSS_SCALE_FILE = "loss_scale.json"
+_TRIM_STEPS = 8
+"""Steps of many lengths fragment the heap. Trimming it takes a tenth of a second, and the next step
+half a second more."""
 
 
 class Inputs(TypedDict):
-    """The examples of a step that this process computes; each micro-batch is collated later."""
+    """The positions, in the order of training, of the examples that this process computes."""
 
-    examples: list[TrainingExample]
+    positions: list[int]
 
 
 def train_loop(model: PeftModel, job: TrainingJob, pad_token_id: int) -> list[float]:
@@ -100,7 +105,7 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             args=_training_arguments(job),
-            train_dataset=length_grouped_batches(job),
+            train_dataset=range(job.settings.max_steps * job.settings.batch_size),
             data_collator=_collect,
         )
         self.remove_callback(transformers.PrinterCallback)
@@ -110,6 +115,8 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         self.seconds = 0.0
         self.loss_scale = _FIRST_LOSS_SCALE if model.dtype == torch.float16 else 1.0
         self._job, self._pad_token_id = job, pad_token_id
+        self._order = length_grouped_order(job)
+        self._own = OwnExamples(job.rollouts, job.settings, self._order)
         self._loss = GattLoss(model, job.settings, job.logits_per_chunk)
         self._adapter = [p for p in model.parameters() if p.requires_grad]
 
@@ -121,7 +128,10 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         `model` may be wrapped for several processes. The sums are taken here instead, so
         `self.model` is used, which is never wrapped.
         """
-        start, examples = time.monotonic(), inputs["examples"]
+        self._own.roll_out(self.state.global_step, self.model.save_pretrained)
+        start, self._loss.distilled_tokens = time.monotonic(), 0
+        self._loss.divergence.zero_()
+        examples = [self._example(position) for position in inputs["positions"]]
         weight = torch.tensor(sum(sum(e.weights) for e in examples), device=self.model.device)
         all_reduce_sum(weight)
         loss = self._forward_backward(examples, weight)
@@ -138,6 +148,17 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         self.tokens = self.tokens.plus(micro_batches(examples, self.max_tokens))
         self.seconds += time.monotonic() - start
         return loss
+
+    def _example(self, position: int) -> TrainingExample:
+        return self._own.get(position) or self._job.examples[self._order[position]]
+
+    @property
+    def rollout_stats(self) -> RolloutStats | None:
+        """Return what the last rollout and the last step were like; None without rollouts."""
+        if not self._job.rollouts:
+            return None
+        divergence = float(self._loss.divergence) / max(1, self._loss.distilled_tokens)
+        return self._job.rollouts.stats._replace(divergence=divergence)
 
     def load_loss_scale(self, checkpoint: Path) -> None:
         """Continue with the scale of a checkpoint."""
@@ -241,6 +262,7 @@ class GattCallback(transformers.TrainerCallback):  # type: ignore[misc]
             tokens=self._trainer.tokens,
             seconds=self._trainer.seconds,
             peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else peak_memory(),
+            rollouts=self._trainer.rollout_stats,
         )
         self._job.on_step(step)
 
@@ -256,6 +278,8 @@ class GattCallback(transformers.TrainerCallback):  # type: ignore[misc]
         self._stop.requested = any_rank(flag=self._stop.requested, device=args.device)
         if self._stop.requested:
             control.should_save = control.should_training_stop = True
+        if state.global_step % _TRIM_STEPS == 0:
+            trim_heap()
 
     def on_save(
         self,
@@ -273,12 +297,11 @@ class GattCallback(transformers.TrainerCallback):  # type: ignore[misc]
             stop = self._job.should_stop(state.global_step, checkpoint)
             if any_rank(flag=stop, device=args.device):
                 control.should_training_stop = True
-        # Steps of many lengths fragment the heap: after 70 of them it would have doubled.
         trim_memory()
 
 
-def _collect(examples: list[TrainingExample]) -> Inputs:
-    return {"examples": examples}
+def _collect(positions: list[int]) -> Inputs:
+    return {"positions": positions}
 
 
 def _training_arguments(job: TrainingJob) -> transformers.TrainingArguments:

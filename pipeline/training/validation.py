@@ -6,6 +6,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.gatt.assignment import AssignedDialogue
@@ -34,32 +35,77 @@ _MAX_FRACTION = 0.25
 """Fraction of the training time that longer ones may take."""
 
 
-class Validation:
-    """Held-out `dialogues` that each checkpoint answers, for up to `max_turns` turns.
+class AdaptableBase:
+    """The base model to which adapters are applied one after another.
 
-    The base, the GGUF `file`, is loaded once, and each checkpoint's adapter is applied to it. DoRA
-    adapters cannot be applied by llama.cpp and are merged. Without `gpu`, all of it runs on the
-    CPU.
+    `make_file` returns its GGUF. It is loaded once, when it is first used. DoRA adapters (`dora`)
+    cannot be applied by llama.cpp and are merged. Without `gpu`, all of it runs on the CPU.
     """
 
     def __init__(
+        self, make_file: Callable[[], Path], *, dora: bool = False, gpu: bool = True
+    ) -> None:
+        self._make_file = make_file
+        self._is_merged, self._gpu_layers = dora, None if gpu else 0
+        self._weights: LoadedModel | None = None
+
+    @cached_property
+    def file(self) -> Path:
+        """Return the GGUF."""
+        return self._make_file()
+
+    @property
+    def weights(self) -> LoadedModel:
+        """Return the loaded model."""
+        if self._weights is None:
+            self._weights = self._load(self.file)
+        return self._weights
+
+    def close(self) -> None:
+        """Free the memory."""
+        if self._weights:
+            self._weights.close()
+            self._weights = None
+
+    @contextmanager
+    def engine(self, adapter: Path | None, dialogues: int, context: int) -> Iterator[BatchEngine]:
+        """Open the base with the PEFT adapter in a folder, or None, for up to `dialogues`."""
+        if adapter is None:
+            with BatchEngine(self.weights, dialogues, context) as engine:
+                yield engine
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            gguf = Path(folder) / f"{adapter.name}.gguf"
+            if self._is_merged:
+                merged = plan_merge(self.file, adapter)
+                write(merged, {gguf: uniform_format(merged.tensors, "Q8_0")})
+                with (
+                    closing(self._load(gguf)) as weights,
+                    BatchEngine(weights, dialogues, context) as engine,
+                ):
+                    yield engine
+                return
+            write_adapter(open_base(self.file), adapter, gguf)
+            with BatchEngine(self.weights, dialogues, context, adapter=Adapter(gguf)) as engine:
+                yield engine
+            self.weights.unload_adapter(Adapter(gguf))
+
+    def _load(self, file: Path) -> LoadedModel:
+        return LoadedModel(open_gguf(file), gpu_layers=self._gpu_layers)
+
+
+class Validation:
+    """Held-out `dialogues` that each checkpoint answers, for up to `max_turns` turns."""
+
+    def __init__(
         self,
-        file: Path,
+        base: AdaptableBase,
         dialogues: Sequence[AssignedDialogue],
         recipe: Recipe,
         max_turns: int = _MAX_TURNS,
-        *,
-        gpu: bool = True,
     ) -> None:
-        self._file, self._dialogues = file, dialogues
+        self._base, self._dialogues = base, dialogues
         self._recipe, self._max_turns = recipe, max_turns
-        self._gpu_layers = None if gpu else 0
-        self._weights = None if recipe.train.dora else self._load(file)
-
-    def close(self) -> None:
-        """Free the memory of the base."""
-        if self._weights:
-            self._weights.close()
 
     def measure(self, checkpoint: Path) -> list[Reply]:
         """Return the replies of the base with the PEFT adapter in the folder `checkpoint`.
@@ -73,7 +119,8 @@ class Validation:
             make_request=self._request,
             record=replies.append,
         )
-        with self._open(checkpoint) as engine:
+        context = context_for(self._max_turns, _MAX_TOKENS)
+        with self._base.engine(checkpoint, len(self._dialogues), context) as engine:
             engine.run(map(rollout.run, self._dialogues))
         return [reply for reply in replies if reply.finish != "context"]
 
@@ -84,28 +131,6 @@ class Validation:
             max_tokens=_MAX_TOKENS,
             temperature=self._recipe.evaluate.temperature,
         )
-
-    def _load(self, file: Path) -> LoadedModel:
-        return LoadedModel(open_gguf(file), gpu_layers=self._gpu_layers)
-
-    @contextmanager
-    def _open(self, checkpoint: Path) -> Iterator[BatchEngine]:
-        count, context = len(self._dialogues), context_for(self._max_turns, _MAX_TOKENS)
-        with tempfile.TemporaryDirectory() as folder:
-            gguf = Path(folder) / f"{checkpoint.name}.gguf"
-            if not self._weights:
-                merged = plan_merge(self._file, checkpoint)
-                write(merged, {gguf: uniform_format(merged.tensors, "Q8_0")})
-                with (
-                    closing(self._load(gguf)) as weights,
-                    BatchEngine(weights, count, context) as engine,
-                ):
-                    yield engine
-                return
-            write_adapter(open_base(self._file), checkpoint, gguf)
-            with BatchEngine(self._weights, count, context, adapter=Adapter(gguf)) as engine:
-                yield engine
-            self._weights.unload_adapter(Adapter(gguf))
 
 
 class Schedule:

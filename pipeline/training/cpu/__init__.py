@@ -1,0 +1,1 @@
+"""Training on a CPU: faster projections, and how long a step takes."""
