@@ -14,7 +14,10 @@ from pipeline.records import Dialogue
 
 
 class DialogueSplits(NamedTuple):
-    """The dialogues of a run; no dialogue of the source is in two of them."""
+    """The dialogues of a run; no dialogue of the source is in two of them.
+
+    An evaluation dialogue may be joined from several.
+    """
 
     training: list[Dialogue]
     validation: list[Dialogue]
@@ -27,20 +30,27 @@ def split_dialogues(recipe: Recipe) -> DialogueSplits:
     Raises:
         GattError: too few dialogues to evaluate and train on different ones.
     """
-    dialogues = load_dialogues(recipe.dialogues.source)
+    source, turns, count = recipe.dialogues.source, recipe.evaluate.turns, recipe.evaluate.dialogues
+    dialogues = load_dialogues(source)
     random.Random(f"split {recipe.seed}").shuffle(dialogues)
-    turns, count = recipe.evaluate.turns, recipe.evaluate.dialogues
-    evaluation = [d for d in dialogues if len(d.turns) >= turns][:count]
-    rest = _without_copies(dialogues, evaluation)
+    held_out = _held_out(dialogues, turns, count)
+    evaluation = _joined(held_out, turns, count)
+    rest = _without_copies(dialogues, held_out)
     validation = rest[: min(recipe.dialogues.validation, len(rest) // 4)]
     training = _without_copies(rest, validation)
-    copies = len(dialogues) - len(evaluation) - len(validation) - len(training)
-    if len(evaluation) < count or not training:
+    copies = len(dialogues) - len(held_out) - len(validation) - len(training)
+    if not evaluation or not training:
         same = f", {copies} copies of those" if copies else ""
         raise GattError(
-            f"{recipe.dialogues.source} has {len(dialogues)} dialogues, {len(evaluation)} of them "
-            f"with {turns} user turns{same}: too few to evaluate on {count} and train on others. "
-            "Add dialogues, or lower evaluate.dialogues or evaluate.turns."
+            f"{source} has {len(dialogues)} dialogues with {_messages(dialogues)} user turns, of "
+            f"which {count} evaluation dialogues of {turns} turns take {len(held_out)}{same}: too "
+            f"few to evaluate on {count} and train on others. Add dialogues, or lower "
+            "evaluate.dialogues or evaluate.turns."
+        )
+    if any(len(dialogue.turns) < turns for dialogue in held_out):
+        log(
+            f"{source}: too few dialogues have {turns} user turns; the evaluation dialogues are "
+            f"joined from {len(held_out)} shorter ones, without repeating a message."
         )
     if copies:
         log(
@@ -49,6 +59,42 @@ def split_dialogues(recipe: Recipe) -> DialogueSplits:
         )
     pieces = _pieces(training, recipe.dialogues.turns, recipe.dialogues.train)
     return DialogueSplits(pieces, validation, evaluation)
+
+
+def _held_out(dialogues: list[Dialogue], turns: int, count: int) -> list[Dialogue]:
+    """Return `count` dialogues for evaluation, those of `turns` turns first.
+
+    There are more where short ones have to be joined, and the messages of `count` are too few.
+    """
+    ordered = sorted(dialogues, key=lambda dialogue: len(dialogue.turns) < turns)
+    size = count
+    if len(ordered) >= count and len(ordered[count - 1].turns) >= turns:
+        return ordered[:count]
+    while size < len(ordered) and _messages(ordered[:size]) < turns:
+        size += 1
+    return ordered[:size]
+
+
+def _joined(held_out: list[Dialogue], turns: int, count: int) -> list[Dialogue]:
+    """Return `count` dialogues of at least `turns` turns, or none if there are too few messages.
+
+    The n-th has the n-th of `held_out` first. A shorter one goes on with those after it, which
+    begin again after the last; it has no message twice.
+    """
+    joined = []
+    for n, dialogue in enumerate(held_out[:count]):
+        if len(dialogue.turns) < turns:
+            following = [*held_out[n:], *held_out[:n]]
+            messages = dict.fromkeys(turn for other in following for turn in other.turns)
+            dialogue = replace(dialogue, turns=tuple(messages)[:turns])
+        joined.append(dialogue)
+    is_enough = len(joined) == count and all(len(d.turns) >= turns for d in joined)
+    return joined if is_enough else []
+
+
+def _messages(dialogues: list[Dialogue]) -> int:
+    """Return the number of different user messages."""
+    return len({turn for dialogue in dialogues for turn in dialogue.turns})
 
 
 def _without_copies(dialogues: list[Dialogue], held_out: list[Dialogue]) -> list[Dialogue]:

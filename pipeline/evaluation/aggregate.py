@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import TypeVar
 
+from pipeline.evaluation.leakage import measure_leakage
 from pipeline.evaluation.rates import Rate, adherence, rates, wilson
 from pipeline.evaluation.scores import (
     ChangeScores,
@@ -27,10 +28,13 @@ from pipeline.evaluation.statistics import (
 )
 from pipeline.evaluation.suites import PAPER_ATTRIBUTES
 from pipeline.gatt.assignment import AssignedDialogue
-from pipeline.gatt.constraints.registry import kind_of, obeys, shows_obedience
+from pipeline.gatt.constraints.registry import kind_of, obeys
 from pipeline.records import Constraint, Reply
 
 K = TypeVar("K", int, str)
+
+_SHORT_PROMPT = 256
+"""Tokens; shorter prompts are not told apart."""
 
 
 def compute_scores(
@@ -45,6 +49,8 @@ def compute_scores(
     """
     by_suite = {name: _of(replies, dialogues) for name, dialogues in suites.items()}
     scores = _trained(by_suite["evaluation"], suites["evaluation"])
+    coverage = _coverage(by_suite["evaluation"], suites["evaluation"], trained)
+    scores = replace(scores, coverage=coverage)
     unseen = [*suites.get("unseen_values", ()), *suites.get("unseen", ())]
     if unseen_replies := _of(replies, unseen):
         scores = _with_unseen(scores, unseen_replies, unseen, {c.kind for c in trained})
@@ -59,19 +65,9 @@ def compute_scores(
         event = _event(contradicting, suites["contradiction"])
         scores = replace(scores, contradiction=event)
     if recall := by_suite.get("recall"):
-        answers = [r for r in recall if r.recall_attribute]
-        of_paper = [r for r in answers if r.recall_attribute in PAPER_ATTRIBUTES]
-        scores = replace(
-            scores,
-            recall=rate_rows(adherence(of_paper, lambda r: (r.arm, r.turn))),
-            recall_by_attribute=rate_rows(
-                adherence(answers, lambda r: (r.arm, r.recall_attribute))
-            ),
-        )
-    visible = [c for c in trained if shows_obedience(c)]
-    if visible and (plain := by_suite.get("plain")):
-        leakage, leaked = _leakage(plain, visible)
-        scores = replace(scores, leakage=leakage, leaked=leaked)
+        scores = _with_recall(scores, [r for r in recall if r.recall_attribute])
+    if plain := by_suite.get("plain"):
+        scores = replace(scores, leaks=measure_leakage(plain, trained))
     if single := by_suite.get("single"):
         kinds = {d.dialogue.id: d.constraints(0)[0].kind for d in suites["single"]}
         scores = replace(
@@ -82,9 +78,34 @@ def compute_scores(
     return scores
 
 
+def _with_recall(scores: Scores, answers: Sequence[Reply]) -> Scores:
+    """Return the scores with those of the answers to recall questions.
+
+    What an arm knows is what it answers in turn 1, where the question stands next to the attribute.
+    """
+    of_paper = [r for r in answers if r.recall_attribute in PAPER_ATTRIBUTES]
+    known = {_attribute_key(r) for r in of_paper if r.turn == 1 and r.adherent}
+    later = [r for r in answers if r.turn > 1]
+    of_known = [r for r in later if _attribute_key(r) in known]
+    return replace(
+        scores,
+        recall=rate_rows(adherence(of_paper, lambda r: (r.arm, r.turn))),
+        recall_known=rate_rows(adherence(of_known, lambda r: (r.arm, r.turn))),
+        recall_by_attribute=rate_rows(adherence(later, lambda r: (r.arm, r.recall_attribute))),
+    )
+
+
+def _attribute_key(reply: Reply) -> tuple[str, str, str]:
+    return reply.arm, reply.dialogue, reply.recall_attribute
+
+
 def rate_rows(by_arm: Mapping[tuple[str, K], Rate]) -> tuple[RateRow, ...]:
     """Return a row for each rate; keys are an arm and what its replies are grouped by."""
     return tuple(RateRow(arm=arm, at=at, **asdict(rate)) for (arm, at), rate in by_arm.items())
+
+
+def _rows_with_hits(by_arm: Mapping[tuple[str, K], Rate]) -> tuple[RateRow, ...]:
+    return tuple(row for row in rate_rows(by_arm) if row.hits)
 
 
 def _of(replies: Iterable[Reply], dialogues: Iterable[AssignedDialogue]) -> list[Reply]:
@@ -102,18 +123,34 @@ def _by_arm(replies: Iterable[Reply]) -> dict[str, list[Reply]]:
 def _trained(replies: Sequence[Reply], dialogues: Sequence[AssignedDialogue]) -> Scores:
     """Return the numbers of the instructions that were trained."""
     kinds, families = ({d.dialogue.id: name(d) for d in dialogues} for name in (_kinds, _families))
-    of_all, turns = _by_arm(replies), max((r.turn for r in replies), default=0)
+    of_all = _by_arm(replies)
+    turns = max((r.turn for r in replies if r.finish != "context"), default=0)
     unchecked = {r.dialogue for r in replies if r.obeys is None and r.finish != "context"}
     replies = [r for r in replies if r.dialogue not in unchecked]
     first = max(1, turns - 4)
-    last_five = [r for r in replies if r.turn >= first]
+    last_five = [r for r in replies if first <= r.turn <= turns]
     after_first = [r for r in replies if r.turn > 1]
     last_turns, later_turns = f"turns {first} to {turns}", f"turns 2 to {turns}"
     by_arm, last_five_by_arm = _by_arm(replies), _by_arm(last_five)
     return Scores(
         turns=turns,
         by_turn=rate_rows(adherence(replies, lambda r: (r.arm, r.turn))),
+        by_length=rate_rows(
+            adherence([r for r in after_first if r.prompt_tokens], lambda r: (r.arm, _length(r)))
+        ),
         by_instruction=rate_rows(adherence(replies, lambda r: (r.arm, kinds[r.dialogue]))),
+        obey_no_answer=_rows_with_hits(
+            rates(
+                replies, lambda r: (r.arm, kinds[r.dialogue]), lambda r: bool(r.obeys and r.defect)
+            )
+        ),
+        cut_before_obeying=_rows_with_hits(
+            rates(
+                replies,
+                lambda r: (r.arm, kinds[r.dialogue]),
+                lambda r: r.finish == "length" and not r.obeys,
+            )
+        ),
         by_family=rate_rows(adherence(replies, lambda r: (r.arm, families[r.dialogue]))),
         last_five=rate_rows(adherence(last_five, lambda r: (r.arm, last_turns))),
         last_five_unfiltered=rate_rows(
@@ -131,6 +168,28 @@ def _trained(replies: Sequence[Reply], dialogues: Sequence[AssignedDialogue]) ->
         required_sample_size=required_sample_size(last_five_by_arm.get("tuned", ())),
         unchecked=tuple(dict.fromkeys(d.name for d in dialogues if d.dialogue.id in unchecked)),
     )
+
+
+def _coverage(
+    replies: Sequence[Reply],
+    dialogues: Sequence[AssignedDialogue],
+    trained: Sequence[Constraint],
+) -> dict[str, tuple[int, int]]:
+    """Return by kind how many of the constraints of training were measured, and how many are."""
+    answered = {r.dialogue for r in replies if r.finish != "context" and r.obeys is not None}
+    measured = {c for d in dialogues if d.dialogue.id in answered for c in d.constraints(0)}
+    return {
+        kind: (len([c for c in measured & set(trained) if c.kind == kind]), count)
+        for kind, count in Counter(c.kind for c in dict.fromkeys(trained)).items()
+    }
+
+
+def _length(reply: Reply) -> int:
+    """Return the power of two that bounds the tokens of the reply's prompt."""
+    limit = _SHORT_PROMPT
+    while reply.prompt_tokens > limit:
+        limit *= 2
+    return limit
 
 
 def _kinds(dialogue: AssignedDialogue) -> str:
@@ -286,26 +345,3 @@ def _change_turn(turn: int, replies: Sequence[_ChangeReply]) -> ChangeTurn:
 def _share(hits: Iterable[bool]) -> Rate:
     values = list(hits)
     return wilson(sum(values), len(values))
-
-
-def _leakage(
-    replies: Sequence[Reply], trained: Sequence[Constraint]
-) -> tuple[tuple[RateRow, ...], dict[str, dict[str, int]]]:
-    """Return how often a reply shows something that was trained, and what, by arm.
-
-    No instruction was given in these dialogues.
-    """
-    traits = {
-        (r.arm, r.dialogue, r.turn): [c.name for c in trained if obeys((c,), r.text)]
-        for r in replies
-    }
-    leakage = rates(
-        replies,
-        lambda r: (r.arm, "plain dialogues"),
-        lambda r: bool(traits[r.arm, r.dialogue, r.turn]),
-    )
-    leaked = {
-        arm: dict(Counter(name for r in of_arm for name in traits[arm, r.dialogue, r.turn]))
-        for arm, of_arm in _by_arm(replies).items()
-    }
-    return rate_rows(leakage), leaked

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.errors import GattError
-from pipeline.gguf.reader import read_gguf
+from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gguf.reader import open_gguf, read_gguf
 from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
 from pipeline.inference.batch_engine import BatchEngine
@@ -21,6 +23,9 @@ from pipeline.inference.llama.model import Adapter, LoadedModel
 from pipeline.inference.remote.address import is_server_url
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.run_dir import RunDir
+
+_BYTES_PER_TOKEN = 3
+"""Of a text; few tokens have less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,33 +43,70 @@ class Arm:
     in_all_suites: bool = True
     repeats_instruction: bool = False
 
+    def runs(self, suite: str) -> bool:
+        """Return whether the model is measured in `suite`; the ceiling of recall is, too."""
+        return (
+            self.in_all_suites
+            or suite == "evaluation"
+            or (suite == "recall" and self.repeats_instruction)
+        )
+
     def open(
         self,
         settings: Evaluate,
-        dialogues: int,
+        dialogues: Sequence[AssignedDialogue],
         weights: LoadedModel | None = None,
-        further_tokens: int = 0,
     ) -> GenerationEngine:
-        """Open the model for up to `dialogues` dialogues; `weights` are those of `path`, if loaded.
+        """Open the model for `dialogues`; `weights` are those of `path`, if they are loaded.
 
-        A dialogue may be longer than usual by `further_tokens`.
+        Its context has room for all their turns, as far as the model was made for that many tokens.
 
         Raises:
             GattError: as `open_generator`.
         """
-        context = context_for(settings.turns, settings.max_tokens) + further_tokens
+        context = dialogue_context(settings, dialogues, reminded=self.repeats_instruction)
         source = weights or self.path
         if source is None:
             return open_generator(
                 self.server,
-                dialogues=dialogues,
+                dialogues=len(dialogues),
                 context=context,
                 max_parallel=settings.max_parallel,
                 max_thought_tokens=settings.max_thought_tokens,
             )
-        gguf = source.info.path if isinstance(source, LoadedModel) else source
-        context += thought_room(gguf, settings.max_thought_tokens)
-        return BatchEngine(source, dialogues, context, settings.max_parallel, adapter=self.adapter)
+        info = source.info if isinstance(source, LoadedModel) else open_gguf(source)
+        context += thought_room(info.path, settings.max_thought_tokens)
+        return BatchEngine(
+            source,
+            len(dialogues),
+            min(context, info.context_length),
+            settings.max_parallel,
+            adapter=self.adapter,
+        )
+
+
+def dialogue_context(
+    settings: Evaluate, dialogues: Sequence[AssignedDialogue], *, reminded: bool
+) -> int:
+    """Return the tokens of a context in which all turns of each dialogue fit, without thoughts.
+
+    If `reminded`, the instruction stands in every turn.
+    """
+    turns = settings.turns
+    further = (
+        dialogue.further_tokens(turns if reminded else 1) + _long_messages(dialogue, turns)
+        for dialogue in dialogues
+    )
+    return context_for(turns, settings.max_tokens) + max(further, default=0)
+
+
+def _long_messages(dialogue: AssignedDialogue, turns: int) -> int:
+    """Return about how many tokens its messages need beyond the room that a context has for them.
+
+    That is 60 tokens for each, a third of which are the markers of the chat template.
+    """
+    messages = dialogue.dialogue.turns[:turns]
+    return max(0, sum(len(text.encode()) // _BYTES_PER_TOKEN - 40 for text in messages))
 
 
 def arms(recipe: Recipe, run_dir: RunDir) -> list[Arm]:

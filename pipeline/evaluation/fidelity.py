@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.console import progress
-from pipeline.evaluation.arms import Arm
+from pipeline.evaluation.arms import Arm, dialogue_context
 from pipeline.evaluation.divergence import (
     AnswerLogits,
     ChatPass,
@@ -35,7 +35,7 @@ from pipeline.evaluation.scores import Fidelity, FidelityRow
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import is_judged
 from pipeline.inference.batch_engine import BatchEngine
-from pipeline.inference.generator import context_for, thought_room
+from pipeline.inference.generator import thought_room
 from pipeline.inference.logits import mean_kl
 from pipeline.recipe import Recipe
 from pipeline.records import Instruction, Message, Reply
@@ -159,8 +159,7 @@ def _context(base: Arm, dialogues: Sequence[AssignedDialogue], recipe: Recipe) -
     assert base.path
     settings = recipe.evaluate
     thoughts = thought_room(base.path, settings.max_thought_tokens)
-    longer = max((d.further_tokens(settings.turns) for d in dialogues), default=0)
-    return context_for(settings.turns, settings.max_tokens) + longer + thoughts + _MARGIN
+    return dialogue_context(settings, dialogues, reminded=True) + thoughts + _MARGIN
 
 
 def _score(

@@ -56,15 +56,27 @@ def generate_replies(
                     record=record,
                     recorded=replies,
                 )
-                turns = recipe.evaluate.turns if arm.repeats_instruction else 1
-                longer = max((d.further_tokens(turns) for d in dialogues), default=0)
-                with arm.open(recipe.evaluate, len(dialogues), weights, longer) as model:
+                with arm.open(recipe.evaluate, dialogues, weights) as model:
                     model.run(map(rollout.run, dialogues))
                 note(model.name, model.changes)
+    _log_full_contexts(replies.values())
     _log_unfinished_thoughts(replies.values(), recipe.evaluate.max_thought_tokens)
     order = {arm.name: index for index, arm in enumerate(arms)}
     keys = sorted(replies, key=lambda key: (order[key.arm], *key[1:]))
     return [replies[key] for key in keys]
+
+
+def _log_full_contexts(replies: Iterable[Reply]) -> None:
+    """Log from which turn on the context of each arm was full, and how many replies that costs."""
+    by_arm: dict[str, list[int]] = {}
+    for reply in replies:
+        if reply.finish == "context":
+            by_arm.setdefault(reply.arm, []).append(reply.turn)
+    for arm, turns in by_arm.items():
+        log(
+            f"evaluate: the context of {arm} was full, in the first dialogue from turn "
+            f"{min(turns)} on. Replies left out, which count in no rate: {len(turns)}."
+        )
 
 
 def _log_unfinished_thoughts(replies: Iterable[Reply], max_thought_tokens: int) -> None:
@@ -103,12 +115,7 @@ def _count(arms: Sequence[Arm], suites: Suites, recipe: Recipe) -> int:
 
 def _dialogues(arm: Arm, suites: Suites) -> list[AssignedDialogue]:
     """Return the dialogues of an arm, long ones first, so that none runs alone at the end."""
-    dialogues = [
-        dialogue
-        for name, suite in suites.items()
-        if arm.in_all_suites or name == "evaluation"
-        for dialogue in suite
-    ]
+    dialogues = [dialogue for name, suite in suites.items() if arm.runs(name) for dialogue in suite]
     return sorted(dialogues, key=lambda dialogue: -len(dialogue.dialogue.turns))
 
 

@@ -32,6 +32,27 @@ class UnseenRow(RateRow):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TraitRow(RateRow):
+    """How often one arm shows a trait unasked, and the `difference` from the base."""
+
+    difference: Difference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Leakage:
+    """How often plain replies show what was trained: `traits`, which programs can check.
+
+    `new` are the shares of replies with any of the `never_in_base` traits, which no reply of the
+    base shows. `by_trait` has the traits that the arms do not show equally often.
+    """
+
+    traits: int
+    never_in_base: int
+    new: tuple[RateRow, ...]
+    by_trait: tuple[TraitRow, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ReplyCounts:
     """Replies of one arm by what they are; they overlap.
 
@@ -145,13 +166,18 @@ class Judgment:
 class Scores:
     """All numbers of an evaluation; what was not measured is empty or None.
 
-    Mappings are by arm. `last_five_unfiltered` is `last_five` whether or not a reply has a defect;
-    `after_first` leaves turn 1 out. `difference` is that of `last_five` from the base.
-    `generalization` has rows for new values of trained kinds and for new kinds; `by_unseen` has one
-    for each kind. `combined` is adherence to two constraints at once. After a `stop` the
-    instruction should not be obeyed any more, after a `contradiction` of the system message it
-    should. `leaked` counts the trained traits that plain replies show. `unchecked` names the
-    instructions of training that nothing checks: no rate includes them.
+    Mappings are by arm. `turns` is the last turn that was measured. `by_length` is adherence after
+    turn 1 `at` up to so many tokens of prompt, a power of two. `last_five_unfiltered` is
+    `last_five` whether or not a reply has a defect; `after_first` leaves turn 1 out. `difference`
+    is that of `last_five` from the base. `generalization` has rows for new values of trained kinds
+    and for new kinds; `by_unseen` has one for each kind. `combined` is adherence to two constraints
+    at once. After a `stop` the instruction should not be obeyed any more, after a `contradiction`
+    of the system message it should. `recall` is by turn; `recall_known` is that of what the same
+    arm answers in turn 1. `obey_no_answer` are by kind the replies that obey and have a defect,
+    such as nothing but the phrase that was asked for, `cut_before_obeying` those cut at
+    `max_tokens` that do not obey so far. `coverage` counts by kind the constraints of training
+    that were measured, and all of them. `unchecked` names the instructions of training that
+    nothing checks: no rate includes them.
     """
 
     turns: int
@@ -175,9 +201,13 @@ class Scores:
     stop: Mapping[str, EventScores] = field(default_factory=dict)
     contradiction: Mapping[str, EventScores] = field(default_factory=dict)
     recall: tuple[RateRow, ...] = ()
+    recall_known: tuple[RateRow, ...] = ()
+    by_length: tuple[RateRow, ...] = ()
     recall_by_attribute: tuple[RateRow, ...] = ()
-    leakage: tuple[RateRow, ...] = ()
-    leaked: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    obey_no_answer: tuple[RateRow, ...] = ()
+    cut_before_obeying: tuple[RateRow, ...] = ()
+    leaks: Leakage | None = None
+    coverage: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     unchecked: tuple[str, ...] = ()
     single: tuple[RateRow, ...] = ()
     single_by_kind: tuple[RateRow, ...] = ()

@@ -12,6 +12,7 @@ degraded.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
@@ -58,12 +59,15 @@ class SuiteSettings:
 
 
 def build_suites(
-    dialogues: Sequence[Dialogue], settings: SuiteSettings
+    dialogues: Sequence[Dialogue],
+    settings: SuiteSettings,
+    recall: Sequence[Dialogue] | None = None,
 ) -> dict[str, list[AssignedDialogue]]:
-    """Return the further suites over `dialogues`.
+    """Return the further suites over `dialogues`, and that of recall over `recall`, if given.
 
     Of `settings.unseen`, what is trained is left out. The ids of dialogues end with the suite's
-    name, so that replies of different suites have different keys.
+    name, so that replies of different suites have different keys. `recall` may have a dialogue
+    several times; each gets other attributes.
     """
     new_values = unseen_values(settings.pool.vocabulary_kinds, len(dialogues), settings.seed)
     new = [c for c in settings.unseen if c not in settings.trained]
@@ -78,13 +82,13 @@ def build_suites(
         "stop": _stopping(dialogues, visible, settings.turns) if changing else [],
         "contradiction": _contradicting(dialogues, visible, settings.turns) if changing else [],
         "plain": [AssignedDialogue(dialogue=dialogue) for dialogue in dialogues],
-        "recall": [_recalling(n, dialogue, settings) for n, dialogue in enumerate(dialogues)],
+        "recall": _recall(dialogues if recall is None else recall, settings.seed),
         "single": _single(dialogues),
     }
     full = settings.full_turns
     lengths = {"recall": full, "unseen_values": full, "single": 1}
     return {
-        name: [_named(name, lengths.get(name, settings.turns), assigned) for assigned in suite]
+        name: _named(name, lengths.get(name, settings.turns), suite)
         for name, suite in suites.items()
     }
 
@@ -92,6 +96,7 @@ def build_suites(
 def build_baked_suites(
     dialogues: Sequence[Dialogue],
     recalled: Instruction | None,
+    recall: Sequence[Dialogue],
     *,
     turns: int,
     full_turns: int,
@@ -99,19 +104,16 @@ def build_baked_suites(
 ) -> dict[str, list[AssignedDialogue]]:
     """Return the further suites for a baked prompt: which name the model gives, and what was lost.
 
-    `recalled` is the prompt with a question about the name, if it has one. `plain` adds dialogues
-    with another system message.
+    `recalled` is the prompt with a question about the name, if it has one; the dialogues of
+    `recall` ask it. `plain` adds dialogues with another system message.
     """
     suites = {
         "plain": [AssignedDialogue(dialogue=d) for d in dialogues] if plain else [],
-        "recall": [with_prompt(d, recalled) for d in dialogues] if recalled else [],
+        "recall": [with_prompt(d, recalled) for d in recall] if recalled else [],
         "single": _single(dialogues),
     }
     lengths = {"plain": turns, "recall": full_turns, "single": 1}
-    return {
-        name: [_named(name, lengths[name], assigned) for assigned in suite]
-        for name, suite in suites.items()
-    }
+    return {name: _named(name, lengths[name], suite) for name, suite in suites.items()}
 
 
 def _single(dialogues: Sequence[Dialogue]) -> list[AssignedDialogue]:
@@ -130,12 +132,19 @@ def _every_kind() -> list[Constraint]:
     return [Constraint(name, kind.values[0]) for name, kind in KINDS.items() if not kind.judged]
 
 
-def _recalling(n: int, dialogue: Dialogue, settings: SuiteSettings) -> AssignedDialogue:
-    """Return the n-th dialogue with the paper's attributes and a further one."""
-    further = _FURTHER_ATTRIBUTES[n % len(_FURTHER_ATTRIBUTES)]
-    seed = f"recall {settings.seed} {n}"
-    instruction = evaluation_attributes((*PAPER_ATTRIBUTES, further), seed)
-    return AssignedDialogue(dialogue=dialogue, instruction=instruction)
+def _recall(dialogues: Sequence[Dialogue], seed: int) -> list[AssignedDialogue]:
+    """Return dialogues with the paper's attributes and a further one, in wordings by turns."""
+    return [
+        AssignedDialogue(
+            dialogue=dialogue,
+            instruction=evaluation_attributes(
+                (*PAPER_ATTRIBUTES, _FURTHER_ATTRIBUTES[n % len(_FURTHER_ATTRIBUTES)]),
+                seed=f"recall {seed} {n}",
+                wording=n,
+            ),
+        )
+        for n, dialogue in enumerate(dialogues)
+    ]
 
 
 def _combined(
@@ -209,7 +218,15 @@ def _contradicting(
     ]
 
 
-def _named(suite: str, turns: int, assigned: AssignedDialogue) -> AssignedDialogue:
-    dialogue = assigned.dialogue
-    cut = replace(dialogue, id=f"{dialogue.id}~{suite}", turns=dialogue.turns[:turns])
-    return replace(assigned, dialogue=cut)
+def _named(suite: str, turns: int, dialogues: Sequence[AssignedDialogue]) -> list[AssignedDialogue]:
+    """Return the dialogues of a suite, cut to `turns`, with ids of their own."""
+    copies: Counter[str] = Counter()
+    named = []
+    for assigned in dialogues:
+        dialogue = assigned.dialogue
+        copies[dialogue.id] += 1
+        copy = copies[dialogue.id]
+        name = f"{dialogue.id}~{suite}" + (f".{copy}" if copy > 1 else "")
+        cut = replace(dialogue, id=name, turns=dialogue.turns[:turns])
+        named.append(replace(assigned, dialogue=cut))
+    return named

@@ -153,11 +153,14 @@ class AcceptanceRow:
 class Acceptance:
     """The statistics of a synthesis: `synthesize/acceptance.json`.
 
-    `too_common` accepted answers were removed, as `MAX_COPIES` with their words came before.
+    `too_common` accepted answers were removed, as `MAX_COPIES` with their words came before. Of the
+    `answers` that are trained on, `edited` differ from what the teacher wrote; None: not known.
     """
 
     rows: list[AcceptanceRow]
     too_common: int
+    answers: int | None = None
+    edited: int | None = None
 
 
 def measure_acceptance(

@@ -1,14 +1,17 @@
 """Values of constraints that the teacher lists itself (paper, section 3.3).
 
-Only values that the teacher knows are used. It knows a person or a hobby if it can name the item
-from its own description of it. It knows a language if it can write a sentence in it.
+Only values that the teacher knows are used. It knows a person or a hobby that several of its lists
+have, because what it makes up differs from list to list, or that it can name from its own
+description. It knows a language if it can write a sentence in it.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from pipeline.gatt.constraints.language import LANGUAGES, language_of
@@ -31,7 +34,8 @@ class ListPrompts:
 
 LIST_PROMPTS = {
     "persona": ListPrompts(
-        "List ten famous people of history. One name on each line, nothing else.",
+        "Name ten famous historical figures: rulers, scientists and artists. One full name on each "
+        "line, nothing else.",
         "Who was {v}? Answer in one sentence.",
         "Who is this? {text} Answer with the name only.",
     ),
@@ -49,9 +53,12 @@ LIST_PROMPTS = {
 
 LISTS = 8
 """Lists that the teacher writes of each kind."""
+_KNOWN_LISTS = 2
+"""Lists with the same person or hobby that show that the teacher knows it."""
 _MAX_TOKENS = 120
 """Of a list, and of an answer about one of its items."""
 _BULLET = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])?\s*")
+_SEPARATOR = re.compile(r",\s*(?:and\s+)?|\s+and\s+")
 _ITEM_END = re.compile(r"\s[-–—(]|[:,.;]")
 
 
@@ -82,9 +89,12 @@ def list_values(kind: str, run_tasks: RunTasks, seed: int) -> ListedValues:
         answers[item] = answer
 
     run_tasks(map(write_list, range(LISTS)))
-    candidates = distinct_items(item for n in range(LISTS) for item in parse_items(lists[n]))
-    run_tasks(map(test_knowledge, candidates))
-    known = [item for item in candidates if is_known(kind, item, answers[item])]
+    items = [distinct_items(parse_items(lists[n])) for n in range(LISTS)]
+    candidates = distinct_items(chain.from_iterable(items))
+    listings = Counter(_same(item) for in_list in items for item in in_list)
+    repeated = {i for i in candidates if prompts.identify and listings[_same(i)] >= _KNOWN_LISTS}
+    run_tasks(test_knowledge(item) for item in candidates if item not in repeated)
+    known = [i for i in candidates if i in repeated or is_known(kind, i, answers[i])]
     return ListedValues(len(candidates), known)
 
 
@@ -93,13 +103,16 @@ def _request(text: str, seed: int) -> Request:
 
 
 def parse_items(text: str) -> list[str]:
-    """Return the items of a list with one on each line.
+    """Return the items of a list with one on each line, or with commas on a single line.
 
     Bullets, numbers and remarks after a dash or a colon are removed. Items of over 30 characters
     or three words are left out: "1. **Ada Lovelace** - a writer" is "Ada Lovelace".
     """
     items = []
-    for line in text.splitlines():
+    lines = text.strip().splitlines()
+    if len(lines) == 1 and text.count(",") > 1:
+        lines = _SEPARATOR.split(text)
+    for line in lines:
         item = _ITEM_END.split(_BULLET.sub("", line), maxsplit=1)[0].strip(" *_\"'")
         if item and item[0].isalpha() and len(item) <= 30 and len(item.split()) <= 3:
             items.append(item)
@@ -110,8 +123,13 @@ def distinct_items(items: Iterable[str]) -> list[str]:
     """Return the first of all items with the same words, ignoring case."""
     first: dict[str, str] = {}
     for item in items:
-        first.setdefault(" ".join(words(item)), item)
+        first.setdefault(_same(item), item)
     return list(first.values())
+
+
+def _same(item: str) -> str:
+    """Return what all spellings of an item have in common: its words."""
+    return " ".join(words(item))
 
 
 def mask_item(item: str, text: str) -> str:

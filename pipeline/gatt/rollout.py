@@ -7,13 +7,15 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.gatt.assignment import AssignedDialogue
-from pipeline.gatt.constraints.content_checks import mentions
 from pipeline.gatt.constraints.registry import obeys
 from pipeline.gatt.quality import find_defect
+from pipeline.gatt.vocabulary.attributes import is_recalled
 from pipeline.records import Completion, RecallQuestion, Reply, Request, Task
 
 RECALL_TURNS = (2, 4, 6, 20)
 """Turns in which the paper asks for attributes (Table 30)."""
+_LATER_RECALL = 20
+"""Beyond these turns, attributes are asked for in every turn that this number divides."""
 
 
 class ReplyKey(NamedTuple):
@@ -50,8 +52,13 @@ The dialogue has the recall question in place of the turn's own message.
 
 
 def recall_turns(turns: int) -> list[int]:
-    """Return the turns in which attributes are asked for: those of the paper, and the last."""
-    return sorted({turn for turn in RECALL_TURNS if turn <= turns} | {turns})
+    """Return the turns in which attributes are asked for: those of the paper, and later ones.
+
+    In turn 1, where the question stands next to what it asks for, they show what a model knows at
+    all. The last turn is one of them.
+    """
+    later = range(_LATER_RECALL, turns, _LATER_RECALL)
+    return sorted({1, turns, *later} | {turn for turn in RECALL_TURNS if turn <= turns})
 
 
 def turns_of(dialogue: AssignedDialogue, max_turns: int) -> list[Turn]:
@@ -109,12 +116,12 @@ def _checked(
 ) -> Reply:
     """Return the reply of `turn` with its checks; `answers` are those to the turns before.
 
-    An answer to a recall question obeys if it mentions the value.
+    An answer to a recall question obeys if it mentions the value (`is_recalled`).
     """
     text = completion.text.strip()
     is_obeyed: bool | None = None
     if turn.recall:
-        is_obeyed, defect = mentions(turn.recall.value, text), find_defect(text, ())
+        is_obeyed, defect = is_recalled(turn.recall.value, text), find_defect(text, ())
     else:
         if constraints := dialogue.constraints(turn.number - 1):
             is_obeyed = obeys(constraints, text, dialogue.student_prompt(answers, ""))

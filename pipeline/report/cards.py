@@ -63,6 +63,8 @@ def model_card(recipe: Recipe, model: PublishedModel) -> str:
     instructions = [instruction_of(entry).text for entry in recipe.instructions.pool]
     if file := recipe.instructions.file:
         instructions.append(f"and those of {PurePath(file).name}")
+    if values := recipe.instructions.vocabulary_kinds:
+        instructions.append(f"and any value of the kinds {', '.join(values)}: a new one each time")
     if kinds := recipe.instructions.generate:
         instructions.append(f"and values that the teacher listed for: {', '.join(kinds)}")
     card = ModelCard.from_template(
@@ -79,7 +81,7 @@ def model_card(recipe: Recipe, model: PublishedModel) -> str:
         ],
         repository=model.repository,
         commands=_commands(recipe, model),
-        report=model.report.removeprefix(f"**{model.headline}**").split("### The run")[0].strip(),
+        report=model.report.replace(f"**{model.headline}**", "", 1).split("### The run")[0].strip(),
         facts=model.facts,
     )
     return str(card)

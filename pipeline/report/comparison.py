@@ -199,7 +199,10 @@ def _table(rows: Sequence[ComparedRow], different: Sequence[str], *, paired: boo
             kaplan_meier(lifetimes(row.replies).values()).median or "never" for row in rows
         ],
         "recall, last probe": [_recall(row) for row in rows],
-        "leakage": [_from_scores(row, lambda scores: scores.leakage) for row in rows],
+        "leakage": [
+            _from_scores(row, lambda scores: scores.leaks.new if scores.leaks else ())
+            for row in rows
+        ],
         "perplexity, % above the base": [_perplexity_increase(row) for row in rows],
         "MB": [_megabytes(row) for row in rows],
         "training, s": [_training_seconds(row) for row in rows],

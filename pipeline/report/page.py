@@ -15,7 +15,9 @@ from pipeline.report.tables import Table, as_csv, format_cell, interval_text, ma
 
 _MARKDOWN_TABLES = (
     "overview",
+    "by_length",
     "recall",
+    "recall_all",
     "by_instruction",
     "generalization",
     "change",
@@ -23,6 +25,7 @@ _MARKDOWN_TABLES = (
     "contradiction",
     "fidelity",
     "leakage",
+    "leakage_by_trait",
     "degradation",
     "single",
     "export",
@@ -63,7 +66,7 @@ class ComparedDialogue:
 class ReportPage:
     """The page: a headline and a chart, then the sections.
 
-    The `dialogues` follow the section "By kind".
+    The `dialogues` follow the section "By kind". `subject` is the line above the headline.
     """
 
     title: str
@@ -73,6 +76,7 @@ class ReportPage:
     caption: str
     sections: Sequence[ReportSection]
     dialogues: Sequence[ComparedDialogue] = ()
+    subject: str = ""
 
     def write(self, file: Path, more_tables: Sequence[Table] = ()) -> None:
         """Write the page to `file`, and `figures/` (SVG, PNG) and `tables/` (CSV) next to it.
@@ -101,9 +105,9 @@ class ReportPage:
         write_text(file, template.render(page=self))
 
 
-def as_markdown(headline: str, sections: Sequence[ReportSection]) -> str:
-    """Return the headline and the main tables in Markdown, as for a model card."""
-    parts = [f"**{headline}**\n"]
+def as_markdown(subject: str, headline: str, sections: Sequence[ReportSection]) -> str:
+    """Return the subject, the headline and the main tables in Markdown, as for a model card."""
+    parts = [f"{subject}\n", f"**{headline}**\n"]
     for section in sections:
         tables = [table for table in section.tables if table.name in _MARKDOWN_TABLES]
         if tables:

@@ -60,8 +60,16 @@ class RunResults:
     @property
     def arms(self) -> list[str]:
         """Return all measured models."""
-        measured = dict.fromkeys(row.arm for row in self.scores.last_five)
-        return list(measured or self.scores.replies)
+        return list(self.scores.replies)
+
+    @property
+    def subject(self) -> str:
+        """Return which model was trained, who taught it, and how many answers were edited."""
+        line = f"Model: {self.facts['base model']}. Teacher: {self.facts['teacher']}."
+        counts = self.acceptance
+        if counts and counts.answers and counts.edited is not None:
+            line += f" Edited answers in the training data: {counts.edited} of {counts.answers}."
+        return line
 
     @property
     def plotted_arms(self) -> list[str]:

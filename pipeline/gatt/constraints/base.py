@@ -57,6 +57,6 @@ class Kind:
     required_phrase: str = ""
     """A phrase that every answer contains which passes `check` ("{v}" is the value)."""
     often_met: bool = False
-    """Many answers pass `check` unasked, so that passing it shows no leakage."""
+    """Many answers pass `check` unasked, so that passing it tells little."""
     judged: bool = False
     """`check` accepts any text; only a judge can tell whether the constraint is met."""

@@ -1,7 +1,7 @@
 """Attributes that message 1 sets and later questions ask for, as in Table 30 of the paper.
 
 "You are Napoleon and you love tennis." (turn 1); "What is your name?" (turn 6). Evaluation words
-both the statement and the question otherwise than training, and draws values that are held out.
+both the statement and the questions otherwise than training, and draws values that are held out.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeline.gatt.constraints.content_checks import mentions
 from pipeline.gatt.vocabulary.values import VocabularySplit, fill
 from pipeline.records import Instruction, RecallQuestion
 
@@ -28,7 +29,7 @@ class Attribute:
     questions: tuple[str, ...]
     answers: tuple[str, ...]
     evaluation_statement: str
-    evaluation_question: str
+    evaluation_questions: tuple[str, ...]
 
 
 ATTRIBUTES = {
@@ -44,7 +45,12 @@ ATTRIBUTES = {
         ),
         answers=("My name is {v}.", "I am {v}.", "I am called {v}.", "You can call me {v}."),
         evaluation_statement="you are {v}",
-        evaluation_question="What is your name?",
+        evaluation_questions=(
+            "What is your name?",
+            "Please tell me your name.",
+            "What was your name again?",
+            "What name do you go by?",
+        ),
     ),
     "hobby": Attribute(
         patterns=("{hobby}",),
@@ -67,7 +73,12 @@ ATTRIBUTES = {
             "It is {v}, of course.",
         ),
         evaluation_statement="you love {v}",
-        evaluation_question="What is your favourite hobby?",
+        evaluation_questions=(
+            "What is your favourite hobby?",
+            "What do you love to do when you are not working?",
+            "Which hobby do you love?",
+            "Tell me which activity you love most.",
+        ),
     ),
     "town": Attribute(
         patterns=("{town}",),
@@ -79,7 +90,7 @@ ATTRIBUTES = {
         ),
         answers=("I live in {v}.", "My home is {v}.", "I am from {v}."),
         evaluation_statement="your home town is {v}",
-        evaluation_question="In which city do you live?",
+        evaluation_questions=("In which city do you live?", "What is your home town?"),
     ),
     "job": Attribute(
         patterns=("{job}",),
@@ -91,7 +102,7 @@ ATTRIBUTES = {
         questions=("What is your job?", "What do you do for a living?", "Tell me your profession."),
         answers=("I work as a {v}.", "I am a {v}.", "My job is that of a {v}."),
         evaluation_statement="you earn your living as a {v}",
-        evaluation_question="What work do you do?",
+        evaluation_questions=("What work do you do?", "How do you earn your living?"),
     ),
     "pet": Attribute(
         patterns=("{pet}",),
@@ -99,7 +110,7 @@ ATTRIBUTES = {
         questions=("Do you have a pet?", "What animal lives with you?", "Which pet is yours?"),
         answers=("I have a {v}.", "My pet is a {v}.", "A {v} lives with me."),
         evaluation_statement="you keep a {v} as a pet",
-        evaluation_question="What pet do you have?",
+        evaluation_questions=("What pet do you have?", "Which animal do you keep?"),
     ),
     "food": Attribute(
         patterns=("{food}",),
@@ -111,7 +122,7 @@ ATTRIBUTES = {
         ),
         answers=("I like {v}.", "My favorite food is {v}.", "I would choose {v}."),
         evaluation_statement="you cannot resist {v}",
-        evaluation_question="What is your favourite food?",
+        evaluation_questions=("What is your favourite food?", "Which food can you not resist?"),
     ),
 }
 """Every attribute that is trained, by its name."""
@@ -122,10 +133,14 @@ UNSEEN_ATTRIBUTES = {
         questions=(),
         answers=(),
         evaluation_statement="your favourite color is {v}",
-        evaluation_question="Which color do you like best?",
+        evaluation_questions=("Which color do you like best?", "What is your favourite color?"),
     ),
 }
 """Attributes that only evaluation asks for."""
+
+
+_VERB_ENDINGS = ("", "s", "e", "es", "ed", "er", "ers")
+"""What a hobby that is a verb may end with in place of "ing"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +167,11 @@ def training_attributes(
     return _instruction(statements, recall), tuple(questions)
 
 
-def evaluation_attributes(names: Sequence[str], seed: str) -> Instruction:
-    """Return an instruction that sets the attributes `names`, with the questions about them."""
+def evaluation_attributes(names: Sequence[str], seed: str, wording: int = 0) -> Instruction:
+    """Return an instruction that sets the attributes `names`, with the questions about them.
+
+    `wording` counts through the wordings of the questions, and begins again after the last.
+    """
     rng = random.Random(seed)
     split: VocabularySplit = "evaluation"
     statements, recall = [], []
@@ -161,8 +179,23 @@ def evaluation_attributes(names: Sequence[str], seed: str) -> Instruction:
         attribute = (ATTRIBUTES | UNSEEN_ATTRIBUTES)[name]
         value = fill(rng.choice(attribute.patterns), split, rng)
         statements.append(_filled(attribute.evaluation_statement, value))
-        recall.append(RecallQuestion(name, attribute.evaluation_question, value))
+        questions = attribute.evaluation_questions
+        recall.append(RecallQuestion(name, questions[wording % len(questions)], value))
     return _instruction(statements, recall)
+
+
+def is_recalled(value: str, answer: str) -> bool:
+    """Return whether an answer mentions the value of an attribute, as it is or as a verb.
+
+    Example for "swimming": "I love to swim." / "I love water."
+    """
+    if mentions(value, answer):
+        return True
+    stem = value.removesuffix("ing")
+    if stem == value:
+        return False
+    stems = {stem, re.sub(r"(.)\1$", r"\1", stem)}
+    return any(mentions(f"{s}{ending}", answer) for s in stems for ending in _VERB_ENDINGS)
 
 
 def _instruction(statements: Sequence[str], recall: Sequence[RecallQuestion]) -> Instruction:

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 
 from pipeline.report.page import ReportSection
 from pipeline.report.results import RunResults
-from pipeline.report.sections import adherence, effects, run
+from pipeline.report.sections import adherence, effects, recall, run
 
 SECTIONS: Sequence[Callable[[RunResults], ReportSection | None]] = (
     adherence.several_turns,
-    adherence.recall,
+    recall.recall,
     adherence.first_broken_answer,
     adherence.by_instruction,
     adherence.generalization,

@@ -1,11 +1,11 @@
-"""The sections about adherence: turns, recall, survival, kinds, unseen instructions, changes."""
+"""The sections about adherence: turns, survival, kinds, unseen instructions, changes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from pipeline.evaluation.suites import PAPER_RECALL
-from pipeline.gatt.rollout import RECALL_TURNS
+from pipeline.evaluation.scores import RateRow
 from pipeline.report.figures import change_curve, survival_curve
 from pipeline.report.page import ReportSection
 from pipeline.report.results import RunResults
@@ -16,6 +16,8 @@ from pipeline.report.tables import (
     overview,
 )
 
+_OFTEN = 0.2
+"""Share of a kind's replies from which a note names it."""
 _NAMED = 8
 """Instructions that a note names."""
 
@@ -44,48 +46,19 @@ def several_turns(results: RunResults) -> ReportSection:
             "judge (evaluate.judge)."
         )
     ceiling = " Ceiling: the base, reminded every turn." if "ceiling" in results.arms else ""
+    tables = [overview(scores, results.arms)]
+    lengths = sorted(scores.by_length, key=lambda row: int(row.at))
+    if len({row.at for row in lengths}) > 1:
+        tables.append(by_arm("by_length", "tokens of the prompt, up to", lengths, results.arms))
+        notes.append(
+            "By tokens: all turns but the first. Training dialogues have up to "
+            f"{results.recipe.train.max_length}."
+        )
     return ReportSection(
         title="Over several turns",
         caption=f"Strict: a reply counts if it obeys and is a valid answer.{ceiling}",
-        tables=[overview(scores, results.arms)],
+        tables=tables,
         notes=notes,
-    )
-
-
-def recall(results: RunResults) -> ReportSection | None:
-    """Return recall of attributes by turn, next to the paper's figures."""
-    scores = results.scores
-    if not scores.recall:
-        return None
-    ours = by_arm("recall", "turn", scores.recall, results.arms)
-    paper = {
-        turn: [f"{share:.0%}" for share in shares]
-        for turn, shares in zip(RECALL_TURNS, zip(*PAPER_RECALL.values(), strict=True), strict=True)
-    }
-    if scores.fidelity and scores.fidelity.baked:
-        return ReportSection(
-            title="Recall",
-            caption="Asked for its name, does the model give that of the prompt?",
-            tables=[ours],
-        )
-    not_in_paper = [None] * len(PAPER_RECALL)
-    rows: list[list[Cell]] = [
-        [turn, *rates, *(paper.get(turn, not_in_paper) if isinstance(turn, int) else not_in_paper)]
-        for turn, *rates in ours.rows
-    ]
-    columns = [*ours.columns, *(f"paper, {name}" for name in PAPER_RECALL)]
-    return ReportSection(
-        title="Recall",
-        caption=(
-            "Message 1 gives a name, a hobby and a further attribute. Later turns ask for them, in "
-            "branches that the dialogue does not continue. Values and wordings are not those of "
-            "training. By turn: name and hobby. The last columns are the paper's figures (Llama 2, "
-            "Table 30, judged by people)."
-        ),
-        tables=[
-            Table("recall", columns, rows),
-            by_arm("recall_by_attribute", "attribute", scores.recall_by_attribute, results.arms),
-        ],
     )
 
 
@@ -112,8 +85,45 @@ def by_instruction(results: RunResults) -> ReportSection | None:
     if scores.by_family:
         tables.append(by_arm("by_family", "family", scores.by_family, results.arms))
     return ReportSection(
-        title="By kind", caption="Instructions of training, all turns.", tables=tables
+        title="By kind",
+        caption="Instructions of training, all turns.",
+        tables=tables,
+        notes=[
+            *_not_measured(scores.coverage),
+            *_often(
+                scores.obey_no_answer,
+                "Obeyed, and no valid answer (a loop, a repeat, or nothing but what was asked for)",
+            ),
+            *_often(
+                scores.cut_before_obeying,
+                "Cut at the maximum length before they obeyed; raise evaluate.max_tokens",
+            ),
+        ],
     )
+
+
+def _often(rows: Sequence[RateRow], meaning: str) -> list[str]:
+    """Return a note of the kinds that lose many replies in one way."""
+    many: dict[int | str, list[str]] = {}
+    for row in rows:
+        if row.value >= _OFTEN:
+            many.setdefault(row.at, []).append(f"{row.arm} {row.hits} of {row.n}")
+    kinds = "; ".join(f"{kind}: {', '.join(counts)}" for kind, counts in many.items())
+    return [f"{meaning}: {kinds}."] if kinds else []
+
+
+def _not_measured(coverage: Mapping[str, tuple[int, int]]) -> list[str]:
+    """Return a note about the trained constraints that no evaluation dialogue has."""
+    measured, trained = (sum(row[n] for row in coverage.values()) for n in (0, 1))
+    if measured == trained:
+        return []
+    kinds = [kind for kind, (count, _) in coverage.items() if not count]
+    of_kinds = f"; nothing of the kinds {', '.join(kinds)}" if kinds else ""
+    return [
+        f"Measured: {measured} of the {trained} trained constraints, of "
+        f"{len(coverage) - len(kinds)} of {len(coverage)} kinds{of_kinds}. Raise "
+        "evaluate.dialogues to measure more."
+    ]
 
 
 def generalization(results: RunResults) -> ReportSection | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from pipeline.evaluation.fidelity import WITH_PROMPT
-from pipeline.evaluation.scores import Fidelity, FidelityRow
+from pipeline.evaluation.scores import Fidelity, FidelityRow, Leakage
+from pipeline.evaluation.statistics import Difference
 from pipeline.report.facts import public_name
 from pipeline.report.figures import attention_figure
 from pipeline.report.page import ReportSection
@@ -21,16 +24,12 @@ from pipeline.report.tables import (
 def leakage_and_damage(results: RunResults) -> ReportSection | None:
     """Return trained traits and perplexity in dialogues without an instruction."""
     scores = results.scores
-    if not scores.leakage and not scores.degradation:
-        return None
     baked = bool(scores.fidelity and scores.fidelity.baked)
-    leakage = by_arm("leakage", "a trained trait shows in", scores.leakage, results.arms)
-    tables = [leakage] if scores.leakage and not baked else []
-    notes = [
-        f"{arm}: {trait}, {count} times"
-        for arm, traits in scores.leaked.items()
-        for trait, count in traits.items()
-    ]
+    leaks = None if baked else scores.leaks
+    if not leaks and not scores.degradation:
+        return None
+    tables = _leakage_tables(leaks, results.arms) if leaks else []
+    notes = _leakage_notes(leaks) if leaks else []
     degradation = scores.degradation
     if degradation and degradation.perplexity:
         base = degradation.perplexity["base"]
@@ -49,12 +48,54 @@ def leakage_and_damage(results: RunResults) -> ReportSection | None:
         caption=(
             "Dialogues with another system message: the model should answer as before."
             if baked
-            else "Dialogues without an instruction: no trained trait should show, and the model "
-            "should answer as before."
+            else "Dialogues without an instruction: what was trained should not show, and the "
+            "model should answer as before. What the base does unasked is no leakage."
         ),
         tables=tables,
         notes=notes,
     )
+
+
+def _leakage_tables(leaks: Leakage, arms: Sequence[str]) -> list[Table]:
+    """Return how often traits show that the base never shows, and differences by trait."""
+    tables = []
+    if leaks.new:
+        shows = "a trained trait shows that the base never shows, in"
+        tables.append(by_arm("leakage", shows, leaks.new, arms))
+    if leaks.by_trait:
+        others = [arm for arm in arms if any(row.arm == arm != "base" for row in leaks.by_trait)]
+        columns = ["trained trait", "base"]
+        for arm in others:
+            columns += [arm, f"{arm}: points from the base"]
+        cells = {(row.at, row.arm): row for row in leaks.by_trait}
+        rows: list[list[Cell]] = []
+        for trait in dict.fromkeys(row.at for row in leaks.by_trait):
+            pairs = [cells.get((trait, arm)) for arm in others]
+            with_points = [cell for row in pairs for cell in (row, row and _points(row.difference))]
+            rows.append([trait, cells.get((trait, "base")), *with_points])
+        tables.append(Table("leakage_by_trait", columns, rows))
+    return tables
+
+
+def _points(difference: Difference) -> str:
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.difference:+.0f} ({low:+.0f} to {high:+.0f})"
+
+
+def _leakage_notes(leaks: Leakage) -> list[str]:
+    """Return what was counted, and of how many traits."""
+    listed = len({row.at for row in leaks.by_trait})
+    notes = [
+        f"Of {leaks.traits} trained traits the base never shows {leaks.never_in_base} unasked in "
+        "these dialogues. The others do not count in that share: each is compared with the base."
+    ]
+    if listed:
+        alike = leaks.traits - listed
+        others = f" All models show the other {alike} equally often." if alike else ""
+        notes.append(f"In brackets: 95 % intervals (paired bootstrap over dialogues).{others}")
+    else:
+        notes.append("All models show each of them equally often.")
+    return notes
 
 
 def reminder_fidelity(results: RunResults) -> ReportSection | None:
