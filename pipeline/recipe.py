@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from pipeline.custom_instructions import parse_pool_entry
 from pipeline.records import MAX_THOUGHT_TOKENS, Constraint, CustomInstruction
@@ -38,9 +38,9 @@ class Dialogues(Section):
     """"seed" (built in), a file (JSONL, JSON, CSV, Parquet) or folder with `messages`, ShareGPT's
     `conversations` or `turns`, or a dataset id for `datasets`.
     """
-    turns: int = Field(default=6, ge=1)
+    turns: int = Field(default=3, ge=1)
     """User turns of a training dialogue; longer dialogues are cut."""
-    train: int = Field(default=200, ge=1)
+    train: int = Field(default=900, ge=1)
     """Number of training dialogues. Sources are cut into pieces of `turns` and reused with other
     instructions if needed.
     """
@@ -55,17 +55,34 @@ class Dialogues(Section):
 class Instructions(Section):
     """What is taught (Llama 2 paper, section 3.3)."""
 
-    vocabulary_kinds: tuple[VocabularyKind, ...] = ()
+    vocabulary_kinds: tuple[VocabularyKind, ...] = (
+        "opening",
+        "closing",
+        "persona",
+        "signature",
+        "hashtag",
+        "address",
+        "heading",
+        "json",
+    )
     """Kinds that get a new value from the built-in vocabulary in every dialogue, so that the model
-    learns to follow any value. Every other dialogue has one of these.
+    learns to follow any value. [] trains the pool alone.
+    """
+    vocabulary_ratio: float = Field(default=0.7, ge=0, le=1)
+    """Fraction of the instructed dialogues that have one of these; the others are drawn from the
+    pool.
     """
     pool: tuple[PoolEntry, ...] = (
-        Constraint("opening", "Ahoy!"),
-        Constraint("opening", "Hark!"),
-        Constraint("opening", "Good news:"),
-        Constraint("closing", "Over and out."),
-        Constraint("closing", "Stay curious!"),
-        Constraint("persona", "Captain Nemo"),
+        Constraint("emoji"),
+        Constraint("bold"),
+        Constraint("no_commas"),
+        Constraint("numbered_list"),
+        Constraint("bullet_list"),
+        Constraint("block_quote"),
+        Constraint("quotes"),
+        Constraint("brackets", "parentheses"),
+        Constraint("brackets", "square brackets"),
+        Constraint("code_block"),
     )
     """Instructions to draw from: kinds (`gatt instructions --kinds`), and your own words, such as
     {text = "You are Ziggy. Never mention prices.", checks = [{not_regex = "[$€]"}], place =
@@ -84,11 +101,11 @@ class Instructions(Section):
     the pool. They are saved in `lists.toml` of the run, where you can edit them."""
     generate_count: int = Field(default=8, ge=1)
     """Values of each such kind."""
-    recall_ratio: float = Field(default=0.0, ge=0, le=1)
+    recall_ratio: float = Field(default=0.25, ge=0, le=1)
     """Fraction of the training dialogues that set attributes in turn 1 ("Your name is Ada and you
     live in Rome.") and ask for them later.
     """
-    combine_ratio: float = Field(default=0.15, ge=0, le=1)
+    combine_ratio: float = Field(default=0.3, ge=0, le=1)
     """Fraction of the dialogues whose instruction combines two or three compatible constraints."""
     short_ratio: float = Field(default=0.3, ge=0, le=1)
     """Fraction of the training dialogues that show the shortened instruction (in the paper, half of
@@ -98,7 +115,7 @@ class Instructions(Section):
     """Fraction of the training dialogues without an instruction, so that the model learns not to
     invent one.
     """
-    system_ratio: float = Field(default=0.0, ge=0, le=1)
+    system_ratio: float = Field(default=0.2, ge=0, le=1)
     """Fraction of the instructed dialogues with the instruction in the system message instead of
     the first turn.
     """
@@ -106,11 +123,11 @@ class Instructions(Section):
     """Fraction of the dialogues with the instruction in the system message in which the user later
     contradicts it, and it holds.
     """
-    change_ratio: float = Field(default=0.0, ge=0, le=1)
+    change_ratio: float = Field(default=0.2, ge=0, le=1)
     """Fraction of the other instructed dialogues in which another instruction replaces the first
     ("From now on: ...").
     """
-    stop_ratio: float = Field(default=0.0, ge=0, le=1)
+    stop_ratio: float = Field(default=0.2, ge=0, le=1)
     """Fraction of the other instructed dialogues in which the user ends the instruction ("You no
     longer need to do that.").
     """
@@ -129,7 +146,7 @@ class Instructions(Section):
 class Synthesize(Section):
     """How the teacher answers."""
 
-    edited_ratio: float = Field(default=0.9, ge=0, le=1)
+    edited_ratio: float = Field(default=1.0, ge=0, le=1)
     """Of the dialogues whose instruction an exact edit can satisfy: the fraction that is edited,
     not sampled.
     """
@@ -164,9 +181,9 @@ class Train(Section):
     """`all_turns`: cross-entropy on every answer. `last_turn`: on the last answer only, as in the
     paper. `distill`: cross-entropy on edited tokens; on the others, KL to the base model (adapter
     disabled) given the teacher's prompt."""
-    unedited_weight: float = Field(default=0.3, ge=0, le=1)
-    """Loss weight of the tokens that the edit left unchanged (edited tokens: 1). Lower values limit
-    drift from the base.
+    unedited_weight: float = Field(default=1.0, ge=0, le=1)
+    """Loss weight of the tokens that the edit left unchanged (edited tokens: 1). With "distill",
+    these show where nothing is to be added; with "all_turns", lower values limit the drift.
     """
     cross_entropy: float = Field(default=0.0, ge=0, le=1)
     """With "distill": fraction of cross-entropy in the loss of unedited tokens."""
@@ -176,6 +193,19 @@ class Train(Section):
     """With "distill": compare only the base model's k most likely tokens, the others summed into
     one; 0 compares all.
     """
+    beta: float = Field(default=0.0, ge=0, le=1)
+    """With "distill": the divergence from the base model. 0: KL(base‖model); 1: the reverse,
+    KL(model‖base); between: the generalized Jensen-Shannon divergence (GKD, Agarwal et al. 2024).
+    """
+    rollouts: Literal["none", "prefix", "mixed", "own"] = "none"
+    """With "distill": the model in training answers turns of the dialogues itself, and is corrected
+    by the base that reads the instruction in every turn, or by an edit. `prefix`: one turn, after
+    the recorded answers. `mixed`: a share of the turns that grows to all. `own`: all turns."""
+    rollout_steps: int = Field(default=10, ge=1)
+    """With `rollouts`: steps between them; each answers the dialogues of the steps up to the
+    next."""
+    rollout_first_tokens: int = Field(default=0, ge=0)
+    """With `rollouts`: learn only the first tokens of an own answer that is not edited; 0: all."""
     rank: int = Field(default=32, ge=1)
     """LoRA rank."""
     alpha: float = Field(default=0.0, ge=0)
@@ -206,16 +236,16 @@ class Train(Section):
     """Fraction of the steps with a rising learning rate."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Weight decay of AdamW."""
-    max_steps: int = Field(default=70, ge=1)
+    max_steps: int = Field(default=700, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(default=4, ge=1)
+    batch_size: int = Field(default=2, ge=1)
     """Dialogues in a step."""
     max_tokens_per_micro_batch: int = Field(default=0, ge=0)
     """Tokens computed at a time: a step is split into micro-batches with the same gradient. 0 takes
-    the whole step, or what fits in memory."""
+    the whole step, or what fits in memory; at most 1,024 on a CPU, where more are no faster."""
     max_length: int = Field(default=1024, ge=64)
     """Maximum tokens of a dialogue; a longer one is cut at a turn boundary, after turn 1."""
-    save_steps: int = Field(default=10, ge=1)
+    save_steps: int = Field(default=100, ge=1)
     """Steps between checkpoints."""
     replay_data: str = ""
     """Chats of your own, mixed in and learned unchanged: a file or folder with `messages` or
@@ -230,6 +260,15 @@ class Train(Section):
     """Where to log the curves as well; each package has to be installed."""
     early_stop_adherence: float = Field(default=0.0, ge=0, le=1)
     """Stop when this fraction of the answers in the validation split is adherent; 0 disables it."""
+
+    @model_validator(mode="after")
+    def _check_rollouts(self) -> Train:
+        if self.rollouts != "none" and self.loss != "distill":
+            raise ValueError(
+                f'rollouts = "{self.rollouts}" needs loss = "distill", but loss is "{self.loss}". '
+                "Change one of the two."
+            )
+        return self
 
 
 class Export(Section):
@@ -255,7 +294,9 @@ class Evaluate(Section):
     dialogues: int = Field(default=24, ge=1)
     """Evaluation dialogues, spread evenly over the constraints of the pool."""
     turns: int = Field(default=20, ge=1)
-    """Turns of each dialogue."""
+    """Turns of each dialogue. Where the source has too few dialogues of this length, several are
+    joined, without repeating a message; turns that do not fit in the model's context are left out
+    and counted."""
     max_tokens: int = Field(default=64, ge=8)
     """Maximum tokens of a reply."""
     max_thought_tokens: int = Field(default=MAX_THOUGHT_TOKENS, ge=0)
@@ -286,18 +327,21 @@ class Evaluate(Section):
     """Dialogues of each further suite, in all arms but the ceiling and the other formats: `unseen`
     instructions, a change of instruction halfway, no instruction (leakage, degradation), and
     recall of attributes (Table 30). 0 skips them."""
+    recall_dialogues: int = Field(default=0, ge=0)
+    """Dialogues of the recall suite, which the ceiling answers, too; 0: as many as of the other
+    suites. Each asks for a name and a hobby, so 30 give 60 answers for each turn."""
     suite_turns: int = Field(default=10, ge=2)
     """Turns of these dialogues; recall uses `turns`."""
     unseen: tuple[Constraint, ...] = (
-        Constraint("opening", "Well, well!"),
-        Constraint("closing", "So it goes."),
-        Constraint("persona", "Ada Lovelace"),
-        Constraint("hashtag", "goodtoknow"),
-        Constraint("signature", "Ada"),
-        Constraint("uppercase"),
+        Constraint("question"),
+        Constraint("postscript"),
+        Constraint("initial", "T"),
+        Constraint("keyword", "river"),
+        Constraint("hobby", "chess"),
+        Constraint("number"),
     )
-    """Instructions that are not trained: new values of trained kinds, and kinds that are new
-    altogether.
+    """Instructions that are not trained, of kinds that are new altogether: new values of
+    `vocabulary_kinds` have a suite of their own.
     """
     judge: str = ""
     """A model, as in `model`, or a server, that judges replies to instructions that no program can

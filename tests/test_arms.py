@@ -8,9 +8,12 @@ from typing import NamedTuple
 import pytest
 
 from pipeline.errors import GattError
-from pipeline.evaluation.arms import Arm, arms
+from pipeline.evaluation.arms import Arm, arms, dialogue_context
+from pipeline.evaluation.replies import generate_replies
+from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.inference.llama.model import Adapter
 from pipeline.recipe import Evaluate, Recipe
+from pipeline.records import Dialogue, Instruction
 from pipeline.run_dir import RunDir
 
 
@@ -59,5 +62,45 @@ def test_an_adapter_replaces_the_exported_files(tmp_path: Path) -> None:
 
 def test_a_model_is_not_applied_as_an_adapter(base: Path) -> None:
     arm = Arm(name="tuned", path=base, adapter=Adapter(base))
+    dialogues = [AssignedDialogue(dialogue=Dialogue("d", "sea", ("Why?",)))]
     with pytest.raises(GattError, match="is not an adapter"):
-        arm.open(Evaluate(), dialogues=1)
+        arm.open(Evaluate(), dialogues)
+
+
+def _dialogue(message: str, turns: int, instruction: str = "Say Ahoy!") -> AssignedDialogue:
+    return AssignedDialogue(
+        dialogue=Dialogue("d", "sea", (message,) * turns),
+        instruction=Instruction(instruction, "Ahoy!", ()),
+    )
+
+
+def test_a_context_grows_with_long_messages_and_with_reminders() -> None:
+    settings = Evaluate(turns=10, max_tokens=40)
+    short, long = _dialogue("Why?", 30), _dialogue("Why? " * 120, 30)
+    usual = dialogue_context(settings, [short], reminded=True)
+    assert usual == 10 * (40 + 60) + 200
+    # 600 bytes are 200 tokens, 160 more than the room for one; only 10 turns are measured.
+    assert dialogue_context(settings, [short, long], reminded=False) == usual + 10 * 160
+    wordy = _dialogue("Why?", 10, "Say it! " * 48)  # 384 bytes: 128 tokens, 64 more than the room
+    assert dialogue_context(settings, [wordy], reminded=True) == usual + 10 * 64
+    assert dialogue_context(settings, [wordy], reminded=False) == usual + 64
+    assert dialogue_context(settings, [], reminded=True) == usual
+
+
+def test_a_context_ends_where_the_model_was_made_to_end(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """More would let it answer from positions that it has never seen, as if it had forgotten."""
+    turns = ("Why?", "word " * 8200)
+    dialogue = AssignedDialogue(
+        dialogue=Dialogue("d", "sea", turns), instruction=Instruction("Bow.", "B.", ())
+    )
+    recipe = Recipe(evaluate=Evaluate(turns=2, max_tokens=8))
+    replies = generate_replies(
+        [Arm(name="base", path=base)], {"evaluation": [dialogue]}, recipe, tmp_path / "replies"
+    )
+    assert [reply.finish == "context" for reply in replies] == [False, True]
+    assert (
+        "the context of base was full, in the first dialogue from turn 2 on. Replies left out, "
+        "which count in no rate: 1." in " ".join(capsys.readouterr().err.split())
+    )

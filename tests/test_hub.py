@@ -136,7 +136,13 @@ def _finished_run(path: Path, **about: str) -> RunDir:
     """Write a small run as its stages leave it; `about` are further keys of the exported GGUF."""
     run_dir = RunDir(path)
     run_dir.save_recipe(
-        Recipe.model_validate({"dialogues": {"source": "me/chats"}, "evaluate": {"turns": 8}})
+        Recipe.model_validate(
+            {
+                "dialogues": {"source": "me/chats"},
+                "instructions": {"pool": [{"kind": "opening", "value": "Hark!"}]},
+                "evaluate": {"turns": 8},
+            }
+        )
     )
     tuned = run_dir.tuned("Q8_0")
     tuned.parent.mkdir()

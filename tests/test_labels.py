@@ -23,7 +23,7 @@ from pipeline.training.examples import (
     build_example,
     example_from_row,
 )
-from pipeline.training.loss import Batch, GattLoss, collate, gatt_loss, kl_divergence
+from pipeline.training.loss import Batch, GattLoss, collate, divergence, gatt_loss
 from pipeline.training.unsloth import load_tokenizer
 
 if TYPE_CHECKING:
@@ -197,9 +197,26 @@ def test_a_batch_is_padded_on_the_right() -> None:
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
     assert batch["labels"].tolist() == [[IGNORE_INDEX, 6, 7], [8, IGNORE_INDEX, IGNORE_INDEX]]
     assert batch["weights"].tolist() == [[0.0, 0.5, 1.0], [1.0, 0.0, 0.0]]
-    assert batch["teacher_ids"].tolist() == [[6, 7], [9, 9]]
+    assert batch["teacher_ids"].tolist() == [[6, 7]]
     assert batch["alignment"].tolist() == [[0, 0], [1, 2], [0, 1]]
     assert "alignment" not in collate(examples[1:], pad_token_id=9)
+
+
+def test_the_teacher_reads_only_what_is_compared() -> None:
+    """Chats without a teacher come last; the teacher's end with their last token of weight."""
+    plain = TrainingExample(input_ids=[8], labels=[8], weights=[1.0])
+    example = TrainingExample(
+        input_ids=[1, 4, 6, 7],
+        labels=[IGNORE_INDEX, 4, 6, 7],
+        weights=[0.0, 0.5, 0.5, 0.0],
+        teacher_ids=[3, 4, 5, 6, 7],
+        alignment=[(1, 1), (2, 3), (3, 4)],
+    )
+    unweighted = replace(example, weights=[0.0, 0.0, 0.0, 0.0])
+    batch = collate([plain, unweighted, example], pad_token_id=9)
+    assert batch["input_ids"].tolist() == [[1, 4, 6, 7], [8, 9, 9, 9], [1, 4, 6, 7]]
+    assert batch["teacher_ids"].tolist() == [[3, 4, 5, 6]]
+    assert batch["alignment"].tolist() == [[0, 0], [1, 2], [1, 3]]
 
 
 @pytest.fixture(scope="module")
@@ -332,13 +349,13 @@ def test_the_divergence_is_that_of_scipy_at_any_temperature_and_top_k() -> None:
     teacher_logits = torch.randn(3, 50, dtype=torch.float64)
     logits = torch.randn(3, 50, dtype=torch.float64)
     p, q = softmax(teacher_logits.numpy() / 2, axis=-1), softmax(logits.numpy() / 2, axis=-1)
-    everything = kl_divergence(teacher_logits, logits, 2.0, 0)
+    everything = divergence(teacher_logits, logits, 2.0, 0)
     assert everything.tolist() == pytest.approx(4 * entropy(p, q, axis=-1))
-    for row, divergence in enumerate(kl_divergence(teacher_logits, logits, 2.0, 5).tolist()):
+    for row, value in enumerate(divergence(teacher_logits, logits, 2.0, 5).tolist()):
         top = p[row].argsort()[-5:]
         with_rest = [[*probs[row][top], 1 - probs[row][top].sum()] for probs in (p, q)]
-        assert divergence == pytest.approx(4 * entropy(*with_rest))
+        assert value == pytest.approx(4 * entropy(*with_rest))
     assert torch.equal(
-        kl_divergence(teacher_logits, logits, 1.0, 50),
-        kl_divergence(teacher_logits, logits, 1.0, 0),
+        divergence(teacher_logits, logits, 1.0, 50),
+        divergence(teacher_logits, logits, 1.0, 0),
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.dialogues import load_dialogues
-from pipeline.data.splits import split_dialogues
+from pipeline.data.splits import DialogueSplits, split_dialogues
 from pipeline.errors import GattError
 from pipeline.evaluation.rates import adherence, wilson
 from pipeline.gatt.assign import ConstraintPool, Ratios, assign_evaluation, assign_training, stop
@@ -173,6 +174,16 @@ def test_equal_seeds_give_equal_assignments() -> None:
     )
 
 
+@pytest.mark.parametrize(("ratio", "drawn"), [(0.0, 0), (0.5, 68), (0.75, 102), (1.0, 136)])
+def test_the_share_of_values_from_the_vocabulary(ratio: float, drawn: int) -> None:
+    pool = ConstraintPool([Constraint("uppercase")], ("opening", "closing"), (), ratio)
+    ratios = replace(RATIOS, plain=0, recall=0, combine=0)
+    assigned = assign_training(load_dialogues("seed")[:136], pool, ratios, seed=1)
+    kinds = Counter(a.constraints(0)[0].kind for a in assigned)
+    assert kinds["opening"] == kinds["closing"] == drawn / 2
+    assert kinds["uppercase"] == 136 - drawn
+
+
 def test_training_asks_for_the_attributes_of_turn_1() -> None:
     ratios = replace(RATIOS, plain=0, recall=1)
     pool = ConstraintPool((), ("opening",))
@@ -266,9 +277,40 @@ def test_what_the_teacher_knows(kind: str, item: str, answer: str, known: bool) 
     assert is_known(kind, item, answer) == known
 
 
+def test_items_with_commas_on_a_single_line_are_a_list() -> None:
+    text = "Reading, hiking, listening to music, whatever it is you like best, and swimming."
+    assert parse_items(text) == ["Reading", "hiking", "listening to music", "swimming"]
+    assert parse_items("1. Ada Lovelace, a writer\n2. Gandhi, a lawyer, and more") == [
+        *("Ada Lovelace", "Gandhi")
+    ]
+    assert parse_items("Chess, a game") == ["Chess"]
+
+
+def test_what_several_lists_have_is_known_without_a_test_but_no_language_is() -> None:
+    requests: list[str] = []
+
+    def run_tasks(tasks: Iterable[Task]) -> None:
+        for task in tasks:
+            request = next(task, None)
+            while request:
+                text = request.messages[-1]["content"]
+                requests.append(text)
+                listed = ("Chess\nFrench" if request.seed < 9 else "Golf") + "\nGolf\nGolf"
+                answer = listed if text.startswith("List") else "I do not know."
+                try:
+                    request = task.send(Completion(answer, 9, 9, "stop"))
+                except StopIteration:
+                    request = None
+
+    assert list_values("hobby", run_tasks, seed=7).known == ["Chess", "French", "Golf"]
+    assert len(requests) == LISTS  # nothing was left to be tested
+    assert list_values("hobby", run_tasks, seed=8).known == ["Golf"]  # the others are in one list
+    assert list_values("language", run_tasks, seed=7).known == []
+
+
 def test_the_teacher_lists_values_and_keeps_those_that_it_knows() -> None:
+    lists = iter(["1. Chess\n2. chess\n3. Tennis - a sport", *[""] * (LISTS - 1)])
     replies = {
-        "List ten hobbies": "1. Chess\n2. chess\n3. Tennis - a sport",
         "whose hobby is Chess": "People who love chess play on a board.",
         "whose hobby is Tennis": "They hit a ball.",
         "Which hobby is this? People who love ___": "Chess.",
@@ -283,7 +325,10 @@ def test_the_teacher_lists_values_and_keeps_those_that_it_knows() -> None:
                 while True:
                     requests.append(request)
                     prompt = request.messages[0]["content"]
-                    text = next(reply for start, reply in replies.items() if start in prompt)
+                    if prompt.startswith("List"):
+                        text = next(lists)
+                    else:
+                        text = next(reply for start, reply in replies.items() if start in prompt)
                     request = task.send(Completion(text, 9, 9, "stop"))
             except StopIteration:
                 pass
@@ -307,6 +352,72 @@ def test_training_dialogues_are_pieces_of_those_that_are_not_held_out() -> None:
         assert source not in held_out
         assert piece.turns == sources[source][first : first + 6]
     assert len({piece.id for piece in splits.training}) == 400
+
+
+def _split(source: str, turns: int, dialogues: int) -> DialogueSplits:
+    return split_dialogues(
+        Recipe.model_validate(
+            {
+                "dialogues": {"source": source, "train": 8, "validation": 0},
+                "evaluate": {"turns": turns, "dialogues": dialogues},
+            }
+        )
+    )
+
+
+def _source(file: Path, dialogues: Sequence[Sequence[str]]) -> str:
+    file.write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in dialogues))
+    return str(file)
+
+
+@pytest.mark.parametrize(("turns", "dialogues"), [(60, 24), (120, 4)])
+def test_dialogues_of_the_source_are_joined_to_long_ones(turns: int, dialogues: int) -> None:
+    splits = _split("seed", turns, dialogues)
+    sources = {d.id: d.turns for d in load_dialogues("seed")}
+    assert len(splits.evaluation) == dialogues
+    assert len({d.id for d in splits.evaluation}) == dialogues
+    for dialogue in splits.evaluation:
+        assert len(dialogue.turns) == len(set(dialogue.turns)) == turns
+        first = sources[dialogue.id]
+        assert dialogue.turns[: len(first)] == first
+    held_out = {turn for d in splits.evaluation for turn in d.turns}
+    assert splits.training
+    assert not held_out & {turn for d in splits.training for turn in d.turns}
+
+
+def test_evaluation_takes_the_first_dialogues_that_are_long_enough_as_they_are() -> None:
+    short, long = _split("seed", 20, 24), _split("seed", 21, 24)
+    sources = {d.id: d.turns for d in load_dialogues("seed")}
+    assert all(d.turns == sources[d.id] for d in (*short.evaluation, *long.evaluation))
+    assert all(len(d.turns) >= 21 for d in long.evaluation)
+
+
+def test_single_questions_are_joined_and_a_message_comes_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = [[f"What about {n}?"] for n in range(30)]
+    source = _source(tmp_path / "d.jsonl", [*questions, ["Why?", "Really?"], ["How?", "Really?"]])
+    splits = _split(source, 20, 2)
+    assert [len(set(d.turns)) for d in splits.evaluation] == [20, 20]
+    assert splits.evaluation[0].turns[0] != splits.evaluation[1].turns[0]
+    assert "joined from" in capsys.readouterr().err
+    (pair,) = _split(source, 2, 1).evaluation
+    assert pair.turns in (("Why?", "Really?"), ("How?", "Really?"))
+
+
+def test_too_few_messages_for_long_dialogues_are_an_error(tmp_path: Path) -> None:
+    source = _source(tmp_path / "d.jsonl", [[f"What about {n}?", "Really?"] for n in range(10)])
+    assert len(_split(source, 10, 2).evaluation) == 2  # 9 dialogues have 10 different messages
+    with pytest.raises(GattError, match=r"10 dialogues with 11 user turns.*of 11 turns take 10"):
+        _split(source, 11, 2)  # none is left for training
+    with pytest.raises(GattError, match="too few to evaluate on 2"):
+        _split(source, 12, 2)
+
+
+def test_a_long_dialogue_may_repeat_what_its_user_repeats(tmp_path: Path) -> None:
+    turns = ("Go on.",) * 5
+    source = _source(tmp_path / "d.jsonl", [turns, ["Why?"], ["How?"]])
+    assert [d.turns for d in _split(source, 5, 1).evaluation] == [turns]
 
 
 def test_an_answer_off_topic_shares_no_content_word() -> None:

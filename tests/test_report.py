@@ -36,7 +36,10 @@ from pipeline.gatt.assign import ConstraintPool
 from pipeline.gatt.assignment import AssignedDialogue, Splits, write_splits
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.records import Constraint, Dialogue, Reply
-from pipeline.report.figures import adherence_curve, change_curve
+from pipeline.report.axes import turn_ticks
+from pipeline.report.figures import adherence_curve, change_curve, mean_rates
+from pipeline.report.results import read_results
+from pipeline.report.sections.adherence import by_instruction
 from pipeline.report.sections.headline import headline
 from pipeline.report.tables import Table, markdown, sort_key
 from pipeline.run_dir import RunDir
@@ -98,7 +101,8 @@ def _evaluated_run(folder: Path, rivals: Sequence[str], *, with_suites: bool) ->
         for dialogues in measured.values()
         for reply in _replies(arm, dialogues, share)
     ]
-    replies += _replies("ceiling", splits["evaluation"], 0.9)
+    for name in ("evaluation", *(["recall"] if with_suites else [])):
+        replies += _replies("ceiling", splits[name], 0.9)
     write_jsonl(run_dir.replies, replies)
     write_json(run_dir.scores, compute_scores(replies, measured, _POOL))
     write_jsonl(run_dir.examples, [{"teacher": "my-teacher"}])
@@ -142,11 +146,12 @@ def _replies(arm: str, dialogues: Sequence[AssignedDialogue], share: float) -> I
         turns = len(assigned.dialogue.turns)
         for turn in range(1, turns + 1):
             obeys = turn <= share * (turns - number % 3)
+            leaks = arm == "tuned" and obeys and assigned.instruction is None
             reply = Reply(
                 arm=arm,
                 dialogue=assigned.dialogue.id,
                 turn=turn,
-                text=f"Ahoy! {_HOSTILE}",
+                text=f"Ahoy! {_HOSTILE}{' So it goes.' if leaks else ''}",
                 prompt_tokens=9,
                 tokens=9,
                 finish="stop",
@@ -154,9 +159,16 @@ def _replies(arm: str, dialogues: Sequence[AssignedDialogue], share: float) -> I
                 defect="" if obeys or turn % 4 else "loop",
             )
             yield reply
-            if turn in (2, 4, 6, 20):
+            if turn in (1, 2, 4, 6, 20):
                 for question in assigned.recall_questions:
-                    yield replace(reply, text="Me.", defect="", recall_attribute=question.attribute)
+                    knows = arm != "base" or question.attribute != "hobby"
+                    yield replace(
+                        reply,
+                        text="Me.",
+                        obeys=obeys and knows,
+                        defect="",
+                        recall_attribute=question.attribute,
+                    )
 
 
 def _acceptance() -> Acceptance:
@@ -169,7 +181,7 @@ def _acceptance() -> Acceptance:
         rejected={"loop": 2},
         example=f"Ahoy! {_HOSTILE}",
     )
-    return Acceptance([row], too_common=0)
+    return Acceptance([row], too_common=0, answers=1043, edited=0)
 
 
 def _measure_the_rest(run_dir: RunDir) -> None:
@@ -266,12 +278,67 @@ def test_headline_without_the_chosen_figure_says_so(bare: RunDir) -> None:
     )
 
 
-def test_recall_is_next_to_the_papers(full: RunDir) -> None:
+def test_recall_of_what_is_known_is_next_to_the_papers(full: RunDir) -> None:
     rows = _csv(full, "recall")
     assert [row["turn"] for row in rows] == ["2", "4", "6", "20"]
     assert [row["paper, without GAtt"] for row in rows] == ["100%", "10%", "0%", "0%"]
     assert [row["paper, with GAtt"] for row in rows] == ["100%"] * 4
     assert [float(row["tuned"]) for row in rows] == [1, 1, 1, 0]
+    assert [row["tuned n"] for row in rows] == ["8"] * 4
+    assert [float(row["ceiling"]) for row in rows] == [1, 1, 1, 0]
+    # The base never knows the hobby: half of its answers count in the other table only.
+    assert [row["base n"] for row in rows] == ["4"] * 4
+    everything = _csv(full, "recall_all")
+    assert [row["turn"] for row in everything] == ["1", "2", "4", "6", "20"]
+    assert [row["base n"] for row in everything] == ["8"] * 5
+    assert [float(row["base"]) for row in everything] == [0.5, 0.5, 0.25, 0, 0]
+    note = "In turn 1 they give: base 4 of 8, tuned 8 of 8, rival 8 of 8, ceiling 8 of 8."
+    assert note in _page(full)
+    svg = _svg(full, "recall")
+    for text in ("base", "GAtt-tuned", "paper, with GAtt", "paper, without GAtt"):
+        assert f">{text}<" in svg
+
+
+def test_recall_of_an_earlier_version_has_one_table(full: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(full.path, tmp_path, dirs_exist_ok=True)
+    run_dir = RunDir(tmp_path)
+    scores = _scores(full)
+    later = tuple(row for row in scores.recall if row.at != 1)
+    write_json(run_dir.scores, replace(scores, recall=later, recall_known=()))
+    shutil.rmtree(run_dir.report)
+    run(_recipe(run_dir), run_dir)
+    rows = _csv(run_dir, "recall")
+    assert [row["base n"] for row in rows] == ["8"] * 4
+    assert rows[1]["paper, without GAtt"] == "10%"
+    assert not (run_dir.report / "tables" / "recall_all.csv").exists()
+
+
+def test_first_line_is_the_model_the_teacher_and_the_edits(full: RunDir, tmp_path: Path) -> None:
+    line = (
+        "Model: my-model.gguf. Teacher: my-teacher. Edited answers in the training data: 0 of 1043."
+    )
+    markdown = (full.report / "report.md").read_text(encoding="utf-8")
+    assert markdown.startswith(f"{line}\n\n**Asked in turn 20")
+    body = _page(full).partition("<body>")[2]
+    assert body.index(line) < body.index("<h1>")
+    shutil.copytree(full.path, tmp_path, dirs_exist_ok=True)
+    run_dir = RunDir(tmp_path)
+    write_json(run_dir.acceptance, {"rows": [], "too_common": 0})  # of an earlier version
+    run(_recipe(run_dir), run_dir)
+    markdown = (run_dir.report / "report.md").read_text(encoding="utf-8")
+    assert markdown.startswith("Model: my-model.gguf. Teacher: my-teacher.\n")
+
+
+def test_lengths_of_prompts_are_a_table_beside_the_length_of_training(tmp_path: Path) -> None:
+    run_dir = _evaluated_run(tmp_path, [], with_suites=False)
+    row = RateRow(arm="base", at=2048, **asdict(wilson(1, 4)))
+    short = replace(row, at=512, hits=3)
+    write_json(run_dir.scores, replace(_scores(run_dir), by_length=(row, short)))
+    run(_recipe(run_dir), run_dir)
+    rows = _csv(run_dir, "by_length")
+    assert [row["tokens of the prompt, up to"] for row in rows] == ["512", "2048"]
+    assert [row["base hits"] for row in rows] == ["3", "1"]
+    assert "Training dialogues have up to 1024." in _page(run_dir)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +347,6 @@ def test_recall_is_next_to_the_papers(full: RunDir) -> None:
         "by_turn",
         "by_instruction",
         "generalization",
-        "leakage",
         "single_by_kind",
         "recall_by_attribute",
     ],
@@ -293,6 +359,59 @@ def test_tables_hold_the_numbers_of_the_scores(full: RunDir, name: str) -> None:
         row = rows[str(rate.at)]
         assert float(row[rate.arm]) == rate.value
         assert (int(row[f"{rate.arm} hits"]), int(row[f"{rate.arm} n"])) == (rate.hits, rate.n)
+
+
+def test_leakage_is_compared_with_the_base(full: RunDir) -> None:
+    leaks = _scores(full).leaks
+    assert leaks
+    (new,) = _csv(full, "leakage")
+    for rate in leaks.new:
+        assert (int(new[f"{rate.arm} hits"]), int(new[f"{rate.arm} n"])) == (rate.hits, rate.n)
+    (row,) = _csv(full, "leakage_by_trait")
+    assert row["trained trait"] == "closing: So it goes."
+    assert (row["base hits"], row["tuned hits"], row["rival hits"]) == ("0", new["tuned hits"], "0")
+    difference = next(r.difference for r in leaks.by_trait if r.arm == "tuned")
+    assert row["tuned: points from the base"] == (
+        f"{100 * difference.difference:+.0f} "
+        f"({100 * difference.low:+.0f} to {100 * difference.high:+.0f})"
+    )
+    assert row["rival: points from the base"] == "+0 (+0 to +0)"
+    page = _page(full)
+    assert "Of 3 trained traits the base never shows 2 unasked in these dialogues." in page
+    assert "All models show the other 2 equally often." in page
+
+
+def test_the_report_says_what_was_not_measured(full: RunDir, bare: RunDir) -> None:
+    """Four dialogues have two openings, a closing and a persona of the pool by turns."""
+    assert "Measured: " not in _page(full)
+    scores = replace(_scores(bare), coverage={"opening": (1, 3), "persona": (0, 1), "json": (1, 1)})
+    results = replace(read_results(_recipe(bare), bare), scores=scores)
+    section = by_instruction(results)
+    assert section
+    assert section.notes == [
+        "Measured: 2 of the 5 trained constraints, of 2 of 3 kinds; nothing of the kinds persona. "
+        "Raise evaluate.dialogues to measure more."
+    ]
+
+
+def test_the_report_says_why_a_kind_loses_its_replies(bare: RunDir) -> None:
+    def row(arm: str, at: str, hits: int) -> RateRow:
+        return RateRow(arm=arm, at=at, **asdict(wilson(hits, 24)))
+
+    scores = replace(
+        _scores(bare),
+        coverage={},
+        obey_no_answer=(row("base", "closing", 24), row("tuned", "closing", 23)),
+        cut_before_obeying=(row("base", "signature", 12), row("base", "opening", 4)),
+    )
+    section = by_instruction(replace(read_results(_recipe(bare), bare), scores=scores))
+    assert section
+    assert section.notes == [
+        "Obeyed, and no valid answer (a loop, a repeat, or nothing but what was asked for): "
+        "closing: base 24 of 24, tuned 23 of 24.",
+        "Cut at the maximum length before they obeyed; raise evaluate.max_tokens: "
+        "signature: base 12 of 24.",
+    ]
 
 
 def test_rate_and_number_share_a_column_of_the_csv(full: RunDir) -> None:
@@ -314,7 +433,7 @@ def test_numbers_behind_the_figures_are_files(full: RunDir) -> None:
     assert losses == [("1", "2.0"), ("2", "1.5"), ("3", "1.2")]
 
 
-@pytest.mark.parametrize("name", ["adherence", "survival", "change", "attention", "loss"])
+@pytest.mark.parametrize("name", ["adherence", "recall", "survival", "change", "attention", "loss"])
 def test_figures_are_files_with_dark_text_on_white(full: RunDir, name: str) -> None:
     png = full.report / "figures" / f"{name}.png"
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -384,6 +503,49 @@ def test_an_arm_has_one_color_in_all_figures() -> None:
     assert len(colors[0]) == 1
 
 
+@pytest.mark.parametrize(
+    ("turns", "ticks"),
+    [
+        (1, [1]),
+        (10, list(range(1, 11))),
+        (20, [1, 5, 10, 15, 20]),
+        (60, [1, 10, 20, 30, 40, 50, 60]),
+        (120, [1, 20, 40, 60, 80, 100, 120]),
+        (2500, [1, *range(250, 2501, 250)]),
+    ],
+)
+def test_turns_on_an_axis_are_round_and_few(turns: int, ticks: list[int]) -> None:
+    assert turn_ticks(turns) == ticks
+
+
+def test_points_of_long_dialogues_are_means_with_the_interval_of_their_dialogues() -> None:
+    rows = [
+        RateRow(arm="base", at=turn, **asdict(wilson(hits, n)))
+        for turn, hits, n in ((3, 0, 4), (1, 10, 10), (2, 5, 10), (4, 1, 2))
+    ]
+    assert [(at, r.value, r.n) for at, r in mean_rates(rows, 1).items()] == [
+        *((1, 1.0, 10), (2, 0.5, 10), (3, 0.0, 4), (4, 0.5, 2))
+    ]
+    first, second = mean_rates(rows, 2).items()
+    assert (first[0], first[1].value, second[0]) == (1.5, 0.75, 3.5)
+    assert (first[1].low, first[1].high) == (wilson(8, 10).low, wilson(8, 10).high)
+    assert second[1].value == pytest.approx(1 / 6)  # of 6 answers, not the mean of the two rates
+
+
+def test_adherence_of_60_turns_has_few_points_and_says_so() -> None:
+    rows = [
+        RateRow(arm=arm, at=turn, **asdict(wilson(turn % 3, 24)))
+        for arm, turns in (("base", 60), ("ceiling", 40))
+        for turn in range(1, turns + 1)
+    ]
+    svg = adherence_curve(rows, 60).wide_svg
+    assert "turn (24 dialogues; means of 3 turns; " in svg
+    assert "means of" not in adherence_curve(rows, 40).wide_svg
+    positions = re.findall(r'<text[^>]* x="([\d.]+)"[^>]*>base', svg)
+    assert len(positions) == 2
+    assert len(set(positions)) == 1  # names stand right of all lines, one below the other
+
+
 def test_markdown_keeps_a_row_in_a_line() -> None:
     table = Table("t", ["a|b", "c"], [["x\ny", None], ["p | q", wilson(1, 2)]])
     assert (
@@ -432,7 +594,7 @@ def test_page_shows_its_figures_and_requests_nothing(full: RunDir, browser: Brow
         "performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length"
     )
     assert (page.evaluate("problems"), requested) == ([], 0)
-    assert page.evaluate(_VISIBLE_FIGURES) == [["wide", True]] * 5
+    assert page.evaluate(_VISIBLE_FIGURES) == [["wide", True]] * 6
 
 
 @needs_chromium
@@ -469,7 +631,7 @@ def test_phone_shows_the_page_without_scrolling_sideways(full: RunDir, browser: 
     )
     assert width <= 360
     assert height > 2000
-    assert page.evaluate(_VISIBLE_FIGURES) == [["narrow", True]] * 5
+    assert page.evaluate(_VISIBLE_FIGURES) == [["narrow", True]] * 6
     letters = page.evaluate(
         "Math.min(...[...document.querySelectorAll('.narrow text')]"
         ".map(text => text.getBoundingClientRect().height))"
@@ -515,7 +677,7 @@ def test_a_header_is_reached_by_the_keyboard(full: RunDir, browser: Browser) -> 
 
 def test_results_are_saved_as_json(full: RunDir) -> None:
     report = json.loads((full.report / "report.json").read_text(encoding="utf-8"))
-    assert report.keys() == {"headline", "facts", "scores", "export"}
+    assert report.keys() == {"subject", "headline", "facts", "scores", "export"}
     assert report["facts"]["teacher"] == "my-teacher"
     assert report["export"]["merge_trials"]["nf4"] == {"kl_trained": 0.0, "nll": 1.75}
     assert Scores.from_json(json.dumps(report["scores"])) == _scores(full)

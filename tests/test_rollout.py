@@ -60,15 +60,20 @@ class _Run:
         assert request is None
 
 
-def test_attributes_are_asked_for_in_the_turns_of_the_paper() -> None:
-    assert recall_turns(20) == [2, 4, 6, 20]
-    assert recall_turns(5) == [2, 4, 5]
+def test_attributes_are_asked_for_in_turn_1_in_the_turns_of_the_paper_and_later() -> None:
+    assert recall_turns(20) == [1, 2, 4, 6, 20]
+    assert recall_turns(5) == [1, 2, 4, 5]
+    assert recall_turns(1) == [1]
+    assert recall_turns(65) == [1, 2, 4, 6, 20, 40, 60, 65]
 
 
 def test_the_turns_end_with_the_dialogue_or_at_the_maximum() -> None:
     assert turns_of(_assigned(3), 20) == [Turn(1), Turn(2), Turn(3)]
     assert turns_of(_assigned(3), 2) == [Turn(1), Turn(2)]
-    assert turns_of(_assigned(2, _RECALL), 20) == [Turn(1), Turn(2, _RECALL), Turn(2)]
+    assert turns_of(_assigned(2, _RECALL), 20) == [
+        *(Turn(1, _RECALL), Turn(1)),
+        *(Turn(2, _RECALL), Turn(2)),
+    ]
 
 
 def test_each_answer_is_checked() -> None:
@@ -82,17 +87,23 @@ def test_each_answer_is_checked() -> None:
 
 
 def test_a_recall_question_leaves_no_trace() -> None:
-    texts = ["Ahoy! One thing.", "I am Napoleon.", "Ahoy! Two things."]
+    texts = ["Ahoy! Napoleon.", "Ahoy! One thing.", "I am Napoleon.", "Ahoy! Two things."]
     run = _Run(_assigned(2, _RECALL), texts)
     first = "Question 1?\n\nSay Ahoy!"
-    assert run.users == [[first], [first, "What is your name?"], [first, "Question 2?"]]
+    assert run.users == [
+        ["What is your name?\n\nSay Ahoy!"],
+        [first],
+        [first, "What is your name?"],
+        [first, "Question 2?"],
+    ]
     assert [(r.turn, r.recall_attribute, r.adherent) for r in run.replies] == [
+        (1, "name", True),
         (1, "", True),
         (2, "name", True),
         (2, "", True),
     ]
-    forgetful = _Run(_assigned(2, _RECALL), ["Ahoy! One thing.", "I am Josephine.", "Ahoy! Two."])
-    assert not forgetful.replies[1].obeys
+    texts[2] = "I am Josephine."
+    assert not _Run(_assigned(2, _RECALL), texts).replies[2].obeys
 
 
 def test_replies_that_are_recorded_are_not_generated_again() -> None:

@@ -106,21 +106,28 @@ def test_every_arm_answers(finished: RunDir) -> None:
 
 def test_every_suite_is_measured(finished: RunDir) -> None:
     scores = _scores(finished)
-    assert {row.at for row in scores.recall} == {2, 3}
+    assert {row.at for row in scores.recall} == {1, 2, 3}
+    assert {row.arm for row in scores.recall} == {"base", "tuned", "ceiling"}
     assert {row.at for row in scores.recall_by_attribute} == {"name", "hobby", "town"}
     assert {row.arm for row in scores.single} == {"base", "tuned"}
     assert scores.change["base"].change_turn == 2
-    assert scores.leakage[0].n == 3
+    assert scores.leaks and scores.leaks.traits
+    assert all(row.n == 3 for row in (*scores.leaks.new, *scores.leaks.by_trait))
+    measured, trained = (sum(row[n] for row in scores.coverage.values()) for n in (0, 1))
+    assert 1 <= measured == min(3, trained)  # three dialogues
     assert scores.degradation and scores.degradation.tokens > 20
 
 
 def test_the_instruction_is_in_turn_one_only(finished: RunDir) -> None:
-    turns = {a.dialogue.id: a.dialogue.turns for a in read_splits(finished.assignments)["train"]}
+    assigned = {a.dialogue.id: a for a in read_splits(finished.assignments)["train"]}
     for _, row in read_jsonl(finished.examples):
         users = [m["content"] for m in row["messages"] if m["role"] == "user"]
-        plain = turns[row["dialogue"]]
-        assert users[1:] == list(plain[1 : len(users)])
-        assert users[0].startswith(plain[0])
+        dialogue = assigned[row["dialogue"]]
+        plain = dialogue.dialogue.turns[: len(users)]
+        assert all(map(str.startswith, users, plain))
+        later = [user for user, turn in zip(users[1:], plain[1:], strict=True) if user != turn]
+        events = dialogue.next_instruction is not None or bool(dialogue.contradiction)
+        assert len(later) <= events
 
 
 def test_labels_cover_answers_and_their_end_of_turn_only(finished: RunDir) -> None:

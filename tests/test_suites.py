@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import pytest
 
 from pipeline.errors import GattError
 from pipeline.evaluation.aggregate import compute_scores
-from pipeline.evaluation.judge_prompts import balanced, question, verdict
-from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.judge import balanced, question, verdict
+from pipeline.evaluation.leakage import measure_leakage
+from pipeline.evaluation.scores import Leakage, Scores
 from pipeline.evaluation.suites import SuiteSettings, build_suites
 from pipeline.files import write_json
-from pipeline.gatt.assign import ConstraintPool
+from pipeline.gatt.assign import ConstraintPool, assign_evaluation
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import KINDS, compatible
 from pipeline.gatt.rollout import RECALL_TURNS
@@ -38,16 +40,18 @@ DIALOGUES = [
 Suites = dict[str, list[AssignedDialogue]]
 
 
+_SETTINGS = SuiteSettings(
+    pool=ConstraintPool(POOL, ("opening", "hashtag")),
+    trained=POOL,
+    unseen=UNSEEN,
+    turns=10,
+    full_turns=20,
+    seed=1,
+)
+
+
 def _suites(dialogues: list[Dialogue] = DIALOGUES) -> Suites:
-    settings = SuiteSettings(
-        pool=ConstraintPool(POOL, ("opening", "hashtag")),
-        trained=POOL,
-        unseen=UNSEEN,
-        turns=10,
-        full_turns=20,
-        seed=1,
-    )
-    return build_suites(dialogues, settings)
+    return build_suites(dialogues, _SETTINGS)
 
 
 def _lengths(suite: list[AssignedDialogue]) -> set[int]:
@@ -259,21 +263,30 @@ def test_a_dialogue_that_never_switches_is_counted() -> None:
     assert (change.never_switched, change.turns_to_switch) == (1, None)
 
 
-def test_recall_is_by_turn_and_by_attribute_of_the_recall_questions_only() -> None:
-    suite = _suites()["recall"]
+def _recall_answers(
+    suite: Sequence[AssignedDialogue], recalls: Callable[[str, int], bool], arm: str = "tuned"
+) -> list[Reply]:
+    """Return the answers to all questions, and those to the dialogues' own messages, which obey."""
     replies = []
     for assigned in suite:
-        replies += [_reply(assigned, turn, obeys=True) for turn in range(1, 21)]
+        replies += [_reply(assigned, turn, obeys=True, arm=arm) for turn in range(1, 21)]
         replies += [
             replace(
-                _reply(assigned, turn, obeys=recall.attribute == "name" and turn < 5),
-                recall_attribute=recall.attribute,
+                _reply(assigned, turn, obeys=recalls(question.attribute, turn), arm=arm),
+                recall_attribute=question.attribute,
             )
-            for recall in assigned.recall_questions
-            for turn in RECALL_TURNS
+            for question in assigned.recall_questions
+            for turn in (1, *RECALL_TURNS)
         ]
+    return replies
+
+
+def test_recall_is_by_turn_and_by_attribute_of_the_recall_questions_only() -> None:
+    suite = _suites()["recall"]
+    replies = _recall_answers(suite, lambda attribute, turn: attribute == "name" and turn < 5)
     scores = _scores(replies, {"recall": suite})
     assert [(r.at, r.value, r.n) for r in scores.recall] == [
+        (1, 0.5, 8),
         (2, 0.5, 8),
         (4, 0.5, 8),
         (6, 0, 8),
@@ -284,19 +297,176 @@ def test_recall_is_by_turn_and_by_attribute_of_the_recall_questions_only() -> No
     assert by_attribute == dict.fromkeys(("town", "job", "pet", "food"), (0, 4))
 
 
-def test_a_leak_is_any_trained_trait_where_none_was_asked_for() -> None:
-    plain = _suites()["plain"][:1]
-    texts = ["Ahoy! Yes.", "Yes. So it goes.", "Hark! Yes. So it goes.", "Yes.", "WELL, WELL!"]
+def test_what_a_model_cannot_say_in_turn_1_counts_apart() -> None:
+    """It never says the hobby; of two arms each is measured by what it knows itself."""
+    suite = _suites()["recall"]
     replies = [
-        replace(_reply(plain[0], turn, obeys=True), text=text) for turn, text in enumerate(texts, 1)
+        *_recall_answers(suite, lambda attribute, turn: attribute == "name" and turn < 5),
+        *_recall_answers(suite, lambda attribute, turn: turn != 20, "ceiling"),
+        *_recall_answers(suite, lambda attribute, turn: turn > 1, "base"),
     ]
-    scores = _scores(replies, {"plain": plain})
-    assert [(r.hits, r.n) for r in scores.leakage] == [(3, 5)]
-    assert scores.leaked["tuned"] == {
-        "opening: Ahoy!": 1,
-        "closing: So it goes.": 2,
-        "opening: Hark!": 1,
+    scores = _scores(replies, {"recall": suite})
+    assert [(r.arm, r.at, r.hits, r.n) for r in scores.recall_known] == [
+        *(("tuned", 2, 4, 4), ("tuned", 4, 4, 4), ("tuned", 6, 0, 4), ("tuned", 20, 0, 4)),
+        *(("ceiling", 2, 8, 8), ("ceiling", 4, 8, 8), ("ceiling", 6, 8, 8), ("ceiling", 20, 0, 8)),
+    ]
+
+
+def test_recall_takes_more_dialogues_than_there_are_and_words_its_questions_in_turn() -> None:
+    dialogues = [*DIALOGUES, *DIALOGUES[:3]]
+    suites = build_suites(DIALOGUES[:2], _SETTINGS, dialogues)
+    recall = suites["recall"]
+    assert [assigned.dialogue.id for assigned in recall] == [
+        *("d0~recall", "d1~recall", "d2~recall", "d3~recall"),
+        *("d0~recall.2", "d1~recall.2", "d2~recall.2"),
+    ]
+    assert len(suites["plain"]) == 2
+    names = [assigned.recall_questions[0] for assigned in recall]
+    assert len({question.question for question in names[:4]}) == 4
+    assert [q.question for q in names[4:]] == [q.question for q in names[:3]]
+    assert len({question.value for question in names}) == 7  # no copy has the values of another
+
+
+def test_adherence_is_by_the_length_of_the_prompt_and_the_last_turns_are_measured_ones() -> None:
+    trained = _trained()
+    replies = [
+        replace(
+            reply,
+            prompt_tokens=100 * reply.turn,
+            finish="context" if reply.turn > 12 else "stop",
+            obeys=reply.arm == "tuned" and reply.turn < 6,
+        )
+        for reply in _replies(trained)
+    ]
+    scores = compute_scores(replies, {"evaluation": trained}, POOL)
+    assert scores.turns == 12
+    assert {row.at for row in scores.last_five} == {"turns 8 to 12"}
+    rows = [(r.at, r.hits, r.n) for r in scores.by_length if r.arm == "tuned"]
+    assert rows == [(256, 4, 4), (512, 12, 12), (1024, 0, 20), (2048, 0, 8)]
+    unknown = [replace(reply, prompt_tokens=0) for reply in replies]  # a server that does not say
+    assert not compute_scores(unknown, {"evaluation": trained}, POOL).by_length
+
+
+_BASE = ["Yes. So it goes.", "Yes, no.", "Yes.", "Well, well!"]
+_LEAKING = ["Ahoy! Yes.", "Yes. So it goes.", "Hark! Yes. So it goes.", "Yes."]
+
+
+def _plain_replies(**texts: Sequence[str]) -> list[Reply]:
+    """Return the replies of each arm to four turns of each of two plain dialogues."""
+    return [
+        replace(_reply(assigned, turn, obeys=True, arm=arm), text=text, defect="loop")
+        for arm, of_arm in texts.items()
+        for assigned in _suites()["plain"][:2]
+        for turn, text in enumerate(of_arm, 1)
+    ]
+
+
+def _leaks(trained: Sequence[Constraint] = POOL, **texts: Sequence[str]) -> Leakage | None:
+    return measure_leakage(_plain_replies(**texts), trained)
+
+
+def test_a_leak_is_a_trained_trait_that_the_base_never_shows_unasked() -> None:
+    leaks = _leaks(base=_BASE, tuned=_LEAKING)
+    assert leaks and (leaks.traits, leaks.never_in_base) == (3, 2)
+    # The closing of turn 2 does not count: the base says it, too.
+    assert [(r.arm, r.hits, r.n) for r in leaks.new] == [("base", 0, 8), ("tuned", 4, 8)]
+    rows = {(r.arm, r.at): (r.hits, r.n, r.difference.difference) for r in leaks.by_trait}
+    assert rows == {
+        ("base", "opening: Ahoy!"): (0, 8, 0.0),
+        ("tuned", "opening: Ahoy!"): (2, 8, 0.25),
+        ("base", "opening: Hark!"): (0, 8, 0.0),
+        ("tuned", "opening: Hark!"): (2, 8, 0.25),
+        ("base", "closing: So it goes."): (2, 8, 0.0),
+        ("tuned", "closing: So it goes."): (4, 8, 0.25),
     }
+    (difference,) = {r.difference for r in leaks.by_trait if r.arm == "tuned"}
+    assert (difference.low, difference.high, difference.dialogues) == (0.25, 0.25, 2)
+
+
+def test_the_interval_of_a_leak_draws_dialogues() -> None:
+    """One of two dialogues leaks: resamples leak in none, one or both."""
+    replies = _plain_replies(base=_BASE, tuned=_LEAKING)
+    first = replies[0].dialogue
+    clean = [
+        replace(r, text="No.") if r.arm == "tuned" and r.dialogue == first else r for r in replies
+    ]
+    leaks = measure_leakage(clean, POOL[:1])
+    assert leaks
+    (row,) = (r for r in leaks.by_trait if r.arm == "tuned")
+    assert (row.difference.difference, row.difference.low, row.difference.high) == (0.125, 0, 0.25)
+
+
+def test_a_model_that_answers_as_the_base_does_not_leak() -> None:
+    """Whatever the base does unasked, as short answers without commas."""
+    trained = (*POOL, Constraint("max_words", "20"), Constraint("no_commas"))
+    leaks = _leaks(trained, base=_BASE, tuned=_BASE)
+    assert leaks and (leaks.traits, leaks.never_in_base, leaks.by_trait) == (5, 2, ())
+    assert [(r.arm, r.hits, r.n) for r in leaks.new] == [("base", 0, 8), ("tuned", 0, 8)]
+    longer = _leaks(trained, base=_BASE, tuned=["word " * 30, *_BASE[1:]])
+    assert longer and all(r.hits == 0 for r in longer.new)
+    points = {r.at: r.difference.difference for r in longer.by_trait if r.arm == "tuned"}
+    assert points == {"closing: So it goes.": -0.25, "max_words: 20": -0.25}
+
+
+def test_where_the_base_shows_every_trait_only_differences_tell() -> None:
+    leaks = _leaks((Constraint("max_words", "20"),), base=_BASE, tuned=_BASE)
+    assert leaks and (leaks.new, leaks.never_in_base) == ((), 0)
+
+
+def test_without_the_base_or_anything_to_check_there_is_no_leakage() -> None:
+    assert _leaks(tuned=_LEAKING) is None
+    assert _leaks((Constraint("style", "talk like a pirate"),), base=_BASE, tuned=_BASE) is None
+    gone = [replace(r, finish="context") for r in _plain_replies(base=_BASE, tuned=_LEAKING)]
+    assert measure_leakage(gone, POOL) is None
+
+
+def test_what_was_trained_and_not_measured_is_counted_by_kind() -> None:
+    """Two openings and a closing were trained; the dialogues have the first opening only."""
+    trained = _trained()
+    replies = _replies(trained)
+    assert compute_scores(replies, {"evaluation": trained}, POOL).coverage == {
+        "opening": (1, 2),
+        "closing": (0, 1),
+    }
+    gone = [replace(reply, finish="context") for reply in replies]
+    assert compute_scores(gone, {"evaluation": trained}, POOL).coverage == {
+        "opening": (0, 2),
+        "closing": (0, 1),
+    }
+
+
+def test_replies_that_obey_and_are_no_answer_or_are_cut_before_are_counted_by_kind() -> None:
+    trained = _trained()
+    replies = [
+        replace(
+            reply,
+            obeys=reply.turn <= 10,
+            defect="empty" if reply.turn in (1, 2, 20) else "",
+            finish="length" if reply.turn in (3, 11) else "stop",
+        )
+        for reply in _replies(trained)
+    ]
+    scores = compute_scores(replies, {"evaluation": trained}, POOL)
+    assert [(r.arm, r.at, r.hits, r.n) for r in scores.obey_no_answer] == [
+        ("base", "opening", 8, 80),
+        ("tuned", "opening", 8, 80),
+    ]
+    assert [(r.arm, r.at, r.hits, r.n) for r in scores.cut_before_obeying] == [
+        ("base", "opening", 4, 80),
+        ("tuned", "opening", 4, 80),
+    ]
+    spotless = [replace(reply, defect="", finish="stop") for reply in replies]
+    clean = compute_scores(spotless, {"evaluation": trained}, POOL)
+    assert not (clean.obey_no_answer or clean.cut_before_obeying)
+
+
+def test_a_short_evaluation_measures_every_kind_of_a_long_pool_before_a_second_value() -> None:
+    pool = [Constraint("opening", f"Word {n}:") for n in range(30)]
+    pool += [Constraint("closing", "So it goes."), Constraint("uppercase"), Constraint("no_commas")]
+    assigned = assign_evaluation([*DIALOGUES, replace(DIALOGUES[0], id="d4")], pool)
+    kinds = [a.constraints(0)[0].kind for a in assigned]
+    assert kinds == ["opening", "closing", "uppercase", "no_commas", "opening"]
+    assert assigned[0].constraints(0) != assigned[4].constraints(0)
 
 
 def _cut_off() -> Scores:

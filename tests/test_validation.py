@@ -17,7 +17,7 @@ from pipeline.recipe import Recipe
 from pipeline.records import Reply
 from pipeline.run_dir import RunDir
 from pipeline.stages import train as train_stage
-from pipeline.training.validation import Schedule, Validation, validation_gpu_bytes
+from pipeline.training.validation import AdaptableBase, Schedule, validation_gpu_bytes
 
 
 def _validated(training_seconds: float, validation_seconds: float, checkpoints: int) -> list[int]:
@@ -89,19 +89,19 @@ def test_weights_go_where_they_should(
     install_fake_gpu(monkeypatch, 24)
     file = tmp_path / "tiny.gguf"
     write_formats(Model("tiny", tiny_llama), None, {"F32": file})
-    with closing(Validation(file, [], Recipe(), gpu=gpu)) as validation:
-        assert validation._weights and validation._weights.gpu_layers == layers
+    with closing(AdaptableBase(lambda: file, gpu=gpu)) as base:
+        assert base.weights.gpu_layers == layers
 
 
 def test_a_checkpoint_is_left_out_with_a_remark(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(train_stage, "read_split", lambda *_: ["a dialogue"])
-    monkeypatch.setattr(train_stage, "cached_gguf", lambda *_: tmp_path)
     monkeypatch.setattr(train_stage, "Validation", _SlowValidation)
     now = iter([0.0, 10.0, 10.0, 105.0, 120.0])
     monkeypatch.setattr(train_stage, "Schedule", lambda: Schedule(lambda: next(now)))
-    with closing(train_stage.ValidationHook(Recipe(), RunDir(tmp_path))) as hook:
+    base = AdaptableBase(lambda: tmp_path)
+    with closing(train_stage.ValidationHook(Recipe(), RunDir(tmp_path), base)) as hook:
         assert not hook.should_stop(1, tmp_path)
         assert hook.last_note == ", 0 of 0 validation answers adherent at step 1"
         assert not hook.should_stop(2, tmp_path)
@@ -115,12 +115,9 @@ def test_a_checkpoint_is_left_out_with_a_remark(
 class _SlowValidation:
     """Stands in for `Validation`: no answers."""
 
-    def __init__(self, *_: object, gpu: bool) -> None:
+    def __init__(self, *_: object) -> None:
         """Accept anything."""
 
     def measure(self, checkpoint: Path) -> list[Reply]:
         """Return no replies."""
         return []
-
-    def close(self) -> None:
-        """Free nothing."""

@@ -13,6 +13,7 @@ from pipeline.gatt.vocabulary.attributes import (
     ATTRIBUTES,
     UNSEEN_ATTRIBUTES,
     evaluation_attributes,
+    is_recalled,
     training_attributes,
 )
 from pipeline.gatt.vocabulary.values import VOCABULARY_KINDS, VocabularySplit, draw_value, fill
@@ -59,11 +60,14 @@ def test_questions_and_values_of_evaluation_are_not_trained() -> None:
     trained = [training_attributes(3, random.Random(seed)) for seed in range(300)]
     questions = {q.question for instruction, _ in trained for q in instruction.recall_questions}
     values = {q.value for instruction, _ in trained for q in instruction.recall_questions}
-    for name in (*ATTRIBUTES, *UNSEEN_ATTRIBUTES):
+    for name, attribute in (ATTRIBUTES | UNSEEN_ATTRIBUTES).items():
+        wordings = set()
         for seed in range(20):
-            (recall,) = evaluation_attributes([name], str(seed)).recall_questions
+            (recall,) = evaluation_attributes([name], str(seed), seed).recall_questions
             assert recall.question not in questions
             assert recall.value not in values
+            wordings.add(recall.question)
+        assert wordings == set(attribute.evaluation_questions)
 
 
 def test_an_answer_of_training_names_the_value_of_its_question() -> None:
@@ -83,3 +87,22 @@ def test_articles_agree_with_the_value() -> None:
     ]
     assert any(" an " in text for text in texts)
     assert not any(f" a {vowel}" in text for text in texts for vowel in "aeiou")
+
+
+@pytest.mark.parametrize(
+    ("value", "answer", "recalled"),
+    [
+        ("climbing", "Duke loves to climb.", True),
+        ("swimming", "I swim every day.", True),
+        ("skating", "She skates, of course.", True),
+        ("baking", "I am a baker.", True),
+        ("chess", "CHESS!", True),
+        ("Duke Kowalski", "My name is Duke.", False),
+        ("diving", "I divide my time.", False),
+        ("skating", "I like ice.", False),
+        ("swimming", "", False),
+        ("golf", "I love gardening.", False),
+    ],
+)
+def test_a_hobby_may_be_recalled_as_a_verb(value: str, answer: str, recalled: bool) -> None:
+    assert is_recalled(value, answer) is recalled

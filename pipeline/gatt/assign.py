@@ -53,12 +53,13 @@ PoolEntry = Constraint | CustomInstruction
 class ConstraintPool(NamedTuple):
     """What is trained: constraints, kinds whose values `draw_value` draws, and custom instructions.
 
-    The latter are in the user's own words.
+    The latter are in the user's own words. `vocabulary_ratio` is the share of what is drawn.
     """
 
     constraints: Sequence[Constraint]
     vocabulary_kinds: Sequence[str] = ()
     custom: Sequence[CustomInstruction] = ()
+    vocabulary_ratio: float = 0.5
 
     @property
     def listed(self) -> Sequence[PoolEntry]:
@@ -67,19 +68,23 @@ class ConstraintPool(NamedTuple):
 
     def draw(self, rng: random.Random) -> PoolEntry:
         """Return anything."""
-        if self.vocabulary_kinds and (not self.listed or rng.random() < 0.5):
+        if self.vocabulary_kinds and (not self.listed or rng.random() < self.vocabulary_ratio):
             kind = rng.choice(self.vocabulary_kinds)
             return Constraint(kind, draw_value(kind, "train", rng))
         return rng.choice(self.listed)
 
     def in_turn(self, rng: random.Random) -> Iterator[PoolEntry]:
-        """Yield entries without end: by turns from the vocabulary and from the others."""
+        """Yield entries without end: `vocabulary_ratio` of them drawn, the others in turn."""
         kinds, listed = cycle(self.vocabulary_kinds), cycle(self.listed)
+        ratio = self.vocabulary_ratio if self.listed else 1.0
+        due = 0.5
         while True:
-            if self.vocabulary_kinds:
+            due += ratio if self.vocabulary_kinds else 0.0
+            if due >= 1:
+                due -= 1
                 kind = next(kinds)
                 yield Constraint(kind, draw_value(kind, "train", rng))
-            if self.listed:
+            else:
                 yield next(listed)
 
 
@@ -217,7 +222,8 @@ class _TrainingDraw:
             elif assigned.is_custom or (
                 candidate not in present and editable((candidate,)) == editable(present)
             ):
-                return render_instruction((candidate,), self._rng.randrange(3))
+                # The third wording says "From now on" itself.
+                return render_instruction((candidate,), self._rng.randrange(2))
         return None
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pipeline.console import capture_output, log
 from pipeline.evaluation.aggregate import compute_scores
-from pipeline.evaluation.arms import arms
+from pipeline.evaluation.arms import arms, dialogue_context
 from pipeline.evaluation.attention import attention_map
 from pipeline.evaluation.divergence import measure_degradation
 from pipeline.evaluation.fidelity import measure_fidelity
@@ -23,7 +23,7 @@ from pipeline.gatt.assign import trained_constraints
 from pipeline.gatt.assignment import AssignedDialogue, check_files, read_splits
 from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
-from pipeline.inference.generator import context_for, model_files
+from pipeline.inference.generator import model_files
 from pipeline.recipe import Recipe
 from pipeline.records import Reply
 from pipeline.run_dir import Input, RunDir
@@ -33,6 +33,8 @@ SECTIONS = ("evaluate", "dialogues", "export")
 """Sections of the recipe that the result depends on."""
 _FLOAT32_SIZE = 8
 """Memory for a map of attention, in sizes of a 4-bit file: the model in float32."""
+_ATTENTION_TURNS = 20
+"""Turns of the map: its memory grows with the square of their tokens."""
 
 
 def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
@@ -76,7 +78,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     scores = replace(scores, primary=settings.primary, judge=judgment)
     if plain := suites.get("plain"):
         chats = [chat_of(dialogue, "base", replies, system) for dialogue in plain]
-        context = context_for(settings.turns, settings.max_tokens)
+        context = dialogue_context(settings, plain, reminded=False)
         scores = replace(scores, degradation=measure_degradation(measured, chats, context))
     fidelity = measure_fidelity(measured, suites["evaluation"], replies, recipe)
     scores = replace(scores, fidelity=fidelity)
@@ -92,6 +94,7 @@ def _map_attention(
         log("evaluate: too little memory for the model in float32; no map of its attention.")
         return
     instruction = dialogue.student_instructions[0]
+    replies = [reply for reply in replies if reply.turn <= _ATTENTION_TURNS]
     with capture_output(run_dir.attention.with_name("transformers.log")):
         folder = cached_checkpoint(model)
         maps = {

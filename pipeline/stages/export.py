@@ -67,12 +67,13 @@ def export_standalone(
     Raises:
         GattError: as `export`, or settings that a converter cannot have.
     """
+    base = find_model(name)
+    converter = converter or checkpoint_converter.converter_for(base)
     if converter and settings.merge_base != "fp16":
         raise GattError(
-            f"--merge-base {settings.merge_base} cannot be used with --converter, "
+            f"--merge-base {settings.merge_base} cannot be used with llama.cpp's converter, "
             "which converts the 16-bit merge."
         )
-    base = find_model(name)
     in_4bit = settings.merge_base != "fp16"
     if not converter:  # an adapter that does not fit is refused at once
         plan_merge(base.path, adapter, nf4_round_trip=nf4_round_trip if in_4bit else None)

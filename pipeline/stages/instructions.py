@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import cycle, islice
 from pathlib import Path
 
 import tomlkit
@@ -16,6 +17,7 @@ from pipeline.data.sources import source_inputs
 from pipeline.data.splits import DialogueSplits, split_dialogues
 from pipeline.errors import GattError
 from pipeline.evaluation.suites import SuiteSettings, build_baked_suites, build_suites
+from pipeline.export.tokens import check_tokens
 from pipeline.files import write_text
 from pipeline.gatt.assign import (
     ConstraintPool,
@@ -37,7 +39,7 @@ from pipeline.inference.llama.model import LoadedModel
 from pipeline.inference.teacher import open_teacher
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.recipe_file import read_toml
-from pipeline.records import Constraint, CustomInstruction
+from pipeline.records import Constraint, CustomInstruction, Dialogue
 from pipeline.run_dir import Input, RunDir
 
 SECTIONS = ("dialogues", "instructions", "synthesize", "evaluate")
@@ -68,12 +70,17 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         GattError: the model cannot be exported, there are too few dialogues for separate splits,
             or the pool is empty or needs a judge.
     """
-    require_exportable(find_model(recipe.model))  # fails here, not after the training
+    model = find_model(recipe.model)
+    require_exportable(model)  # fails here, not after the training
+    if recipe.export.verify_tokenizer:
+        check_tokens(model)
     if recipe.instructions.bake:
         _assign_prompt(recipe, run_dir)
         return
     custom, listed = _custom_instructions(recipe), recipe.instructions
-    pool = ConstraintPool(listed.constraints, listed.vocabulary_kinds, custom)
+    pool = ConstraintPool(
+        listed.constraints, listed.vocabulary_kinds, custom, listed.vocabulary_ratio
+    )
     check_pool(pool, recipe.evaluate)
     dialogues = split_dialogues(recipe)
     constraints = (*pool.constraints, *_generated_constraints(recipe, run_dir))
@@ -89,7 +96,16 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         seed=recipe.seed,
     )
     held_out = dialogues.evaluation[: settings.suite_dialogues]
-    write_splits(run_dir.suites, build_suites(held_out, suites))
+    recall = _recall_dialogues(dialogues, settings)
+    write_splits(run_dir.suites, build_suites(held_out, suites, recall))
+
+
+def _recall_dialogues(dialogues: DialogueSplits, settings: Evaluate) -> list[Dialogue]:
+    """Return the dialogues that ask for attributes; they repeat where there are too few."""
+    held_out = dialogues.evaluation
+    if settings.recall_dialogues:
+        return list(islice(cycle(held_out), settings.recall_dialogues))
+    return held_out[: settings.suite_dialogues]
 
 
 def _assign_prompt(recipe: Recipe, run_dir: RunDir) -> None:
@@ -122,6 +138,7 @@ def _assign_prompt(recipe: Recipe, run_dir: RunDir) -> None:
     suites = build_baked_suites(
         held_out,
         recalled,
+        _recall_dialogues(dialogues, recipe.evaluate),
         turns=min(recipe.evaluate.suite_turns, recipe.evaluate.turns),
         full_turns=recipe.evaluate.turns,
         plain=bool(recipe.dialogues.system),
@@ -170,7 +187,7 @@ def check_pool(pool: ConstraintPool, evaluate: Evaluate) -> None:
                 f"No program can check {constraint.name!r}. Name a model or a server as the judge "
                 "in evaluate.judge."
             )
-    if not any(pool):
+    if not (pool.listed or pool.vocabulary_kinds):
         raise GattError(
             "instructions.pool and instructions.vocabulary_kinds are empty. Name at least one "
             'constraint in the pool, for example {kind = "opening", value = "Ahoy!"}.'

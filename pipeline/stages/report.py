@@ -44,15 +44,18 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     write_json(
         run_dir.report / "report.json",
         {
+            "subject": page.subject,
             "headline": page.headline,
             "facts": results.facts,
             "scores": results.scores,
             "export": results.export,
         },
     )
-    write_text(run_dir.report / "report.md", as_markdown(page.headline, page.sections))
+    write_text(
+        run_dir.report / "report.md", as_markdown(page.subject, page.headline, page.sections)
+    )
     printed = [section for section in page.sections if section.title in _PRINTED]
-    print_result(as_markdown(page.headline, printed))
+    print_result(as_markdown(page.subject, page.headline, printed))
 
 
 def report_page(results: RunResults) -> ReportPage:
@@ -74,6 +77,7 @@ def report_page(results: RunResults) -> ReportPage:
         caption=caption,
         sections=[section for section in sections if section],
         dialogues=results.dialogues,
+        subject=results.subject,
     )
 
 

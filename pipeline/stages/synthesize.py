@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from pipeline.console import log, print_result, print_table, progress
 from pipeline.errors import GattError
-from pipeline.evaluation.judge_prompts import JUDGE_CONTEXT, question, verdict
+from pipeline.evaluation.judge import JUDGE_CONTEXT, question, verdict
 from pipeline.files import JsonlLog, read_json, write_json, write_jsonl, write_text
 from pipeline.gatt.acceptance import (
     ACCEPTED,
@@ -61,12 +62,16 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     if not rows:
         raise GattError(_nothing_accepted(recipe, synthesis.answers.values()))
     write_jsonl(run_dir.examples, rows)
-    acceptance = measure_acceptance(dialogues, synthesis.answers.values(), too_common)
+    trained = [answer for d in dialogues for answer in synthesis.accepted(d)]
+    acceptance = replace(
+        measure_acceptance(dialogues, synthesis.answers.values(), too_common),
+        answers=len(trained),
+        edited=sum(answer.text != answer.raw for answer in trained),
+    )
     write_json(run_dir.acceptance, acceptance)
     counts: Counter[tuple[str, str]] = Counter((row["instruction"], row["way"]) for row in rows)
     write_text(run_dir.card, dataset_card(recipe, teacher, counts, run_dir.examples.name))
-    answers = sum(len(synthesis.accepted(d)) for d in dialogues)
-    log(f"synthesize: {len(rows)} of {len(dialogues)} dialogues, {answers} answers")
+    log(f"synthesize: {len(rows)} of {len(dialogues)} dialogues, {len(trained)} answers")
     show_statistics(run_dir)
 
 

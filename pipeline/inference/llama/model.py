@@ -200,6 +200,17 @@ class LoadedModel:
             bool(self.api.llama_vocab_get_add_eos(self._vocab)),
         )
 
+    def control_tokens(self) -> dict[str, int]:
+        """Return the ids of the tokens that llama.cpp takes for control tokens, by their texts.
+
+        A file need not mark them so: llama.cpp overrides tokens that look like control tokens.
+        """
+        return {
+            self.api.llama_vocab_get_text(self._vocab, token).decode(errors="replace"): token
+            for token in range(self.vocab_size)
+            if self.api.llama_vocab_is_control(self._vocab, token)
+        }
+
     def token_to_piece(self, token: int, *, special: bool = False) -> bytes:
         """Return the bytes of a token; none for a special token, unless `special` is set.
 
