@@ -85,8 +85,10 @@ def test_a_server_is_known_by_its_scheme(name: str, is_server: bool) -> None:
 def test_the_teacher_runs_as_it_is_without_a_format(
     base: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    engine = open_teacher(Recipe(synthesize=Synthesize(format="", max_parallel=5)), 7)
-    assert _facts(engine) == (base, 7, 6 * (80 + 100) + 200, 5, "smollm2-135m")
+    recipe = Recipe(synthesize=Synthesize(format="", max_parallel=5))
+    engine = open_teacher(recipe, 7)
+    context = recipe.dialogues.turns * (80 + 100) + 200
+    assert _facts(engine) == (base, 7, context, 5, "smollm2-135m")
     assert not capsys.readouterr().err
 
 

@@ -157,10 +157,12 @@ def fit_to_memory(
     """
     shape, settings = shape_of(recipe.model), recipe.train
     free = (free_bytes - taken_bytes) / (1 if gpu else world_size())  # CPUs share the memory
-    whole = settings.max_tokens_per_micro_batch or settings.batch_size // world_size() * longest
-    tokens = whole
+    step_tokens = (
+        settings.max_tokens_per_micro_batch or settings.batch_size // world_size() * longest
+    )
+    tokens = step_tokens
     if not (gpu or settings.max_tokens_per_micro_batch):
-        tokens = min(whole, max(longest, CPU_TOKENS_AT_A_TIME))
+        tokens = min(step_tokens, max(longest, CPU_TOKENS_AT_A_TIME))
     fit = tokens_that_fit(shape, settings, free, gpu=gpu)
     if fit < longest:
         needed = training_memory(shape, settings, longest, gpu=gpu)
@@ -171,7 +173,7 @@ def fit_to_memory(
             "(`gatt doctor` lists what fits)."
         )
     at_a_time = min(fit, tokens)
-    if at_a_time < whole:
+    if at_a_time < step_tokens:
         settings = settings.model_copy(update={"max_tokens_per_micro_batch": at_a_time})
     plan = TrainingPlan(settings)
     needed = training_memory(shape, settings, at_a_time, gpu=gpu)

@@ -590,8 +590,8 @@ def test_a_pre_tokenizer_is_known_by_its_other_names(
 
 def test_an_unknown_pre_tokenizer_is_refused(plain: Path, tmp_path: Path) -> None:
     file = tmp_path / "vocabulary.gguf"
-    write_skeleton(plan_merge(plain, keys={"tokenizer.ggml.pre": "tekken"}), file)
-    with pytest.raises(GattError, match=r"tokenizer\.ggml\.pre = 'tekken' found; 'gpt2' with"):
+    write_skeleton(plan_merge(plain, keys={"tokenizer.ggml.pre": "viking"}), file)
+    with pytest.raises(GattError, match=r"tokenizer\.ggml\.pre = 'viking' found; 'gpt2' with"):
         save_gguf_tokenizer(open_gguf(file), tmp_path / "hf")
 
 

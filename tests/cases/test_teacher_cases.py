@@ -328,9 +328,9 @@ def test_a_verdict_stands_in_the_judges_answer_not_in_its_thoughts(
 def test_listed_values_come_from_the_answer(tmp_path: Path) -> None:
     def write(messages: list[Message]) -> str:
         question = messages[-1]["content"]
-        return "Paris\nAda Lovelace" if question.startswith("List") else "Ada Lovelace, it is."
+        return "Paris\nAda Lovelace" if "each line" in question else "Ada Lovelace, it is."
 
     with serve(Teacher("think", answer=write)) as server:
         listed = list_values("persona", OpenAIClient(server.url, probe=True).run, seed=1)
-    assert listed.known == ["Ada Lovelace"]
+    assert listed.known == ["Paris", "Ada Lovelace"]  # all of its lists have both
     assert listed.candidates == 2
