@@ -120,7 +120,8 @@ def test_a_family_becomes_what_llama_cpp_writes(
     "name",
     [
         *("llama 3", "mistral", "qwen2", "qwen3", "gemma 2", "gemma 3", "phi 3"),
-        *("smollm3", "olmo 2", "olmo 3", "granite", "ministral 3"),
+        # For Ministral 3 llama.cpp's script writes the keys of a model, which nothing loads.
+        *("smollm3", "olmo 2", "olmo 3", "granite"),
     ],
 )
 def test_an_adapter_becomes_what_llama_cpp_writes(
