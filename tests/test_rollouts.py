@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -20,6 +18,7 @@ from support.training import (
     ROLLOUT_SETTINGS,
     Trained,
     tiny_rollout_job,
+    train_in_two_processes,
     train_tiny,
 )
 
@@ -416,44 +415,18 @@ def test_a_run_cut_off_at_any_moment_ends_with_the_same_adapter(
     assert sorted(map(json.dumps, log)) == sorted(map(json.dumps, uninterrupted.log))
 
 
-_ONE_OF_TWO_PROCESSES = """
-import sys
-from pathlib import Path
-import torch
-sys.path.insert(0, {tests!r})
-from support.training import tiny_rollout_job, train_tiny
-from pipeline.training.validation import AdaptableBase
-base = AdaptableBase(lambda: Path({file!r}))
-trained = train_tiny(tiny_rollout_job(Path({model_dir!r}), base, Path({out!r})))
-torch.save(tuple(trained), {result!r})
-"""
-
-
 @pytest.mark.slow
 def test_two_processes_share_the_own_answers(
     tiny_llama: Path, tiny_base: AdaptableBase, tmp_path: Path, uninterrupted: Uninterrupted
 ) -> None:
-    script, result = tmp_path / "train.py", tmp_path / "result"
-    script.write_text(
-        _ONE_OF_TWO_PROCESSES.format(
-            tests=str(Path(__file__).parent),
-            file=str(tiny_base.file),
-            model_dir=str(tiny_llama),
-            out=str(tmp_path / "out"),
-            result=str(result),
-        ),
-        encoding="utf-8",
-    )
-    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
-    done = subprocess.run(
-        [*launch, "--main_process_port", "0", str(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    trained = Trained(*torch.load(result, weights_only=False))
+    training = f"""
+from support.training import tiny_rollout_job, train_tiny
+from pipeline.training.validation import AdaptableBase
+base = AdaptableBase(lambda: Path({str(tiny_base.file)!r}))
+out = Path({str(tmp_path / "out")!r})
+trained = train_tiny(tiny_rollout_job(Path({str(tiny_llama)!r}), base, out))
+"""
+    trained = train_in_two_processes(training, tmp_path)
     _assert_same(trained, uninterrupted.trained, tolerance=1e-5)
     log = [row for _, row in read_jsonl(tmp_path / "out" / "rollouts.jsonl")]
     assert sorted(map(json.dumps, log)) == sorted(map(json.dumps, uninterrupted.log))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import replace
@@ -23,6 +21,7 @@ from support.training import (
     tiny_examples,
     tiny_job,
     tiny_peft_model,
+    train_in_two_processes,
     train_tiny,
 )
 
@@ -368,40 +367,14 @@ def test_tokens_time_and_memory_are_counted(tiny_llama: Path, tmp_path: Path) ->
     assert steps[-1].peak_memory_bytes > 1e8 and steps[-1].learning_rate > 0
 
 
-_ONE_OF_TWO_PROCESSES = """
-import sys
-from pathlib import Path
-import torch
-sys.path.insert(0, {tests!r})
-from support.training import tiny_job, train_tiny
-trained = train_tiny(tiny_job(Path({model_dir!r}), Path({out!r})))
-torch.save(tuple(trained), {result!r})
-"""
-
-
 def test_two_processes_share_a_step(
     tiny_llama: Path, tmp_path: Path, uninterrupted: Trained
 ) -> None:
-    script, result = tmp_path / "train.py", tmp_path / "result"
-    script.write_text(
-        _ONE_OF_TWO_PROCESSES.format(
-            tests=str(Path(__file__).parent),
-            model_dir=str(tiny_llama),
-            out=str(tmp_path / "out"),
-            result=str(result),
-        ),
-        encoding="utf-8",
-    )
-    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
-    done = subprocess.run(
-        [*launch, "--main_process_port", "0", str(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    _assert_same(Trained(*torch.load(result, weights_only=False)), uninterrupted)
+    training = f"""
+from support.training import tiny_job, train_tiny
+trained = train_tiny(tiny_job(Path({str(tiny_llama)!r}), Path({str(tmp_path / "out")!r})))
+"""
+    _assert_same(train_in_two_processes(training, tmp_path), uninterrupted)
 
 
 def test_processes_wait_long_for_the_one_that_validates(

@@ -34,7 +34,11 @@ class Rate:
     high: float
 
 
-def wilson(hits: int, n: int, z: float = 1.959963984540054) -> Rate:
+Z_95 = 1.959963984540054
+"""The normal quantile of a two-sided 95 % interval."""
+
+
+def wilson(hits: int, n: int, z: float = Z_95) -> Rate:
     """Return the Wilson score interval (E. B. Wilson 1927) of `hits` out of `n`.
 
     For n = 0 the value is nan and the interval (0, 1).

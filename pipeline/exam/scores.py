@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from pipeline.evaluation.rates import Rate, wilson
+from pipeline.evaluation.rates import Z_95, Rate, wilson
 from pipeline.evaluation.rates import adherence as rates_by
 from pipeline.evaluation.statistics import kaplan_meier, lifetimes, required_sample_size
 from pipeline.exam.replies import ExamReply, by_arm
@@ -28,7 +28,6 @@ from pipeline.exam.tasks import REGIMES, ExamTask
 from pipeline.gatt.text import words
 from pipeline.records import Reply
 
-_Z = 1.959963984540054
 _LAST_TURNS = 5
 
 
@@ -78,7 +77,7 @@ def clustered(replies: Sequence[Reply]) -> Rate:
     replies of a dialogue are alike.
     """
     hits, size = sum(r.adherent for r in replies), required_sample_size(replies)
-    return wilson(hits, len(replies), _Z * math.sqrt(size.design_effect) if size else _Z)
+    return wilson(hits, len(replies), Z_95 * math.sqrt(size.design_effect) if size else Z_95)
 
 
 def _score(name: str, answers: Sequence[ExamReply], by_id: dict[str, ExamTask]) -> ArmResult:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -171,3 +173,29 @@ def tiny_ghost_dialogues() -> list[GhostDialogue]:
             )
         )
     return dialogues
+
+
+def train_in_two_processes(training: str, folder: Path) -> Trained:
+    """Run lines of Python that train `trained` in two processes of `accelerate launch`."""
+    import torch
+
+    script, result = folder / "train.py", folder / "result"
+    lines = f"""
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+{training}
+torch.save(tuple(trained), {str(result)!r})
+"""
+    script.write_text(lines, encoding="utf-8")
+    options = "--cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *options.split()]
+    done = subprocess.run(
+        [*launch, "--main_process_port", "0", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return Trained(*torch.load(result, weights_only=False))
