@@ -9,11 +9,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import pytest
 from converter import converter
-from support.bases import make_multimodal
+from support.bases import MULTIMODAL, copy_base, load_weights, make_multimodal, save_multimodal
+from support.cli import call_gatt
 from support.families import FAMILIES, save_adapter, save_family
 from support.shared import make_once
 from support.training import tiny_job
@@ -32,9 +33,13 @@ from pipeline.hub.gguf_checkpoint import write_gguf_checkpoint
 from pipeline.hub.models import Model, require_exportable, shape_of
 from pipeline.inference.logits import mean_kl
 from pipeline.recipe import Export
+from pipeline.stages import doctor
 from pipeline.stages.export import export_standalone
 from pipeline.training import unsloth
 from pipeline.training.backend import choose_backend
+
+if TYPE_CHECKING:
+    import torch
 
 
 @pytest.fixture(scope="session")
@@ -111,7 +116,8 @@ def test_a_family_becomes_what_llama_cpp_writes(
     script = _script(llama_cpp, "convert_hf_to_gguf.py", FAMILIES[name].tokenizer)
     expected = tmp_path / "expected.gguf"
     for format_name in formats:
-        _run(script, model_dir, "--outfile", expected, "--outtype", format_name.lower())
+        options = ["--outtype", format_name.lower(), *(["--no-mtp"] if name == "qwen3.5" else [])]
+        _run(script, model_dir, "--outfile", expected, *options)
         _assert_equal(tmp_path / f"{format_name}.gguf", expected)
 
 
@@ -121,7 +127,7 @@ def test_a_family_becomes_what_llama_cpp_writes(
     [
         *("llama 3", "mistral", "qwen2", "qwen3", "gemma 2", "gemma 3", "phi 3"),
         # For Ministral 3 llama.cpp's script writes the keys of a model, which nothing loads.
-        *("smollm3", "olmo 2", "olmo 3", "granite"),
+        *("smollm3", "olmo 2", "olmo 3", "granite", "lfm2", "qwen3.5", "gemma 4"),
     ],
 )
 def test_an_adapter_becomes_what_llama_cpp_writes(
@@ -135,6 +141,8 @@ def test_an_adapter_becomes_what_llama_cpp_writes(
     _assert_equal(file, expected)
 
 
+_GEMMA4_ROPE = {"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25}}
+_PER_LAYER = ("per_layer_config",)
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 _LOG_YARN = {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}
 
@@ -152,6 +160,18 @@ _LOG_YARN = {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_bet
         ("granite", {"head_dim": 32}, "head_dim = 32 found"),
         ("ministral 3", {"rope_parameters": {"rope_type": "default"}}, "expects 'yarn'"),
         ("ministral 3", {"sliding_window": 64, "rope_parameters": _LOG_YARN}, "has none"),
+        ("lfm2", {"conv_bias": True}, "LFM2 with conv_bias = true"),
+        ("lfm2", {"layer_types": ["conv", "conv"]}, "for each of the 3 layers one of conv, full"),
+        ("lfm2", {"layer_types": ["conv", "mamba", "conv"]}, "'mamba', 'conv'. found; for each"),
+        ("lfm2", {"block_ffn_dim_multiplier": "x"}, "is missing or of a wrong type"),
+        ("qwen3.5", {"attention_bias": True}, "attention_bias = true"),
+        ("gemma 4", {"rope_parameters": {"rope_type": "default"}}, "expects 'proportional'"),
+        ("gemma 4", {"final_logit_softcapping": None}, r"llama\.cpp applies 30"),
+        (
+            "gemma 4",
+            {"num_kv_shared_layers": 3, "rope_parameters": _GEMMA4_ROPE},
+            "of a layer with a sliding window and of one without",
+        ),
         ("qwen2", {"rope_parameters": {**_YARN, "attention_factor": 1.5}}, "by 1.5000.* by 1.1386"),
         ("qwen2", {"rope_parameters": {**_YARN, "mscale": 1, "mscale_all_dim": 1}}, "by 1.0000"),
         ("qwen2", {"rope_parameters": {**_YARN, "truncate": False}}, "truncate = False"),
@@ -171,6 +191,83 @@ def test_what_llama_cpp_does_not_compute_is_refused_before_training(
     )
     with pytest.raises(GattError, match=problem):
         require_exportable(Model("tiny", folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "problem"),
+    [
+        ("lfm2", "layers.2.conv.in_proj.weight", "shortconv.in_proj of layer 2 is missing"),
+        ("lfm2", "layers.1.self_attn.k_proj.weight", "attn_k of layer 1 is missing"),
+        ("lfm2", "embedding_norm.weight", "the last norm is missing"),
+        ("qwen3.5", "layers.0.linear_attn.A_log", "ssm_a of layer 0 is missing"),
+        ("qwen3.5", "layers.2.linear_attn.dt_bias", "ssm_dt of layer 2 is missing"),
+        ("gemma 4", "layers.2.self_attn.v_proj.weight", "attn_v of layer 2 is missing"),
+        ("gemma 4", "layers.4.layer_scalar", "layer_output_scale of layer 4 is missing"),
+    ],
+)
+def test_a_layer_has_the_weights_of_its_kind(
+    name: str, key: str, problem: str, model_dir: Path, tmp_path: Path
+) -> None:
+    def drop(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {k: v for k, v in weights.items() if k != f"model.{key}"}
+
+    folder = copy_base(model_dir, tmp_path / "base", drop)
+    assert len(load_weights(folder)) == len(load_weights(model_dir)) - 1
+    with pytest.raises(GattError, match=problem):
+        require_exportable(Model("tiny", folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "left_out"),
+    [
+        (  # as LiquidAI publishes it
+            "lfm2",
+            {"block_ff_dim": 96, "full_attn_idxs": [1], "tie_embedding": True, "rope_theta": 1e6},
+            ("intermediate_size", "layer_types", "tie_word_embeddings", "rope_parameters"),
+        ),
+        ("qwen3.5", {"full_attention_interval": 2}, ("layer_types",)),
+        ("gemma 4", {"global_head_dim": 32, "num_global_key_value_heads": None}, _PER_LAYER),
+        ("gemma 4 dense", {"global_head_dim": 32, "num_global_key_value_heads": 1}, _PER_LAYER),
+    ],
+)
+def test_a_configuration_may_name_its_settings_otherwise(
+    name: str, other: JsonObject, left_out: tuple[str, ...], model_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / model_dir.name
+    shutil.copytree(model_dir, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config.keys() >= {*left_out}
+    renamed = {key: value for key, value in config.items() if key not in left_out} | other
+    (folder / "config.json").write_text(json.dumps(renamed), encoding="utf-8")
+    files = [tmp_path / "expected.gguf", tmp_path / "actual.gguf"]
+    for source, file in zip((model_dir, folder), files, strict=True):
+        write_formats(Model("tiny", source), None, {"F16": file})
+    (expected_keys, expected), (keys, tensors) = map(_read, files)
+    if name == "qwen3.5":
+        assert keys.pop("qwen35.full_attention_interval") == 2
+        assert expected_keys.pop("qwen35.full_attention_interval") == 4
+    assert keys == expected_keys
+    assert tensors == expected
+
+
+_LINEAR_ATTENTION = "q_proj, in_proj_qkv, in_proj_z, k_proj, v_proj, o_proj, out_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "adapted"),
+    [
+        ("phi 3", "qkv_proj, o_proj, gate_up_proj, down_proj"),
+        ("lfm2", "q_proj, in_proj, k_proj, v_proj, out_proj, w1, w3, w2"),
+        ("qwen3.5", f"{_LINEAR_ATTENTION}, gate_proj, up_proj, down_proj"),
+        ("gemma 4", "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"),
+    ],
+)
+def test_doctor_names_the_layers_that_an_adapter_is_trained_on(
+    name: str, adapted: str, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "speed_text", lambda *_: "")
+    shown = call_gatt("doctor", "--model", model_dir)
+    assert f"An adapter is trained on {adapted}.\n" in shown.stdout, shown.stderr
 
 
 _FAST = ("llama 3", "llama 2", "qwen2 yarn", "qwen3 moe", "gemma 3", "phi 4 mini")
@@ -229,7 +326,9 @@ def test_training_on_a_gguf_is_training_on_its_folder(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm3", "olmo 2", "olmo 3", "granite", "ministral 3"])
+@pytest.mark.parametrize(
+    "name", ["smollm3", "olmo 2", "olmo 3", "granite", "ministral 3", "lfm2", "qwen3.5", "gemma 4"]
+)
 def test_unsloth_trains_a_family_on_the_cpu(name: str, model_dir: Path, tmp_path: Path) -> None:
     """Base in 4 bits, three steps: llama.cpp predicts what the model in Unsloth does."""
     job = tiny_job(model_dir, tmp_path)
@@ -255,3 +354,41 @@ def test_a_multimodal_model_becomes_what_llama_cpp_writes(
     script, expected = _script(llama_cpp, "convert_hf_to_gguf.py", ""), tmp_path / "expected.gguf"
     _run(script, folder, "--outfile", expected, "--outtype", "f16")
     _assert_equal(tmp_path / "F16.gguf", expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MULTIMODAL)
+def test_the_text_part_of_a_class_that_sees_becomes_what_llama_cpp_writes(
+    name: str, model_dir: Path, llama_cpp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its adapter, too, with the names of the class, as Unsloth saves it."""
+    import torch
+    from safetensors.torch import save_file
+
+    seeing = save_multimodal(name, model_dir, tmp_path / "seeing")
+    extra = {"mtp.fc.weight": torch.ones(64, 128)} if name == "qwen3.5" else {}
+    folder = copy_base(seeing, tmp_path / f"a {name}", lambda weights: weights | extra)
+    write_formats(Model("tiny", folder), None, {"F16": tmp_path / "F16.gguf"})
+    assert f"a {name}: a multimodal model; only its text part is used." in capsys.readouterr().err
+    script, expected = _script(llama_cpp, "convert_hf_to_gguf.py", _pre(name)), tmp_path / "a.gguf"
+    options = ["--outtype", "f16", *(["--no-mtp"] if extra else [])]
+    _run(script, folder, "--outfile", expected, *options)
+    _assert_equal(tmp_path / "F16.gguf", expected)
+
+    text, adapter = save_adapter(model_dir, tmp_path / "text"), tmp_path / "adapter"
+    plain = open_base(folder)
+    write_adapter(plain, text, tmp_path / "text.gguf")
+    tensors = load_weights(text)
+    shutil.copytree(text, adapter)
+    renamed = {
+        k.replace("model.model.", "model.model.language_model."): v for k, v in tensors.items()
+    }
+    save_file(renamed, adapter / "adapter_model.safetensors")
+    write_adapter(plain, adapter, tmp_path / "adapter.gguf")
+    assert _read(tmp_path / "adapter.gguf")[1] == _read(tmp_path / "text.gguf")[1]
+
+
+def _pre(name: str) -> str:
+    """Return the pre-tokenizer that llama.cpp's scripts are told for a family."""
+    tokenizer = FAMILIES[name].tokenizer
+    return "" if tokenizer in ("sentencepiece", "gemma 4") else tokenizer

@@ -19,7 +19,7 @@ from support.servers import FakeHub, in_thread
 from pipeline.errors import GattError
 from pipeline.files import sha256, write_json, write_text
 from pipeline.hub import models
-from pipeline.hub.models import find_model
+from pipeline.hub.models import find_model, shape_of
 from pipeline.hub.presets import presets
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
@@ -72,6 +72,7 @@ def test_weights_are_downloaded_last_and_only_if_wanted(
     weights: bool, downloads: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "CheckpointBase", lambda folder: folder)
+    write_json(tmp_path / "config.json", {"architectures": ["LlamaForCausalLM"]})
     model = find_model(f"me/{weights}", weights=weights)
     assert (model.repository, model.path) == (f"me/{weights}", tmp_path)
     assert all("*.json" in patterns for patterns in downloads)
@@ -87,6 +88,119 @@ def test_weights_of_an_unknown_architecture_are_not_downloaded(
     with pytest.raises(GattError, match="PerceptronForCausalLM"):
         find_model("me/unknown")
     assert len(downloads) == 1
+
+
+@pytest.mark.parametrize("convertible", [False, True])
+def test_the_converter_tries_a_family_that_only_it_knows_before_weights_are_downloaded(
+    convertible: bool,
+    downloads: list[list[str]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checked: list[Path] = []
+
+    def check(converter: Path, folder: Path) -> None:
+        assert converter == tmp_path / "convert.py"
+        checked.append(folder)
+        if not convertible:
+            raise GattError("convert.py failed: another tokenizer")
+
+    monkeypatch.setattr(models, "converter_for", lambda folder: tmp_path / "convert.py")
+    monkeypatch.setattr(models, "check_convertible", check)
+    if convertible:
+        find_model("me/convertible")
+    else:
+        with pytest.raises(GattError, match="another tokenizer"):
+            find_model("me/not-convertible")
+    assert checked == [tmp_path]
+    assert len(downloads) == (2 if convertible else 1)
+    write_text(tmp_path / "model.safetensors", "weights")
+    find_model(f"me/{convertible}-again")  # what is here was checked before it was downloaded
+    assert checked == [tmp_path]
+
+
+_GRANITE = {
+    "architectures": ["GraniteForCausalLM"],
+    "attention_bias": False,
+    "embedding_multiplier": 12.0,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "granite",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 40,
+    "num_key_value_heads": 8,
+    "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000000.0,
+    "tie_word_embeddings": True,
+    "vocab_size": 49159,
+}
+_RECORDED: dict[str, dict[str, object]] = {
+    "granite-3.3-2b": {
+        **_GRANITE,
+        "attention_multiplier": 0.015625,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "logits_scaling": 8.0,
+    },
+    "granite-3.3-8b": {
+        **_GRANITE,
+        "attention_multiplier": 0.0078125,
+        "hidden_size": 4096,
+        "intermediate_size": 12800,
+        "logits_scaling": 16.0,
+    },
+}
+"""`config.json` of presets' repositories, as they are on the Hub."""
+
+
+@pytest.mark.parametrize("name", _RECORDED)
+def test_a_preset_has_the_sizes_of_its_repository(
+    name: str, downloads: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "config.json", _RECORDED[name])
+    monkeypatch.setattr(models, "CheckpointBase", lambda folder: folder)
+    preset = presets()[name]
+    model = find_model(name, weights=False)
+    assert (model.name, model.repository) == (name, preset.repository)
+    assert len(downloads) == 1 and "model*.safetensors" not in downloads[0]
+    assert shape_of(str(model.path)) == shape_of(name) == preset.shape
+    assert preset.context == _RECORDED[name]["max_position_embeddings"]
+
+
+@pytest.mark.parametrize("name", ["smollm3-3b", "olmo-3-7b", "qwen3.5-9b"])
+def test_a_preset_has_the_sizes_that_transformers_takes_for_its_family(name: str) -> None:
+    """They are those of the published checkpoint that the family's configuration describes."""
+    import transformers
+
+    defaults = {
+        "smollm3-3b": transformers.SmolLM3Config,
+        "olmo-3-7b": transformers.Olmo3Config,
+        "qwen3.5-9b": transformers.Qwen3_5TextConfig,
+    }[name]()
+    shape = presets()[name].shape
+    for key in ("num_hidden_layers", "hidden_size", "intermediate_size", "tie_word_embeddings"):
+        assert getattr(shape, key) == getattr(defaults, key), key
+
+
+def test_copies_in_8_bits_are_refused_before_they_are_downloaded(
+    downloads: list[list[str]], tmp_path: Path
+) -> None:
+    """As mistralai/Ministral-3-3B-Instruct-2512, of which the preset takes the 16-bit copy."""
+    text = {"model_type": "ministral3", "hidden_size": 3072, "num_hidden_layers": 26}
+    config = {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "model_type": "mistral3",
+        "quantization_config": {"quant_method": "fp8", "activation_scheme": "static"},
+        "text_config": text,
+    }
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(GattError, match=r"quantized weights \(FP8\)"):
+        find_model("mistralai/Ministral-3-3B-Instruct-2512")
+    assert len(downloads) == 1
+    assert presets()["ministral-3-3b"].repository.endswith("-BF16")
 
 
 def test_dialogues_are_pushed_with_their_card(hub: FakeHub, tmp_path: Path, gatt: Gatt) -> None:

@@ -137,6 +137,7 @@ def test_a_thinking_model_is_trained_without_thoughts(
         ("meta-llama-Llama-3.1-8B-Instruct", "<|eot_id|>"),
         ("meta-llama-Llama-3.2-3B-Instruct", "<|eot_id|>"),
         ("google-gemma-2-2b-it", "<end_of_turn>"),
+        ("google-gemma-4-31B-it", "<turn|>"),
         ("mistralai-Mistral-Nemo-Instruct-2407", "</s>"),
         ("microsoft-Phi-3.5-mini-instruct", "<|end|>"),
     ],

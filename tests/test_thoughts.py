@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from converter import converter
 
 from pipeline.gguf.reader import GgufInfo, open_gguf
 from pipeline.inference.batch_engine import BatchEngine
@@ -17,6 +18,7 @@ from pipeline.inference.thoughts import (
     AnswerFilter,
     Split,
     ThoughtSplitter,
+    always_thinks,
     opened_thought,
     split_thoughts,
     thinks,
@@ -143,6 +145,43 @@ def test_a_model_thinks_unless_its_template_switches_that_off() -> None:
         False,
         False,
     ]
+    assert [always_thinks(t) for t in (_OPENS, _MAY_THINK, _SWITCHES_OFF, _PLAIN)] == [
+        *(True, False, False, False)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "thinking", "always", "strips"),
+    [
+        ("Qwen-Qwen3-0.6B", False, False, True),
+        ("Qwen3.5-4B", False, False, True),
+        ("HuggingFaceTB-SmolLM3-3B", False, False, False),
+        ("google-gemma-4-31B-it", False, False, False),
+        # Without its variable `thinking` it asks for none, but does not rule it out.
+        ("ibm-granite-granite-3.3-2B-Instruct", True, False, False),
+        ("Qwen-QwQ-32B", False, False, True),
+        ("deepseek-ai-DeepSeek-R1-Distill-Llama-8B", True, True, True),
+    ],
+)
+def test_published_templates_switch_thinking_off_or_are_known_to_think(
+    name: str, thinking: bool, always: bool, strips: bool
+) -> None:
+    """Where a template keeps the thought of an earlier answer, there is none: it was cut off."""
+    source = (converter() / "models" / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
+    template = ChatTemplate(source, "<s>", "</s>")
+    answer = "<think>\nhidden\n</think>\n\nSo."
+    chat: list[Message] = [
+        {"role": "user", "content": "Why?"},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "And?"},
+    ]
+    assert (thinks(template), always_thinks(template)) == (thinking, always)
+    assert ("hidden" not in template.render(chat)) == strips
+    chat[1] = {"role": "assistant", "content": split_thoughts(answer).answer}
+    text = template.render(chat)
+    assert "So." in text and "hidden" not in text
+    assert bool(opened_thought(text)) == always
 
 
 def _run(template: ChatTemplate, request: Request, text: str) -> tuple[Request, Completion]:

@@ -20,6 +20,7 @@ from pipeline.export.summary import MIN_RETAINED, ExportSummary, FormatSummary
 from pipeline.export.verify import load_and_predict, max_kl, require_close, verify_file
 from pipeline.export.writer import ExportWriter, WrittenFile, write_by_converter
 from pipeline.gguf.base import Array
+from pipeline.gguf.reader import read_gguf
 from pipeline.hub.convert import cached_checkpoint, cached_gguf
 from pipeline.hub.models import Model
 from pipeline.inference.chat_template import template_of
@@ -60,8 +61,8 @@ def export(job: ExportJob, converter: Path | None = None) -> ExportSummary:
         kl_adapter = _verify_adapter(job, scratch / "adapter.gguf")
         for path in (*(file.path for file in written.by_format.values()), *written.companions):
             path.replace(job.folder / path.name)
-    if not converter:
-        files = [job.file(format_name) for format_name in formats]
+    files = [job.file(format_name) for format_name in formats]
+    if not converter or read_gguf(files[0]).chat_template:  # a user's own script may write none
         write_modelfiles(files, job.temperature, job.system)
         for file in files:
             link_for_lm_studio(file)

@@ -28,7 +28,9 @@ from pipeline.files import read_json, sha256, write_json
 from pipeline.gguf.formats import KeyValue
 from pipeline.gguf.merge import plan_merge, write_skeleton
 from pipeline.gguf.reader import open_gguf
+from pipeline.hub.convert import cached_gguf
 from pipeline.hub.gguf_tokenizer import save_gguf_tokenizer
+from pipeline.hub.llama_converter import converter_for
 from pipeline.hub.models import Model
 from pipeline.inference.llama.model import LoadedModel
 from pipeline.system import cache_path
@@ -64,7 +66,10 @@ def check_tokens(model: Model) -> None:
         if model.is_gguf:  # the whole checkpoint is only made for training
             folder = scratch / "tokenizer"
             save_gguf_tokenizer(open_gguf(model.path), folder)
-        tokens = read_as_trained(model, load_tokenizer(folder), scratch / "vocabulary.gguf")
+        if converter_for(model.path):
+            tokens = _read_converted(model, load_tokenizer(folder), cached_gguf(model, "F16"))
+        else:
+            tokens = read_as_trained(model, load_tokenizer(folder), scratch / "vocabulary.gguf")
     write_json(passed, tokens.overridden)
 
 
@@ -91,19 +96,41 @@ def read_as_trained(model: Model, tokenizer: PreTrainedTokenizerBase, file: Path
     keys: dict[str, KeyValue] = {}
     for _ in range(2):
         write_skeleton(plan_merge(model.path, keys=keys), file)
-        chats = sample_chats(file)
-        loaded = load_and_predict(file, chats.texts, ())
-        mismatch = find_mismatch(chats, loaded, tokenizer)
+        mismatch, overridden = _compare(file, tokenizer)
         if not mismatch:
-            overridden = overridden_tokens(loaded, tokenizer)
             _log_overridden(model.name, overridden)
             return TokenReading(keys, overridden)
         info = open_gguf(file)
         if info.field("tokenizer.ggml.model") != "llama":
             break
         keys = {_SPACE_PREFIX: not info.field(_SPACE_PREFIX, True)}  # noqa: FBT003
-    raise GattError(
-        f"llama.cpp would tokenize a chat differently from the training tokenizer ({mismatch}). "
+    raise _mismatch(mismatch)
+
+
+def _read_converted(model: Model, tokenizer: PreTrainedTokenizerBase, file: Path) -> TokenReading:
+    """Do the same with what llama.cpp's own converter wrote, which is exported as it is.
+
+    Raises:
+        GattError: the tokens differ.
+    """
+    mismatch, overridden = _compare(file, tokenizer)
+    if mismatch:
+        raise _mismatch(mismatch)
+    _log_overridden(model.name, overridden)
+    return TokenReading({}, overridden)
+
+
+def _compare(file: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[str]]:
+    """Return the first token that a GGUF has otherwise, or "", and the tokens that it overrides."""
+    chats = sample_chats(file)
+    loaded = load_and_predict(file, chats.texts, ())
+    mismatch = find_mismatch(chats, loaded, tokenizer)
+    return mismatch, [] if mismatch else overridden_tokens(loaded, tokenizer)
+
+
+def _mismatch(text: str) -> GattError:
+    return GattError(
+        f"llama.cpp would tokenize a chat differently from the training tokenizer ({text}). "
         "Nothing was written. To export it nevertheless, set export.verify_tokenizer = false "
         "(or --allow-tokenizer-mismatch)."
     )
@@ -136,3 +163,16 @@ def added_token_keys(file: Path) -> list[str]:
     if adds_eos and not all(info.eos and text.endswith(info.eos) for text in texts):
         keys.append("tokenizer.ggml.add_eos_token")
     return keys
+
+
+def set_bool(file: Path, key: str, *, value: bool) -> bool:
+    """Overwrite a key of a GGUF in place; return whether the file has it."""
+    import gguf
+
+    reader = gguf.GGUFReader(file, "r+")
+    field = reader.get_field(key)
+    if field is None:
+        return False
+    field.parts[field.data[0]][0] = value
+    reader.data.flush()
+    return True

@@ -12,19 +12,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.console import log, progress
-from pipeline.export.converter import convert, write_merged
+from pipeline.errors import GattError
 from pipeline.export.importance import measure_importance
 from pipeline.export.job import ExportJob
+from pipeline.export.merged import write_merged
 from pipeline.export.summary import MergeBase, MergeTrial
-from pipeline.export.tokens import added_token_keys, read_as_trained
+from pipeline.export.tokens import added_token_keys, read_as_trained, set_bool
 from pipeline.export.verify import load_and_predict
 from pipeline.gguf.adapter import missing_from_gguf, write_adapter
 from pipeline.gguf.base import Array
-from pipeline.gguf.formats import UNIFORM_FORMATS, KeyValue
+from pipeline.gguf.formats import UNIFORM_FORMATS, KeyValue, quantize
 from pipeline.gguf.imatrix import ImportanceMatrix
 from pipeline.gguf.merge import file_size, open_base, plan_merge, write, write_skeleton
 from pipeline.gguf.reader import open_gguf
+from pipeline.hub.adapted import write_adapter_gguf
 from pipeline.hub.convert import cached_checkpoint, cached_gguf, plan_format
+from pipeline.hub.llama_converter import convert, converter_for
 from pipeline.inference.chat_template import ChatTemplate, template_of
 from pipeline.inference.llama.model import Adapter
 from pipeline.inference.logits import Logits, mean_kl, mean_nll
@@ -56,24 +59,76 @@ class WrittenFiles:
 
 
 def write_by_converter(job: ExportJob, converter: Path, scratch: Path) -> WrittenFiles:
-    """Write the files with the user's own converter, from a merged checkpoint.
+    """Write the files with llama.cpp's converter, from a merged checkpoint.
+
+    Formats that it does not know are quantized by llama.cpp from F16.
 
     Raises:
         GattError: the adapter does not fit, or the converter failed.
     """
-    checkpoint = scratch / "merged"
+    imatrix = scratch / "imatrix.gguf"
+    checkpoint = scratch / "merged" / job.model.path.name  # which the converter names the file by
+    checkpoint.mkdir(parents=True)
     write_merged(job.model, job.adapter, checkpoint)
-    files = {}
-    for name in job.settings.formats:
-        target = scratch / job.file(name).name
-        convert(converter, checkpoint, target, name)
-        for key in added_token_keys(target):
+    names = job.settings.formats
+    quantized = [name for name in names if name not in UNIFORM_FORMATS]
+    paths = {name: scratch / job.file(name).name for name in names}
+    source = paths.get("F16", scratch / "full.gguf")
+    targets = {"F16": source, **paths} if quantized else paths
+    for name, target in targets.items():
+        if name in UNIFORM_FORMATS:
+            convert(converter, checkpoint, target, name, job.metadata)
+            _add_no_tokens(target)
+    importance = None
+    if quantized:
+        importance = _measure_importance(job, source, None, _template_of(source))
+        importance.save(imatrix, "the run's dialogues")
+        for name in quantized:
+            quantize(source, paths[name], name, importance)
+    adapter = scratch / "adapter.gguf"
+    if job.adapter and converter_for(job.model.path):
+        try:
+            write_adapter_gguf(job.model.path, job.adapter, adapter)
+        except GattError as error:
+            adapter.unlink(missing_ok=True)
+            log(f"export: no adapter.gguf. {error}")
+    return WrittenFiles(
+        merge_base="fp16",
+        by_format={name: WrittenFile(path, {}) for name, path in paths.items()},
+        companions=tuple(file for file in (adapter, imatrix) if file.exists()),
+        imatrix_tokens=importance.tokens if importance else 0,
+    )
+
+
+def _add_no_tokens(file: Path) -> None:
+    """Let no program add BOS or EOS to the chats of a converted file, as training had none."""
+    for key in added_token_keys(file):
+        if set_bool(file, key, value=False):
             log(
-                f"export: the converter wrote {key} = true, and training had none: other programs "
-                "feed one token more. Set it to false with llama.cpp's gguf_set_metadata.py."
+                f"export: written with {key} = false. The base's tokenizer adds it, its chat "
+                "template does not write it, and training had none; other programs add none now."
             )
-        files[name] = WrittenFile(target, {})
-    return WrittenFiles(merge_base="fp16", by_format=files)
+        else:
+            log(
+                f"export: the converter wrote no {key}, which llama.cpp takes for true, and "
+                "training had none: other programs feed one token more."
+            )
+
+
+def _template_of(file: Path) -> ChatTemplate:
+    info = open_gguf(file)
+    return ChatTemplate(info.chat_template, info.bos, info.eos, info.path.name)
+
+
+def _measure_importance(
+    job: ExportJob, source: Path, adapter: Path | None, template: ChatTemplate
+) -> ImportanceMatrix:
+    """Measure the importance matrix of a GGUF with an adapter, on the run's dialogues."""
+    max_tokens = job.settings.imatrix_tokens
+    texts = (template.render(messages, add_generation_prompt=False) for messages in job.dialogues)
+    applied = Adapter(adapter) if adapter else None
+    with progress("export: importance, tokens", max_tokens) as bar:
+        return measure_importance(source, applied, texts, max_tokens, bar.advance)
 
 
 class ExportWriter:
@@ -121,21 +176,15 @@ class ExportWriter:
 
     def _measure_importance(self, adapter: Path) -> ImportanceMatrix:
         """Measure the importance matrix of the tuned model."""
-        job, max_tokens = self._job, self._job.settings.imatrix_tokens
+        job = self._job
         if job.adapter and not adapter.exists():  # llama.cpp cannot apply it
             source = self._merge("fp16", ("Q8_0",))["Q8_0"].path
         else:
             source = cached_gguf(job.plain_base, "Q8_0")
-        info = open_gguf(source)
-        template = ChatTemplate(info.chat_template, info.bos, info.eos, info.path.name)
+        template = _template_of(source)
         if job.model != job.plain_base:
             template = template_of(load_tokenizer(job.model.path))
-        texts = (
-            template.render(messages, add_generation_prompt=False) for messages in job.dialogues
-        )
-        applied = Adapter(adapter) if adapter.exists() else None
-        with progress("export: importance, tokens", max_tokens) as bar:
-            return measure_importance(source, applied, texts, max_tokens, bar.advance)
+        return _measure_importance(job, source, adapter if adapter.exists() else None, template)
 
     def _merge_best(self) -> WrittenFiles:
         """Merge as the settings say, or in the way that makes the run's dialogues more likely.

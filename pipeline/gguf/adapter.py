@@ -14,14 +14,17 @@ import numpy as np
 
 from pipeline.errors import GattError
 from pipeline.files import whole_file
-from pipeline.gguf.base import Array, Base, RowOrder, Tensor, row_order
-from pipeline.gguf.families import FAMILIES, Family
+from pipeline.gguf.base import CUT_TO_TOKENS, Array, Base, Tensor, column_order, row_order
+from pipeline.gguf.huggingface.stored import gguf_rows
 from pipeline.gguf.lora.delta import Delta, Replacement
 from pipeline.gguf.lora.weights import LoraAdapter, read_adapter
 
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _BY_TOKEN = (_EMBEDDING, _OUTPUT)
 """Tensors with one row per token."""
+
+_NOT_APPLIED = ("per_layer_model_projection",)
+"""Linear layers of Gemma 4 that llama.cpp multiplies without an adapter."""
 
 
 def apply_adapter(
@@ -54,7 +57,12 @@ def apply_adapter(
         tensor = by_name[name]
         if not _fits(base, name, delta.shape, tensor.shape):
             raise _wrong_shape(base, name, delta.shape, tensor.shape)
-        deltas[name] = replace(delta, order=row_order(base, name, delta.shape[0]))
+        outputs, inputs = delta.shape
+        deltas[name] = replace(
+            delta,
+            order=row_order(base, name, outputs),
+            columns=column_order(base, name, inputs),
+        )
     return list(by_name.values()), deltas
 
 
@@ -78,10 +86,6 @@ def _namer(base: Base, present: Container[str]) -> Callable[[str], str]:
     return to_gguf
 
 
-def _family(base: Base) -> Family:
-    return next(f for f in FAMILIES.values() if f.architecture == base.architecture)
-
-
 def _untie(
     base: Base,
     by_name: dict[str, Tensor],
@@ -97,7 +101,7 @@ def _untie(
     # PEFT trains chosen tokens of the embedding and of a tied output as one.
     if not changed and not output and (embedding is None or embedding.indices):
         return
-    if _family(base).without_head:
+    if base.family.without_head:
         raise GattError(
             f"The adapter changes one of embedding and output (lm_head), which are one matrix in "
             f"{base.name}, and llama.cpp has no second one for {base.architecture}. Train without "
@@ -122,25 +126,12 @@ def _replaced(base: Base, tensor: Tensor, replacement: Replacement) -> Tensor:
             raise _wrong_shape(base, name, shape, tensor.shape)
         return Tensor(name, tensor.shape, partial(_load_patched, tensor, replacement))
     if by_token:
-        # Gemma 3 files leave out rows that no token has.
-        rows = min(shape[0], tensor.rows) if base.architecture == "gemma3" else shape[0]
-        return Tensor(name, (rows, *shape[1:]), partial(_load, replacement, None, 0.0))
-    if shape != tensor.shape:
+        cut = base.architecture in CUT_TO_TOKENS
+        rows = min(shape[0], tensor.rows) if cut else shape[0]
+        shape = (rows, *shape[1:])
+    elif shape != tensor.shape:
         raise _wrong_shape(base, name, shape, tensor.shape)
-    order = row_order(base, name, shape[0])
-    shift = _family(base).norm_shift if name.endswith("norm.weight") else 0.0
-    return Tensor(name, shape, partial(_load, replacement, order, shift))
-
-
-def _load(
-    replacement: Replacement, order: RowOrder | None, shift: float, first: int, last: int
-) -> Array:
-    """Load some rows of a replaced tensor; a vector is one row, which `order` sorts."""
-    if order is None:
-        return replacement.load(slice(first, last)) + np.float32(shift)
-    if len(replacement.values.shape) == 1:
-        return replacement.load(slice(first, last))[:, order]
-    return replacement.load(order[first:last])
+    return Tensor(name, shape, gguf_rows(base, name, shape, replacement.load))
 
 
 def _load_patched(tensor: Tensor, replacement: Replacement, first: int, last: int) -> Array:
@@ -148,7 +139,7 @@ def _load_patched(tensor: Tensor, replacement: Replacement, first: int, last: in
 
 
 def _fits(base: Base, name: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
-    spare = base.architecture == "gemma3" and name in _BY_TOKEN and shape[0] > expected[0]
+    spare = base.architecture in CUT_TO_TOKENS and name in _BY_TOKEN and shape[0] > expected[0]
     return shape == expected or (spare and shape[1:] == expected[1:])
 
 
@@ -172,6 +163,9 @@ def missing_from_gguf(folder: Path) -> str:
         return f"starts from a base that {adapter.settings.init} changed"
     if adapter.replacements:
         return f"replaces {', '.join(sorted(adapter.replacements)[:3])}, not only adds to matrices"
+    not_applied = [m for m in adapter.deltas if m.endswith(_NOT_APPLIED)]
+    if not_applied:
+        return f"changes {not_applied[0]}, to which llama.cpp applies no adapter"
     by_token = [m for m in adapter.deltas if m.endswith(("embed_tokens", "lm_head"))]
     if by_token:
         return f"changes {by_token[0]}, which a base with one matrix for both cannot have apart"

@@ -10,14 +10,12 @@ import re
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from pipeline.console import log
 from pipeline.errors import GattError
-from pipeline.gguf.base import Array, Metadata, RowOrder, Tensor, row_order
-from pipeline.gguf.families import extra_tensors, read_config, require_tensors
+from pipeline.gguf.base import CUT_TO_TOKENS, Array, Metadata, Tensor
+from pipeline.gguf.families import read_config
 from pipeline.gguf.huggingface.bitsandbytes import dequantized
 from pipeline.gguf.huggingface.chat_template import read_chat_template
 from pipeline.gguf.huggingface.config import (
@@ -27,6 +25,15 @@ from pipeline.gguf.huggingface.config import (
     require_object,
     with_defaults,
 )
+from pipeline.gguf.huggingface.hybrid_keys import linear_heads
+from pipeline.gguf.huggingface.keys import (
+    Part,
+    is_multi_token,
+    matrix_shape,
+    parts_of,
+    text_model_key,
+)
+from pipeline.gguf.huggingface.rope_factors import extra_tensors
 from pipeline.gguf.huggingface.safetensors import (
     GGML_TYPES,
     SafetensorsTensor,
@@ -34,20 +41,13 @@ from pipeline.gguf.huggingface.safetensors import (
     open_safetensors,
     shards,
 )
+from pipeline.gguf.huggingface.stored import gguf_rows
 from pipeline.gguf.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 _EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)")
-
-
-class _Part(NamedTuple):
-    """A matrix within a stored tensor: `rows` rows of the second last axis, from `first` on."""
-
-    key: str
-    first: int
-    rows: int
 
 
 class CheckpointBase:
@@ -71,9 +71,10 @@ class CheckpointBase:
         self.layers = int(self.config["num_hidden_layers"])
         self.heads = int(self.config["num_attention_heads"])
         self.key_heads = int(self.config.get("num_key_value_heads") or self.heads)
+        self.linear_heads = linear_heads(self.config)
         self._vocabulary = Vocabulary(folder, self.config, self.architecture)
         try:
-            self._extra = extra_tensors(self.family, self.config)
+            self._extra = extra_tensors(self.architecture, self.config)
             self._keys = self.family.keys(self.config)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise GattError(
@@ -108,7 +109,9 @@ class CheckpointBase:
         writer.add_type(gguf.GGUFType.MODEL)
         merged.set_gguf_meta_model(writer)
         for name, value in self._keys.items():
-            if value is not None:
+            if "." in name:
+                writer.add_array(f"{self.architecture}.{name}", value)
+            elif value is not None:
                 getattr(writer, f"add_{name}")(value)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         self._vocabulary.write(writer)
@@ -123,7 +126,8 @@ class CheckpointBase:
         tensors = list(self._tensors())
         names = {tensor.name: tensor.shape for tensor in tensors}
         tied = self.family.without_head or "output.weight" in names or self._is_tied()
-        require_tensors(self.family, names, self.layers, str(self.folder), tied=tied)
+        kinds = self.family.kinds(self.config)
+        self.family.require_tensors(names, kinds, str(self.folder), tied=tied)
         hidden, vocabulary = int(self.config["hidden_size"]), int(self.config["vocab_size"])
         rows, columns = names["token_embd.weight"]
         if columns != hidden or rows > vocabulary:
@@ -145,6 +149,9 @@ class CheckpointBase:
             for key, tensor in open_safetensors(file).items():
                 if text_key := text_model_key(key) if self.multimodal else key:
                     stored[text_key] = tensor
+        if any(map(is_multi_token, stored)):
+            _log_once(f"{self.name}: without the layers that predict several tokens at once.")
+            stored = {key: stored[key] for key in stored if not is_multi_token(key)}
         if not self.quantization:
             return dict(stored)
         dtype = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16")
@@ -168,7 +175,7 @@ class CheckpointBase:
                     f"{stored[0].file}: {key} is of type {stored[0].dtype}; "
                     "F32, F16 or BF16 expected. Take the 16-bit model."
                 )
-            for part in _split_gate_up(key, stored[0].shape):
+            for part in parts_of(key, matrix_shape(key, stored[0].shape)):
                 gguf_name = names.get_name(part.key, try_suffixes=(".weight", ".bias"))
                 if gguf_name is None:
                     raise GattError(
@@ -177,22 +184,17 @@ class CheckpointBase:
                     )
                 yield self._tensor(gguf_name, stored, part)
 
-    def _tensor(self, name: str, stored: list[Weights], part: _Part) -> Tensor:
+    def _tensor(self, name: str, stored: list[Weights], part: Part) -> Tensor:
         """Return one GGUF tensor; several stored tensors are the experts of one matrix."""
-        rows, shape = part.rows, stored[0].shape
-        if name == "token_embd.weight" and self.architecture == "gemma3":
+        rows, shape = part.rows, matrix_shape(part.key, stored[0].shape)
+        if name == "token_embd.weight" and self.architecture in CUT_TO_TOKENS:
             rows = min(rows, self._vocabulary.size)  # without the rows that no token has
         shape = (*shape[:-2], rows, shape[-1]) if len(shape) > 1 else (rows,)
         if len(stored) > 1:
             shape = (len(stored), *shape)
-        order = row_order(self, name, rows)
-        shift = self.family.norm_shift if name.endswith("norm.weight") else 0.0
-        if order is not None:
-            load = _load_reordered_vector if len(shape) == 1 else _load_reordered_rows
-            return Tensor(name, shape, partial(load, stored[0], order))
         if len(shape) > 2:
             return Tensor(name, shape, partial(_load_expert_rows, stored, part.first, rows))
-        return Tensor(name, shape, partial(_load_rows, stored[0], part.first, shift))
+        return Tensor(name, shape, gguf_rows(self, name, shape, stored[0].load, start=part.first))
 
     def _by_key(self) -> dict[str, list[Weights]]:
         """Return every stored tensor by its key.
@@ -226,37 +228,6 @@ def needs_text_checkpoint(folder: Path) -> bool:
     return bool(method) or isinstance(config.get("text_config"), dict)
 
 
-def text_model_key(key: str) -> str:
-    """Return the key of a multimodal model's weight in its text model alone, "" for other parts.
-
-    Checkpoints call the text model `language_model.model`, `model.language_model` (transformers 5
-    in memory, and adapters) or `model.language_model.model`; LLaVA's and Mistral's have `lm_head`
-    within `language_model`.
-    """
-    if "language_model." not in key:
-        return key if key.startswith(("lm_head.", "model.layers.", "model.embed_tokens.")) else ""
-    part = key.rpartition("language_model.")[2]
-    return part if part.startswith(("model.", "lm_head.")) else f"model.{part}"
-
-
-def _load_rows(stored: Weights, start: int, shift: float, first: int, last: int) -> Array:
-    """Load rows `first` to `last` of the matrix that begins in row `start` (a vector is one row).
-
-    `shift` is added: Gemma multiplies by 1 + the stored weights of its norms.
-    """
-    return stored.load(slice(start + first, start + last)) + np.float32(shift)
-
-
-def _load_reordered_rows(stored: Weights, order: RowOrder, first: int, last: int) -> Array:
-    """Load rows of q or k, which llama.cpp stores in another order."""
-    return stored.load(order[first:last])
-
-
-def _load_reordered_vector(stored: Weights, order: RowOrder, first: int, last: int) -> Array:
-    """Load the bias of q or k, whose entries are in the order of its matrix's rows."""
-    return _load_rows(stored, 0, 0.0, first, last)[:, order]
-
-
 def _load_expert_rows(stored: list[Weights], start: int, rows: int, first: int, last: int) -> Array:
     """Load rows of one expert out of matrices of `rows` rows, which follow one another in the GGUF.
 
@@ -264,24 +235,11 @@ def _load_expert_rows(stored: list[Weights], start: int, rows: int, first: int, 
     a stored matrix holds both gate and up, the wanted one begins in its row `start`."""
     expert, first_in_matrix = divmod(first, rows)
     last_in_matrix = last - expert * rows
-    if len(stored) > 1:
-        return _load_rows(stored[expert], start, 0.0, first_in_matrix, last_in_matrix)
-    start += expert * stored[0].shape[-2]
-    return _load_rows(stored[0], start, 0.0, first_in_matrix, last_in_matrix)
+    if len(stored) == 1:
+        start += expert * stored[0].shape[-2]
+    weights = stored[expert] if len(stored) > 1 else stored[0]
+    return weights.load(slice(start + first_in_matrix, start + last_in_matrix))
 
 
 def _slice_rows(values: Array, first: int, last: int) -> Array:
     return values.reshape(-1, values.shape[-1])[first:last]
-
-
-def _split_gate_up(key: str, shape: tuple[int, ...]) -> list[_Part]:
-    """Return the matrices in a stored tensor: experts may store gate and up as one."""
-    rows = shape[-2] if len(shape) > 1 else shape[0]
-    full_key = key if key.endswith((".weight", ".bias")) else f"{key}.weight"
-    if ".experts." not in key or "gate_up_proj" not in key:
-        return [_Part(full_key, 0, rows)]
-    half = rows // 2
-    return [
-        _Part(full_key.replace("gate_up_proj", "gate_proj"), 0, half),
-        _Part(full_key.replace("gate_up_proj", "up_proj"), half, half),
-    ]

@@ -5,38 +5,42 @@ Source: llama.cpp's converter in llama-cpp-python 0.3.36; the tests compare with
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-import numpy as np
-
 from pipeline.errors import GattError
-from pipeline.gguf.base import Array, JsonObject
+from pipeline.gguf.base import JsonObject
 from pipeline.gguf.huggingface.config import text_part, with_defaults
+from pipeline.gguf.huggingface.hybrid_keys import (
+    gemma4_keys,
+    gemma4_kinds,
+    gemma4_settings,
+    lfm2_keys,
+    lfm2_settings,
+    qwen35_keys,
+    qwen35_settings,
+)
 from pipeline.gguf.huggingface.hyperparameters import (
     Keys,
     common_keys,
     gemma2_keys,
     gemma3_keys,
     granite_keys,
-    head_size,
     llama_keys,
     ministral3_keys,
     olmo2_keys,
     phi3_keys,
     qwen3_moe_keys,
-    rope_of,
     smollm3_keys,
 )
+from pipeline.gguf.huggingface.stored import require_tensors
 
 _NEEDED = (
     "num_attention_heads",
     "num_key_value_heads",
     "intermediate_size",
     "vocab_size",
-    "rms_norm_eps",
     "max_position_embeddings",
 )
 """Keys of every family's configuration; transformers has defaults of them."""
@@ -47,7 +51,17 @@ _DENSE = (*_ATTENTION, "ffn_gate", "ffn_up", "ffn_down")
 _EXPERTS = (*_ATTENTION, "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _QK_NORMS = ("attn_q_norm", "attn_k_norm")
 _POST_NORMS = ("post_attention_norm", "post_ffw_norm")
+_OWN_KEYS = ("attn_k", "attn_k_norm")
+_FEED_FORWARD = ("ffn_gate", "ffn_up", "ffn_down")
 _MATRICES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
+def _one_kind(config: JsonObject) -> list[str]:
+    return [""] * int(config["num_hidden_layers"])
+
+
+def _layer_types(config: JsonObject) -> list[str]:
+    return list(config["layer_types"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +73,37 @@ class Family:
     because Gemma multiplies by 1 + w. Where it is `without_head`, a stored output matrix repeats
     the embedding and is skipped. `text_model` is the `model_type` in the `text_config` of a
     multimodal model whose text part is of this family. `needs` are keys of the configuration that
-    `_NEEDED` does not have, `matrices` the names of the weights that each layer has."""
+    `_NEEDED` does not have, `matrices` the names of the weights that each layer has, and `by_kind`
+    those that its layers of a kind have besides. `kinds` returns the kind of every layer.
+    `settings` gives a configuration the names that the other families have."""
 
     architecture: str
     keys: Callable[[JsonObject], Keys]
     text_model: str
     needs: tuple[str, ...] = ()
     matrices: tuple[str, ...] = _DENSE
+    by_kind: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kinds: Callable[[JsonObject], list[str]] = _one_kind
+    settings: Callable[[JsonObject], JsonObject] = lambda config: config
+    norm: str = "output_norm"
+
+    def require_tensors(
+        self, names: Collection[str], kinds: Sequence[str], source: str, *, tied: bool
+    ) -> None:
+        """Check that a model has all weights of the family, by llama.cpp's names.
+
+        `kinds` are those of its layers. Where the output matrix is not `tied` to the embedding, it
+        is needed too.
+
+        Raises:
+            GattError: one is missing.
+        """
+        parts = {kind: (*self.matrices, *self.by_kind.get(kind, ())) for kind in kinds}
+        needed = {"token_embd.weight": "the embedding", f"{self.norm}.weight": "the last norm"}
+        if not tied:
+            needed["output.weight"] = "the output matrix (lm_head)"
+        require_tensors(parts, kinds, names, needed, source)
+
     interleaved: bool = False
     norm_shift: float = 0.0
     without_head: bool = False
@@ -162,8 +200,65 @@ FAMILIES = {
         needs=("head_dim", "rope_parameters"),
         interleaved=True,
     ),
+    "Lfm2ForCausalLM": Family(
+        architecture="lfm2",
+        keys=lfm2_keys,
+        text_model="lfm2",
+        needs=(
+            *("conv_L_cache", "norm_eps", "tie_word_embeddings"),
+            *("block_auto_adjust_ff_dim", "block_ffn_dim_multiplier", "block_multiple_of"),
+        ),
+        matrices=("attn_norm", "ffn_norm", *_FEED_FORWARD),
+        by_kind={
+            "conv": ("shortconv.conv", "shortconv.in_proj", "shortconv.out_proj"),
+            "full_attention": ("attn_q", "attn_k", "attn_v", "attn_output", *_QK_NORMS),
+        },
+        kinds=_layer_types,
+        settings=lfm2_settings,
+        norm="token_embd_norm",
+    ),
+    "Qwen3_5ForCausalLM": Family(
+        architecture="qwen35",
+        keys=qwen35_keys,
+        text_model="qwen3_5_text",
+        needs=(
+            *("head_dim", "linear_conv_kernel_dim", "tie_word_embeddings"),
+            *("linear_num_key_heads", "linear_num_value_heads"),
+            *("linear_key_head_dim", "linear_value_head_dim"),
+        ),
+        matrices=("attn_norm", "post_attention_norm", *_FEED_FORWARD),
+        by_kind={
+            "linear_attention": (
+                *("attn_qkv", "attn_gate", "ssm_conv1d", "ssm_a", "ssm_dt"),
+                *("ssm_norm", "ssm_alpha", "ssm_beta", "ssm_out"),
+            ),
+            "full_attention": ("attn_q", "attn_k", "attn_v", "attn_output", *_QK_NORMS),
+        },
+        kinds=_layer_types,
+        settings=qwen35_settings,
+        norm_shift=1.0,
+    ),
+    "Gemma4ForCausalLM": Family(
+        architecture="gemma4",
+        keys=gemma4_keys,
+        text_model="gemma4_text",
+        needs=(
+            *("head_dim", "sliding_window", "rope_parameters", "num_kv_shared_layers"),
+            *("hidden_size_per_layer_input", "use_double_wide_mlp", "attention_k_eq_v"),
+        ),
+        matrices=(
+            *("attn_norm", "attn_q", "attn_q_norm", "attn_output", "ffn_norm"),
+            *(*_FEED_FORWARD, *_POST_NORMS, "layer_output_scale"),
+        ),
+        by_kind={"sliding_attention": ("attn_v", *_OWN_KEYS), "full_attention": _OWN_KEYS},
+        kinds=gemma4_kinds,
+        settings=gemma4_settings,
+    ),
 }
 """By the first of `architectures` in `config.json`."""
+_MISTRAL_SMALL = ("Mistral3ForConditionalGeneration", "MistralForCausalLM")
+"""Mistral Small 3.1 and its text model, which llama.cpp stores as it does Ministral 3 unless the
+configuration of the text model names its class."""
 _TEXT_MODELS = {family.text_model: name for name, family in FAMILIES.items()}
 
 
@@ -180,7 +275,7 @@ class ModelConfig(NamedTuple):
 
 def is_supported(config: JsonObject) -> bool:
     """Return whether a configuration names a family that this version writes."""
-    return _class_name(config) in FAMILIES
+    return _class_name(config) in FAMILIES and not text_part(config).get("enable_moe_block")
 
 
 def _class_name(config: JsonObject) -> str:
@@ -210,71 +305,45 @@ def read_config(config: JsonObject, source: str) -> ModelConfig:
         part = f" with the text model {str(model_type)!r}" if multimodal else ""
         raise GattError(
             f"{source} is a {name}{part}; this version trains and evaluates {', '.join(FAMILIES)}, "
-            "and models whose text model is one of these. Give a GGUF of the model instead, if it "
-            "is one of these. A folder of another architecture that llama.cpp reads is exported by "
-            "`gatt export --model FOLDER --adapter LORA`, or with your own convert_hf_to_gguf.py "
-            "by --converter PATH."
+            "models whose text model is one of these, and text models that both transformers and "
+            "llama.cpp's own converter know. Give a GGUF of the model instead, if it is one of "
+            "these, or export it with your own convert_hf_to_gguf.py: `gatt export --model FOLDER "
+            "--adapter LORA --converter PATH`."
         )
     family, settings = FAMILIES[class_name], text_part(config)
+    named = isinstance(text, dict) and text.get("architectures")
+    if (name, class_name) == _MISTRAL_SMALL and not named:
+        family = replace(family, architecture="mistral3")
     for key in _SIZES:
         if not settings.get(key):
             raise GattError(f"{source} lacks {key}. Download the checkpoint again.")
-    settings = with_defaults(settings, (*_NEEDED, *family.needs), source)
-    for key in (*_SIZES[1:], *_NEEDED):
+    epsilon = () if "norm_eps" in family.needs else ("rms_norm_eps",)
+    settings = with_defaults(settings, (*_NEEDED, *epsilon, *family.needs), source)
+    settings = _with_kinds(family, settings, source)
+    for key in (*_SIZES[1:], *_NEEDED, "rms_norm_eps"):
         value = settings[key]
         if key != "num_key_value_heads" and not (isinstance(value, int | float) and value > 0):
             raise GattError(f"{source}: {key} = {value!r} found, a positive number expected.")
     return ModelConfig(family, class_name, settings, multimodal)
 
 
-def require_tensors(
-    family: Family, names: Collection[str], layers: int, source: str, *, tied: bool
-) -> None:
-    """Check that a model has all weights that its family needs, by llama.cpp's names.
-
-    Where the output matrix is not `tied` to the embedding, it is needed too.
+def _with_kinds(family: Family, settings: JsonObject, source: str) -> JsonObject:
+    """Return a configuration by the names of the other families, with the kind of every layer.
 
     Raises:
-        GattError: one is missing.
+        GattError: a setting of a wrong type, or a kind of layer that the family does not have.
     """
-    needed = {"token_embd.weight": "the embedding", "output_norm.weight": "the last norm"}
-    if not tied:
-        needed["output.weight"] = "the output matrix (lm_head)"
-    # A layer has what its family needs, and whatever another layer has.
-    per_layer = {name.split(".", 2)[2] for name in names if name.startswith("blk.")}
-    for part in sorted({f"{matrix}.weight" for matrix in family.matrices} | per_layer):
-        for layer in range(layers):
-            needed[f"blk.{layer}.{part}"] = f"{part.rpartition('.')[0]} of layer {layer}"
-    missing = [text for name, text in needed.items() if name not in names]
-    if missing:
-        more = f" and {len(missing) - 1} others are" if len(missing) > 1 else " is"
+    try:
+        settings = family.settings(settings)
+        kinds = family.kinds(settings)
+    except (KeyError, TypeError, ValueError) as error:
         raise GattError(
-            f"{source} is incomplete: {missing[0]}{more} missing. Download the model again."
+            f"{source}: {error} is missing or of a wrong type. Download the checkpoint again."
+        ) from error
+    known = {"", "shared", *family.by_kind}
+    if len(kinds) != settings["num_hidden_layers"] or not known >= {*kinds}:
+        raise GattError(
+            f"{source}: layer_types = {kinds} found; for each of the "
+            f"{settings['num_hidden_layers']} layers one of {', '.join(family.by_kind)} expected."
         )
-
-
-def extra_tensors(family: Family, config: JsonObject) -> dict[str, Array]:
-    """Return tensors that no checkpoint holds: the factors of a scaled rotary embedding."""
-    rope = rope_of(config)
-    if family.architecture == "phi3" and rope.get("long_factor"):
-        return {
-            f"rope_factors_{name}.weight": np.array(rope[f"{name}_factor"], np.float32)
-            for name in ("long", "short")
-        }
-    if family.architecture == "llama" and rope["rope_type"] == "llama3":
-        return {"rope_freqs.weight": llama3_factors(rope, head_size(config))}
-    return {}
-
-
-def llama3_factors(rope: JsonObject, size: int) -> Array:
-    """Return Llama 3's frequency factors (Llama 3.1 model card; transformers' `rope_type =
-    "llama3"`).
-    """
-    exponents = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
-    frequencies = np.float32(1) / np.float32(rope["rope_theta"]) ** exponents
-    wavelengths = (2 * math.pi / frequencies).astype(np.float32)
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    ratio = rope["original_max_position_embeddings"] / wavelengths
-    smooth = np.clip((ratio - low) / (high - low), 0, 1)
-    factors: Array = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
-    return factors
+    return settings

@@ -11,10 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from pipeline.errors import GattError
 from pipeline.gguf.base import Array, Tensor
 from pipeline.system import core_count
+
+if TYPE_CHECKING:
+    from pipeline.gguf.imatrix import ImportanceMatrix
 
 KeyValue = str | bool | int
 UNIFORM_FORMATS = {
@@ -27,6 +33,8 @@ UNIFORM_FORMATS = {
 
 For other formats llama.cpp chooses the type of each tensor.
 """
+_EXACT = (".ffn_gate_inp.", ".shortconv.conv.", ".ssm_conv1d.")
+"""Matrices that are never quantized: routers and convolutions."""
 _QUANTIZED = re.compile(
     r"\[ *\d+/ *\d+\] +(\S+) .*?type = *\w+, size = .*?MiB(?: -> .*?MiB \((\w+)\))?"
 )
@@ -50,14 +58,14 @@ class Format:
 def uniform_format(tensors: Sequence[Tensor], format_name: str) -> Format:
     """Return one of `UNIFORM_FORMATS` for these tensors, with the types of llama.cpp's converter.
 
-    Vectors, norms and routers stay F32.
+    Vectors, norms, routers and convolutions stay F32.
     """
     import gguf
 
     types = {}
     for tensor in tensors:
-        norm_or_router = tensor.name.endswith("_norm.weight") or ".ffn_gate_inp." in tensor.name
-        if len(tensor.shape) < 2 or norm_or_router or not tensor.name.endswith(".weight"):
+        exact = tensor.name.endswith("_norm.weight") or any(p in tensor.name for p in _EXACT)
+        if len(tensor.shape) < 2 or exact or not tensor.name.endswith(".weight"):
             kind = "F32"
         elif format_name == "Q8_0" and tensor.columns % 32:
             kind = "F16"
@@ -85,7 +93,9 @@ def file_type(format_name: str) -> int:
     return int(number)
 
 
-def quantize(source: Path, target: Path, format_name: str) -> None:
+def quantize(
+    source: Path, target: Path, format_name: str, importance: ImportanceMatrix | None = None
+) -> None:
     """Write a GGUF in another format by llama.cpp alone, for files that our own export cannot
     write.
 
@@ -97,6 +107,15 @@ def quantize(source: Path, target: Path, format_name: str) -> None:
     silence(llama_cpp)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = file_type(format_name), core_count()
+    by_tensor = importance.by_tensor() if importance else {}
+    columns = {name: np.ascontiguousarray(values) for name, values in by_tensor.items()}
+    entries = [
+        (name.encode(), values.ctypes.data_as(ctypes.POINTER(ctypes.c_float)), values.size)
+        for name, values in columns.items()
+    ]
+    if entries:  # the list ends with an empty entry
+        size = len(entries) + 1
+        params.imatrix = (llama_cpp.llama_model_imatrix_data * size)(*entries, (None, None, 0))
     if llama_cpp.llama_model_quantize(
         os.fsencode(source), os.fsencode(target), ctypes.byref(params)
     ):

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import GattError
 from pipeline.gguf import ggml
-from pipeline.gguf.base import Array, Bytes, Metadata, Tensor
-from pipeline.gguf.families import FAMILIES, require_tensors
+from pipeline.gguf.base import Array, Bytes, LinearHeads, Metadata, Tensor
+from pipeline.gguf.families import FAMILIES
 from pipeline.gguf.reader import GgufInfo, read_gguf
 
 if TYPE_CHECKING:
@@ -63,7 +63,9 @@ class GgufBase:
         if not info.field("tokenizer.ggml.tokens"):
             raise GattError(f"{path} has no vocabulary. Take another GGUF of the model.")
         self.heads = int(info.hyperparameter("attention.head_count"))
-        self.key_heads = int(info.hyperparameter("attention.head_count_kv", self.heads))
+        key_heads = info.hyperparameter("attention.head_count_kv", self.heads)
+        self.key_heads = max(key_heads) if isinstance(key_heads, list) else int(key_heads)
+        self.linear_heads = linear_heads(info)
 
     def write_fields(self, writer: GGUFWriter, metadata: Metadata) -> None:
         """Copy the keys; `metadata` replaces what the base says about itself."""
@@ -82,9 +84,47 @@ class GgufBase:
             GattError: weights are missing.
         """
         names = {tensor.name for tensor in self._info.tensors}
-        require_tensors(self.family, names, self.layers, str(self._info.path), tied=True)
+        kinds = layer_kinds(self._info)
+        self.family.require_tensors(names, kinds, str(self._info.path), tied=True)
         for name, shape, kind, data in self._info.tensors:
             yield Tensor(name, shape, partial(_dequantize, data, kind, shape[-1]))
+
+
+def linear_heads(info: GgufInfo) -> LinearHeads | None:
+    """Return the heads of a file's layers with linear attention; None for a model without."""
+    values = info.hyperparameter("ssm.time_step_rank")
+    if info.architecture != "qwen35" or not values:
+        return None
+    size = info.hyperparameter("ssm.inner_size") // values
+    keys, key_size = (info.hyperparameter(f"ssm.{k}") for k in ("group_count", "state_size"))
+    return LinearHeads(keys, values, key_size, size)
+
+
+def layer_kinds(info: GgufInfo) -> list[str]:
+    """Return the kind of every layer, as a configuration's `layer_types` call them.
+
+    Layers that predict several tokens at once are left out; they are the last ones.
+    """
+    get, layers = info.hyperparameter, info.layers
+    if info.architecture == "lfm2":
+        heads = get("attention.head_count_kv")
+        heads = heads if isinstance(heads, list) else [heads] * layers
+        return ["full_attention" if count else "conv" for count in heads]
+    if info.architecture == "qwen35":
+        layers -= get("nextn_predict_layers", 0)
+        interval = get("full_attention_interval", 4)
+        recurrent = get("attention.recurrent_layers") or [
+            bool((n + 1) % interval) for n in range(layers)
+        ]
+        return ["linear_attention" if is_so else "full_attention" for is_so in recurrent[:layers]]
+    if info.architecture == "gemma4":
+        slides = get("attention.sliding_window_pattern")
+        own = layers - get("attention.shared_kv_layers", 0)
+        return [
+            "shared" if n >= own else "sliding_attention" if slides[n] else "full_attention"
+            for n in range(layers)
+        ]
+    return [""] * layers
 
 
 def _dequantize(stored: Bytes, kind: int, columns: int, first: int, last: int) -> Array:

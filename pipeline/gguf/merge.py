@@ -25,7 +25,16 @@ from pipeline.errors import GattError
 from pipeline.files import whole_file
 from pipeline.gguf import ggml
 from pipeline.gguf.adapter import apply_adapter
-from pipeline.gguf.base import Array, Base, Bytes, Metadata, Tensor, row_order
+from pipeline.gguf.base import (
+    Array,
+    Base,
+    Bytes,
+    Metadata,
+    RowOrder,
+    Tensor,
+    column_order,
+    row_order,
+)
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.formats import Format, KeyValue, uniform_format
 from pipeline.gguf.gguf_base import GgufBase
@@ -40,7 +49,10 @@ _BLOCK = 1 << 18
 """Weights that each thread merges and rounds at a time; as float32 they fit in its cache."""
 _FLUSH_BYTES = 1 << 26
 """Bytes after which a file is sent to the disk."""
-_LINEAR = re.compile(r"blk\.\d+\.(attn_(q|k|v|qkv|output)|ffn_(gate|up|down))\.weight")
+_LINEAR = re.compile(
+    r"blk\.\d+\.(attn_(q|k|v|qkv|gate|output)|ffn_(gate|up|down)|inp_gate|proj|ssm_(alpha|beta|out)"
+    r"|shortconv\.(in|out)_proj)\.weight|per_layer_model_proj\.weight"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,9 +268,10 @@ def _as_trained(plan: MergePlan, tensor: Tensor) -> Tensor:
 
     The blocks of the rounding follow Hugging Face's order of rows.
     """
-    delta = plan.deltas.get(tensor.name)
+    delta, base = plan.deltas.get(tensor.name), plan.base
+    columns = column_order(base, tensor.name, tensor.columns)
     if delta and delta.init != "plain":
-        residual = delta.residual(tensor.load(0, tensor.rows))
+        residual = _in_order(tensor.load(0, tensor.rows), None, columns, delta.residual)
         return Tensor(tensor.name, tensor.shape, lambda first, last: residual[first:last])
     if plan.nf4_round_trip is None or not _LINEAR.fullmatch(tensor.name):
         return tensor
@@ -267,15 +280,24 @@ def _as_trained(plan: MergePlan, tensor: Tensor) -> Tensor:
             f"{tensor.name}: experts cannot be rounded to 4 bits as in training. "
             'Set export.merge_base = "fp16".'
         )
-    order = row_order(plan.base, tensor.name, tensor.rows)
-    rows = tensor.load(0, tensor.rows)
-    if order is None:
-        rounded = plan.nf4_round_trip(rows)
-    else:
-        original = np.empty_like(rows)
-        original[order] = rows
-        rounded = plan.nf4_round_trip(original)[order]
+    order = row_order(base, tensor.name, tensor.rows)
+    rounded = _in_order(tensor.load(0, tensor.rows), order, columns, plan.nf4_round_trip)
     return Tensor(tensor.name, tensor.shape, lambda first, last: rounded[first:last])
+
+
+def _in_order(
+    weights: Array,
+    order: RowOrder | None,
+    columns: RowOrder | None,
+    change: Callable[[Array], Array],
+) -> Array:
+    """Return what `change` makes of a matrix whose rows and columns are in these orders."""
+    if columns is not None:
+        inverse = np.argsort(columns)
+        return _in_order(weights[:, inverse], order, None, change)[:, columns]
+    if order is None:
+        return change(weights)
+    return change(weights[np.argsort(order)])[order]
 
 
 def _merge_rows(

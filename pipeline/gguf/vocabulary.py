@@ -23,6 +23,9 @@ _LLAMA3 = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}", 1)
+_QWEN35 = _QWEN2.replace(r"\p{L}+", r"[\p{L}\p{M}]+", 1).replace(
+    r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]", 1
+)
 _UPPER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
@@ -45,23 +48,30 @@ PRE_TOKENIZERS: dict[str, list[JsonObject]] = {
     "smollm": [{"type": "Digits", "individual_digits": True}, _WORDS],
     "llama-bpe": [_split(_LLAMA3), _BYTES],
     "qwen2": [_split(_QWEN2), _BYTES],
+    "qwen35": [_split(_QWEN35), _BYTES],
     "gpt-4o": [_split(_GPT4O), _BYTES],
     "tekken": [_split(_TEKKEN), _BYTES],
 }
 """llama.cpp's `tokenizer.ggml.pre`, and the same rule as it stands in `tokenizer.json`."""
+_LFM2 = "lfm2"
 _OTHER_NAMES = {
     "olmo2": {"llama-bpe": "dbrx"},
     "granite": {"llama-bpe": "dbrx", "smollm": "refact"},
 }
-"""What llama.cpp calls a rule in the tokenizers of an architecture. Its `llama-bpe` also takes
-whole words of the vocabulary without merges (`ignore_merges`), and its `dbrx` does not."""
+"""What llama.cpp calls a rule in the tokenizers of an architecture. Its `llama-bpe` and `lfm2` also
+take whole words of the vocabulary without merges (`ignore_merges`), and its `dbrx` does not."""
 _LLAMA_VOCABULARIES = ("llama", "smollm3", "granite", "mistral3")
 """Architectures whose tokenizers llama.cpp's converter treats as Llama's."""
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 
 
-_Kind = Literal["sentencepiece", "byte fallback", "byte level"]
+_Kind = Literal["sentencepiece", "byte fallback", "byte level", "gemma 4"]
+_GEMMA4_VISIBLE = {
+    *(b"<|channel>", b"<channel|>", b'<|"|>', b"<|tool_call>", b"<tool_call|>"),
+    *(b"<|tool_response>", b"<tool_response|>"),
+}
+"""Control tokens of Gemma 4 that llama.cpp shows, because it reads thoughts and calls from them."""
 
 
 class _Token(NamedTuple):
@@ -115,7 +125,8 @@ class Vocabulary:
             self._architecture == "phi3"
             and self._settings.get("tokenizer_class") == "GPT2Tokenizer"
         )
-        if self._model_file.is_file() and not phi4:
+        gemma4 = self._architecture == "gemma4"
+        if self._model_file.is_file() and not (phi4 or gemma4):
             _load_sentencepiece(self._model_file)
             return "sentencepiece"
         file = self._folder / "tokenizer.json"
@@ -131,8 +142,10 @@ class Vocabulary:
         # byte fallback that is never used.
         byte_level = "ByteLevel" in str(self._tokenizer.get("pre_tokenizer"))
         falls_back = model.get("type") == "BPE" and model.get("byte_fallback") and not byte_level
+        if gemma4 and not falls_back:
+            raise GattError(f"{file} is not a BPE with byte fallback, as Gemma 4's tokenizer is.")
         as_llama = self._architecture in _LLAMA_VOCABULARIES
-        return "byte fallback" if falls_back and as_llama else "byte level"
+        return "gemma 4" if gemma4 else "byte fallback" if falls_back and as_llama else "byte level"
 
     @property
     def size(self) -> int:
@@ -149,19 +162,26 @@ class Vocabulary:
         scores: list[float] = []
         if self._kind == "sentencepiece":
             texts, scores, kinds = self._sentencepiece()
-        elif self._kind == "byte fallback":
+        elif self._kind in ("byte fallback", "gemma 4"):
             tokens = gguf.LlamaHfVocab(self._folder).all_tokens()
             texts, scores, kinds = map(list, zip(*tokens, strict=True))
         else:
             texts, kinds = token_types(self._tokenizer, int(self._config["vocab_size"]))
-        writer.add_tokenizer_model("gpt2" if self._kind == "byte level" else "llama")
-        writer.add_tokenizer_pre(self._pre_tokenizer)
+        if self._kind == "gemma 4":
+            pairs = zip(texts, kinds, strict=True)
+            kinds = [_USER_DEFINED if text in _GEMMA4_VISIBLE else kind for text, kind in pairs]
+        else:
+            writer.add_tokenizer_pre(self._pre_tokenizer)
+        names = {"byte level": "gpt2", "gemma 4": "gemma4"}
+        writer.add_tokenizer_model(names.get(self._kind, "llama"))
         writer.add_token_list(texts)
         if scores:
             writer.add_token_scores(scores)
         writer.add_token_types(kinds)
         special = gguf.SpecialVocab(
-            self._folder, load_merges=self._kind == "byte level", n_vocab=len(texts)
+            self._folder,
+            load_merges=self._kind in ("byte level", "gemma 4"),
+            n_vocab=len(texts),
         )
         # The order of places is transformers', which trains; the converter's differs from it.
         templates = read_chat_templates(self._folder)
@@ -177,7 +197,7 @@ class Vocabulary:
         """Write whether a space is put before a text, and a BOS token."""
         as_llama = self._architecture in _LLAMA_VOCABULARIES
         prefix = self._settings.get("add_prefix_space") if as_llama else None
-        if self._architecture == "gemma2" or (
+        if self._architecture in ("gemma2", "gemma4") or (
             self._architecture == "gemma3" and self._kind == "sentencepiece"
         ):
             prefix = False
@@ -186,6 +206,8 @@ class Vocabulary:
         # SmolLM and Granite name a BOS token, but do not use it.
         if as_llama and self._config.get("vocab_size") == 49152:
             writer.add_add_bos_token(False)  # noqa: FBT003
+        if self._architecture == "gemma4":
+            writer.add_add_bos_token(True)  # noqa: FBT003
 
     def _sentencepiece(self) -> _Pieces:
         """Return every token; ids that the tokenizer leaves out are unused."""
@@ -273,6 +295,8 @@ def name_of_pre_tokenizer(tokenizer: JsonObject, source: Path, architecture: str
     if tokenizer["model"].get("type") == "BPE":
         for name, known_steps in PRE_TOKENIZERS.items():
             if [_splitting(step) for step in steps] == [_splitting(step) for step in known_steps]:
+                if (name, architecture) == ("llama-bpe", _LFM2):
+                    return _LFM2
                 ignores_merges = tokenizer["model"].get("ignore_merges")
                 other = _OTHER_NAMES.get(architecture, {})
                 return name if ignores_merges else other.get(name, name)

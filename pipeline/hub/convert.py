@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from pipeline.console import log
 from pipeline.files import sha256, whole_file, write_json
 from pipeline.folders import lock_file
 from pipeline.gguf.checkpoint import CheckpointBase, needs_text_checkpoint
@@ -17,6 +18,7 @@ from pipeline.gguf.formats import (
     Format,
     KeyValue,
     file_type,
+    quantize,
     query_tensor_types,
     uniform_format,
 )
@@ -25,11 +27,12 @@ from pipeline.gguf.imatrix import ImportanceMatrix
 from pipeline.gguf.merge import MergePlan, open_base, plan_merge, write, write_skeleton
 from pipeline.gguf.reader import open_gguf
 from pipeline.hub.gguf_checkpoint import write_gguf_checkpoint
+from pipeline.hub.llama_converter import convert, converter_for
 from pipeline.hub.models import Model, require_chat_template
 from pipeline.hub.text_checkpoint import write_text_checkpoint
 from pipeline.system import cache_path, require_disk
 
-_CONVERSION = 8
+_CONVERSION = 9
 """Version of the conversion, part of the names in the cache: raise it with every change."""
 
 
@@ -64,8 +67,20 @@ def cached_gguf(model: Model, format_name: str) -> Path:
         if not target.exists():  # another process may have made it in the meantime
             require_disk(target.parent, 4 * model.bytes, f"convert {model.name}")
             with whole_file(target) as draft:
-                write_formats(model, None, {format_name: draft})
+                if converter := converter_for(model.path):
+                    _convert_folder(converter, model, format_name, draft)
+                else:
+                    write_formats(model, None, {format_name: draft})
     return target
+
+
+def _convert_folder(converter: Path, model: Model, format_name: str, target: Path) -> None:
+    """Convert a folder by llama.cpp's own converter, once; other formats are made of its F16."""
+    if format_name == "F16":
+        log(f"{model.name}: converted by llama.cpp's own converter, once.")
+        convert(converter, model.path, target, "F16")
+    else:
+        quantize(cached_gguf(model, "F16"), target, format_name)
 
 
 def write_formats(model: Model, adapter: Path | None, targets: dict[str, Path]) -> None:

@@ -7,8 +7,6 @@ rotary embeddings and sliding windows: it fails for Qwen3, and computes somethin
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,23 +16,16 @@ import numpy as np
 from pipeline.errors import GattError
 from pipeline.files import write_json
 from pipeline.gguf import ggml
-from pipeline.gguf.base import Array, JsonObject, RowOrder, row_order
-from pipeline.gguf.families import FAMILIES, llama3_factors
+from pipeline.gguf.base import Array, JsonObject
+from pipeline.gguf.families import FAMILIES
 from pipeline.gguf.gguf_base import GgufBase
-from pipeline.gguf.huggingface.safetensors import Weights
+from pipeline.gguf.huggingface.rope_factors import llama3_factors
 from pipeline.gguf.reader import GgufInfo, StoredTensor
+from pipeline.hub.gguf_hybrid import HYBRID, hybrid_settings
 from pipeline.hub.gguf_tokenizer import save_gguf_tokenizer
+from pipeline.hub.gguf_weights import gguf_weights
 from pipeline.hub.text_checkpoint import write_safetensors
 
-_MODULES = (
-    *("input_layernorm", "post_attention_layernorm"),
-    *("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")),
-    *("self_attn.q_norm", "self_attn.k_norm", "mlp.gate"),
-    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
-    *(f"mlp.experts.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
-)
-"""The modules of a layer in all families, as transformers calls them."""
 _LARGE_LAYERS = {"gemma2": 46, "gemma3": 62}
 """Layers of Gemma's 27B models, whose attention llama.cpp scales by another width."""
 
@@ -47,7 +38,7 @@ def write_gguf_checkpoint(base: GgufBase, info: GgufInfo, target: Path) -> None:
     """
     target.mkdir(parents=True)
     config = model_config(info)
-    write_safetensors(_weights(base, info), target / "model.safetensors")
+    write_safetensors(gguf_weights(base, info), target / "model.safetensors")
     save_gguf_tokenizer(info, target)
     # Without its version, transformers takes a large vocabulary for one of Mistral's early files,
     # and warns of wrong tokens.
@@ -65,6 +56,7 @@ def model_config(info: GgufInfo) -> JsonObject:
     names = [name for name, f in FAMILIES.items() if f.architecture == info.architecture]
     heads, hidden = info.hyperparameter("attention.head_count"), shapes["token_embd.weight"][1]
     head_dim = info.hyperparameter("attention.key_length", hidden // heads)
+    key_heads = info.hyperparameter("attention.head_count_kv", heads)
     config = {
         "architectures": names[:1],
         "model_type": FAMILIES[names[0]].text_model,
@@ -73,7 +65,7 @@ def model_config(info: GgufInfo) -> JsonObject:
         "hidden_size": hidden,
         "intermediate_size": info.hyperparameter("feed_forward_length", hidden),
         "num_attention_heads": heads,
-        "num_key_value_heads": info.hyperparameter("attention.head_count_kv", heads),
+        "num_key_value_heads": max(key_heads) if isinstance(key_heads, list) else key_heads,
         "head_dim": head_dim,
         "vocab_size": shapes["token_embd.weight"][0],
         "max_position_embeddings": info.context_length,
@@ -81,7 +73,7 @@ def model_config(info: GgufInfo) -> JsonObject:
         "tie_word_embeddings": "output.weight" not in shapes,
         "attention_bias": "blk.0.attn_q.bias" in shapes,
         "mlp_bias": "blk.0.ffn_up.bias" in shapes,
-        "rope_parameters": _rope(info, head_dim),
+        "rope_parameters": {} if info.architecture == "gemma4" else _rope(info, head_dim),
         "bos_token_id": info.field("tokenizer.ggml.bos_token_id"),
         "eos_token_id": info.field("tokenizer.ggml.eos_token_id"),
         "pad_token_id": info.field("tokenizer.ggml.padding_token_id"),
@@ -92,6 +84,8 @@ def model_config(info: GgufInfo) -> JsonObject:
 def _family_settings(info: GgufInfo, config: JsonObject) -> JsonObject:
     """Return what only the family of the model has in its configuration."""
     architecture, get = info.architecture, info.hyperparameter
+    if architecture in HYBRID:
+        return hybrid_settings(info, config)
     if architecture in _LARGE_LAYERS:
         large = info.layers == _LARGE_LAYERS[architecture]
         width = config["hidden_size"] // config["num_attention_heads"]
@@ -226,84 +220,3 @@ def _llama3_scaling(info: GgufInfo, theta: float, head_dim: int, factors: Array)
 
 def _values(tensor: StoredTensor) -> Array:
     return ggml.dequantize(tensor.data, tensor.kind, tensor.shape[-1]).reshape(-1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _GgufWeights:
-    """A tensor of a GGUF, or an expert of one, as transformers stores it, in bfloat16.
-
-    `order` has the stored row of each row, `shift` is what Gemma's norms are stored without."""
-
-    file: Path
-    shape: tuple[int, ...]
-    stored: StoredTensor
-    first_row: int = 0
-    order: RowOrder | None = None
-    shift: float = 0.0
-    dtype: str = "BF16"
-
-    def load(self, rows: slice | RowOrder) -> Array:
-        """Return (rows, columns) float32 of some rows; a vector is one row."""
-        count = math.prod(self.shape[:-1])
-        chosen = np.arange(count)[rows] + self.first_row
-        if self.order is not None and len(self.shape) > 1:
-            chosen = self.order[chosen]
-        values = ggml.dequantize(self.stored.data[chosen], self.stored.kind, self.shape[-1])
-        if self.order is not None and len(self.shape) == 1:
-            values = values[:, self.order]
-        return values - np.float32(self.shift)
-
-
-def _weights(base: GgufBase, info: GgufInfo) -> dict[str, Weights]:
-    """Return the weights of a GGUF by transformers' names.
-
-    Raises:
-        GattError: a tensor that has no name there.
-    """
-    import gguf
-
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[info.architecture.upper()], info.layers)
-    stored = {tensor.name: tensor for tensor in info.tensors}
-    keys = ["model.embed_tokens", "model.norm", "lm_head"]
-    fused = base.architecture == "phi3"  # Phi-3 stores gate and up as one
-    for n in range(info.layers):
-        keys += [
-            f"model.layers.{n}.{module.replace('up_proj', 'gate_up_proj') if fused else module}"
-            for module in _MODULES
-        ]
-    weights: dict[str, Weights] = {}
-    used = {name for name in stored if name.startswith("rope_")}
-    for key in (f"{key}.{end}" for key in keys for end in ("weight", "bias")):
-        name = names.get_name(key, try_suffixes=(".weight", ".bias"))
-        if name in stored and name not in used:
-            used.add(name)
-            weights |= _by_key(base, key, stored[name], info.path)
-    if unknown := stored.keys() - used:
-        raise GattError(
-            f"{info.path} holds {min(unknown)}, which has no place in transformers. Take the "
-            "model's Hugging Face folder."
-        )
-    return weights
-
-
-def _by_key(base: GgufBase, key: str, tensor: StoredTensor, file: Path) -> dict[str, Weights]:
-    """Return a tensor by its key, or each of its experts."""
-    *experts, rows, columns = (1, *tensor.shape)
-    if len(tensor.shape) == 3:
-        return {
-            key.replace(".experts.", f".experts.{n}."): _GgufWeights(
-                file=file, shape=(rows, columns), stored=tensor, first_row=n * rows
-            )
-            for n in range(experts[-1])
-        }
-    order = row_order(base, tensor.name, tensor.shape[0])
-    shift = base.family.norm_shift if tensor.name.endswith("norm.weight") else 0.0
-    return {
-        key: _GgufWeights(
-            file=file,
-            shape=tensor.shape,
-            stored=tensor,
-            order=None if order is None else np.argsort(order),
-            shift=shift,
-        )
-    }

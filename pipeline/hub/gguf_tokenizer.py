@@ -22,6 +22,7 @@ SAME_RULE = {
     "falcon3": "llama-bpe",
     "pixtral": "llama-bpe",
     "dbrx": "llama-bpe",
+    "lfm2": "llama-bpe",
     "smaug-bpe": "llama-bpe",
     "refact": "smollm",
     "deepseek-r1-qwen": "qwen2",
@@ -58,7 +59,7 @@ def save_gguf_tokenizer(info: GgufInfo, folder: Path) -> None:
             for id, (text, type_) in enumerate(zip(tokens, types, strict=True))
             if type_ in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ],
-        **(_byte_level(info, tokens) if byte_level else _sentencepiece(info, tokens)),
+        **(_byte_level(info, tokens) if byte_level else _byte_fallback(info, tokens)),
     }
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(description)),
@@ -79,15 +80,15 @@ def require_tokenizer(info: GgufInfo) -> None:
     """
     kind, rule = info.field("tokenizer.ggml.model"), info.field("tokenizer.ggml.pre")
     unknown = ""
-    if kind not in ("gpt2", "llama"):
+    if kind not in ("gpt2", "llama", "gemma4"):
         unknown = f"tokenizer.ggml.model = {kind!r}"
     elif kind == "gpt2" and SAME_RULE.get(rule, rule) not in PRE_TOKENIZERS:
         unknown = f"tokenizer.ggml.pre = {rule!r}"
     if unknown:
         raise GattError(
             f"{info.path}: {unknown} found; 'gpt2' with the pre-tokenizer of "
-            f"{', '.join(PRE_TOKENIZERS)}, or 'llama' expected. Take the model's Hugging Face "
-            "folder."
+            f"{', '.join(PRE_TOKENIZERS)}, 'llama' or 'gemma4' expected. Take the model's Hugging "
+            "Face folder."
         )
 
 
@@ -115,19 +116,11 @@ def _byte_level(info: GgufInfo, tokens: list[str]) -> JsonObject:
     }
 
 
-def _sentencepiece(info: GgufInfo, tokens: list[str]) -> JsonObject:
-    """Return the parts of a BPE with byte fallback, whose merges follow from the scores.
-
-    SentencePiece, and llama.cpp, join the pair whose token has the highest score.
-    """
+def _byte_fallback(info: GgufInfo, tokens: list[str]) -> JsonObject:
+    """Return the parts of a BPE with byte fallback; of Gemma 4, a file has the merges."""
     vocabulary = {text: id for id, text in enumerate(tokens)}
-    scores = info.field("tokenizer.ggml.scores", [0.0] * len(tokens))
-    merges = [
-        (-scores[vocabulary[text]], vocabulary[text[:n]], vocabulary[text[n:]], text[:n], text[n:])
-        for text in vocabulary
-        for n in range(1, len(text))
-        if text[:n] in vocabulary and text[n:] in vocabulary
-    ]
+    stored = info.field("tokenizer.ggml.merges")
+    merges = [merge.split(" ") for merge in stored] if stored else _merges(info, vocabulary)
     prefix = bool(info.field("tokenizer.ggml.add_space_prefix", True))  # noqa: FBT003
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
     steps = [{"type": "Prepend", "prepend": _SPACE}] if prefix else []
@@ -146,9 +139,24 @@ def _sentencepiece(info: GgufInfo, tokens: list[str]) -> JsonObject:
         "model": {
             "type": "BPE",
             "vocab": vocabulary,
-            "merges": [[left, right] for *_, left, right in sorted(merges)],
+            "merges": merges,
             "unk_token": info.token("unknown") or None,
             "fuse_unk": True,
             "byte_fallback": True,
         },
     }
+
+
+def _merges(info: GgufInfo, vocabulary: dict[str, int]) -> list[list[str]]:
+    """Return the merges of a SentencePiece model in their order, which follow from its scores.
+
+    It joins the pair whose token has the highest score, as llama.cpp does.
+    """
+    scores = info.field("tokenizer.ggml.scores", [0.0] * len(vocabulary))
+    merges = [
+        (-scores[vocabulary[text]], vocabulary[text[:n]], vocabulary[text[n:]], text[:n], text[n:])
+        for text in vocabulary
+        for n in range(1, len(text))
+        if text[:n] in vocabulary and text[n:] in vocabulary
+    ]
+    return [[left, right] for *_, left, right in sorted(merges)]

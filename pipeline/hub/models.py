@@ -17,12 +17,14 @@ from pipeline.gguf.huggingface.config import (
     refuse_quantized,
     require_object,
 )
+from pipeline.gguf.huggingface.safetensors import open_safetensors, shards
 from pipeline.gguf.merge import open_base
 from pipeline.gguf.reader import open_gguf, part_paths
 from pipeline.hub.gguf_checkpoint import model_config
 from pipeline.hub.gguf_tokenizer import require_tokenizer
+from pipeline.hub.llama_converter import check_convertible, converter_for
 from pipeline.hub.presets import presets
-from pipeline.hub.shape import ModelShape
+from pipeline.hub.shape import ModelShape, sizes_of_any_family
 
 _WITHOUT_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "README.md")
 """Files to download first: configuration, tokenizer, chat template, and the license in the card."""
@@ -108,7 +110,12 @@ def require_exportable(model: Model) -> None:
     Raises:
         GattError: it has no chat template, lacks weights, or is of a kind that cannot be exported.
     """
-    list(open_base(model.path).tensors())
+    if converter := converter_for(model.path):
+        for file in shards(model.path):
+            open_safetensors(file)
+        check_convertible(converter, model.path)
+    else:
+        list(open_base(model.path).tensors())
     require_chat_template(model)
     if model.is_gguf:
         info = open_gguf(model.path)
@@ -136,6 +143,8 @@ def shape_of(name: str) -> ModelShape:
     file = model.path / "config.json"
     config = require_object(file)
     refuse_quantized(model.path, quantization_method(model.path, config))
+    if converter_for(model.path):
+        return ModelShape.from_config(sizes_of_any_family(model.path))
     return ModelShape.from_config(read_config(config, str(file)).settings)
 
 
@@ -151,6 +160,19 @@ def _packaged_gguf(package: str) -> Path:
     return Path(str(next(file for file in files if str(file).endswith(".gguf")).locate()))
 
 
+def _check_without_weights(folder: Path) -> None:
+    """Refuse what cannot be exported before gigabytes of weights are downloaded.
+
+    Raises:
+        GattError: its architecture, settings, tokenizer or quantization are not supported.
+    """
+    converter = converter_for(folder)
+    if converter is None:
+        CheckpointBase(folder)
+    elif not any(folder.glob("model*.safetensors")):  # it takes some seconds
+        check_convertible(converter, folder)
+
+
 @cache
 def _download(name: str, repository: str, *, weights: bool) -> Model:
     """Download a Hub repository: first the small files, then the safetensors."""
@@ -158,8 +180,7 @@ def _download(name: str, repository: str, *, weights: bool) -> Model:
 
     try:
         folder = huggingface_hub.snapshot_download(repository, allow_patterns=[*_WITHOUT_WEIGHTS])
-        # Refuses an unknown architecture before gigabytes of weights are downloaded.
-        CheckpointBase(Path(folder))
+        _check_without_weights(Path(folder))
         if weights:
             patterns = [*_WITHOUT_WEIGHTS, "model*.safetensors"]
             huggingface_hub.snapshot_download(repository, allow_patterns=patterns)

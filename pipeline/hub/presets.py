@@ -11,17 +11,22 @@ import tomlkit
 from pipeline.hub.shape import ModelShape
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """A base model with a short name: its repository on the Hub, and its sizes.
 
     `package` names the Python package that contains the model as a GGUF file; "" downloads the
-    repository.
+    repository. `license` is an id of the Hub, `context` the tokens that the model was made for, and
+    `thinking` tells whether it thinks: "no", or "switchable" where its template can switch that
+    off. Where they were not looked up, they are "" and 0.
     """
 
     repository: str
     shape: ModelShape
     package: str = ""
+    license: str = ""
+    context: int = 0
+    thinking: str = ""
 
 
 def presets() -> dict[str, Preset]:
@@ -33,4 +38,4 @@ def presets() -> dict[str, Preset]:
 
 def _read(file: Path) -> Preset:
     values = tomlkit.parse(file.read_text(encoding="utf-8")).unwrap()
-    return Preset(values["repository"], ModelShape(**values["shape"]), values.get("package", ""))
+    return Preset(**{**values, "shape": ModelShape(**values["shape"])})

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from pipeline.errors import GattError
 from pipeline.recipe import Train
 
 _LEARNING_RATE, _LEARNING_RATE_WIDTH, _WIDTH_EXPONENT = 8e-4, 576, 0.781
 """SmolLM2-135M's learning rate and hidden size, and how fast the rate falls with it."""
+
+
+_SIZES = (
+    *("num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size"),
+    *("num_attention_heads", "num_key_value_heads", "head_dim", "tie_word_embeddings"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,7 +25,8 @@ class ModelShape:
     """The sizes of a decoder, called as in Hugging Face configurations.
 
     `q_size` and `kv_size` are the output widths of `q_proj` and of `k_proj` and `v_proj`, over all
-    heads.
+    heads. `per_layer_embedding` are the parameters of the embedding that Gemma 4's small models
+    have for each layer.
     """
 
     num_hidden_layers: int
@@ -27,6 +36,7 @@ class ModelShape:
     kv_size: int
     vocab_size: int
     tie_word_embeddings: bool
+    per_layer_embedding: int = 0
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ModelShape:
@@ -46,6 +56,9 @@ class ModelShape:
             kv_size=(text_config.get("num_key_value_heads") or heads) * head_dim,
             vocab_size=text_config["vocab_size"],
             tie_word_embeddings=text_config.get("tie_word_embeddings", True),
+            per_layer_embedding=text_config["num_hidden_layers"]
+            * (text_config.get("hidden_size_per_layer_input") or 0)
+            * text_config.get("vocab_size_per_layer_input", text_config["vocab_size"]),
         )
 
     @property
@@ -70,8 +83,9 @@ class ModelShape:
 
     @property
     def embedding_parameters(self) -> int:
-        """Return the parameters of the embedding, and of the output layer if it is not tied."""
-        return self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        """Return the parameters of embeddings, and of the output layer if it is not tied."""
+        matrices = 1 if self.tie_word_embeddings else 2
+        return self.vocab_size * self.hidden_size * matrices + self.per_layer_embedding
 
     @property
     def parameters(self) -> int:
@@ -102,3 +116,34 @@ class ModelShape:
         inputs and outputs of the feed-forward network are in bfloat16.
         """
         return 12 * self.hidden_size + 8 * self.q_size + 8 * self.intermediate_size
+
+
+def sizes_of_any_family(folder: Path) -> dict[str, Any]:
+    """Return the sizes in the `config.json` of any family that transformers knows.
+
+    Some families call them otherwise (`n_embd`), or leave out what they compute from the others.
+    Where a model has no attention or no feed-forward network, what is returned only serves to
+    estimate memory.
+
+    Raises:
+        GattError: transformers does not know the model, or cannot read its configuration.
+    """
+    from transformers import AutoConfig
+
+    try:
+        settings = AutoConfig.from_pretrained(folder, local_files_only=True)
+        sizes = {name: getattr(settings, name, None) for name in _SIZES}
+        hidden = int(sizes["hidden_size"] or 0)
+        if not (hidden and sizes["num_hidden_layers"] and sizes["vocab_size"]):
+            raise ValueError("without layers, width or vocabulary")
+    except Exception as error:  # each family checks its settings in a way of its own
+        raise GattError(
+            f"{folder / 'config.json'}: transformers cannot read it ({type(error).__name__}: "
+            f"{error}). Download the checkpoint again."
+        ) from error
+    heads = sizes["num_attention_heads"] or 1
+    return sizes | {
+        "num_attention_heads": heads,
+        "num_key_value_heads": sizes["num_key_value_heads"] or heads,
+        "intermediate_size": sizes["intermediate_size"] or 4 * hidden,
+    }

@@ -66,15 +66,15 @@ class BatchEngine:
             self._model = LoadedModel(info, gpu_layers=plan.gpu_layers)
         self.template, self.tokenize = self._model.template, self._model.tokenize
         self.vocab_size = self._model.vocab_size
-        self._answers = AnswerFilter(self.template, self.tokenize, plan.settings.n_ctx)
-        self._workers = [
+        self.wrap = AnswerFilter(self.template, self.tokenize, plan.settings.n_ctx).wrap
+        self.workers = [
             BatchWorker(self._model, sequences, plan.settings, plan.threads)
             for sequences in plan.sequences
         ]
 
     def close(self) -> None:
         """Free the memory."""
-        for worker in self._workers:
+        for worker in self.workers:
             worker.close()
         if self._owns_model:
             self._model.close()
@@ -92,13 +92,13 @@ class BatchEngine:
         it the thoughts of a reasoning model are part of the text; without it they are not.
         """
         if on_text is None:
-            tasks = map(self._answers.wrap, tasks)
-        queue = TaskQueue(tasks, on_text, workers=len(self._workers), threads=self._cores)
-        if len(self._workers) == 1:
-            self._workers[0].run(queue)
+            tasks = map(self.wrap, tasks)
+        queue = TaskQueue(tasks, on_text, workers=len(self.workers), threads=self._cores)
+        if len(self.workers) == 1:
+            self.workers[0].run(queue)
             return
-        with ThreadPoolExecutor(len(self._workers)) as pool:
-            running = [pool.submit(worker.run, queue) for worker in self._workers]
+        with ThreadPoolExecutor(len(self.workers)) as pool:
+            running = [pool.submit(worker.run, queue) for worker in self.workers]
             try:
                 for future in as_completed(running):
                     future.result()
@@ -122,15 +122,21 @@ class BatchEngine:
 
         What a call before has decoded of the tokens before `start` is not decoded again.
         """
-        return self._workers[0].logits(tokens, start)
+        return self.workers[0].logits(tokens, start)
 
     def perplexity(self, texts: Iterable[str]) -> float:
         """Return exp of the mean NLL of the texts' tokens, without the first token of each."""
-        return self._workers[0].perplexity(texts)
+        return self.workers[0].perplexity(texts)
 
 
 def system_info() -> str:
     """Return whether llama.cpp can use a GPU, and which features it was built with."""
+    return f"{describe_offload()} ({instruction_sets()})"
+
+
+def instruction_sets() -> str:
+    """Return the features of the processor that llama.cpp uses: results depend on them."""
     import llama_cpp
 
-    return f"{describe_offload()} ({llama_cpp.llama_print_system_info().decode().strip(' |')})"
+    text: str = llama_cpp.llama_print_system_info().decode()
+    return text.strip(" |")

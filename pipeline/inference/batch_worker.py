@@ -20,6 +20,14 @@ from pipeline.inference.logits import nll
 from pipeline.records import Completion, Request, Task
 
 
+def advance(task: Task, completion: Completion | None) -> Request | None:
+    """Return a dialogue's next request, given the last completion; None at its end."""
+    try:
+        return task.send(completion) if completion else next(task)
+    except StopIteration:
+        return None
+
+
 class TaskQueue:
     """The dialogues that wait for a worker, and the threads that the workers share.
 
@@ -49,10 +57,7 @@ class TaskQueue:
     def advance(self, task: Task, completion: Completion | None) -> Request | None:
         """Return the dialogue's next request, given the last completion; None at its end."""
         with self._lock:
-            try:
-                return task.send(completion) if completion else next(task)
-            except StopIteration:
-                return None
+            return advance(task, completion)
 
     def leave(self) -> None:
         """Take a worker with nothing left to do out; the others share its threads."""
@@ -80,6 +85,7 @@ class BatchWorker:
     ) -> None:
         self._model, self._n_ctx = model, settings.n_ctx
         self._sequences = [_TaskSequence(id=n) for n in range(sequences)]
+        self.sequences = sequences
         self._mixed: MixedBatchContext[_TaskSequence] | None = None
         if settings.batch_tokens:
             self._mixed = MixedBatchContext(model, self._sequences, settings, threads)
@@ -91,8 +97,8 @@ class BatchWorker:
 
     def run(self, queue: TaskQueue) -> None:
         """Take dialogues from the queue until none is left, and drive them to their end."""
-        busy = [s for s in self._sequences if self._next_task(s, queue)]
-        while busy and not queue.stopped:
+        busy: list[_TaskSequence] = []
+        while self._fill(busy, queue) and not queue.stopped:
             self._context.set_threads(queue.threads_per_worker)
             for piece in self._step(busy):
                 if queue.on_text and piece:
@@ -136,6 +142,17 @@ class BatchWorker:
         for sequence, index in zip(busy, self._context.decode(busy), strict=True):
             yield self._context.sample(sequence, index)
             yield self._context.sample_draft(sequence, index)
+
+    def _fill(self, busy: list[_TaskSequence], queue: TaskQueue) -> bool:
+        """Start waiting dialogues in the free sequences; return whether any is busy.
+
+        The busy ones have the ids from 0 on (`_remove`), so the first free one is next to them.
+        """
+        for sequence in self._sequences[len(busy) :]:
+            if not self._next_task(sequence, queue):
+                break
+            busy.append(sequence)
+        return bool(busy)
 
     def _continue(self, sequence: _TaskSequence, queue: TaskQueue) -> bool:
         """Go to the dialogue's next request, or to the next dialogue; False if there is none."""

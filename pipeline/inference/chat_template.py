@@ -21,11 +21,15 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from pipeline.errors import GattError
+from pipeline.gguf.huggingface.chat_template import read_chat_template
+from pipeline.gguf.reader import open_gguf
 from pipeline.records import Message
 
 if TYPE_CHECKING:
     from jinja2.parser import Parser
     from transformers import PreTrainedTokenizerBase
+
+    from pipeline.hub.models import Model
 
 NO_THINKING = {"enable_thinking": False}
 """Template variables that make a reasoning model answer at once; for `apply_chat_template` too."""
@@ -121,6 +125,18 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> ChatTemplate:
         tokenizer.eos_token or "",
         Path(tokenizer.name_or_path).name or "the model",
     )
+
+
+def template_in(model: Model) -> ChatTemplate:
+    """Return the chat template of a base model, for a look at it: a folder's without BOS and EOS.
+
+    Raises:
+        GattError: it is not valid Jinja.
+    """
+    if model.is_gguf:
+        info = open_gguf(model.path)
+        return ChatTemplate(info.chat_template, info.bos, info.eos, model.name)
+    return ChatTemplate(read_chat_template(model.path), "", "", model.name)
 
 
 class _RefusalError(TemplateError):

@@ -133,6 +133,14 @@ def thinks(template: ChatTemplate) -> bool:
     return not prompt.rstrip().endswith(_ENDS)
 
 
+def always_thinks(template: ChatTemplate) -> bool:
+    """Return whether a template opens a thought for every answer, and cannot switch that off."""
+    try:
+        return bool(opened_thought(template.render([{"role": "user", "content": "Hi"}])))
+    except GattError:
+        return False
+
+
 class ThoughtSplitter:
     """Divides a text that arrives in pieces; what may be part of a marker is held back.
 

@@ -17,7 +17,7 @@ from pipeline.recipe import Recipe, Train
 from pipeline.system import GB
 from pipeline.training.job import LOGITS_PER_CHUNK, world_size
 
-GPU_SIZES_GB = (8, 12, 16, 24)
+GPU_SIZES_GB = (6, 8, 12, 16, 24)
 """GB of common graphics cards."""
 _USABLE_GPU_FRACTION = 0.92
 """Fraction of a graphics card that training can take; the rest is the driver's and the screen's."""
@@ -227,3 +227,24 @@ def largest_preset(memory_bytes: float, tokens: int, settings: Train, *, gpu: bo
         if training_memory(shape, settings, tokens, gpu=gpu) <= memory_bytes
     ]
     return max(fitting, key=lambda name: shapes[name].parameters, default="")
+
+
+def describe_choice(name: str, gpu_size_gb: float, settings: Train) -> str:
+    """Return why a preset was chosen for a graphics card, and what its maker says of it."""
+    preset = presets()[name]
+    needed = training_memory(preset.shape, settings, TOKENS_PER_STEP, gpu=True) / GB
+    thinking = {
+        "switchable": "it can think, which is switched off",
+        "no": "it does not think",
+    }
+    facts = [
+        f"license {preset.license}" if preset.license else "",
+        f"{preset.context:,} tokens of context" if preset.context else "",
+        thinking.get(preset.thinking, ""),
+    ]
+    return (
+        f"{name} ({preset.repository}, {preset.shape.parameters / 1e9:.1f} B parameters) is the "
+        f"largest preset whose training is predicted to fit: {needed:.1f} of the "
+        f"{usable_bytes(gpu_size_gb) / GB:.1f} GB that a card of {gpu_size_gb:g} GB leaves "
+        f"(estimated from its sizes). {', '.join(filter(None, facts)).capitalize()}"
+    ).rstrip() + ("." if any(facts) else "")

@@ -79,6 +79,11 @@ def train_loop(model: PeftModel, job: TrainingJob, pad_token_id: int) -> list[fl
         )
     stop = GracefulStop()
     trainer = GattTrainer(model, job, pad_token_id, stop)
+    if trainer.args.world_size != world_size():  # each process would train on the same dialogues
+        raise GattError(
+            f"WORLD_SIZE is {world_size()}, but transformers counts {trainer.args.world_size}. "
+            "Start the processes with `accelerate launch` (on CPUs: `accelerate launch --cpu`)."
+        )
     step = last_checkpoint(job.checkpoint_dir)
     checkpoint = str(job.checkpoint_dir / f"checkpoint-{step}") if step else None
     if checkpoint:

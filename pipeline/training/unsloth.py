@@ -42,6 +42,8 @@ _PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
 _CPU_KERNELS = 128
 """On a CPU: compiled kernels that PyTorch and oneDNN each keep, of half a megabyte. A step takes
 about 40, and every new length of its dialogues others; by default 1,024 are kept."""
+_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Types of models in which PEFT 0.21 adapts no `out_proj`."""
 _MIN_OFFLOAD_LENGTH = 512
 """For a shorter limit Unsloth keeps what lies between layers on the GPU."""
 
@@ -188,14 +190,19 @@ def sequence_length(job: TrainingJob, minimum: int = _MIN_OFFLOAD_LENGTH) -> int
 
 
 def _linear_layers(model: PreTrainedModel) -> set[str]:
-    """Return the names of the linear layers in the model's blocks, without their path."""
+    """Return the names of the linear layers in the model's blocks, without their path.
+
+    Without the output of Mamba's layers, whose kernels read the weights past an adapter: PEFT
+    refuses it.
+    """
     from torch.nn import Linear
 
-    return {
+    names = {
         name.rsplit(".", 1)[-1]
-        for name, module in model.model.named_modules()
+        for name, module in model.base_model.named_modules()
         if isinstance(module, Linear)
     }
+    return names - {"out_proj"} if model.config.model_type in _MAMBA else names
 
 
 def _detach_from_mmap(model: PreTrainedModel) -> None:

@@ -75,6 +75,42 @@ def make_multimodal(text_model: Path, target: Path, layout: str) -> Path:
     return target
 
 
+MULTIMODAL: dict[str, tuple[str, JsonObject]] = {
+    "gemma 3": ("Gemma3", {"hidden_size": 16, "image_size": 32, "patch_size": 8}),
+    "gemma 4": ("Gemma4", {"hidden_size": 16, "head_dim": 8}),
+    "qwen3.5": ("Qwen3_5", {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 64}),
+    "ministral 3": ("Mistral3", {"hidden_size": 16, "image_size": 32, "patch_size": 8}),
+    "mistral": ("Mistral3", {"hidden_size": 16, "image_size": 32, "patch_size": 8}),
+}
+"""Families of text models, the class that sees with one of them, and sizes of its eyes."""
+
+
+def save_multimodal(name: str, text_model: Path, target: Path) -> Path:
+    """Save a random model of transformers' class whose text part is `text_model`."""
+    import torch
+    import transformers
+
+    class_name, vision = MULTIMODAL[name]
+    text = transformers.AutoModelForCausalLM.from_pretrained(text_model, dtype=torch.bfloat16)
+    vision = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, **vision}
+    settings = text.config.to_dict()
+    del settings["architectures"]  # as published
+    config = getattr(transformers, f"{class_name}Config")(
+        text_config=settings, vision_config=vision
+    )
+    config.tie_word_embeddings = text.config.tie_word_embeddings
+    network = getattr(transformers, f"{class_name}ForConditionalGeneration")(config)
+    network.to(torch.bfloat16)
+    network.model.language_model.load_state_dict(text.model.state_dict())
+    network.lm_head.load_state_dict(text.lm_head.state_dict())
+    network.save_pretrained(target)
+    for file in text_model.glob("tokenizer*"):
+        shutil.copy(file, target)
+    for file in text_model.glob("*.jinja"):
+        shutil.copy(file, target)
+    return target
+
+
 def quantize_to_4_bits(
     source: Path, target: Path, quant_type: str = "nf4", *, nested: bool = True
 ) -> Path:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.gguf.base import JsonObject
-from pipeline.gguf.vocabulary import PRE_TOKENIZERS
-from pipeline.hub.gguf_tokenizer import SAME_RULE
-from support.models import TEXTS
+from support.family_tokenizers import save_byte_level, save_gemma4, save_sentencepiece
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
-)
 SIZES: JsonObject = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -69,7 +63,8 @@ _MOE = {
 class Family(NamedTuple):
     """A family's class names in transformers, its tokenizer, and what differs from `SIZES`.
 
-    `tokenizer` is "sentencepiece", or llama.cpp's name of a byte-level BPE's pre-tokenizer.
+    `tokenizer` is "sentencepiece", "gemma 4" (BPE with byte fallback and merges), or llama.cpp's
+    name of a byte-level BPE's pre-tokenizer.
     """
 
     model: str
@@ -126,6 +121,61 @@ FAMILIES = {
     "ministral 3": Family(
         "Ministral3", "tekken", {"head_dim": 32, "rope_parameters": _MINISTRAL_ROPE}
     ),
+    "lfm2": Family(
+        "Lfm2",
+        "lfm2",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "block_multiple_of": 32,
+        },
+    ),
+    "qwen3.5": Family(
+        "Qwen3_5",
+        "qwen35",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "head_dim": 32,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 6,
+            "linear_key_head_dim": 16,
+            "linear_value_head_dim": 16,
+            "mtp_num_hidden_layers": 1,
+        },
+        config="Qwen3_5Text",
+    ),
+    "gemma 4": Family(
+        "Gemma4",
+        "gemma 4",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "full_attention"] * 3,
+            "num_kv_shared_layers": 2,
+            "use_double_wide_mlp": True,
+            "hidden_size_per_layer_input": 32,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": 64,
+            "final_logit_softcapping": 30.0,
+        },
+        config="Gemma4Text",
+    ),
+    "gemma 4 dense": Family(
+        "Gemma4",
+        "gemma 4",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "hidden_size_per_layer_input": 0,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": 64,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "final_logit_softcapping": 30.0,
+        },
+        config="Gemma4Text",
+    ),
 }
 
 
@@ -139,98 +189,24 @@ def save_family(name: str, folder: Path) -> None:
     if family.tokenizer == "sentencepiece":
         tokenizer_class = "GemmaTokenizer" if "gemma" in name else "LlamaTokenizer"
         vocab_size = save_sentencepiece(folder, tokenizer_class)
+    elif family.tokenizer == "gemma 4":
+        vocab_size = save_gemma4(folder)
     else:
         vocab_size = save_byte_level(folder, family.tokenizer)
     torch.manual_seed(1)
     settings = {**SIZES, "vocab_size": vocab_size, **family.settings}
+    if family.tokenizer == "gemma 4":
+        settings["vocab_size_per_layer_input"] = vocab_size
     config = getattr(transformers, f"{family.config or family.model}Config")(**settings)
     network = getattr(transformers, f"{family.model}ForCausalLM")(config)
     # Norms are constant at first, which would hide what the conversion does to them.
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
+        for buffer_name, buffer in network.named_buffers():
+            if buffer_name.endswith("layer_scalar"):
+                buffer.mul_(0.75)
     network.to(torch.bfloat16).save_pretrained(folder)
-
-
-def save_byte_level(folder: Path, pre_tokenizer: str) -> int:
-    """Train a byte-level BPE on `TEXTS`, save it, and return the size of an embedding for it."""
-    import transformers
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.decoder = decoders.ByteLevel()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    special = ("<|endoftext|>", "<|begin|>", "<|end|>")
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        special_tokens=[AddedToken(text, special=True) for text in special],
-    )
-    bpe.train_from_iterator([" ".join(TEXTS)] * 4, trainer)
-    bpe.add_tokens([AddedToken("<tool>", special=False, normalized=False)])
-    rule = SAME_RULE.get(pre_tokenizer, pre_tokenizer)
-    steps = {"type": "Sequence", "pretokenizers": PRE_TOKENIZERS[rule]}
-    described = {**json.loads(bpe.to_str()), "pre_tokenizer": steps}
-    described["model"]["ignore_merges"] = pre_tokenizer in ("llama-bpe", "tekken")
-    # An ordinary token that llama.cpp takes for a control token, as Qwen2.5 has one.
-    vocabulary, tool = described["model"]["vocab"], described["added_tokens"][-1]
-    vocabulary["</s>"], tool["id"] = len(vocabulary), len(vocabulary) + 1
-    bpe_json = json.dumps(described)
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(bpe_json),
-        bos_token="<|begin|>",
-        eos_token="<|end|>",
-        pad_token="<|endoftext|>",
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(folder)
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8"))
-    # Phi-4-mini names its tokenizer like this.
-    tokenizer_class = "GPT2Tokenizer" if pre_tokenizer == "gpt-4o" else "PreTrainedTokenizerFast"
-    settings["tokenizer_class"] = tokenizer_class
-    file.write_text(json.dumps(settings), encoding="utf-8")
-    return len(tokenizer) + 3  # an embedding may have rows that no token has
-
-
-def save_sentencepiece(folder: Path, tokenizer_class: str) -> int:
-    """Train a SentencePiece model on `TEXTS`, save it, and return the size of an embedding."""
-    import sentencepiece
-
-    sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(list(TEXTS) * 9),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=340,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        pad_id=0,
-        bos_id=1,
-        eos_id=2,
-        unk_id=3,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    (folder / "tokenizer.vocab").unlink()
-    model = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    size = int(model.vocab_size())
-    added = {"<unused0>": False, "<start_of_turn>": True, "▁▁x": False}
-    settings = {
-        "tokenizer_class": tokenizer_class,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "chat_template": CHAT_TEMPLATE,
-        "added_tokens_decoder": {
-            str(size + n): {"content": text, "special": special}
-            for n, (text, special) in enumerate(added.items())
-        },
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    return size + len(added) + 2
 
 
 def save_adapter(model_dir: Path, folder: Path) -> Path:
@@ -242,7 +218,9 @@ def save_adapter(model_dir: Path, folder: Path) -> Path:
     network = transformers.AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     experts = "Moe" in type(network).__name__  # these are not linear layers there
     targets = ["q_proj", "k_proj", "v_proj", "o_proj"] if experts else "all-linear"
-    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets)
+    # llama.cpp applies no adapter to this one of Gemma 4.
+    left_out = ["per_layer_model_projection"] if "Gemma4" in type(network).__name__ else None
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets, exclude_modules=left_out)
     torch.manual_seed(2)
     wrapped = peft.get_peft_model(network, settings)
     with torch.no_grad():

@@ -202,13 +202,13 @@ def smollm3_keys(config: JsonObject) -> Keys:
             f"A SmolLM3 with no_rope_layers = {rotated} found; llama.cpp leaves out the rotary "
             f"embedding of each {_WITHOUT_ROPE}th layer, and of no other."
         )
-    _refuse(config, "SmolLM3", ("use_sliding_window", "attention_bias", "mlp_bias"))
+    refuse(config, "SmolLM3", ("use_sliding_window", "attention_bias", "mlp_bias"))
     return llama_keys(config)
 
 
 def olmo2_keys(config: JsonObject) -> Keys:
     """Return the keys of OLMo 2, and of OLMo 3, which has layers with a sliding window."""
-    _refuse(config, "OLMo", ("attention_bias", "tie_word_embeddings"))
+    refuse(config, "OLMo", ("attention_bias", "tie_word_embeddings"))
     _require_plain_heads(config, "OLMo")
     keys = common_keys(config)
     if config.get("sliding_window"):
@@ -256,7 +256,7 @@ def ministral3_keys(config: JsonObject) -> Keys:
     }
 
 
-def _refuse(config: JsonObject, family: str, switches: tuple[str, ...]) -> None:
+def refuse(config: JsonObject, family: str, switches: tuple[str, ...]) -> None:
     """Refuse what llama.cpp's graph of a family does not compute."""
     for key in switches:
         if config.get(key):

@@ -20,7 +20,8 @@ class Delta:
     rank).
 
     A DoRA (Liu et al. 2024, section 4.1) then gives each row of the sum the length in `magnitude`
-    (outputs). `order` has the row of `b` for each row of the matrix; None where they are the same.
+    (outputs). `order` has the row of `b` for each row of the matrix, `columns` the column of `a`
+    for each of its columns; None where they are the same.
     For an `embedding`, whose outputs are its columns, PEFT stores `a.T` as B and `b.T` as A.
     `init` is what was done to the matrix before training, see `residual`."""
 
@@ -29,6 +30,7 @@ class Delta:
     scale: float
     magnitude: SafetensorsTensor | None = None
     order: RowOrder | None = None
+    columns: RowOrder | None = None
     embedding: bool = False
     init: Init = "plain"
 
@@ -55,6 +57,8 @@ class Delta:
             a, b = self.b.load(_ALL).T, self.a.load(_ALL).T[rows]
         else:
             a, b = self.a.load(_ALL), self.b.load(rows)
+        if self.columns is not None:
+            a = np.ascontiguousarray(a[:, self.columns])
         if not (np.isfinite(a.sum()) and np.isfinite(b.sum())):
             raise GattError(
                 f"{self.a.file}: the adapter holds NaN or infinity. "

@@ -71,7 +71,8 @@ REFUSED = {
     "layer_replication": "it repeats layers of the base",
     "lora_bias": "it trains a bias for every matrix, and most bases have none",
     "megatron_config": "Megatron's layers are not those of the checkpoint",
-    "target_parameters": "it trains parameters that are not linear layers",
+    "target_parameters": "it trains parameters that are not linear layers, such as the experts of "
+    "a mixture in one tensor",
     "use_bdlora": "BD-LoRA's matrices are block-diagonal",
     "use_qalora": "QA-LoRA pools the inputs in groups",
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.errors import GattError
-from pipeline.gguf.checkpoint import text_model_key
+from pipeline.gguf.huggingface.keys import text_model_key
 from pipeline.gguf.huggingface.safetensors import SafetensorsTensor, open_safetensors
 from pipeline.gguf.lora.delta import Delta, Replacement
 from pipeline.gguf.lora.settings import WEIGHTS, LoraSettings, read_settings

@@ -18,6 +18,10 @@ With `exact=False` there are no padding and draft tokens (3), and results differ
 they do in llama.cpp. The server uses this: its users wait for answers and do not compare them. No
 GPU is exact: `mixed_batch` has what is different there.
 
+A model that has a state (`LoadedModel.has_state`) is not exact either. Tokens cannot be removed
+from a state, only all of them at once: there are no padding and draft tokens, and a prompt uses a
+cache again only if it continues all of it.
+
 Other modules decide what is generated in which sequence: `batch_worker` for dialogues that are
 known in advance, `scheduler` for requests that arrive at any time.
 """
@@ -92,8 +96,8 @@ class BatchContext(Generic[S]):
         exact: bool = True,
     ) -> None:
         self._model, self._api, self._threads = model, model.api, threads
-        self._sequences, self._exact = sequences, exact
-        self._drafter = NgramDrafter() if exact else None
+        self._sequences, self._exact = sequences, exact and not model.has_state
+        self._drafter = NgramDrafter() if self._exact else None
         # A chunk of a prompt, or two rows of each sequence; a chunk of one token gets a padding.
         batch_size = settings.batch_tokens or max(_PREFILL_CHUNK, 2 * len(sequences)) + 1
         self._context = model.new_context(
@@ -124,15 +128,12 @@ class BatchContext(Generic[S]):
         copied.
         """
         prompt = tokens[:-1]  # the last token is always decoded: the answer starts at its logits
-        source = max(self._sequences, key=lambda s: common_prefix_length(s.cached, tokens))
-        gain = common_prefix_length(source.cached, prompt) - common_prefix_length(
-            sequence.cached, prompt
-        )
+        source = max(self._sequences, key=lambda s: self._usable(s, tokens))
+        gain = self._usable(source, prompt) - self._usable(sequence, prompt)
         if gain >= min_copied:
             self._copy(source, sequence)
-        shared = common_prefix_length(sequence.cached, prompt)
-        self._api.llama_memory_seq_rm(self._memory, sequence.id, shared, -1)
-        del sequence.cached[shared:]
+        shared = self._usable(sequence, prompt)
+        self._truncate(sequence, shared)
         sequence.request, sequence.prompt_tokens = request, len(tokens)
         sequence.pending = tokens[shared:]
         sequence.tokens, sequence.text, sequence.finish = 0, "", None
@@ -215,9 +216,8 @@ class BatchContext(Generic[S]):
         Before `start`, cells that a call before has left are used again. No sequence may be in use.
         """
         sequence = self._sequences[0]
-        shared = min(start, common_prefix_length(sequence.cached, list(tokens)))
-        self._api.llama_memory_seq_rm(self._memory, sequence.id, shared, -1)
-        del sequence.cached[shared:]
+        shared = self._usable(sequence, list(tokens[:start]))
+        self._truncate(sequence, shared)
         for first in range(shared, len(tokens), _PREFILL_CHUNK):
             chunk = tokens[first : first + _PREFILL_CHUNK]
             rows = [BatchRow(0, n, token, logits=True) for n, token in enumerate(chunk, first)]
@@ -226,6 +226,21 @@ class BatchContext(Generic[S]):
             for row, index in zip(rows, indices, strict=True):
                 if row.position >= start:
                     yield self._row(index).copy()
+
+    def _usable(self, sequence: S, prompt: list[int]) -> int:
+        """Return how many cached tokens of a sequence a prompt can use."""
+        shared = common_prefix_length(sequence.cached, prompt)
+        return 0 if self._model.has_state and shared < len(sequence.cached) else shared
+
+    def _truncate(self, sequence: S, tokens: int) -> None:
+        """Remove the cells behind the first `tokens` of a sequence.
+
+        Raises:
+            RuntimeError: the model has a state, from which llama.cpp cannot remove them.
+        """
+        if not self._api.llama_memory_seq_rm(self._memory, sequence.id, tokens, -1):
+            raise RuntimeError(f"llama.cpp cannot go back to token {tokens} of a sequence")
+        del sequence.cached[tokens:]
 
     def _copy(self, source: S, target: S) -> None:
         """Replace the cells of `target` by a copy of those of `source`."""
@@ -294,7 +309,9 @@ class BatchContext(Generic[S]):
     def _decode_rows(self, rows: Sequence[BatchRow]) -> list[int]:
         """Decode `rows`, ordered by sequence, with their padding; return their batch indices."""
         builder = BatchBuilder(
-            [len(s.cached) for s in self._sequences], exact=self._exact, max_gap=self._max_gap
+            [len(s.cached) for s in self._sequences],
+            exact=self._exact,
+            max_gap=0 if self._model.has_state else self._max_gap,
         )
         builder.add_rows(rows)
         batch = self._batch
@@ -306,7 +323,8 @@ class BatchContext(Generic[S]):
         if status:
             raise RuntimeError(f"llama_decode returned {status} for {len(builder.rows)} tokens")
         for row in builder.padding:
-            self._api.llama_memory_seq_rm(self._memory, row.sequence, row.position, -1)
+            if not self._api.llama_memory_seq_rm(self._memory, row.sequence, row.position, -1):
+                raise RuntimeError("llama.cpp cannot remove a padding token")
         return builder.indices
 
     def _llama_decode(self) -> int:

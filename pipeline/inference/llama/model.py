@@ -58,6 +58,8 @@ class LoadedModel:
     """A model loaded by llama.cpp, or only its vocabulary. Several threads may use it at once.
 
     `gpu_layers` are on the GPU, as `placement` counts them; by default as many as fit, 0 for none.
+    A model that `has_state` (Mamba, short convolutions, linear attention) keeps one state of each
+    sequence, from which single tokens cannot be removed.
 
     Raises:
         GattError: llama.cpp refuses the file.
@@ -89,6 +91,10 @@ class LoadedModel:
                 f"llama.cpp cannot load {info.path}: {info.architecture} may be newer than this "
                 "llama-cpp-python. Upgrade it, or use another model."
             )
+        self.has_state = bool(
+            llama_cpp.llama_model_is_recurrent(self._model)
+            or llama_cpp.llama_model_is_hybrid(self._model)
+        )
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self._samplers = SamplerFactory(llama_cpp, self._vocab, info.context_length, self.tokenize)

@@ -1,0 +1,69 @@
+"""A base model with an adapter, for llama.cpp: the adapter as a GGUF of its own, or merged.
+
+Of a family that only llama.cpp's converter writes, its scripts make both.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.errors import GattError
+from pipeline.gguf.adapter import missing_from_gguf, write_adapter
+from pipeline.gguf.checkpoint_writer import write_checkpoint
+from pipeline.gguf.formats import uniform_format
+from pipeline.gguf.huggingface.safetensors import open_safetensors, shards
+from pipeline.gguf.merge import open_base, plan_merge, write
+from pipeline.hub.llama_converter import convert, convert_adapter, converter_for
+from pipeline.system import require_disk
+
+
+def write_adapter_gguf(base: Path, adapter: Path, target: Path) -> None:
+    """Write a PEFT folder as a GGUF that llama.cpp applies to a GGUF of the model at `base`.
+
+    Raises:
+        GattError: it is of another base, or more than llama.cpp can apply.
+    """
+    converter = converter_for(base)
+    if converter is None:
+        write_adapter(open_base(base), adapter, target)
+        return
+    if reason := missing_from_gguf(adapter):
+        raise GattError(f"{adapter} {reason}. Merge it with `gatt export`.")
+    convert_adapter(converter, base, adapter, target)
+
+
+def write_merged_gguf(base: Path, adapter: Path, target: Path) -> None:
+    """Write the model at `base`, merged with a PEFT folder, as a GGUF in Q8_0.
+
+    Raises:
+        GattError: the adapter is of another base, too little disk, or the converter failed.
+    """
+    converter = converter_for(base)
+    if converter is None:
+        merged = plan_merge(base, adapter)
+        write(merged, {target: uniform_format(merged.tensors, "Q8_0")})
+        return
+    with tempfile.TemporaryDirectory(dir=target.parent) as name:
+        checkpoint = write_merged_checkpoint(base, adapter, Path(name) / base.name)
+        convert(converter, checkpoint, target, "Q8_0")
+
+
+def write_merged_checkpoint(
+    base: Path, adapter: Path | None, target: Path, on_file: Callable[[], object] = lambda: None
+) -> Path:
+    """Write the merge of a Hugging Face folder with a PEFT folder in float32; return its folder.
+
+    Raises:
+        GattError: too little disk, or as `write_checkpoint`.
+    """
+    needed = sum(
+        4 * math.prod(tensor.shape)
+        for file in shards(base)
+        for tensor in open_safetensors(file).values()
+    )
+    require_disk(target.parent, needed, "write the merged model in float32")
+    write_checkpoint(base, adapter, target, on_file)
+    return target
