@@ -18,13 +18,21 @@ from pipeline.exam.replies import ExamReply
 from pipeline.exam.result import counted_replies, json_schema, verdict_reply
 from pipeline.exam.rows import turns_to_pay
 from pipeline.exam.scores import clustered, score_arms
-from pipeline.exam.settings import SAMPLERS, parse_turns
+from pipeline.exam.settings import parse_turns
 from pipeline.exam.tasks import REGIMES, ExamTask, exam_sha256, exam_tasks
 from pipeline.exam.window import messages_left, without_system_role
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import obeys, shows_obedience
 from pipeline.gatt.rollout import recall_turns
-from pipeline.records import Constraint, Dialogue, FinishReason, Instruction, Message, Reply
+from pipeline.records import (
+    SAMPLERS,
+    Constraint,
+    Dialogue,
+    FinishReason,
+    Instruction,
+    Message,
+    Reply,
+)
 
 _SHA256 = "618761bfef4a37c49bc5168c62f1fdd98723c912dcf36a181339bd37df57722e"
 _AHOY = Instruction('Say "Ahoy!" first.', "Ahoy first.", (Constraint("opening", "Ahoy!"),))
@@ -309,13 +317,60 @@ def test_our_checks_agree_with_those_of_ifeval() -> None:
         "go by train and walk back along the river in the evening.",
         "Try spelunking on the way. P.S. Take a **lamp**. That is my view.",
     ]
-    rows = {row.kind: row for row in agreements(exam_tasks((), 0, 1), texts)}
-    assert len(rows) == 9
+    constraints = [c for task in exam_tasks((), 0, 1) for c in task.assigned.constraints(0)]
+    compared, problems = agreements(constraints, texts)
+    rows = {row.kind: row for row in compared if row.kind != "title_case"}
+    assert len(rows) == 10
+    # Words of IFBench's title case are those of NLTK, whose data not every machine has.
+    assert not problems or "format:title_case needs data of NLTK" in problems[0].replace(" {}", "")
     assert all(row.share == 1 for row in rows.values()), rows
     # Three of the four texts can be edited into capitals, which the second one has already.
     assert (rows["uppercase"].texts, rows["uppercase"].both) == (8, 5)
     assert (rows["hobby"].both, rows["postscript"].both) == (1, 1)
     assert agreement_table(list(rows.values()))[1][0][3] == "100.0%"
+
+
+def test_our_checks_agree_with_those_of_ifbench(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("if_verifiable")
+    import nltk
+
+    def word_tokenize(text: str) -> list[str]:
+        raise LookupError("Resource punkt_tab not found: nltk.download('punkt_tab')")
+
+    monkeypatch.setattr(nltk, "word_tokenize", word_tokenize)
+    texts = ["One two three.", "One two three four, five.", "It is 7.", "the Z key"]
+    constraints = [
+        Constraint("max_words", "3"),
+        Constraint("min_words", "4"),
+        Constraint("no_digits"),
+        Constraint("no_letter", "z"),
+        Constraint("forbidden", "two"),
+        Constraint("title_case"),
+        Constraint("json", "answer"),
+        Constraint("language", "Dutch"),
+    ]
+    compared, problems = agreements(constraints, texts)
+    rows = {(row.kind, row.verifier): row for row in compared}
+    assert set(rows) == {
+        ("max_words", "length_constraints:number_words"),
+        ("max_words", "count:word_count_range"),
+        ("min_words", "length_constraints:number_words"),
+        ("min_words", "count:word_count_range"),
+        ("no_digits", "count:numbers"),
+        ("no_letter", "keywords:letter_frequency"),
+        ("forbidden", "keywords:forbidden_words"),
+    }
+    assert all(row.share == 1 for row in compared), compared
+    # "At most" can be edited into all four texts, one of which has too many words.
+    assert (
+        rows["max_words", "count:word_count_range"].both,
+        rows["no_digits", "count:numbers"].both,
+    ) == (7, 3)
+    assert [
+        row.both for row in compared if row.kind in ("min_words", "no_letter", "forbidden")
+    ] == [1, 1, 3, 2]
+    (problem,) = problems
+    assert "needs data of NLTK" in problem and "nltk.downloader punkt_tab" in problem
 
 
 def test_the_schema_is_that_of_the_results() -> None:

@@ -1,6 +1,9 @@
-"""The checks against answers that were labeled by hand (data/labeled.jsonl).
+"""The checks against answers that were labeled by hand.
 
-The labels follow the wording of the instruction alone, not the code of its check.
+The labels follow the wording of the instruction alone, not the code of its check. The answers of
+data/labeled.jsonl were written for their difficulty. Those of data/labeled_replies.jsonl are of a
+model of 0.5 billion parameters (Qwen2.5-Coder), one or two turns after the instruction, or after
+two turns in which it was kept; they were labeled twice, in different orders.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.gatt.constraints.registry import KINDS, obeys
 from pipeline.gatt.instructions import render_instruction
@@ -58,10 +62,13 @@ class DefectLabel:
         return f"defect is {defect!r}, good is {self.good} ({self.why}): {self.answer!r}"
 
 
-ROWS = [
-    json.loads(line)
-    for line in (Path(__file__).parent / "data/labeled.jsonl").read_text().splitlines()
-]
+def _rows(name: str) -> list[dict[str, Any]]:
+    file = Path(__file__).parent / "data" / name
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+ROWS = _rows("labeled.jsonl")
+REPLY_LABELS = [ObeysLabel(**row) for row in _rows("labeled_replies.jsonl")]
 OBEYS_LABELS = [ObeysLabel(**row) for row in ROWS if "kind" in row]
 DEFECT_LABELS = [DefectLabel(**row) for row in ROWS if "kind" not in row]
 
@@ -73,6 +80,17 @@ def test_the_checks_agree_with_the_labels() -> None:
     assert agreement >= MIN_AGREEMENT, (
         f"Agreement {agreement:.4f} over {len(ROWS)} answers. Disagreements:\n" + "\n".join(wrong)
     )
+
+
+def test_the_checks_agree_with_the_labels_of_a_models_answers() -> None:
+    wrong = [label.disagreement for label in REPLY_LABELS if label.disagreement]
+    agreement = 1 - len(wrong) / len(REPLY_LABELS)
+    assert agreement >= MIN_AGREEMENT, (
+        f"Agreement {agreement:.4f} over {len(REPLY_LABELS)} answers:\n" + "\n".join(wrong)
+    )
+    assert len(REPLY_LABELS) >= 200
+    assert {label.kind for label in REPLY_LABELS} == {n for n, k in KINDS.items() if not k.judged}
+    assert min(Counter(label.obeys for label in REPLY_LABELS).values()) >= 75
 
 
 def test_every_kind_is_labeled_both_ways() -> None:

@@ -7,22 +7,27 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 from pipeline.errors import GattError
 from pipeline.exam.settings import default_context
 from pipeline.files import sha256
 from pipeline.folders import lock_file
-from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.lora.settings import CONFIG
-from pipeline.gguf.merge import open_base
 from pipeline.gguf.reader import open_gguf, read_gguf
+from pipeline.hub.adapted import write_adapter_gguf
 from pipeline.hub.convert import runnable_gguf
 from pipeline.hub.models import Model, find_model
-from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.chat_template import ChatTemplate
-from pipeline.inference.generator import GenerationEngine, open_generator, thought_room
+from pipeline.inference.generator import (
+    EngineOptions,
+    GenerationEngine,
+    open_engine,
+    open_generator,
+    thought_room,
+)
 from pipeline.inference.llama.model import Adapter
-from pipeline.inference.remote.address import is_server_url
+from pipeline.inference.remote.address import is_server_url, served_name
 from pipeline.records import Message
 from pipeline.system import cache_path
 
@@ -96,14 +101,29 @@ class ExamModel:
                 self.server, dialogues=dialogues, context=context, max_parallel=max_parallel
             )
         context += thought_room(self.path, max_thought_tokens)
-        return BatchEngine(self.path, dialogues, context, max_parallel, adapter=self.adapter)
+        options = EngineOptions(
+            dialogues=dialogues, context=context, max_parallel=max_parallel, adapter=self.adapter
+        )
+        return open_engine(self.path, options)
+
+
+@runtime_checkable
+class _HasTokenizer(Protocol):
+    """An engine that knows the tokens of its model; a server does not tell them."""
+
+    def tokenize(self, text: str) -> list[int]: ...
 
 
 def token_counter(engine: GenerationEngine) -> Callable[[str], int]:
     """Return a function that counts the tokens of a text; with a server, it estimates them."""
-    if isinstance(engine, BatchEngine):
+    if isinstance(engine, _HasTokenizer):
         return lambda text: len(engine.tokenize(text))
-    return lambda text: -(-len(text.encode()) // _BYTES_PER_TOKEN)
+    return estimated_tokens
+
+
+def estimated_tokens(text: str) -> int:
+    """Return about how many tokens an English text has."""
+    return -(-len(text.encode()) // _BYTES_PER_TOKEN)
 
 
 def find_models(names: Sequence[str]) -> list[ExamModel]:
@@ -116,7 +136,7 @@ def find_models(names: Sequence[str]) -> list[ExamModel]:
     base: tuple[Model, Path] | None = None
     for name in names:
         if is_server_url(name):
-            models.append(ExamModel(name=name.partition("#")[2] or name, server=name))
+            models.append(ExamModel(name=served_name(name), server=name))
         elif _is_adapter(Path(name).expanduser()):
             models.append(_with_adapter(Path(name).expanduser(), base))
         else:
@@ -161,5 +181,5 @@ def _adapter_gguf(folder: Path, model: Model) -> Path:
     if not target.exists():
         with lock_file(target):
             if not target.exists():
-                write_adapter(open_base(model.path), folder, target)
+                write_adapter_gguf(model.path, folder, target)
     return target

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.console import log, print_result, print_table
-from pipeline.evaluation.aggregate import rate_rows
+from pipeline.evaluation.scoring.rows import rate_rows
 from pipeline.evaluation.statistics import kaplan_meier, lifetimes
 from pipeline.exam.arms import ONCE
 from pipeline.exam.result import ExamResult, counted_replies
-from pipeline.exam.rows import ExamRow, exam_rows, warnings_about
+from pipeline.exam.rows import ExamRow, cost_points, exam_rows, warnings_about
 from pipeline.exam.tables import (
+    cost_table,
     facts_table,
     main_table,
     regime_rows,
@@ -21,11 +22,13 @@ from pipeline.exam.tables import (
     turn_table,
 )
 from pipeline.exam.tasks import REGIMES
-from pipeline.report.figures import adherence_curve, survival_curve
+from pipeline.report.figures import adherence_curve, cost_curve, survival_curve
 from pipeline.report.page import ReportPage, ReportSection
 
 _MAX_CURVES = 8
 _MIN_TURNS = 2
+_MAX_POINTS = 25
+"""Of a line of the figure about cost; with more turns, they are means."""
 
 
 def publish(results: Sequence[ExamResult], page: Path) -> None:
@@ -79,9 +82,14 @@ def write_page(results: Sequence[ExamResult], file: Path) -> None:
             ReportSection(
                 title="Regimes",
                 caption="Share kept, and mean words (w) of an answer.",
-                notes=[f"{name}: {text}." for name, text in REGIMES.items()],
+                notes=[
+                    f"{name}: {text}."
+                    for name, text in REGIMES.items()
+                    if any(name in result.exam.regimes for result in results)
+                ],
                 tables=[regimes_by_arm(results), regime_table(results)],
             ),
+            *_cost_section(results, rows, turns),
             ReportSection(
                 title="What was measured",
                 caption="A result file has all verdicts; the replies are next to it.",
@@ -90,6 +98,28 @@ def write_page(results: Sequence[ExamResult], file: Path) -> None:
         ],
     )
     page.write(file)
+
+
+def _cost_section(
+    results: Sequence[ExamResult], rows: Sequence[ExamRow], turns: int
+) -> list[ReportSection]:
+    """Return the section about the cost of a token, if it was measured in two turns."""
+    size = -(-turns // _MAX_POINTS)
+    costs = {row.label: cost_points(row.arm, size) for row in rows if len(row.arm.cost_by_turn) > 1}
+    if not costs:
+        return []
+    means = f"means of {size} turns; " if size > 1 else ""
+    picture = cost_curve(costs, turns, f"{means}all regimes")
+    return [
+        ReportSection(
+            title="Cost by turn",
+            caption="Milliseconds of the batch for each generated token, the reading of its prompt "
+            "included. Each moment is divided among the answers that are being generated in it; "
+            "the last ones of a batch have fewer to share with.",
+            picture=picture,
+            tables=[cost_table(results)],
+        )
+    ]
 
 
 def headline(results: Sequence[ExamResult]) -> str:
@@ -117,6 +147,11 @@ def _notes(results: Sequence[ExamResult]) -> list[str]:
         "once: told once. every-K: a reminder in each K-th turn (every: in each). depth-D: a note "
         "D messages before the end. system: what holds also stands in the system message. failed: "
         "a reminder after an answer that failed its check."
+    ]
+    notes += [
+        f"{name}: every turn with a check counts, from turn 1 on; an answer is kept if it passes "
+        "all of them."
+        for name in sorted({r.exam.name for r in results if r.exam.criteria})
     ]
     if any(r.model.training_minutes is not None for r in results):
         notes.append(

@@ -40,7 +40,8 @@ class ExamSet:
     """What it was examined on: the frozen set, and how much of it.
 
     `turns` is the length, 0 until the context was full. `complete` if nothing of the set was left
-    out: all regimes, all dialogues, 20 turns or more.
+    out: all regimes, all dialogues, 20 turns or more. Of the `criteria` of a benchmark,
+    `unchecked` need a judge or its authors' measure, and are not measured; 0 in the exam.
     """
 
     name: str
@@ -50,6 +51,8 @@ class ExamSet:
     regimes: tuple[str, ...]
     dialogues: int
     complete: bool
+    criteria: int = 0
+    unchecked: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +91,15 @@ class TurnScore:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TurnCost:
+    """The time of all answers of one turn, with that for their prompts, per generated token."""
+
+    turn: int
+    tokens: int
+    milliseconds_per_token: JsonFloat
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArmResult:
     """One arm. Rates are over counted answers in the context; intervals allow for dialogues.
 
@@ -120,6 +132,7 @@ class ArmResult:
     regimes: tuple[RegimeScore, ...]
     by_turn: tuple[TurnScore, ...]
     dialogues: tuple[DialogueVerdicts, ...]
+    cost_by_turn: tuple[TurnCost, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,16 +190,21 @@ def counted_replies(
 ) -> list[Reply]:
     """Return the counted answers in the context as replies, for statistics.
 
-    With `from_turn_1`, those of the regime "first" from turn 1 on. They have no text; an attribute
-    is a dialogue of its own.
+    With `from_turn_1`, those that `is_measured_from_turn_1`, from there on. They have no text; an
+    attribute is a dialogue of its own.
     """
     return [
         verdict_reply(f"{row.id} {row.attribute}".strip(), turn, is_kept=mark == KEPT)
         for row in dialogues
-        if row.regime == "first" or not from_turn_1
+        if not from_turn_1 or is_measured_from_turn_1(row.regime, row.first_counted)
         for turn, mark in enumerate(row.marks, 1)
         if mark in (KEPT, BROKEN) and (from_turn_1 or turn >= row.first_counted)
     ]
+
+
+def is_measured_from_turn_1(regime: str, first_counted: int) -> bool:
+    """Return whether the curve by turn has a dialogue: the regime "first", and benchmarks."""
+    return regime == "first" or first_counted == 1
 
 
 def verdict_reply(dialogue: str, turn: int, *, is_kept: bool) -> Reply:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.evaluation.statistics import Difference, paired_bootstrap
 from pipeline.exam.arms import ONCE
-from pipeline.exam.result import ArmResult, ExamResult, counted_replies
+from pipeline.exam.result import ArmResult, ExamResult, TurnCost, counted_replies
 
 MAX_CUT = 0.05
 """Share of cut answers, but for loops, above which an arm gets a warning."""
@@ -78,6 +78,25 @@ def turns_to_pay(reminded: ArmResult, tuned: ArmResult, training_minutes: float)
     return f"{math.ceil(60_000 * training_minutes / saved):,}"
 
 
+def cost_points(arm: ArmResult, size: int) -> dict[float, float]:
+    """Return the milliseconds per generated token of `size` turns each, by their mean turn."""
+    groups: dict[int, list[TurnCost]] = {}
+    for cost in arm.cost_by_turn:
+        groups.setdefault((cost.turn - 1) // size, []).append(cost)
+    points = {}
+    for group in groups.values():
+        milliseconds = sum(c.tokens * c.milliseconds_per_token for c in group)
+        middle = sum(c.turn for c in group) / len(group)
+        points[middle] = milliseconds / sum(c.tokens for c in group)
+    return points
+
+
+def cost_in(arm: ArmResult, turn: int) -> float | None:
+    """Return the milliseconds per generated token in `turn`; None if there are none."""
+    costs = (c.milliseconds_per_token for c in arm.cost_by_turn if c.turn == turn)
+    return next(costs, None)
+
+
 def warnings_about(results: Sequence[ExamResult]) -> list[str]:
     """Return what a reader has to know about the numbers, and why some cannot be compared."""
     warnings = [*_differing(results)]
@@ -93,6 +112,12 @@ def warnings_about(results: Sequence[ExamResult]) -> list[str]:
                 "loops), so that they cannot show their ending. Raise --max-tokens."
             )
     for result in results:
+        if result.exam.unchecked:
+            warnings.append(
+                f"{result.model.name}: {result.exam.unchecked} of the {result.exam.criteria} "
+                f"criteria of {result.exam.name} are not checked: they need a judge or the "
+                "authors' own measure. A turn with no others is not counted."
+            )
         if not result.exam.complete:
             warnings.append(
                 f"{result.model.name}: not the whole exam ({result.exam.dialogues} dialogues, "

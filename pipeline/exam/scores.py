@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -20,11 +21,13 @@ from pipeline.exam.result import (
     ArmResult,
     DialogueVerdicts,
     RegimeScore,
+    TurnCost,
     TurnScore,
     counted_replies,
+    is_measured_from_turn_1,
     verdict_reply,
 )
-from pipeline.exam.tasks import REGIMES, ExamTask
+from pipeline.exam.tasks import ExamTask, ordered_regimes
 from pipeline.gatt.text import words
 from pipeline.records import Reply
 
@@ -39,6 +42,7 @@ class _Row:
     regime: str
     is_kept: bool | None
     counts: bool
+    is_in_curve: bool
 
     @property
     def dialogue(self) -> str:
@@ -107,9 +111,10 @@ def _score(name: str, answers: Sequence[ExamReply], by_id: dict[str, ExamTask]) 
         seconds=round(sum(row.answer.seconds for row in rows), 3),
         milliseconds_per_answer=milliseconds,
         milliseconds_per_kept=_per_kept(milliseconds, adherence),
-        regimes=_regimes(inside),
+        regimes=_regimes(inside, ordered_regimes(task.regime for task in by_id.values())),
         by_turn=_by_turn(rows),
         dialogues=verdicts,
+        cost_by_turn=_cost_by_turn(measured),
     )
 
 
@@ -117,7 +122,14 @@ def _row(answer: ExamReply, task: ExamTask, last: int) -> _Row:
     reply, is_kept = answer.reply, task.is_kept(answer.reply)
     counts = task.counts(reply.turn, last, recall=bool(reply.recall_attribute))
     counts = counts and is_kept is not None
-    return _Row(answer=answer, regime=task.regime, is_kept=is_kept, counts=counts)
+    is_in_curve = is_measured_from_turn_1(task.regime, task.first_counted)
+    return _Row(
+        answer=answer,
+        regime=task.regime,
+        is_kept=is_kept,
+        counts=counts,
+        is_in_curve=is_in_curve,
+    )
 
 
 def _rate(rows: Sequence[_Row]) -> Rate:
@@ -153,8 +165,8 @@ def _verdicts(
     )
 
 
-def _regimes(inside: Sequence[_Row]) -> tuple[RegimeScore, ...]:
-    of_regimes = {name: [row for row in inside if row.regime == name] for name in REGIMES}
+def _regimes(inside: Sequence[_Row], names: Sequence[str]) -> tuple[RegimeScore, ...]:
+    of_regimes = {name: [row for row in inside if row.regime == name] for name in names}
     return tuple(
         RegimeScore(
             regime=regime, adherence=_rate(rows), words=_mean_words(rows), cut=_share(rows, _is_cut)
@@ -165,15 +177,26 @@ def _regimes(inside: Sequence[_Row]) -> tuple[RegimeScore, ...]:
 
 
 def _by_turn(rows: Sequence[_Row]) -> tuple[TurnScore, ...]:
-    first = [
-        r for r in rows if r.regime == "first" and r.is_kept is not None and not r.answer.is_full
-    ]
+    first = [r for r in rows if r.is_in_curve and r.is_kept is not None and not r.answer.is_full]
     verdicts = [verdict_reply(r.dialogue, r.turn, is_kept=bool(r.is_kept)) for r in first]
     return tuple(
         TurnScore(
             turn=turn, adherence=rate, words=_mean_words([r for r in first if r.turn == turn])
         )
         for turn, rate in sorted(rates_by(verdicts, lambda reply: reply.turn).items())
+    )
+
+
+def _cost_by_turn(measured: Sequence[_Row]) -> tuple[TurnCost, ...]:
+    tokens: Counter[int] = Counter()
+    seconds: dict[int, float] = defaultdict(float)
+    for row in measured:
+        tokens[row.turn] += row.answer.reply.tokens
+        seconds[row.turn] += row.answer.seconds
+    return tuple(
+        TurnCost(turn=turn, tokens=n, milliseconds_per_token=1000 * seconds[turn] / n)
+        for turn, n in sorted(tokens.items())
+        if n
     )
 
 

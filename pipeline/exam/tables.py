@@ -11,14 +11,18 @@ from pipeline.exam.result import ExamResult
 from pipeline.exam.rows import (
     ExamRow,
     comparable,
+    cost_in,
     differences,
     exam_rows,
     model_names,
     trained,
     turns_to_pay,
 )
-from pipeline.exam.tasks import REGIMES
+from pipeline.exam.tasks import ordered_regimes
 from pipeline.report.tables import Cell, Table, interval_text
+
+_EARLY_TURN = 2
+"""Which later turns are compared with: turn 1 has no history."""
 
 
 def terminal_table(results: Sequence[ExamResult]) -> tuple[list[str], list[list[str]]]:
@@ -34,12 +38,12 @@ def terminal_table(results: Sequence[ExamResult]) -> tuple[list[str], list[list[
         "arm": [row.arm.name for row in rows],
         "kept": [_percent(row.arm.adherence) for row in rows],
         "95 %": [interval_text(row.arm.adherence) if row.arm.adherence.n else "" for row in rows],
+        "words": [_number(row.arm.words) for row in rows],
     }
     if len(rows) > 1 and comparable(results):
         columns["vs first row"] = [_difference(d) for d in differences(rows)]
     columns |= {
         "last 5 turns": [_percent(row.arm.last_five) for row in rows],
-        "words": [_number(row.arm.words) for row in rows],
         "cut": [_percent(row.arm.cut) for row in rows],
         "in loops": [_percent(row.arm.cut_loops) for row in rows],
         "+tokens/kept": [_number(row.arm.reminder_tokens_per_kept) for row in rows],
@@ -53,7 +57,7 @@ def terminal_table(results: Sequence[ExamResult]) -> tuple[list[str], list[list[
 
 def regime_rows(results: Sequence[ExamResult]) -> tuple[list[str], list[list[str]]]:
     """Return a row for each arm with adherence and mean words in each regime."""
-    measured = [name for name in REGIMES if any(name in r.exam.regimes for r in results)]
+    measured = _regime_names(results)
     rows = []
     for row in exam_rows(results):
         scores = {score.regime: score for score in row.arm.regimes}
@@ -105,7 +109,7 @@ def regime_table(results: Sequence[ExamResult]) -> Table:
     """Return a row for each regime and arm."""
     cells: list[list[Cell]] = [
         [name, row.label, score.adherence, _rounded(score.words), score.cut]
-        for name in REGIMES
+        for name in _regime_names(results)
         for row in exam_rows(results)
         for score in row.arm.regimes
         if score.regime == name
@@ -122,6 +126,18 @@ def turn_table(results: Sequence[ExamResult]) -> Table:
         for score in row.arm.by_turn
     ]
     return Table("by_turn", ["turn", "arm", "kept", "words per answer"], cells)
+
+
+def cost_table(results: Sequence[ExamResult]) -> Table:
+    """Return the milliseconds per generated token in turn 2 and in the last turn of each arm."""
+    cells: list[list[Cell]] = []
+    for row in exam_rows(results):
+        last = max((cost.turn for cost in row.arm.cost_by_turn), default=0)
+        early, late = cost_in(row.arm, _EARLY_TURN), cost_in(row.arm, last)
+        if early and late and last > _EARLY_TURN:
+            cells.append([row.label, _rounded(early), last, _rounded(late), round(late / early, 2)])
+    columns = ["arm", "ms per token in turn 2", "last turn", "ms per token there", "times"]
+    return Table("cost", columns, cells)
 
 
 def facts_table(results: Sequence[ExamResult]) -> Table:
@@ -146,6 +162,10 @@ def facts_table(results: Sequence[ExamResult]) -> Table:
     ]
     names = ["", *model_names(results)]
     return Table("facts", names, [row for row in rows if any(row[1:])])
+
+
+def _regime_names(results: Sequence[ExamResult]) -> list[str]:
+    return ordered_regimes(name for result in results for name in result.exam.regimes)
 
 
 def _paying(results: Sequence[ExamResult], rows: Sequence[ExamRow]) -> dict[str, list[str]]:

@@ -7,12 +7,13 @@ version.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import TypeAdapter
 
@@ -71,6 +72,7 @@ class ExamTask:
     """A dialogue of the exam with its system message.
 
     Answers count from turn `first_counted` (from 1) on: earlier ones are those of other regimes.
+    The answers in `given`, by turn, stand in the chat in place of the model's.
     """
 
     regime: str
@@ -78,6 +80,7 @@ class ExamTask:
     system: str
     first_counted: int
     max_tokens_factor: int = 1
+    given: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def id(self) -> str:
@@ -103,6 +106,26 @@ class ExamTask:
         if recall:
             return turn in (*_RECALL_TURNS, last)
         return turn >= self.first_counted
+
+
+class ExamIdentity(NamedTuple):
+    """Which set of dialogues: the frozen one, or that of a benchmark's file."""
+
+    name: str
+    version: int
+    sha256: str
+
+
+def frozen_exam() -> ExamIdentity:
+    """Return the identity of the frozen set."""
+    return ExamIdentity(EXAM_NAME, EXAM_VERSION, exam_sha256())
+
+
+def ordered_regimes(names: Iterable[str]) -> list[str]:
+    """Return regimes, or parts of a benchmark, without repeats; those of the exam in its order."""
+    unique = list(dict.fromkeys(names))
+    own = [name for name in REGIMES if name in unique]
+    return own + [name for name in unique if name not in REGIMES]
 
 
 def exam_file() -> Path:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline import __version__
-from pipeline.console import print_result, print_table
-from pipeline.errors import GattError
-from pipeline.exam.arms import find_arms
+from pipeline.cluster.session import current_cluster
+from pipeline.console import log, print_result, print_table
+from pipeline.errors import GattError, did_you_mean
+from pipeline.exam.arms import ONCE, find_arms
+from pipeline.exam.benchmarks.base import Benchmark, BenchmarkTask, criteria
+from pipeline.exam.benchmarks.registry import read_benchmark
 from pipeline.exam.ifeval import agreement_table, agreements, require_verifiers
 from pipeline.exam.models import ExamModel, find_models
 from pipeline.exam.page import publish
@@ -20,31 +24,40 @@ from pipeline.exam.result import RESULT_VERSION, ExaminedModel, ExamResult, Exam
 from pipeline.exam.scores import score_arms
 from pipeline.exam.settings import (
     FULL_TURNS,
-    SAMPLERS,
     ExamSettings,
-    SamplerName,
     WindowPolicy,
     most_turns,
     parse_turns,
 )
-from pipeline.exam.tasks import EXAM_NAME, EXAM_VERSION, REGIMES, exam_sha256, exam_tasks
+from pipeline.exam.tasks import (
+    REGIMES,
+    ExamIdentity,
+    ExamTask,
+    exam_tasks,
+    frozen_exam,
+    ordered_regimes,
+)
 from pipeline.files import read_jsonl, sha256, write_json
 from pipeline.folders import lock_folder
 from pipeline.inference.llama.gpu import describe_gpus, gpu_devices
-from pipeline.records import MAX_THOUGHT_TOKENS
+from pipeline.records import MAX_THOUGHT_TOKENS, SAMPLERS, SamplerName
 from pipeline.system import core_count
 
+_DEFAULT_TURNS = "20"
 _QUICK_TURNS, _QUICK_TOKENS, _QUICK_ARMS = "8", 64, ("once", "every")
+_BENCHMARK_VERSION = 1
+"""Of the reading of benchmarks' files; another one may give other checks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExamOptions:
     """The options of the command; without arms or regimes, all of them.
 
-    `turns` is a number or "context"; `dialogues` those of each regime, 0 for all.
+    `turns` is a number or "context", None for the default; `dialogues` those of each regime, 0 for
+    all. With a `benchmark`, its dialogues in `benchmark_file` take the place of the exam's.
     """
 
-    turns: str
+    turns: str | None
     arms: Sequence[str]
     regimes: Sequence[str]
     dialogues: int
@@ -57,6 +70,18 @@ class ExamOptions:
     seed: int
     quick: bool
     ifeval: bool = False
+    benchmark: str = ""
+    benchmark_file: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Questions:
+    """What is asked: `turns` of each task, 0 until the context is full."""
+
+    identity: ExamIdentity
+    tasks: Sequence[ExamTask]
+    turns: int
+    is_complete: bool
 
 
 def run(names: Sequence[str], options: ExamOptions, folder: Path) -> None:
@@ -65,11 +90,13 @@ def run(names: Sequence[str], options: ExamOptions, folder: Path) -> None:
     Raises:
         GattError: no such model, arm or regime, or `folder` has replies of other settings.
     """
-    turns = parse_turns(_QUICK_TURNS if options.quick else options.turns)
+    turns = parse_turns(_QUICK_TURNS if options.quick else options.turns or _DEFAULT_TURNS)
     find_arms(options.arms)
+    benchmark = _benchmark(options)
     if options.ifeval:
         require_verifiers()
-    exam_tasks(options.regimes, 1, 1)
+    if not benchmark:
+        exam_tasks(options.regimes, 1, 1)
     models = find_models(names)
     if options.training_minutes is not None and len(models) < 2:
         raise GattError(
@@ -80,17 +107,74 @@ def run(names: Sequence[str], options: ExamOptions, folder: Path) -> None:
         results = []
         for number, model in enumerate(models):
             minutes = options.training_minutes if number else None
-            results.append(_examine(model, options, turns, folder, minutes))
+            asked_of = partial(_questions, options, turns, benchmark)
+            results.append(_examine(model, options, asked_of, folder, minutes))
         publish(results, folder / "exam.html")
         if options.ifeval:
             _show_agreement(options, [folder / f"{m.file_stem}.replies.jsonl" for m in models])
 
 
+def _benchmark(options: ExamOptions) -> Benchmark | None:
+    """Return the benchmark that was asked for, or None.
+
+    Raises:
+        GattError: it cannot be read, or with an option that is only for the exam's own dialogues.
+    """
+    if not options.benchmark:
+        if options.benchmark_file:
+            raise GattError("--benchmark-file needs --benchmark NAME, which says how to read it.")
+        return None
+    if set(options.arms) - {ONCE} or options.ifeval or options.turns == "context":
+        raise GattError(
+            "--benchmark is asked as published: without reminders, --ifeval and --turns context. "
+            "Leave --arm, --ifeval and --turns out."
+        )
+    benchmark = read_benchmark(options.benchmark, options.benchmark_file)
+    parts = ordered_regimes(task.regime for task in benchmark.tasks)
+    for regime in options.regimes:
+        if regime not in parts:
+            raise GattError(
+                f"{benchmark.name} has no part {regime!r}. {did_you_mean(regime, parts)} Expected "
+                f"one of {', '.join(parts)}."
+            )
+    return benchmark
+
+
+def _questions(
+    options: ExamOptions, turns: int, benchmark: Benchmark | None, context: int
+) -> _Questions:
+    """Return what a model with this context is asked."""
+    per_regime = options.dialogues or int(options.quick)
+    if benchmark is None:
+        tasks = exam_tasks(options.regimes, per_regime, most_turns(turns, context))
+        is_whole = not per_regime and len({task.regime for task in tasks}) == len(REGIMES)
+        is_complete = is_whole and (turns == 0 or turns >= FULL_TURNS)
+        return _Questions(identity=frozen_exam(), tasks=tasks, turns=turns, is_complete=is_complete)
+    chosen = [
+        task
+        for part in ordered_regimes(options.regimes or (t.regime for t in benchmark.tasks))
+        for task in [t for t in benchmark.tasks if t.regime == part][: per_regime or None]
+    ]
+    longest = max(len(task.assigned.dialogue.turns) for task in benchmark.tasks)
+    asked_turns = min(turns, longest) if options.turns or options.quick else longest
+    return _Questions(
+        identity=ExamIdentity(benchmark.name, _BENCHMARK_VERSION, benchmark.sha256),
+        tasks=chosen,
+        turns=asked_turns,
+        is_complete=len(chosen) == len(benchmark.tasks) and asked_turns == longest,
+    )
+
+
 def _examine(
-    model: ExamModel, options: ExamOptions, turns: int, folder: Path, minutes: float | None
+    model: ExamModel,
+    options: ExamOptions,
+    asked_of: Callable[[int], _Questions],
+    folder: Path,
+    minutes: float | None,
 ) -> ExamResult:
     """Return the result of one model, which is written to `folder` with its replies."""
-    context = model.context(turns, options.context)
+    context = model.context(asked_of(0).turns, options.context)
+    questions = asked_of(context)
     settings = ExamSettings(
         max_tokens=min(options.max_tokens, _QUICK_TOKENS) if options.quick else options.max_tokens,
         max_thought_tokens=MAX_THOUGHT_TOKENS,
@@ -100,32 +184,21 @@ def _examine(
         seed=options.seed,
         system_role=model.has_system_role,
     )
-    per_regime = options.dialogues or int(options.quick)
-    tasks = exam_tasks(options.regimes, per_regime, most_turns(turns, context))
     plan = ExamPlan(
         model=model,
-        tasks=tasks,
-        arms=find_arms(options.arms or (_QUICK_ARMS if options.quick else ())),
-        turns=turns,
+        tasks=questions.tasks,
+        arms=find_arms(_arm_names(options)),
+        turns=questions.turns,
         settings=settings,
         max_parallel=options.max_parallel,
+        exam=questions.identity,
     )
     replies_file = folder / f"{model.file_stem}.replies.jsonl"
     generated = generate(plan, replies_file)
-    regimes = tuple(name for name in REGIMES if name in {task.regime for task in tasks})
-    is_whole = len(regimes) == len(REGIMES) and not per_regime
     result = ExamResult(
         format=RESULT_VERSION,
         gatt=__version__,
-        exam=ExamSet(
-            name=EXAM_NAME,
-            version=EXAM_VERSION,
-            sha256=exam_sha256(),
-            turns=turns,
-            regimes=regimes,
-            dialogues=len(tasks),
-            complete=is_whole and (turns == 0 or turns >= FULL_TURNS),
-        ),
+        exam=_exam_set(questions),
         model=ExaminedModel(
             name=generated.name,
             sha256=model.sha256,
@@ -139,21 +212,47 @@ def _examine(
         date=time.strftime("%Y-%m-%d"),
         notes=generated.notes,
         replies_sha256=sha256(replies_file),
-        arms=score_arms(generated.replies, tasks),
+        arms=score_arms(generated.replies, questions.tasks),
     )
     write_json(folder / f"{model.file_stem}.json", result)
     return result
+
+
+def _arm_names(options: ExamOptions) -> Sequence[str]:
+    if options.benchmark:
+        return (ONCE,)
+    return options.arms or (_QUICK_ARMS if options.quick else ())
+
+
+def _exam_set(questions: _Questions) -> ExamSet:
+    checked, unchecked = criteria([t for t in questions.tasks if isinstance(t, BenchmarkTask)])
+    return ExamSet(
+        **questions.identity._asdict(),
+        turns=questions.turns,
+        regimes=tuple(ordered_regimes(task.regime for task in questions.tasks)),
+        dialogues=len(questions.tasks),
+        complete=questions.is_complete,
+        criteria=checked + unchecked,
+        unchecked=unchecked,
+    )
 
 
 def _show_agreement(options: ExamOptions, files: Sequence[Path]) -> None:
     """Print how our checks agree with IFEval's verifiers on the replies in some logs."""
     rows = [row for file in files for _, row in read_jsonl(file)]
     texts = [row["reply"]["text"] for row in rows if "reply" in row]
-    print_result("\nOur checks and IFEval's verifiers on the same replies\n")
-    print_table(*agreement_table(agreements(exam_tasks(options.regimes, 0, 1), texts)))
+    tasks = exam_tasks(options.regimes, 0, 1)
+    constraints = [c for task in tasks for c in task.assigned.constraints(0)]
+    compared, problems = agreements(constraints, texts)
+    print_result("\nOur checks and the verifiers of IFEval and IFBench on the same replies\n")
+    print_table(*agreement_table(compared))
+    for problem in problems:
+        log(f"exam: {problem}")
 
 
 def _machine() -> str:
+    if cluster := current_cluster():
+        return cluster.describe()
     devices = gpu_devices()
     if devices:
         return describe_gpus(devices)

@@ -6,9 +6,11 @@ instruction with its arguments as JSON: 'length_constraints:number_words {"num_w
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
+import io
 import json
 import re
 import sys
@@ -26,6 +28,8 @@ ReplyCheck = Callable[[str, list[Message]], object]
 _SHOWN = 60
 """Characters of a reply that an error shows."""
 _RESUME = "Correct it and run the same command again: what is done is not lost."
+_NLTK_RESOURCE = re.compile(r"nltk\.download\('(\w+)'\)")
+"""How NLTK says which of its data it has not got."""
 _VERIFIERS = (
     "if_verifiable.ifeval.instructions_registry",
     "if_verifiable.ifbench.instructions_registry",
@@ -99,6 +103,11 @@ def _called(name: str, text: str, check: Callable[[], object]) -> object:
     try:
         return check()
     except (Exception, SystemExit) as error:
+        if resource := _NLTK_RESOURCE.search(str(error)):
+            raise GattError(
+                f"The check {name} needs data of NLTK, which are not on this machine. Fetch them "
+                f"with `python -m nltk.downloader {resource[1]}`, and run the same command again."
+            ) from error
         raise GattError(
             f"The check {name} raised {_described(error)} on the reply {_beginning(text)}. "
             f"{_RESUME}"
@@ -219,9 +228,11 @@ def _arguments(value: str, text: str) -> dict[str, object]:
 def _verifiers(module: str) -> dict[str, Callable[[str], _Verifier]]:
     """Return the class of each instruction by its public name."""
     try:
-        known: dict[str, Callable[[str], _Verifier]] = importlib.import_module(
-            module
-        ).INSTRUCTION_DICT
+        # IFBench looks for data of NLTK when it is imported, and says so where it cannot.
+        with contextlib.redirect_stderr(io.StringIO()):
+            known: dict[str, Callable[[str], _Verifier]] = importlib.import_module(
+                module
+            ).INSTRUCTION_DICT
         # Otherwise the language of a text is detected by chance.
         importlib.import_module("langdetect").DetectorFactory.seed = 0
     except ImportError as error:

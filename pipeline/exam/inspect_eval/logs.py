@@ -1,0 +1,109 @@
+"""A log of `inspect eval gatt/exam` as a result of the exam, for `gatt compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import __version__
+from pipeline.errors import GattError
+from pipeline.exam.arms import Arm
+from pipeline.exam.replies import read_reply
+from pipeline.exam.result import RESULT_VERSION, ExaminedModel, ExamResult, ExamSet
+from pipeline.exam.scores import score_arms
+from pipeline.exam.settings import FULL_TURNS, ExamSettings, most_turns
+from pipeline.exam.tasks import EXAM_NAME, REGIMES, exam_tasks, frozen_exam, ordered_regimes
+from pipeline.files import sha256
+from pipeline.records import SAMPLERS
+
+if TYPE_CHECKING:
+    from inspect_ai.log import EvalLog, EvalSample
+
+LOG_SUFFIX = ".eval"
+REPLIES = "replies"
+"""Where the replies of a dialogue are, in the store of its sample."""
+
+
+def log_metadata(arms: Sequence[Arm], turns: int, settings: ExamSettings) -> dict[str, Any]:
+    """Return what a log has to say so that it can be read as a result."""
+    about = {
+        "gatt": __version__,
+        "set": frozen_exam()._asdict(),
+        "arms": [arm.name for arm in arms],
+        "turns": turns,
+        "settings": asdict(settings),
+    }
+    return {EXAM_NAME: about}
+
+
+def read_log(path: Path) -> ExamResult:
+    """Read a log of the task.
+
+    Raises:
+        GattError: there is none, it is of another task, or not finished.
+        ModuleNotFoundError: Inspect is not installed.
+    """
+    log = _open(path)
+    metadata = log.eval.metadata or {}
+    if EXAM_NAME not in metadata:
+        raise GattError(
+            f"{path} is a log of the task {log.eval.task}. Name one of `inspect eval gatt/exam`."
+        )
+    if log.status != "success":
+        raise GattError(
+            f"{path} is a log of a task that has not finished ({log.status}). Run "
+            f"`inspect eval-retry {path}`, and name its log."
+        )
+    about = metadata[EXAM_NAME]
+    samples = sorted(log.samples or [], key=lambda s: about["arms"].index(s.metadata["arm"]))
+    turns = int(about["turns"])
+    settings = ExamSettings(**about["settings"])
+    replies = [read_reply(row) for sample in samples for row in sample.store.get(REPLIES, ())]
+    tasks = exam_tasks((), 0, most_turns(turns, 0))
+    return ExamResult(
+        format=RESULT_VERSION,
+        gatt=about["gatt"],
+        exam=_exam_set(about["set"], turns, samples),
+        model=ExaminedModel(
+            name=log.eval.model.rpartition("/")[2],
+            sha256="",
+            adapter_sha256="",
+            server=log.eval.model,
+            training_minutes=None,
+        ),
+        settings=settings,
+        sampler=SAMPLERS[settings.sampler].values,
+        machine="a server",
+        date=log.eval.created[:10],
+        notes={},
+        replies_sha256=sha256(path),
+        arms=score_arms(replies, tasks),
+    )
+
+
+def _open(path: Path) -> EvalLog:
+    from inspect_ai.log import read_eval_log
+
+    if not path.is_file():
+        raise GattError(f"No file at {path}. Name a log of `inspect eval gatt/exam`.")
+    try:
+        return read_eval_log(path, exclude_fields={"events", "attachments"})
+    except Exception as error:
+        raise GattError(f"{path} is no log of Inspect that can be read ({error}).") from error
+
+
+def _exam_set(identity: dict[str, Any], turns: int, samples: list[EvalSample]) -> ExamSet:
+    answered = {s.metadata["dialogue"] for s in samples if s.store.get(REPLIES)}
+    regimes = ordered_regimes(s.metadata["regime"] for s in samples)
+    is_whole = len(answered) == len(exam_tasks((), 0, 1)) and all(
+        s.store.get(REPLIES) for s in samples
+    )
+    return ExamSet(
+        **identity,
+        turns=turns,
+        regimes=tuple(regimes),
+        dialogues=len(answered),
+        complete=is_whole and len(regimes) == len(REGIMES) and (not turns or turns >= FULL_TURNS),
+    )
