@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,16 +16,17 @@ from support.golden import Golden
 from pipeline.errors import GattError
 from pipeline.evaluation.aggregate import compute_scores
 from pipeline.evaluation.rates import Rate
-from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.scores import Fidelity, FidelityRow, Scores
 from pipeline.export.summary import ExportSummary, FormatSummary
 from pipeline.files import write_json, write_jsonl, write_text
 from pipeline.gatt.assign import assign_evaluation
 from pipeline.gatt.assignment import write_splits
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import recipe_toml
-from pipeline.records import Constraint, Dialogue, Reply
-from pipeline.report.compared_runs import read_run
-from pipeline.report.comparison import Comparison, compare_runs
+from pipeline.records import Constraint, CustomInstruction, Dialogue, Reply
+from pipeline.report.compared.comparison import Comparison, compare_runs
+from pipeline.report.compared.fidelity import overall_fidelity, pooled_fidelity
+from pipeline.report.compared.runs import read_run
 from pipeline.report.tables import Cell
 from pipeline.run_dir import RunDir
 from pipeline.stages.compare import compare
@@ -387,3 +389,144 @@ def test_comparing_writes_nothing_into_the_runs(tmp_path: Path) -> None:
     compare(runs, tmp_path / "out")
     assert sorted((tmp_path / "a").rglob("*")) == before
     assert not RunDir(tmp_path / "nothing").path.exists()
+
+
+def _fidelity_row(
+    at: int | str, kl: float, interval: tuple[float, float], base_kl: float = 0.4, tokens: int = 100
+) -> FidelityRow:
+    return FidelityRow(
+        arm="tuned",
+        at=at,
+        kl=kl,
+        base_kl=base_kl,
+        value=1 - kl / base_kl if base_kl else math.nan,
+        low=interval[0],
+        high=interval[1],
+        tokens=tokens,
+        dialogues=8,
+    )
+
+
+def _with_fidelity(run: Path, *by_turn: FidelityRow, overall: FidelityRow) -> Path:
+    rival = replace(overall, arm="rival", kl=0.0, value=1.0)
+    fidelity = Fidelity((overall, rival), by_turn, ())
+    run_dir = RunDir(run)
+    scores = Scores.from_json(run_dir.scores.read_text(encoding="utf-8"))
+    write_json(run_dir.scores, replace(scores, fidelity=fidelity))
+    return run
+
+
+def test_reminder_fidelity_stands_beside_adherence_and_by_turn(tmp_path: Path) -> None:
+    other = Evaluated(18, recipe=_recipe(train={"rank": 4}))
+    runs = [
+        _with_fidelity(
+            Evaluated(10).write(tmp_path / "a"),
+            _fidelity_row(2, 0.1, (0.6, 0.9)),
+            _fidelity_row(3, 0.6, (-0.8, 0.1)),
+            overall=_fidelity_row("turns 2 to 3", 0.3, (0.1, 0.5)),
+        ),
+        _with_fidelity(
+            other.write(tmp_path / "b"),
+            _fidelity_row(2, 0.3, (math.nan, math.nan), base_kl=0.3),
+            overall=_fidelity_row("turns 2 to 3", 0.2, (math.nan, math.nan)),
+        ),
+        replace(other, recipe=_recipe(train={"rank": 2})).write(tmp_path / "c"),
+    ]
+    comparison = _compare(*runs)
+    assert _column(comparison, "reminder fidelity") == ["25%", "50%", None]
+    assert _column(comparison, "fidelity between (95 %)") == ["10 to 50%", None, None]
+    names = [str(name) for name in _column(comparison, "run")]
+    assert comparison.fidelity.columns[:2] == ["turn", "run"]
+    assert comparison.fidelity.rows == [
+        [2, names[0], 0.4, 0.1, "75%", "60 to 90%"],
+        [2, names[1], 0.3, 0.3, "0%", ""],
+        [3, names[0], 0.4, 0.6, "-50%", "-80 to 10%"],
+    ]
+    compare(runs, tmp_path / "out")
+    text = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+    assert "Reminder fidelity: how much nearer" in text and f"| 3 | {names[0]} | 0.4 |" in text
+    saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert saved["fidelity"]["rows"][2][4:] == ["-50%", "-80 to 10%"]
+    svg = (tmp_path / "out" / "figures" / "fidelity.svg").read_text(encoding="utf-8")
+    assert f">{names[0]}<" in svg and f">{names[1]}<" in svg and f">{names[2]}<" not in svg
+
+
+def test_fidelity_of_seeds_is_that_of_all_answers_with_a_combined_interval(tmp_path: Path) -> None:
+    rows = [
+        _fidelity_row("all", 0.1, (0.65, 0.85)),
+        _fidelity_row("all", 0.6, (0.2, 0.5), base_kl=1.0, tokens=300),
+    ]
+    runs = [
+        _with_fidelity(
+            Evaluated(10, 10 * seed, recipe=_recipe(seed=seed)).write(tmp_path / str(seed)),
+            overall=row,
+        )
+        for seed, row in enumerate(rows)
+    ]
+    pooled = overall_fidelity("both", [read_run(run) for run in runs], "tuned")
+    assert pooled and (pooled.arm, pooled.tokens, pooled.dialogues) == ("both", 400, 16)
+    # 40 and 300 nats of the base, 10 and 180 of the model.
+    assert pooled.value == pytest.approx(1 - 190 / 340)
+    assert pooled.base_kl == pytest.approx(340 / 400)
+    assert pooled.kl == pytest.approx(190 / 400)
+    small, large = 40 / 340, 300 / 340
+    below = math.hypot(small * (0.75 - 0.65), large * (0.4 - 0.2))
+    above = math.hypot(small * (0.85 - 0.75), large * (0.5 - 0.4))
+    assert pooled.low == pytest.approx(pooled.value - below)
+    assert pooled.high == pytest.approx(pooled.value + above)
+    unknown = replace(rows[1], low=math.nan, high=math.nan)
+    assert math.isnan(pooled_fidelity("both", [rows[0], unknown]).low)
+    assert math.isnan(pooled_fidelity("both", [_fidelity_row("a", 0.1, (0, 1), 0.0)] * 2).value)
+
+
+def _unchecked(folder: Path, kl: float, rank: int) -> Path:
+    """Write a run in which nothing checks any instruction."""
+    run = Evaluated(10, recipe=_recipe(train={"rank": rank})).write(folder)
+    run_dir = RunDir(run)
+    dialogues = [Dialogue(f"d{n}", "sea", ("Why?",) * 20) for n in range(4)]
+    evaluation = assign_evaluation(dialogues, [], [CustomInstruction(text="Be blunt.")])
+    write_splits(run_dir.assignments, {"train": [], "evaluation": evaluation})
+    replies = [replace(reply, obeys=None) for reply in _replies(0, 10, ("tuned",))]
+    write_jsonl(run_dir.replies, replies)
+    write_json(run_dir.scores, compute_scores(replies, {"evaluation": evaluation}, ()))
+    if kl:
+        by_turn = _fidelity_row(2, kl, (0, 1))
+        _with_fidelity(run, by_turn, overall=_fidelity_row("turns 2 to 3", kl, (0.1, 0.9)))
+    return run
+
+
+def test_runs_without_a_check_are_compared_by_fidelity_alone(tmp_path: Path) -> None:
+    runs = [_unchecked(tmp_path / str(rank), kl, rank) for rank, kl in ((4, 0.1), (8, 0.2))]
+    comparison = _compare(*runs)
+    assert (
+        comparison.table.columns[0] == "run" and "last five turns" not in comparison.table.columns
+    )
+    assert _column(comparison, "reminder fidelity") == ["75%", "50%"]
+    assert "half broken by turn" not in comparison.table.columns
+    compare(runs, tmp_path / "out")
+    text = (tmp_path / "out" / "compare.md").read_text(encoding="utf-8")
+    headline = "No instruction has a check. Reminder fidelity: rank 4 75%, rank 8 50%."
+    assert text.startswith(f"**{headline}**")
+    assert "NaN" not in (tmp_path / "out" / "compare.json").read_text(encoding="utf-8")
+    with pytest.raises(GattError, match="no instruction with a check and no reminder fidelity"):
+        read_run(_unchecked(tmp_path / "none", 0.0, 4))
+
+
+def test_checked_and_unchecked_runs_stand_in_one_table(tmp_path: Path) -> None:
+    runs = [_unchecked(tmp_path / "a", 0.1, 4), Evaluated(10).write(tmp_path / "b")]
+    comparison = _compare(*runs)
+    first, second = _column(comparison, "last five turns")
+    assert first is None and isinstance(second, Rate)
+    assert _column(comparison, "half broken by turn")[0] is None
+    compare(runs, tmp_path / "out")
+    assert "keeps its instruction in" in (tmp_path / "out" / "compare.md").read_text("utf-8")
+
+
+def test_runs_with_another_baked_prompt_are_not_paired(tmp_path: Path) -> None:
+    runs = [
+        Evaluated(10, recipe=_recipe(instructions={"bake": bake})).write(tmp_path / bake)
+        for bake in ("a.txt", "b.txt")
+    ]
+    comparison = _compare(*runs)
+    assert any("instructions.bake differs" in text for text in comparison.warnings)
+    assert not _has_differences(comparison)

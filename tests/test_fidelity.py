@@ -14,8 +14,9 @@ import scipy.special
 
 from pipeline.evaluation import fidelity
 from pipeline.evaluation.arms import Arm
-from pipeline.evaluation.fidelity import AnswerKl, chosen_dialogues, measure_fidelity, summarize
+from pipeline.evaluation.fidelity import chosen_dialogues, measure_fidelity
 from pipeline.evaluation.scores import Fidelity
+from pipeline.evaluation.scoring.fidelity import AnswerKl, summarize
 from pipeline.files import read_json, write_json
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.bake import baked_instruction, with_prompt
@@ -174,6 +175,14 @@ def test_a_baked_prompt_is_measured_with_and_without_it(arms: list[Arm]) -> None
         views = (dialogues[0].reminded_prompt([], ""), dialogues[0].student_prompt([], ""))
         longer, shorter = (len(engine.tokenize(engine.template.render(v))) for v in views)
     assert result.saved_tokens == longer - shorter > 0
+    # Under another system message, the base again is the base, and the tuned model another one.
+    leaks = {row.arm: row for row in result.leaks}
+    assert leaks.keys() == {"tuned", "adapter", "again"}
+    assert (leaks["again"].value, leaks["again"].kl) == (0, leaks["again"].base_kl)
+    assert leaks["tuned"].value != 0 and leaks["tuned"].base_kl == leaks["again"].base_kl > 0
+    without_system = _RECIPE.model_copy(update={"dialogues": Dialogues(system="")})
+    result = measure_fidelity(arms[:2], dialogues[:1], _replies(dialogues), without_system)
+    assert result and not result.leaks
 
 
 class _ScriptedEngine:

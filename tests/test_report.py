@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,17 +18,20 @@ from support.golden import Golden
 
 from pipeline.evaluation.aggregate import compute_scores
 from pipeline.evaluation.attention import AttentionMap
-from pipeline.evaluation.fidelity import AnswerKl, summarize
 from pipeline.evaluation.rates import wilson
 from pipeline.evaluation.scores import (
     ChangeScores,
     ChangeTurn,
+    ConditionRow,
+    ConditionScores,
     Degradation,
     Fidelity,
     Judgment,
     RateRow,
     Scores,
 )
+from pipeline.evaluation.scoring.fidelity import AnswerKl, summarize
+from pipeline.evaluation.statistics import Difference
 from pipeline.evaluation.suites import SuiteSettings, build_suites
 from pipeline.export.summary import ExportSummary, FormatSummary, MergeBase, MergeTrial
 from pipeline.files import write_json, write_jsonl
@@ -35,9 +39,9 @@ from pipeline.gatt.acceptance import Acceptance, AcceptanceRow
 from pipeline.gatt.assign import ConstraintPool
 from pipeline.gatt.assignment import AssignedDialogue, Splits, write_splits
 from pipeline.recipe import Evaluate, Recipe
-from pipeline.records import Constraint, Dialogue, Reply
+from pipeline.records import SAMPLERS, Constraint, Dialogue, Reply
 from pipeline.report.axes import turn_ticks
-from pipeline.report.figures import adherence_curve, change_curve, mean_rates
+from pipeline.report.figures import adherence_curve, change_curve, fidelity_curve, mean_rates
 from pipeline.report.results import read_results
 from pipeline.report.sections.adherence import by_instruction
 from pipeline.report.sections.headline import headline
@@ -433,7 +437,9 @@ def test_numbers_behind_the_figures_are_files(full: RunDir) -> None:
     assert losses == [("1", "2.0"), ("2", "1.5"), ("3", "1.2")]
 
 
-@pytest.mark.parametrize("name", ["adherence", "recall", "survival", "change", "attention", "loss"])
+@pytest.mark.parametrize(
+    "name", ["adherence", "recall", "survival", "change", "fidelity", "attention", "loss"]
+)
 def test_figures_are_files_with_dark_text_on_white(full: RunDir, name: str) -> None:
     png = full.report / "figures" / f"{name}.png"
     assert png.read_bytes().startswith(b"\x89PNG")
@@ -594,7 +600,7 @@ def test_page_shows_its_figures_and_requests_nothing(full: RunDir, browser: Brow
         "performance.getEntriesByType('resource').filter(r => !r.name.startsWith('data:')).length"
     )
     assert (page.evaluate("problems"), requested) == ([], 0)
-    assert page.evaluate(_VISIBLE_FIGURES) == [["wide", True]] * 6
+    assert page.evaluate(_VISIBLE_FIGURES) == [["wide", True]] * 7
 
 
 @needs_chromium
@@ -631,7 +637,7 @@ def test_phone_shows_the_page_without_scrolling_sideways(full: RunDir, browser: 
     )
     assert width <= 360
     assert height > 2000
-    assert page.evaluate(_VISIBLE_FIGURES) == [["narrow", True]] * 6
+    assert page.evaluate(_VISIBLE_FIGURES) == [["narrow", True]] * 7
     letters = page.evaluate(
         "Math.min(...[...document.querySelectorAll('.narrow text')]"
         ".map(text => text.getBoundingClientRect().height))"
@@ -677,7 +683,7 @@ def test_a_header_is_reached_by_the_keyboard(full: RunDir, browser: Browser) -> 
 
 def test_results_are_saved_as_json(full: RunDir) -> None:
     report = json.loads((full.report / "report.json").read_text(encoding="utf-8"))
-    assert report.keys() == {"subject", "headline", "facts", "scores", "export"}
+    assert report.keys() == {"subject", "headline", "facts", "scores", "conditions", "export"}
     assert report["facts"]["teacher"] == "my-teacher"
     assert report["export"]["merge_trials"]["nf4"] == {"kl_trained": 0.0, "nll": 1.75}
     assert Scores.from_json(json.dumps(report["scores"])) == _scores(full)
@@ -698,10 +704,48 @@ def test_the_fidelity_of_each_model_is_a_table_and_a_sentence(full: RunDir, bare
     assert "Reminder fidelity" not in (bare.report / "report.md").read_text(encoding="utf-8")
 
 
+def test_fidelity_is_drawn_by_turn_and_what_is_further_away_than_the_base_below_0(
+    full: RunDir, bare: RunDir
+) -> None:
+    svg = _svg(full, "fidelity")
+    assert all(f">{text}<" in svg for text in ("GAtt-tuned", "rival", "reminder fidelity", "0%"))
+    assert "turn (2 dialogues; dotted: the base)" in svg
+    assert not (bare.report / "figures" / "fidelity.svg").exists()
+    rows = [replace(row, value=math.nan, low=math.nan) for row in _fidelity().by_turn]
+    assert "reminder fidelity" in fidelity_curve(rows).wide_svg  # nothing is determined
+
+
+def test_other_samplers_and_lengths_stand_beside_the_evaluation(
+    full: RunDir, tmp_path: Path
+) -> None:
+    assert "Other samplers and lengths" not in _page(full)
+    shutil.copytree(full.path, tmp_path, dirs_exist_ok=True)
+    run_dir = RunDir(tmp_path)
+    row = ConditionRow(
+        arm="tuned",
+        at="turns 36 to 40",
+        **asdict(wilson(9, 12)),
+        main=wilson(6, 12),
+        difference=Difference(0.25, -0.1, 0.5, 4),
+    )
+    values = SAMPLERS["plain"].values
+    scores = ConditionScores(sampler="plain", values=values, turns=40, rows=(row,))
+    write_json(run_dir.conditions / "plain-40.json", scores)
+    run(_recipe(run_dir), run_dir)
+    assert "<h2>Other samplers and lengths</h2>" in _page(run_dir)
+    (line,) = _csv(run_dir, "conditions")
+    assert line["sampler"].startswith("plain: temperature 0.8, top-k 40, top-p 0.95")
+    assert (line["adherence"], line["evaluation"]) == ("0.75", "0.5")
+    assert line["points from the evaluation"] == "+25 (-10 to +50)"
+    markdown = (run_dir.report / "report.md").read_text(encoding="utf-8")
+    assert "| turns 36 to 40 | 75% (9 of 12) | 50% (6 of 12) | +25 (-10 to +50) |" in markdown
+
+
 def test_a_baked_prompt_has_its_own_section(full: RunDir, tmp_path: Path) -> None:
     shutil.copytree(full.path, tmp_path, dirs_exist_ok=True)
     run_dir = RunDir(tmp_path)
-    fidelity = replace(_fidelity(), baked=True, saved_tokens=120.0)
+    leaks = tuple(row for row in _fidelity().overall if row.arm in ("tuned", "rival"))
+    fidelity = replace(_fidelity(), baked=True, saved_tokens=120.0, leaks=leaks)
     write_json(run_dir.scores, replace(_scores(full), fidelity=fidelity))
     run(_recipe(run_dir), run_dir)
     markdown = (run_dir.report / "report.md").read_text(encoding="utf-8")
@@ -711,5 +755,11 @@ def test_a_baked_prompt_has_its_own_section(full: RunDir, tmp_path: Path) -> Non
         "prompt is (95 % interval 25 to 25%, 2 dialogues, 40 tokens, turns 2 to 3)."
     ) in markdown
     assert "Without the prompt, each request is 120 tokens shorter." in markdown
-    assert "a trained trait shows in" not in markdown  # leakage has no meaning
+    assert "a trained trait shows in" not in markdown  # no trait can be checked
+    assert (
+        "Leakage: under another system message, tuned is 25% nearer to the base with the prompt "
+        "than the base is (95 % interval 25 to 25%, 2 dialogues); 0% would be none."
+    ) in markdown
+    assert "rival is no nearer to the base with the prompt than the base is" in markdown
+    assert [row["tuned: fidelity"] for row in _csv(run_dir, "baked_leakage")] == ["25%"]
     assert "does the model give that of the prompt?" in markdown

@@ -13,8 +13,8 @@ import pytest
 from pipeline.errors import GattError
 from pipeline.evaluation.aggregate import compute_scores
 from pipeline.evaluation.judge import balanced, question, verdict
-from pipeline.evaluation.leakage import measure_leakage
 from pipeline.evaluation.scores import Leakage, Scores
+from pipeline.evaluation.scoring.leakage import measure_leakage
 from pipeline.evaluation.suites import SuiteSettings, build_suites
 from pipeline.files import write_json
 from pipeline.gatt.assign import ConstraintPool, assign_evaluation

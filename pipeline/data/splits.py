@@ -34,7 +34,7 @@ def split_dialogues(recipe: Recipe) -> DialogueSplits:
     dialogues = load_dialogues(source)
     random.Random(f"split {recipe.seed}").shuffle(dialogues)
     held_out = _held_out(dialogues, turns, count)
-    evaluation = _joined(held_out, turns, count)
+    evaluation = joined(held_out, turns, count)
     rest = _without_copies(dialogues, held_out)
     validation = rest[: min(recipe.dialogues.validation, len(rest) // 4)]
     training = _without_copies(rest, validation)
@@ -75,21 +75,21 @@ def _held_out(dialogues: list[Dialogue], turns: int, count: int) -> list[Dialogu
     return ordered[:size]
 
 
-def _joined(held_out: list[Dialogue], turns: int, count: int) -> list[Dialogue]:
+def joined(held_out: list[Dialogue], turns: int, count: int) -> list[Dialogue]:
     """Return `count` dialogues of at least `turns` turns, or none if there are too few messages.
 
     The n-th has the n-th of `held_out` first. A shorter one goes on with those after it, which
     begin again after the last; it has no message twice.
     """
-    joined = []
+    dialogues = []
     for n, dialogue in enumerate(held_out[:count]):
         if len(dialogue.turns) < turns:
             following = [*held_out[n:], *held_out[:n]]
             messages = dict.fromkeys(turn for other in following for turn in other.turns)
             dialogue = replace(dialogue, turns=tuple(messages)[:turns])
-        joined.append(dialogue)
-    is_enough = len(joined) == count and all(len(d.turns) >= turns for d in joined)
-    return joined if is_enough else []
+        dialogues.append(dialogue)
+    is_enough = len(dialogues) == count and all(len(d.turns) >= turns for d in dialogues)
+    return dialogues if is_enough else []
 
 
 def _messages(dialogues: list[Dialogue]) -> int:

@@ -14,13 +14,15 @@ from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.generator import (
+    EngineOptions,
     GenerationEngine,
     context_for,
+    open_engine,
     open_generator,
     thought_room,
 )
 from pipeline.inference.llama.model import Adapter, LoadedModel
-from pipeline.inference.remote.address import is_server_url
+from pipeline.inference.remote.address import is_server_url, served_name
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.run_dir import RunDir
 
@@ -76,13 +78,17 @@ class Arm:
             )
         info = source.info if isinstance(source, LoadedModel) else open_gguf(source)
         context += thought_room(info.path, settings.max_thought_tokens)
-        return BatchEngine(
-            source,
-            len(dialogues),
-            min(context, info.context_length),
-            settings.max_parallel,
+        context = min(context, info.context_length)
+        if isinstance(source, LoadedModel):
+            parallel = settings.max_parallel
+            return BatchEngine(source, len(dialogues), context, parallel, adapter=self.adapter)
+        options = EngineOptions(
+            dialogues=len(dialogues),
+            context=context,
+            max_parallel=settings.max_parallel,
             adapter=self.adapter,
         )
+        return open_engine(source, options)
 
 
 def dialogue_context(
@@ -140,7 +146,7 @@ def arms(recipe: Recipe, run_dir: RunDir) -> list[Arm]:
 
 def _extra_model(name: str, base: Path) -> Arm:
     if is_server_url(name):
-        return Arm(name=name.partition("#")[2] or name, server=name)
+        return Arm(name=served_name(name), server=name)
     path = Path(name).expanduser()
     if not path.is_file():
         raise GattError(

@@ -12,17 +12,13 @@ further away is below 0.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
-from typing import NamedTuple, TypeVar
-
-import numpy as np
-import numpy.typing as npt
+from typing import NamedTuple
 
 from pipeline.console import progress
-from pipeline.evaluation.arms import Arm, dialogue_context
+from pipeline.evaluation.arms import Arm
 from pipeline.evaluation.divergence import (
     AnswerLogits,
     ChatPass,
@@ -31,24 +27,20 @@ from pipeline.evaluation.divergence import (
     max_logits_bytes,
 )
 from pipeline.evaluation.replies import answers_of, with_weights
-from pipeline.evaluation.scores import Fidelity, FidelityRow
+from pipeline.evaluation.scores import Fidelity
+from pipeline.evaluation.scoring.fidelity import AnswerKl, summarize
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import is_judged
 from pipeline.inference.batch_engine import BatchEngine
-from pipeline.inference.generator import thought_room
+from pipeline.inference.llama.model import LoadedModel
 from pipeline.inference.logits import mean_kl
 from pipeline.recipe import Recipe
 from pipeline.records import Instruction, Message, Reply
 
-K = TypeVar("K", int, str)
-Sums = npt.NDArray[np.float64]
-"""Divergences in nats, summed over answers: (dialogues, 2), of base and model."""
-
 _MIN_DIALOGUES = 8
 """Dialogues that are scored, if there are as many; more, if more instructions are unchecked."""
 _MARGIN = 64
-"""Further tokens of a context: an answer's text may have more than were generated."""
-_RESAMPLES = 2000
+"""Further tokens of a context: markers of a thought that a prompt has, and the history not."""
 WITH_PROMPT = ", with the prompt"
 """Ends the name of a model into which a prompt is baked and that has the prompt nevertheless."""
 
@@ -57,7 +49,8 @@ class Views(NamedTuple):
     """A chat as its models see it: with a `reminder` in every turn, and told `once`.
 
     `first_turn` (from 1) is the first one before whose answer they differ. Where the prompt is to
-    be `baked`, the reminder is the prompt, and without it nothing is told.
+    be `baked`, the reminder is the prompt, and without it nothing is told; `elsewhere` has another
+    system message, if the recipe has one.
     """
 
     dialogue: str
@@ -66,6 +59,7 @@ class Views(NamedTuple):
     once: tuple[Message, ...]
     first_turn: int
     baked: bool
+    elsewhere: tuple[Message, ...] = ()
 
 
 class Reference(NamedTuple):
@@ -75,22 +69,13 @@ class Reference(NamedTuple):
     answers: list[AnswerLogits]
     reminded: list[ChatPass]
     once: list[ChatPass]
+    elsewhere: list[ChatPass]
 
     @property
     def saved_tokens(self) -> int:
         """Return by how much the last prompt is shorter without reminders."""
         ends = (passes[-1].answers[-1].start for passes in (self.reminded, self.once))
         return next(ends) - next(ends)
-
-
-class AnswerKl(NamedTuple):
-    """KL(reminded base‖model told once) of an answer: the sum over its tokens, in nats."""
-
-    dialogue: str
-    instruction: str
-    turn: int
-    tokens: int
-    kl: float
 
 
 def measure_fidelity(
@@ -107,20 +92,22 @@ def measure_fidelity(
     chosen = chosen_dialogues(dialogues)
     system = recipe.dialogues.system
     waiting = [views for d in chosen if (views := _views(d, replies, system))]
-    context = _context(measured[0], chosen, recipe)
     kl: dict[str, list[AnswerKl]] = {}
+    elsewhere: dict[str, list[AnswerKl]] = {}
     saved_tokens: list[int] = []
     with progress("evaluate: reminder fidelity", len(waiting)) as bar:
         while waiting:
-            done = _score(measured, waiting, context, kl)
+            done = _score(measured, waiting, kl, elsewhere)
             waiting = waiting[len(done) :]
             saved_tokens += [reference.saved_tokens for reference in done]
             bar.advance(len(done))
     base = kl.pop(measured[0].name, [])
     if not base:
         return None
+    base_elsewhere = elsewhere.pop(measured[0].name, [])
     return replace(
         summarize(base, kl),
+        leaks=summarize(base_elsewhere, elsewhere).overall if base_elsewhere else (),
         saved_tokens=sum(saved_tokens) / len(saved_tokens),
         baked=any(dialogue.baked for dialogue in chosen),
     )
@@ -150,29 +137,41 @@ def _views(dialogue: AssignedDialogue, replies: Sequence[Reply], system: str) ->
                 dialogue.student_prompt(answers, system),
                 first_turn=turn,
                 baked=dialogue.baked,
+                elsewhere=_elsewhere(dialogue, answers, system) if dialogue.baked else (),
             )
     return None
 
 
-def _context(base: Arm, dialogues: Sequence[AssignedDialogue], recipe: Recipe) -> int:
-    """Return the tokens of a context in which the ceiling's chats fit."""
-    assert base.path
-    settings = recipe.evaluate
-    thoughts = thought_room(base.path, settings.max_thought_tokens)
-    return dialogue_context(settings, dialogues, reminded=True) + thoughts + _MARGIN
+def _elsewhere(
+    dialogue: AssignedDialogue, answers: Sequence[str], system: str
+) -> tuple[Message, ...]:
+    """Return the chat with the system message that the baked prompt must not show under."""
+    plain = replace(dialogue, instruction=None, baked=False)
+    return plain.student_prompt(answers, system) if system else ()
+
+
+def _context(base: LoadedModel, chats: Sequence[Views]) -> int:
+    """Return the tokens of a context in which every view of the chats fits."""
+    views = (v for chat in chats for v in (chat.reminded, chat.once, chat.elsewhere) if v)
+    return max(len(base.tokenize(base.template.render(view))) for view in views) + _MARGIN
 
 
 def _score(
-    arms: Sequence[Arm], chats: Sequence[Views], context: int, kl: dict[str, list[AnswerKl]]
+    arms: Sequence[Arm],
+    chats: Sequence[Views],
+    kl: dict[str, list[AnswerKl]],
+    elsewhere: dict[str, list[AnswerKl]],
 ) -> list[Reference]:
     """Add the divergences in the first chats, as many as fit into memory, and return these.
 
-    A model into which the prompt is baked is measured with the prompt, too.
+    A model into which the prompt is baked is measured with the prompt, too, and `elsewhere`: under
+    another system message.
     """
     references: list[Reference] = []
-    vocab_size = 0
+    vocab_size = context = 0
     for arm, weights in with_weights(arms):
         assert weights
+        context = context or _context(weights, chats)
         with BatchEngine(weights, 1, context, adapter=arm.adapter) as engine:
             if arm is arms[0]:
                 references, vocab_size = _references(engine, chats), engine.vocab_size
@@ -180,6 +179,9 @@ def _score(
                 continue
             for r in references:
                 kl.setdefault(arm.name, []).extend(_divergences(engine, r, r.once))
+                if r.elsewhere:
+                    other = _divergences(engine, r, r.elsewhere)
+                    elsewhere.setdefault(arm.name, []).extend(other)
                 if r.views.baked and arm is not arms[0]:
                     with_prompt = kl.setdefault(f"{arm.name}{WITH_PROMPT}", [])
                     with_prompt.extend(_divergences(engine, r, r.reminded))
@@ -193,7 +195,10 @@ def _references(base: BatchEngine, chats: Sequence[Views]) -> list[Reference]:
     for views in chats:
         reminded = answer_passes(base, views.reminded)
         answers = list(islice(answer_logits(base, reminded), views.first_turn - 1, None))
-        references.append(Reference(views, answers, reminded, answer_passes(base, views.once)))
+        once, elsewhere = (
+            answer_passes(base, view) if view else [] for view in (views.once, views.elsewhere)
+        )
+        references.append(Reference(views, answers, reminded, once, elsewhere))
         room -= sum(answer.values.nbytes for answer in answers)
         if room <= 0:
             break
@@ -218,66 +223,3 @@ def _divergences(
         for turn, (expected, actual) in pairs
         if expected.tokens
     ]
-
-
-def summarize(base: Sequence[AnswerKl], models: Mapping[str, Sequence[AnswerKl]]) -> Fidelity:
-    """Return the fidelity of each model: overall, by turn and by instruction.
-
-    `base` and each of `models` have the same answers in the same order.
-    """
-
-    def rows(key: Callable[[AnswerKl], K]) -> tuple[FidelityRow, ...]:
-        return tuple(
-            _row(arm, at, [pair for pair in zip(base, model, strict=True) if key(pair[0]) == at])
-            for arm, model in models.items()
-            for at in sorted({key(answer) for answer in base})
-        )
-
-    turns = {answer.turn for answer in base}
-    all_turns = f"turns {min(turns)} to {max(turns)}"
-    return Fidelity(
-        overall=rows(lambda answer: all_turns),
-        by_turn=rows(lambda answer: answer.turn),
-        by_instruction=rows(lambda answer: answer.instruction),
-    )
-
-
-def _row(arm: str, at: int | str, pairs: Sequence[tuple[AnswerKl, AnswerKl]]) -> FidelityRow:
-    """Return the fidelity over pairs of the base's and the model's divergence."""
-    by_dialogue: dict[str, Sums] = {}
-    for base, model in pairs:
-        by_dialogue.setdefault(base.dialogue, np.zeros(2))[:] += base.kl, model.kl
-    sums = np.array(list(by_dialogue.values()))
-    tokens = sum(base.tokens for base, _ in pairs)
-    base_kl, kl = sums.sum(axis=0) / tokens
-    low, high = _interval(sums)
-    return FidelityRow(
-        arm=arm,
-        at=at,
-        kl=float(kl),
-        base_kl=float(base_kl),
-        value=float(_fidelity(sums)),
-        low=low,
-        high=high,
-        tokens=tokens,
-        dialogues=len(sums),
-    )
-
-
-def _fidelity(sums: Sums) -> Sums:
-    """Return the fidelity of (..., dialogues, 2) sums; nan where those of the base are 0."""
-    base, model = np.moveaxis(sums.sum(axis=-2), -1, 0)
-    return np.where(base > 0, 1 - model / np.where(base > 0, base, 1), math.nan)
-
-
-def _interval(sums: Sums) -> tuple[float, float]:
-    """Return the 95 % percentile interval (Efron 1979) over the dialogues of (dialogues, 2) sums.
-
-    Dialogues are drawn with replacement: the answers of one follow from one another. It is nan for
-    less than two of them.
-    """
-    if len(sums) < 2 or not sums[:, 0].all():
-        return math.nan, math.nan
-    drawn = np.random.default_rng(0).integers(len(sums), size=(_RESAMPLES, len(sums)))
-    low, high = np.nanpercentile(_fidelity(sums[drawn]), (2.5, 97.5))
-    return float(low), float(high)

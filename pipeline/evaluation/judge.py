@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pipeline.console import log, progress
-from pipeline.evaluation.aggregate import rate_rows
 from pipeline.evaluation.rates import adherence, wilson
 from pipeline.evaluation.replies import Note
 from pipeline.evaluation.scores import Judgment
+from pipeline.evaluation.scoring.rows import rate_rows
 from pipeline.files import JsonlLog
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.text import words

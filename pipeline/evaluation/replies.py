@@ -14,9 +14,10 @@ from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.rollout import MakeRequest, ReplyKey, Rollout, Turn, turns_of
 from pipeline.gatt.seeds import derive_seed
 from pipeline.gguf.reader import open_gguf
+from pipeline.inference.generator import generates_elsewhere
 from pipeline.inference.llama.model import LoadedModel
 from pipeline.recipe import Recipe
-from pipeline.records import Message, Reply, Request
+from pipeline.records import DEFAULT_SAMPLER, Message, Reply, Request, SamplerChoice
 
 Suites = Mapping[str, Sequence[AssignedDialogue]]
 """Dialogues by suite; "evaluation" has those of the trained instructions, which all arms run."""
@@ -32,12 +33,15 @@ def generate_replies(
     recipe: Recipe,
     log_file: Path,
     note: Note = lambda model, changes: None,
+    sampler: SamplerChoice | None = None,
 ) -> list[Reply]:
     """Run every dialogue in every arm; replies that `log_file` has are not generated again.
 
     The replies are ordered by arm, dialogue and turn, not as in the log, whose order an
-    interruption changes. `note` receives what servers have refused.
+    interruption changes. `note` receives what servers have refused. Without a `sampler`, that of
+    the recipe draws the tokens.
     """
+    drawn = sampler or SamplerChoice(recipe.evaluate.temperature, 1.0, DEFAULT_SAMPLER)
     with JsonlLog(log_file) as reply_log:
         replies = {ReplyKey.of(reply): reply for reply in (Reply(**r) for r in reply_log.records)}
         with progress("evaluate: replies", _count(arms, suites, recipe), len(replies)) as bar:
@@ -47,12 +51,12 @@ def generate_replies(
                 reply_log.append(reply)
                 bar.advance()
 
-            for arm, weights in with_weights(arms):
+            for arm, weights in with_weights(arms, load=not generates_elsewhere()):
                 dialogues = _dialogues(arm, suites)
                 rollout = Rollout(
                     arm=arm.name,
                     max_turns=recipe.evaluate.turns,
-                    make_request=_make_request(recipe, arm),
+                    make_request=_make_request(recipe, arm, drawn),
                     record=record,
                     recorded=replies,
                 )
@@ -89,15 +93,18 @@ def _log_unfinished_thoughts(replies: Iterable[Reply], max_thought_tokens: int) 
         )
 
 
-def with_weights(arms: Sequence[Arm]) -> Iterator[tuple[Arm, LoadedModel | None]]:
+def with_weights(
+    arms: Sequence[Arm], *, load: bool = True
+) -> Iterator[tuple[Arm, LoadedModel | None]]:
     """Yield each arm with the weights of its file, which are loaded once for all arms of it.
 
-    Files are loaded one after another, in the order of their first arms.
+    Files are loaded one after another, in the order of their first arms. Without `load` there are
+    no weights.
     """
     files = [arm.path for arm in arms]
     by_file = sorted(arms, key=lambda arm: files.index(arm.path))
     for path, arms_of_file in groupby(by_file, key=lambda arm: arm.path):
-        weights = LoadedModel(open_gguf(path)) if path else None
+        weights = LoadedModel(open_gguf(path)) if path and load else None
         for arm in arms_of_file:
             yield arm, weights
         if weights:
@@ -119,7 +126,7 @@ def _dialogues(arm: Arm, suites: Suites) -> list[AssignedDialogue]:
     return sorted(dialogues, key=lambda dialogue: -len(dialogue.dialogue.turns))
 
 
-def _make_request(recipe: Recipe, arm: Arm) -> MakeRequest:
+def _make_request(recipe: Recipe, arm: Arm, sampler: SamplerChoice) -> MakeRequest:
     system, settings = recipe.dialogues.system, recipe.evaluate
 
     def make_request(dialogue: AssignedDialogue, turn: Turn, answers: list[str]) -> Request:
@@ -135,7 +142,9 @@ def _make_request(recipe: Recipe, arm: Arm) -> MakeRequest:
             messages=messages,
             seed=seed,
             max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
+            temperature=sampler.temperature,
+            top_p=sampler.top_p,
+            sampler=sampler.settings,
             max_thought_tokens=settings.max_thought_tokens,
         )
 

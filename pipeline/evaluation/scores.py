@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.errors import GattError
 from pipeline.evaluation.rates import JsonFloat, Rate
 from pipeline.evaluation.statistics import Difference, SampleSize, Survival
+from pipeline.records import SamplerName
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +109,19 @@ class EventScores:
 
 
 @dataclass(frozen=True, slots=True)
+class EventArms:
+    """What the user does halfway, by arm; empty where it was not measured.
+
+    After a `change` another instruction holds, after a `stop` none, and after a `contradiction` of
+    the system message that one still.
+    """
+
+    change: Mapping[str, ChangeScores] = field(default_factory=dict)
+    stop: Mapping[str, EventScores] = field(default_factory=dict)
+    contradiction: Mapping[str, EventScores] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Degradation:
     """Perplexity of each arm on the base's plain answers, and KL(base‖arm) in nats per token."""
 
@@ -142,7 +156,8 @@ class Fidelity:
 
     A turn in which both see the same chat does not count, such as turn 1. `saved_tokens` is by how
     many tokens the last prompt of a dialogue is shorter without reminders. Where a prompt is
-    `baked`, it is the reminder, and without it nothing is told.
+    `baked`, it is the reminder, and without it nothing is told; `leaks` is the same under another
+    system message, where an arm should be no nearer than the base.
     """
 
     overall: tuple[FidelityRow, ...]
@@ -150,6 +165,32 @@ class Fidelity:
     by_instruction: tuple[FidelityRow, ...]
     saved_tokens: float = 0.0
     baked: bool = False
+    leaks: tuple[FidelityRow, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConditionRow(RateRow):
+    """Adherence of one arm `at` some turns, and that of the `main` evaluation in its last five.
+
+    The `difference` is positive where adherence is higher than in the main evaluation.
+    """
+
+    main: Rate
+    difference: Difference
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConditionScores:
+    """The result of one condition: `evaluate/conditions/SAMPLER-TURNS.json`.
+
+    `values` are those of the sampler by llama.cpp's names. With another sampler, there is a row for
+    the last five turns of the main evaluation, and with more turns one for the last five of these.
+    """
+
+    sampler: SamplerName
+    values: Mapping[str, float]
+    turns: int
+    rows: tuple[ConditionRow, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +218,8 @@ class Scores:
     such as nothing but the phrase that was asked for, `cut_before_obeying` those cut at
     `max_tokens` that do not obey so far. `coverage` counts by kind the constraints of training
     that were measured, and all of them. `unchecked` names the instructions of training that
-    nothing checks: no rate includes them.
+    nothing checks: no rate includes them. `custom_events` are `change`, `stop` and `contradiction`
+    of the instructions in the user's own words alone, where there are others, too.
     """
 
     turns: int
@@ -200,6 +242,7 @@ class Scores:
     change: Mapping[str, ChangeScores] = field(default_factory=dict)
     stop: Mapping[str, EventScores] = field(default_factory=dict)
     contradiction: Mapping[str, EventScores] = field(default_factory=dict)
+    custom_events: EventArms = EventArms()
     recall: tuple[RateRow, ...] = ()
     recall_known: tuple[RateRow, ...] = ()
     by_length: tuple[RateRow, ...] = ()

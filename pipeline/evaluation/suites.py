@@ -3,10 +3,11 @@
 `unseen_values`: trained kinds with values that are held out. `unseen`: the recipe's instructions
 that are not trained. `combined`: two constraints at once. `change`: another instruction replaces
 the first halfway, which the paper leaves open. `stop`: the user ends it halfway. `contradiction`:
-the user contradicts the system message halfway. `plain`: no instruction, where no trained trait may
-show. `recall`: attributes are set in turn 1 and asked for later (Table 30 of the paper). `single`:
-one question with one instruction, as in IFEval (Zhou et al. 2023), to see what training has
-degraded.
+the user contradicts the system message halfway. In these three, instructions in the user's own
+words take turns with the others, if a plain answer does not pass their checks. `plain`: no
+instruction, where no trained trait may show. `recall`: attributes are set in turn 1 and asked for
+later (Table 30 of the paper). `single`: one question with one instruction, as in IFEval (Zhou et
+al. 2023), to see what training has degraded.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, zip_longest
+from typing import NamedTuple
 
 from pipeline.gatt.assign import (
     EVALUATION_STOP,
     ConstraintPool,
+    PoolEntry,
     assign_evaluation,
     spread,
     stop,
@@ -27,11 +30,11 @@ from pipeline.gatt.assign import (
 )
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.bake import with_prompt
-from pipeline.gatt.constraints.registry import KINDS, compatible, shows_obedience
+from pipeline.gatt.constraints.registry import KINDS, compatible, is_judged, shows_obedience
 from pipeline.gatt.ghost import CHANGE_PREFIX
-from pipeline.gatt.instructions import render_instruction
+from pipeline.gatt.instructions import instruction_of, render_instruction
 from pipeline.gatt.vocabulary.attributes import evaluation_attributes
-from pipeline.records import Constraint, Dialogue, Instruction
+from pipeline.records import Constraint, CustomInstruction, Dialogue, Instruction
 
 PAPER_RECALL = {"without GAtt": (1.0, 0.1, 0.0, 0.0), "with GAtt": (1.0, 1.0, 1.0, 1.0)}
 """Table 30: the share of attributes recalled in each of `RECALL_TURNS`, judged by people."""
@@ -47,7 +50,8 @@ _SINGLE = 7
 class SuiteSettings:
     """What the suites are built from: `trained` has the constraints of training, each once.
 
-    Dialogues are cut to `turns`, those of recall and of unseen values to `full_turns`.
+    `custom` are the instructions of training in the user's own words. Dialogues are cut to `turns`,
+    those of recall and of unseen values to `full_turns`.
     """
 
     pool: ConstraintPool
@@ -56,6 +60,7 @@ class SuiteSettings:
     turns: int
     full_turns: int
     seed: int
+    custom: Sequence[CustomInstruction] = ()
 
 
 def build_suites(
@@ -73,14 +78,17 @@ def build_suites(
     new = [c for c in settings.unseen if c not in settings.trained]
     # Where a plain answer obeys as well, nothing can be seen of what the user has ended.
     visible = spread([c for c in settings.trained if shows_obedience(c)])
-    changing = len(visible) > 1 < settings.turns
+    entries = {
+        place: _in_turn(visible, [c for c in settings.custom if c.place == place and _shows(c)])
+        for place in ("first", "system")
+    }
     suites = {
         "unseen_values": assign_evaluation(dialogues, new_values) if new_values else [],
         "unseen": assign_evaluation(dialogues, new) if new else [],
         "combined": _combined(dialogues, [*new_values, *visible]),
-        "change": _changing(dialogues, visible, settings.turns) if changing else [],
-        "stop": _stopping(dialogues, visible, settings.turns) if changing else [],
-        "contradiction": _contradicting(dialogues, visible, settings.turns) if changing else [],
+        "change": _changing(dialogues, entries["first"], settings.turns),
+        "stop": _stopping(dialogues, entries["first"], settings.turns),
+        "contradiction": _contradicting(dialogues, entries["system"], settings.turns),
         "plain": [AssignedDialogue(dialogue=dialogue) for dialogue in dialogues],
         "recall": _recall(dialogues if recall is None else recall, settings.seed),
         "single": _single(dialogues),
@@ -164,57 +172,90 @@ def _combined(
     ]
 
 
+def _shows(custom: CustomInstruction) -> bool:
+    """Return whether programs can see that the instruction is followed."""
+    return not is_judged(custom.checks) and any(map(shows_obedience, custom.checks))
+
+
+def _in_turn(
+    constraints: Sequence[Constraint], custom: Sequence[CustomInstruction]
+) -> list[PoolEntry]:
+    pairs = zip_longest(constraints, custom)
+    return [entry for pair in pairs for entry in pair if entry]
+
+
+class _Event(NamedTuple):
+    """A dialogue, its instruction, another one for halfway, and its number among those like it."""
+
+    dialogue: Dialogue
+    instruction: Instruction
+    other: Instruction | None
+    number: int
+
+
+def _events(
+    dialogues: Sequence[Dialogue], entries: Sequence[PoolEntry], turns: int
+) -> list[_Event]:
+    """Return an event for each dialogue, half of the entries apart; none without a later turn."""
+    if turns < 2 or not entries:
+        return []
+    instructions, size = [instruction_of(entry) for entry in entries], len(entries)
+    numbers: Counter[bool] = Counter()
+    events = []
+    for n, dialogue in enumerate(dialogues):
+        other = instructions[(n + max(1, size // 2)) % size] if size > 1 else None
+        is_custom = isinstance(entries[n % size], CustomInstruction)
+        events.append(_Event(dialogue, instructions[n % size], other, numbers[is_custom]))
+        numbers[is_custom] += 1
+    return events
+
+
 def _changing(
-    dialogues: Sequence[Dialogue], constraints: Sequence[Constraint], turns: int
+    dialogues: Sequence[Dialogue], entries: Sequence[PoolEntry], turns: int
 ) -> list[AssignedDialogue]:
     """Return dialogues whose instruction changes halfway."""
     return [
         AssignedDialogue(
-            dialogue=dialogue,
-            instruction=render_instruction((constraints[n % len(constraints)],)),
-            next_instruction=render_instruction((_another(constraints, n),)),
+            dialogue=event.dialogue,
+            instruction=event.instruction,
+            next_instruction=event.other,
             change_turn=turns // 2,
         )
-        for n, dialogue in enumerate(dialogues)
+        for event in _events(dialogues, entries, turns)
+        if event.other
     ]
 
 
-def _another(constraints: Sequence[Constraint], n: int) -> Constraint:
-    """Return a constraint that differs from the n-th: half of them further."""
-    size = len(constraints)
-    return constraints[(n + max(1, size // 2)) % size]
-
-
 def _stopping(
-    dialogues: Sequence[Dialogue], constraints: Sequence[Constraint], turns: int
+    dialogues: Sequence[Dialogue], entries: Sequence[PoolEntry], turns: int
 ) -> list[AssignedDialogue]:
     """Return dialogues whose instruction the user ends halfway."""
     return [
         AssignedDialogue(
-            dialogue=dialogue,
-            instruction=render_instruction((constraints[n % len(constraints)],)),
+            dialogue=event.dialogue,
+            instruction=event.instruction,
             next_instruction=stop(EVALUATION_STOP),
             change_turn=turns // 2,
         )
-        for n, dialogue in enumerate(dialogues)
+        for event in _events(dialogues, entries, turns)
     ]
 
 
 def _contradicting(
-    dialogues: Sequence[Dialogue], constraints: Sequence[Constraint], turns: int
+    dialogues: Sequence[Dialogue], entries: Sequence[PoolEntry], turns: int
 ) -> list[AssignedDialogue]:
     """Return dialogues in which the user halfway ends or replaces what the system message says."""
     return [
         AssignedDialogue(
-            dialogue=dialogue,
-            instruction=render_instruction((constraints[n % len(constraints)],)),
+            dialogue=event.dialogue,
+            instruction=event.instruction,
             in_system=True,
             contradiction=EVALUATION_STOP
-            if n % 2
-            else CHANGE_PREFIX + render_instruction((_another(constraints, n),)).text,
+            if event.number % 2 or not event.other
+            else CHANGE_PREFIX + event.other.text,
             change_turn=turns // 2,
         )
-        for n, dialogue in enumerate(dialogues)
+        for event in _events(dialogues, entries, turns)
     ]
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
-from pipeline.evaluation.rates import Rate
 from pipeline.report.styles import Style, arm_label
 from pipeline.report.svg import FONT_SIZE, Layout
 
@@ -37,8 +36,24 @@ def single_axes(layout: Layout, height: float) -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
+class Estimate(Protocol):
+    """A number with its interval."""
+
+    @property
+    def value(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
 def draw_rates(
-    axes: Axes, turns: Sequence[float], rates: Sequence[Rate], style: Style, *, faint: bool = False
+    axes: Axes,
+    turns: Sequence[float],
+    rates: Sequence[Estimate],
+    style: Style,
+    *,
+    faint: bool = False,
 ) -> None:
     """Draw a line with its interval as a band."""
     low, high = [rate.low for rate in rates], [rate.high for rate in rates]

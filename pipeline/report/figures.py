@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.evaluation.rates import Rate, wilson
-from pipeline.evaluation.scores import ChangeScores, RateRow
+from pipeline.evaluation.scores import ChangeScores, FidelityRow, RateRow
 from pipeline.evaluation.statistics import Survival
 from pipeline.report.axes import (
     LineLabel,
@@ -140,6 +141,27 @@ def survival_curve(layout: Layout, survival: Mapping[str, Survival], turns: int)
     return figure
 
 
+@rendered("cost", "Milliseconds per generated token, by turn")
+def cost_curve(
+    layout: Layout, costs: Mapping[str, Mapping[float, float]], turns: int, note: str
+) -> Figure:
+    """Draw what a generated token costs each arm, in milliseconds by turn."""
+    figure, axes = single_axes(layout, 3.2)
+    labels = []
+    for arm, style in styles_for(costs).items():
+        x, y = list(costs[arm]), list(costs[arm].values())
+        if x:
+            draw_line(axes, x, y, style)
+            labels.append(LineLabel(arm, x[-1], y[-1], style.color))
+    format_turns(axes, layout, turns, f"turn ({note})")
+    highest = max(ms for points in costs.values() for ms in points.values())
+    axes.set_ylim(0, 1.05 * highest or 1)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.set_ylabel("ms per generated token")
+    draw_labels(axes, layout, labels)
+    return figure
+
+
 @rendered("change", "Share of the answers that keep the old and the new instruction, by turn")
 def change_curve(
     layout: Layout, change: Mapping[str, ChangeScores], arms: Sequence[str] = ()
@@ -168,6 +190,34 @@ def change_curve(
     note = "new instruction from the dotted line on; dashed: old"
     format_turns(axes, layout, turns, f"turn ({dialogues}; {note})")
     axes.set_ylabel("answers that keep it")
+    draw_labels(axes, layout, labels)
+    return figure
+
+
+@rendered("fidelity", "Reminder fidelity, by turn")
+def fidelity_curve(layout: Layout, rows: Sequence[FidelityRow]) -> Figure:
+    """Draw the reminder fidelity of each arm by turn, with its 95 % interval, from -100 % up.
+
+    The dotted line is the base that is told once, or that has no baked prompt.
+    """
+    by_arm: dict[str, list[FidelityRow]] = {}
+    for row in rows:
+        if not math.isnan(row.value):
+            by_arm.setdefault(row.arm, []).append(row)
+    figure, axes = single_axes(layout, 3.2)
+    labels = []
+    for arm, style in styles_for(by_arm).items():
+        points = sorted(by_arm[arm], key=lambda row: int(row.at))
+        draw_rates(axes, [int(row.at) for row in points], points, style)
+        end = max(-1.0, points[-1].value)
+        labels.append(LineLabel(arm, int(points[-1].at), end, style.color))
+    axes.axhline(0, color=TEXT_COLOR, linewidth=0.8, linestyle=":")
+    dialogues = count_text(max(row.dialogues for row in by_arm[arm]) for arm in by_arm)
+    turns = max((int(row.at) for row in rows), default=1)
+    format_turns(axes, layout, turns, f"turn ({dialogues}; dotted: the base)")
+    lowest = min((low for row in rows for low in (row.value, row.low) if low < 0), default=0.0)
+    axes.set_ylim(max(-1.0, lowest) - 0.02, 1.04)
+    axes.set_ylabel("reminder fidelity")
     draw_labels(axes, layout, labels)
     return figure
 

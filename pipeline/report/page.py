@@ -15,6 +15,7 @@ from pipeline.report.tables import Table, as_csv, format_cell, interval_text, ma
 
 _MARKDOWN_TABLES = (
     "overview",
+    "conditions",
     "by_length",
     "recall",
     "recall_all",
@@ -24,6 +25,7 @@ _MARKDOWN_TABLES = (
     "stop",
     "contradiction",
     "fidelity",
+    "baked_leakage",
     "leakage",
     "leakage_by_trait",
     "degradation",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from pipeline.evaluation.rates import Rate, wilson
-from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.scores import ConditionScores, Scores
 from pipeline.export.summary import ExportSummary
 from pipeline.files import read_json, read_jsonl
 from pipeline.gatt.acceptance import Acceptance
@@ -56,6 +56,7 @@ class RunResults:
     throughput: Throughput | None = None
     attention: Mapping[str, AttentionMap] = field(default_factory=dict)
     dialogues: Sequence[ComparedDialogue] = ()
+    conditions: Sequence[ConditionScores] = ()
 
     @property
     def arms(self) -> list[str]:
@@ -96,6 +97,7 @@ def read_results(recipe: Recipe, run_dir: RunDir) -> RunResults:
         throughput=_read_throughput(run_dir),
         attention=_read_attention(run_dir),
         dialogues=_read_dialogues(run_dir),
+        conditions=_read_conditions(run_dir),
     )
 
 
@@ -132,6 +134,11 @@ def _read_attention(run_dir: RunDir) -> dict[str, AttentionMap]:
     if not run_dir.attention.exists():
         return {}
     return read_attention_maps(run_dir.attention.read_text(encoding="utf-8"))
+
+
+def _read_conditions(run_dir: RunDir) -> list[ConditionScores]:
+    files = sorted(run_dir.conditions.glob("*.json"))
+    return [read_json(file, ConditionScores, "evaluate") for file in files]
 
 
 def _read_dialogues(run_dir: RunDir) -> list[ComparedDialogue]:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.evaluation.rates import Rate, wilson
-from pipeline.evaluation.scores import FidelityRow, RateRow, ReplyCounts, Scores
+from pipeline.evaluation.scores import ConditionScores, FidelityRow, RateRow, ReplyCounts, Scores
+from pipeline.evaluation.statistics import Difference
 
 Cell = str | int | float | Rate | None
 """A text, a number, a rate with its interval, or None for an empty cell."""
@@ -62,6 +63,38 @@ def overview(scores: Scores, arms: Sequence[str]) -> Table:
 def _share(counts: ReplyCounts, field: str) -> Rate:
     n = counts.all - counts.unchecked if field == "obey" else counts.all
     return wilson(getattr(counts, field), n)
+
+
+def conditions_table(conditions: Sequence[ConditionScores]) -> Table:
+    """Return a row for each model, sampler and length, with the difference from the evaluation."""
+    columns = ["model", "sampler", "turns", "adherence", "evaluation", "points from the evaluation"]
+    rows: list[list[Cell]] = [
+        [row.arm, _sampler_name(scores), row.at, row, row.main, points_text(row.difference)]
+        for scores in conditions
+        for row in scores.rows
+    ]
+    return Table("conditions", columns, rows)
+
+
+def _sampler_name(scores: ConditionScores) -> str:
+    values = scores.values
+    if scores.sampler == "gatt":
+        return "as in the evaluation"
+    if not values["temperature"]:
+        return "greedy"
+    dry = "DRY" if values["dry_multiplier"] else "no DRY"
+    return (
+        f"{scores.sampler}: temperature {values['temperature']:g}, top-k {values['top_k']:g}, "
+        f"top-p {values['top_p']:g}, min-p {values['min_p']:g}, {dry}"
+    )
+
+
+def points_text(difference: Difference) -> str:
+    """Return a difference in points with its interval: "+3 (-2 to +8)"; "" if there is none."""
+    if math.isnan(difference.difference):
+        return ""
+    low, high = 100 * difference.low, 100 * difference.high
+    return f"{100 * difference.difference:+.0f} ({low:+.0f} to {high:+.0f})"
 
 
 def fidelity_table(name: str, first: str, rows: Sequence[FidelityRow]) -> Table:

@@ -1,6 +1,7 @@
 """`gatt evaluate`: measure whether the instruction of turn 1 still holds in turn 20.
 
-Base, tuned, and base with the instruction in every turn (ceiling) answer the same dialogues.
+Base, tuned, and base with the instruction in every turn (ceiling) answer the same dialogues. With
+`--sampler` or `--turns`, base and tuned then answer them again under that condition.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pipeline.console import capture_output, log
+from pipeline.console import capture_output, log, print_result
 from pipeline.evaluation.aggregate import compute_scores
 from pipeline.evaluation.arms import arms, dialogue_context
 from pipeline.evaluation.attention import attention_map
+from pipeline.evaluation.conditions import Condition, measure_condition
 from pipeline.evaluation.divergence import measure_degradation
 from pipeline.evaluation.fidelity import measure_fidelity
 from pipeline.evaluation.judge import judge
 from pipeline.evaluation.replies import chat_of, generate_replies
-from pipeline.files import write_json
+from pipeline.files import read_jsonl, write_json
 from pipeline.gatt.assign import trained_constraints
 from pipeline.gatt.assignment import AssignedDialogue, check_files, read_splits
 from pipeline.hub.convert import cached_checkpoint
@@ -26,6 +28,7 @@ from pipeline.hub.models import find_model
 from pipeline.inference.generator import model_files
 from pipeline.recipe import Recipe
 from pipeline.records import Reply
+from pipeline.report.tables import conditions_table, markdown
 from pipeline.run_dir import Input, RunDir
 from pipeline.system import available_memory
 
@@ -61,7 +64,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     """Answer every dialogue in every arm and score it; finished replies are not generated again."""
     settings, system = recipe.evaluate, recipe.dialogues.system
     splits = read_splits(run_dir.assignments)
-    trained = trained_constraints(splits["train"])
+    trained = trained_constraints([d for d in splits["train"] if not d.is_custom])
     suites = {"evaluation": splits["evaluation"], **read_splits(run_dir.suites)}
     measured = arms(recipe, run_dir)
     note = partial(run_dir.note, "evaluate")
@@ -83,6 +86,26 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     fidelity = measure_fidelity(measured, suites["evaluation"], replies, recipe)
     scores = replace(scores, fidelity=fidelity)
     write_json(run_dir.scores, scores)
+
+
+def run_condition(recipe: Recipe, run_dir: RunDir, condition: Condition) -> None:
+    """Measure an evaluated run under another condition; the result stands beside the main one.
+
+    Raises:
+        GattError: as `measure_condition`, or another process works in the folder.
+    """
+    with run_dir.lock():
+        scores = measure_condition(
+            condition,
+            arms(recipe, run_dir),
+            read_splits(run_dir.assignments)["evaluation"],
+            [Reply(**row) for _, row in read_jsonl(run_dir.replies)],
+            recipe,
+            run_dir.conditions / f"{condition.name}.jsonl",
+        )
+        write_json(run_dir.conditions / f"{condition.name}.json", scores)
+    print_result(markdown(conditions_table([scores])))
+    log(f"`gatt report --run {run_dir.path}` adds this to the report.")
 
 
 def _map_attention(

@@ -48,6 +48,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
             "headline": page.headline,
             "facts": results.facts,
             "scores": results.scores,
+            "conditions": results.conditions,
             "export": results.export,
         },
     )

@@ -6,16 +6,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
+from pipeline.console import log
+from pipeline.errors import GattError
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.rollout import Rollout, Turn
 from pipeline.gatt.seeds import derive_seed
-from pipeline.gguf.adapter import write_adapter
-from pipeline.gguf.formats import uniform_format
-from pipeline.gguf.merge import open_base, plan_merge, write
 from pipeline.gguf.reader import open_gguf
+from pipeline.hub.adapted import write_adapter_gguf, write_merged_gguf
 from pipeline.hub.shape import ModelShape
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.generator import context_for
@@ -24,6 +24,7 @@ from pipeline.inference.llama.model import Adapter, LoadedModel
 from pipeline.inference.llama.placement import MARGIN_BYTES, MIN_OUTPUTS, compute_buffer_bytes
 from pipeline.recipe import Recipe
 from pipeline.records import Reply, Request
+from pipeline.system import cache_path
 
 _MAX_TOKENS, _MAX_TURNS = 48, 8
 """Tokens of a reply, and turns of a dialogue."""
@@ -35,17 +36,27 @@ _MAX_FRACTION = 0.25
 """Fraction of the training time that longer ones may take."""
 
 
+_log_once = cache(log)
+
+
 class AdaptableBase:
     """The base model to which adapters are applied one after another.
 
     `make_file` returns its GGUF. It is loaded once, when it is first used. DoRA adapters (`dora`)
     cannot be applied by llama.cpp and are merged. Without `gpu`, all of it runs on the CPU.
+    `folder` is what llama.cpp's own converter made the GGUF of; None if it was not needed. An
+    adapter that it cannot write for this family is merged.
     """
 
     def __init__(
-        self, make_file: Callable[[], Path], *, dora: bool = False, gpu: bool = True
+        self,
+        make_file: Callable[[], Path],
+        *,
+        folder: Path | None = None,
+        dora: bool = False,
+        gpu: bool = True,
     ) -> None:
-        self._make_file = make_file
+        self._make_file, self._folder = make_file, folder
         self._is_merged, self._gpu_layers = dora, None if gpu else 0
         self._weights: LoadedModel | None = None
 
@@ -74,38 +85,54 @@ class AdaptableBase:
             with BatchEngine(self.weights, dialogues, context) as engine:
                 yield engine
             return
-        with tempfile.TemporaryDirectory() as folder:
+        # On the disk of the caches, because a merge may take several gigabytes.
+        with tempfile.TemporaryDirectory(dir=cache_path("adapted").parent) as folder:
             gguf = Path(folder) / f"{adapter.name}.gguf"
-            if self._is_merged:
-                merged = plan_merge(self.file, adapter)
-                write(merged, {gguf: uniform_format(merged.tensors, "Q8_0")})
-                with (
-                    closing(self._load(gguf)) as weights,
-                    BatchEngine(weights, dialogues, context) as engine,
-                ):
+            if self._write_adapter(adapter, gguf):
+                with BatchEngine(self.weights, dialogues, context, adapter=Adapter(gguf)) as engine:
                     yield engine
+                self.weights.unload_adapter(Adapter(gguf))
                 return
-            write_adapter(open_base(self.file), adapter, gguf)
-            with BatchEngine(self.weights, dialogues, context, adapter=Adapter(gguf)) as engine:
+            write_merged_gguf(self._folder or self.file, adapter, gguf)
+            with (
+                closing(self._load(gguf)) as weights,
+                BatchEngine(weights, dialogues, context) as engine,
+            ):
                 yield engine
-            self.weights.unload_adapter(Adapter(gguf))
+
+    def _write_adapter(self, adapter: Path, target: Path) -> bool:
+        """Write an adapter as a GGUF; return whether that is possible, or it must be merged."""
+        if self._is_merged:
+            return False
+        try:
+            write_adapter_gguf(self._folder or self.file, adapter, target)
+        except GattError as error:
+            if not self._folder:
+                raise
+            _log_once(f"train: adapters are merged into the base to be measured. {error}")
+            self._is_merged = True
+        return not self._is_merged
 
     def _load(self, file: Path) -> LoadedModel:
         return LoadedModel(open_gguf(file), gpu_layers=self._gpu_layers)
 
 
 class Validation:
-    """Held-out `dialogues` that each checkpoint answers, for up to `max_turns` turns."""
+    """Held-out `dialogues` that each checkpoint answers, for up to `max_turns` turns.
+
+    0 are those of the evaluation, at most 8.
+    """
 
     def __init__(
         self,
         base: AdaptableBase,
         dialogues: Sequence[AssignedDialogue],
         recipe: Recipe,
-        max_turns: int = _MAX_TURNS,
+        max_turns: int = 0,
     ) -> None:
         self._base, self._dialogues = base, dialogues
-        self._recipe, self._max_turns = recipe, max_turns
+        self._recipe = recipe
+        self._max_turns = max_turns or min(_MAX_TURNS, recipe.evaluate.turns)
 
     def measure(self, checkpoint: Path) -> list[Reply]:
         """Return the replies of the base with the PEFT adapter in the folder `checkpoint`.

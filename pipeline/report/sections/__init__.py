@@ -13,6 +13,7 @@ from pipeline.report.sections import adherence, effects, recall, run
 
 SECTIONS: Sequence[Callable[[RunResults], ReportSection | None]] = (
     adherence.several_turns,
+    adherence.other_conditions,
     recall.recall,
     adherence.first_broken_answer,
     adherence.by_instruction,

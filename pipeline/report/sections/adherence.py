@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
-from pipeline.evaluation.scores import RateRow
+from pipeline.evaluation.scores import ChangeScores, EventScores, RateRow
 from pipeline.report.figures import change_curve, survival_curve
 from pipeline.report.page import ReportSection
 from pipeline.report.results import RunResults
@@ -13,8 +14,11 @@ from pipeline.report.tables import (
     Cell,
     Table,
     by_arm,
+    conditions_table,
     overview,
 )
+
+T = TypeVar("T")
 
 _OFTEN = 0.2
 """Share of a kind's replies from which a note names it."""
@@ -59,6 +63,21 @@ def several_turns(results: RunResults) -> ReportSection:
         caption=f"Strict: a reply counts if it obeys and is a valid answer.{ceiling}",
         tables=tables,
         notes=notes,
+    )
+
+
+def other_conditions(results: RunResults) -> ReportSection | None:
+    """Return adherence with other samplers and in longer dialogues."""
+    if not results.conditions:
+        return None
+    return ReportSection(
+        title="Other samplers and lengths",
+        caption=(
+            "The same dialogues once more, with the sampler of other programs or with more turns. "
+            "Strict adherence in five turns, next to that of the evaluation in its last five."
+        ),
+        tables=[conditions_table(results.conditions)],
+        notes=["In brackets: 95 % intervals (paired bootstrap over dialogues)."],
     )
 
 
@@ -147,9 +166,37 @@ def generalization(results: RunResults) -> ReportSection | None:
 
 def change(results: RunResults) -> ReportSection | None:
     """Return adherence before and after the user changes, ends or contradicts the instruction."""
-    scores, plotted = results.scores, results.plotted_arms
-    if not scores.change:
+    scores, plotted, custom = results.scores, results.plotted_arms, results.scores.custom_events
+    tables = [
+        _change_table([*scores.change.items(), *_own_words(custom.change)]),
+        _event_table("stop", "the user ends it", [*scores.stop.items(), *_own_words(custom.stop)]),
+        _event_table(
+            "contradiction",
+            "the user contradicts the system message",
+            [*scores.contradiction.items(), *_own_words(custom.contradiction)],
+        ),
+    ]
+    if not any(table.rows for table in tables):
         return None
+    changes = {arm: row for arm, row in scores.change.items() if arm in plotted}
+    return ReportSection(
+        title="When the instruction changes",
+        caption=(
+            "At the dotted line the user says “From now on: …”. From there the new instruction "
+            "holds, and the old one no longer. An instruction that the user ends should no longer "
+            "show. One of the system message holds, whatever the user says."
+        ),
+        tables=[table for table in tables if table.rows],
+        picture=change_curve(changes, plotted) if changes else None,
+    )
+
+
+def _own_words(by_arm: Mapping[str, T]) -> list[tuple[str, T]]:
+    """Return the rows of the instructions in the user's own words alone."""
+    return [(f"{arm}: in your own words only", scores) for arm, scores in by_arm.items()]
+
+
+def _change_table(changes: Sequence[tuple[str, ChangeScores]]) -> Table:
     columns = [
         "",
         "old one, before the change",
@@ -167,30 +214,14 @@ def change(results: RunResults) -> ReportSection | None:
             "never" if changed.turns_to_switch is None else changed.turns_to_switch,
             f"{changed.never_switched} of {changed.dialogues}",
         ]
-        for arm, changed in scores.change.items()
+        for arm, changed in changes
     ]
-    tables = [Table("change", columns, rows)]
-    for name, event, by_arm_name in (
-        ("stop", "the user ends it", scores.stop),
-        ("contradiction", "the user contradicts the system message", scores.contradiction),
-    ):
-        if by_arm_name:
-            cells: list[list[Cell]] = [
-                [arm, row.before, row.after] for arm, row in by_arm_name.items()
-            ]
-            tables.append(Table(name, ["", f"before {event}", "after it"], cells))
-    return ReportSection(
-        title="When the instruction changes",
-        caption=(
-            "At the dotted line the user says “From now on: …”. From there the new instruction "
-            "holds, and the old one no longer. An instruction that the user ends should no longer "
-            "show. One of the system message holds, whatever the user says."
-        ),
-        tables=tables,
-        picture=change_curve(
-            {arm: row for arm, row in scores.change.items() if arm in plotted}, plotted
-        ),
-    )
+    return Table("change", columns, rows)
+
+
+def _event_table(name: str, event: str, rows: Sequence[tuple[str, EventScores]]) -> Table:
+    cells: list[list[Cell]] = [[arm, row.before, row.after] for arm, row in rows]
+    return Table(name, ["", f"before {event}", "after it"], cells)
 
 
 def single_turn(results: RunResults) -> ReportSection | None:

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 from pipeline.evaluation.fidelity import WITH_PROMPT
 from pipeline.evaluation.scores import Fidelity, FidelityRow, Leakage
-from pipeline.evaluation.statistics import Difference
 from pipeline.report.facts import public_name
-from pipeline.report.figures import attention_figure
+from pipeline.report.figures import attention_figure, fidelity_curve
 from pipeline.report.page import ReportSection
 from pipeline.report.results import RunResults
 from pipeline.report.tables import (
@@ -18,6 +17,7 @@ from pipeline.report.tables import (
     fidelity_interval,
     fidelity_table,
     format_cell,
+    points_text,
 )
 
 
@@ -71,15 +71,12 @@ def _leakage_tables(leaks: Leakage, arms: Sequence[str]) -> list[Table]:
         rows: list[list[Cell]] = []
         for trait in dict.fromkeys(row.at for row in leaks.by_trait):
             pairs = [cells.get((trait, arm)) for arm in others]
-            with_points = [cell for row in pairs for cell in (row, row and _points(row.difference))]
+            with_points = [
+                cell for row in pairs for cell in (row, row and points_text(row.difference))
+            ]
             rows.append([trait, cells.get((trait, "base")), *with_points])
         tables.append(Table("leakage_by_trait", columns, rows))
     return tables
-
-
-def _points(difference: Difference) -> str:
-    low, high = 100 * difference.low, 100 * difference.high
-    return f"{100 * difference.difference:+.0f} ({low:+.0f} to {high:+.0f})"
 
 
 def _leakage_notes(leaks: Leakage) -> list[str]:
@@ -116,10 +113,12 @@ def reminder_fidelity(results: RunResults) -> ReportSection | None:
         title, near, far = "Baked prompt", "with it", "without the prompt"
         notes += [
             f"Without the prompt, each request is {fidelity.saved_tokens:.0f} tokens shorter.",
-            "No program can check a prompt, so there is no adherence. Nor is there leakage: the "
-            "prompt is meant to show without being given. What has changed under another system "
-            "message is in the section on damage.",
+            *map(_leak_note, fidelity.leaks),
+            "No program can check a prompt, so there is no adherence. What else has changed under "
+            "another system message is in the section on damage.",
         ]
+        if fidelity.leaks:
+            tables.append(fidelity_table("baked_leakage", "", fidelity.leaks))
     else:
         title, near, far = "Reminder fidelity", "reminded in every turn", "told once"
         by_instruction = fidelity.by_instruction
@@ -133,7 +132,29 @@ def reminder_fidelity(results: RunResults) -> ReportSection | None:
             "nearer to it than the base."
         ),
         tables=tables,
+        picture=fidelity_curve(
+            [
+                row
+                for row in fidelity.by_turn
+                if row.arm.removesuffix(WITH_PROMPT) in results.plotted_arms
+            ]
+        ),
         notes=notes,
+    )
+
+
+def _leak_note(row: FidelityRow) -> str:
+    """Return whether a baked prompt shows under another system message."""
+    interval = fidelity_interval(row)
+    counts = f"{f'95 % interval {interval}, ' if interval else ''}{row.dialogues} dialogues"
+    if not row.value > 0:
+        return (
+            f"Leakage: under another system message, {row.arm} is no nearer to the base with the "
+            f"prompt than the base is ({counts}): the prompt does not show there."
+        )
+    return (
+        f"Leakage: under another system message, {row.arm} is {row.value:.0%} nearer to the base "
+        f"with the prompt than the base is ({counts}); 0% would be none."
     )
 
 

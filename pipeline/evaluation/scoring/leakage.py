@@ -29,7 +29,8 @@ def measure_leakage(replies: Sequence[Reply], trained: Sequence[Constraint]) -> 
         arm: [r for r in replies if r.arm == arm and r.finish != "context"]
         for arm in dict.fromkeys(r.arm for r in replies)
     }
-    traits = [c for c in dict.fromkeys(trained) if not is_judged((c,))]
+    # A function needs the dialogue that it was written for.
+    traits = [c for c in dict.fromkeys(trained) if not (is_judged((c,)) or c.kind == "function")]
     if not (traits and by_arm.get("base")):
         return None
     never, rows = [], []

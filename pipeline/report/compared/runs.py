@@ -77,12 +77,12 @@ def read_run(path: Path) -> ComparedRun:
         file_bytes=_file_bytes(run_dir),
         training_seconds=trained["seconds"] if trained else None,
     )
-    if not run.replies:
+    if not run.replies and not run.scores.fidelity:
         raise GattError(
-            f"{path} has no instruction with a check, so that there is no adherence to compare. "
-            "Its report has the reminder fidelity."
+            f"{path} has no instruction with a check and no reminder fidelity: there is nothing to "
+            "compare. Add checks, or evaluate two turns or more (evaluate.turns)."
         )
-    if all(reply.finish == "context" for reply in run.last_five("tuned")):
+    if run.replies and all(reply.finish == "context" for reply in run.last_five("tuned")):
         raise GattError(
             f"{path} has no reply of a tuned model in the last five turns. Run "
             f"`gatt evaluate --run {path}` to measure one."

@@ -6,28 +6,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.evaluation.aggregate import rate_rows
 from pipeline.evaluation.rates import Rate, adherence, rates, wilson
-from pipeline.evaluation.scores import RateRow, Scores
+from pipeline.evaluation.scores import FidelityRow, RateRow, Scores
+from pipeline.evaluation.scoring.rows import rate_rows
 from pipeline.evaluation.statistics import Difference, kaplan_meier, lifetimes, paired_bootstrap
-from pipeline.gatt.constraints.registry import is_judged
 from pipeline.records import Constraint, Reply
-from pipeline.report.compared_runs import ComparedRun, EvaluationTask
-from pipeline.report.tables import Cell, Table
-
-_TASK_SETTINGS = (
-    "evaluate.dialogues",
-    "evaluate.turns",
-    "evaluate.max_tokens",
-    "evaluate.temperature",
-    "dialogues.system",
-    "dialogues.source",
-    "instructions.pool",
-    "instructions.file",
+from pipeline.report.compared.fidelity import (
+    fidelity_by_turn,
+    fidelity_rows_table,
+    fidelity_text,
+    overall_fidelity,
 )
-"""Settings that must be equal, like the dialogues, for a difference to mean something."""
-_SUITE_SETTINGS = ("evaluate.suite_dialogues", "evaluate.suite_turns")
-"""Settings of the further suites; adherence to trained instructions does not depend on them."""
+from pipeline.report.compared.runs import ComparedRun
+from pipeline.report.compared.task import differing_settings, suite_warnings, task_warnings
+from pipeline.report.tables import Cell, Table, fidelity_interval
+
 _MAX_NAME_LENGTH = 32
 """Characters of a name that the chart has room for."""
 _RESERVED_NAMES = ("base", "tuned", "ceiling")
@@ -58,41 +51,48 @@ class ComparedRow:
         """Return adherence in the last five turns, over all seeds."""
         return _pooled_rate(self.last_five)
 
+    @property
+    def fidelity(self) -> FidelityRow | None:
+        """Return the reminder fidelity over all turns and seeds."""
+        return overall_fidelity(self.name, self.runs, self.arm)
+
+    @property
+    def fidelity_by_turn(self) -> list[FidelityRow]:
+        """Return the reminder fidelity by turn, over all seeds."""
+        return fidelity_by_turn(self.name, self.runs, self.arm)
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The rows, their table, and why some of its numbers cannot be compared."""
+    """The rows, their tables, and why some of the numbers cannot be compared.
+
+    `fidelity` is the table of reminder fidelity by turn.
+    """
 
     rows: Sequence[ComparedRow]
     table: Table
+    fidelity: Table
     warnings: Sequence[str]
 
 
 def compare_runs(runs: Sequence[ComparedRun]) -> Comparison:
     """Compare runs; differences are only computed if all were evaluated on the same task."""
-    different, other_task = _differing_settings(runs), _task_warnings(runs)
+    different, other_task = differing_settings(runs), task_warnings(runs)
     rows = list(_rows(runs, different))
     warnings = [
         *other_task,
-        *_suite_warnings(runs),
+        *suite_warnings(runs),
         *_seed_warnings(rows, paired=not other_task),
     ]
-    return Comparison(rows, _table(rows, different, paired=not other_task), warnings)
+    table = _table(rows, different, paired=not other_task)
+    fidelity = fidelity_rows_table([turn for row in rows for turn in row.fidelity_by_turn])
+    return Comparison(rows, table, fidelity, warnings)
 
 
 def curve_rows(name: str, replies: Sequence[Reply]) -> list[RateRow]:
     """Return adherence by turn, for the chart."""
     by_turn = adherence(sorted(replies, key=lambda r: r.turn), lambda r: r.turn)
     return list(rate_rows({(name, turn): rate for turn, rate in by_turn.items()}))
-
-
-def _differing_settings(runs: Sequence[ComparedRun]) -> list[str]:
-    """Return the dotted keys of the recipe, other than the seed, that differ between runs."""
-    return [
-        key
-        for key in runs[0].settings
-        if key != "seed" and len({repr(run.settings[key]) for run in runs}) > 1
-    ]
 
 
 def _rows(runs: Sequence[ComparedRun], different: Sequence[str]) -> Iterator[ComparedRow]:
@@ -118,7 +118,7 @@ def _rows(runs: Sequence[ComparedRun], different: Sequence[str]) -> Iterator[Com
                 "tuned" if format_name == formats[0] else f"tuned, {format_name}",
                 format_name,
             )
-            if row.adherence.n:
+            if row.adherence.n or row.fidelity:
                 yield row
 
 
@@ -136,38 +136,6 @@ def _row_names(runs: Sequence[ComparedRun], different: Sequence[str]) -> list[st
     return [f"run {name}" if name in _RESERVED_NAMES else name for name in names]
 
 
-def _task_warnings(runs: Sequence[ComparedRun]) -> list[str]:
-    """Return why the runs were not evaluated on the same task; then no differences are computed."""
-    warnings = [
-        f"{key} differs between the runs: they were not evaluated on the same task."
-        for key in _TASK_SETTINGS
-        if len({repr(run.settings[key]) for run in runs}) > 1
-    ]
-    instructions = runs[0].recipe.instructions
-    needs_judge = bool(instructions.file) or is_judged(instructions.constraints)
-    needs_judge |= any(not c.checks or is_judged(c.checks) for c in instructions.custom)
-    if needs_judge and len({run.recipe.evaluate.judge for run in runs}) > 1:
-        warnings.append("The runs were judged by different models.")
-    tasks_by_seed: dict[int, set[frozenset[EvaluationTask]]] = {}
-    for run in runs:
-        tasks_by_seed.setdefault(run.recipe.seed, set()).add(run.tasks)
-    if any(len(tasks) > 1 for tasks in tasks_by_seed.values()):
-        warnings.append("The runs were evaluated on different dialogues or instructions.")
-    if warnings:
-        warnings.append("No differences between the runs are computed.")
-    return warnings
-
-
-def _suite_warnings(runs: Sequence[ComparedRun]) -> list[str]:
-    """Return a warning for each setting that gives the further suites other dialogues."""
-    return [
-        f"{key} differs between the runs: recall, leakage and perplexity are over different "
-        "dialogues."
-        for key in _SUITE_SETTINGS
-        if len({run.settings[key] for run in runs}) > 1
-    ]
-
-
 def _seed_warnings(rows: Sequence[ComparedRow], *, paired: bool) -> list[str]:
     """Return a warning if rows have different seeds: each seed holds out its own dialogues."""
     if len({frozenset(run.recipe.seed for run in row.runs) for row in rows}) == 1:
@@ -180,7 +148,7 @@ def _table(rows: Sequence[ComparedRow], different: Sequence[str], *, paired: boo
     """Return the table of all rows; columns without a number are left out."""
     columns: dict[str, list[Cell]] = {
         "run": [row.name for row in rows],
-        "last five turns": [row.adherence for row in rows],
+        "last five turns": [row.adherence if row.adherence.n else None for row in rows],
     }
     if any(len(row.runs) > 1 for row in rows):
         columns["seeds"] = [len(row.runs) for row in rows]
@@ -190,14 +158,13 @@ def _table(rows: Sequence[ComparedRow], different: Sequence[str], *, paired: boo
         columns |= _difference_columns(rows)
     columns |= {
         "all turns but the first": [
-            _pooled_rate([r for r in row.replies if r.turn > 1]) for row in rows
+            _measured_rate([r for r in row.replies if r.turn > 1]) for row in rows
         ],
         "obeys, valid answer or not": [
-            _pooled_rate(row.last_five, lambda reply: bool(reply.obeys)) for row in rows
+            _measured_rate(row.last_five, lambda reply: bool(reply.obeys)) for row in rows
         ],
-        "half broken by turn": [
-            kaplan_meier(lifetimes(row.replies).values()).median or "never" for row in rows
-        ],
+        "half broken by turn": [_half_broken(row) for row in rows],
+        **_fidelity_columns(rows),
         "recall, last probe": [_recall(row) for row in rows],
         "leakage": [
             _from_scores(row, lambda scores: scores.leaks.new if scores.leaks else ())
@@ -209,6 +176,21 @@ def _table(rows: Sequence[ComparedRow], different: Sequence[str], *, paired: boo
     }
     filled = {name: cells for name, cells in columns.items() if any(c is not None for c in cells)}
     return Table("compare", list(filled), list(zip(*filled.values(), strict=True)))
+
+
+def _half_broken(row: ComparedRow) -> Cell:
+    lives = lifetimes(row.replies).values()
+    return (kaplan_meier(lives).median or "never") if lives else None
+
+
+def _fidelity_columns(rows: Sequence[ComparedRow]) -> dict[str, list[Cell]]:
+    fidelity = [row.fidelity for row in rows]
+    return {
+        "reminder fidelity": [fidelity_text(f) if f else None for f in fidelity],
+        "fidelity between (95 %)": [
+            (fidelity_interval(f) or None) if f else None for f in fidelity
+        ],
+    }
 
 
 def _difference_columns(rows: Sequence[ComparedRow]) -> dict[str, list[Cell]]:
@@ -233,8 +215,15 @@ def _pooled_rate(
     return rates(replies, lambda reply: "", is_hit).get("") or wilson(0, 0)
 
 
+def _measured_rate(
+    replies: Sequence[Reply], is_hit: Callable[[Reply], bool] = lambda reply: reply.adherent
+) -> Rate | None:
+    rate = _pooled_rate(replies, is_hit)
+    return rate if rate.n else None
+
+
 def _seed_range(row: ComparedRow) -> str | None:
-    if len(row.runs) == 1:
+    if len(row.runs) == 1 or not row.adherence.n:
         return None
     values = [_pooled_rate(run.last_five(row.arm)).value for run in row.runs]
     return f"{min(values):.0%} to {max(values):.0%}"

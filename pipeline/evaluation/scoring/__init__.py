@@ -1,0 +1,1 @@
+"""The parts of an evaluation's numbers, by topic."""
