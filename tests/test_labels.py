@@ -22,6 +22,7 @@ from pipeline.training.examples import (
     TrainingExample,
     build_example,
     example_from_row,
+    random_slips,
 )
 from pipeline.training.loss import Batch, GattLoss, collate, divergence, gatt_loss
 from pipeline.training.unsloth import load_tokenizer
@@ -168,18 +169,48 @@ def test_sampled_answers_have_full_weight_unless_they_are_distilled(
     tokenizer: PreTrainedTokenizerBase, objective: str, way: SynthesisMethod, unedited: list[str]
 ) -> None:
     recipe = Recipe.model_validate({"train": {"loss": objective, "unedited_weight": 0.25}})
-    row: SynthesizedDialogue = {
+    example = example_from_row(tokenizer, _row(way), recipe)
+    assert _texts_of_weight(tokenizer, example, 0.25) == unedited
+
+
+def _row(way: SynthesisMethod, dialogue: str = "d") -> SynthesizedDialogue:
+    return {
         "messages": _CHAT,
         "asked": _TEACHER_CHAT,
         "way": way,
-        "dialogue": "d",
+        "dialogue": dialogue,
         "instruction": "opening: Ahoy!",
         "teacher": "base",
         "seed": 1,
         "verdicts": [],
     }
-    example = example_from_row(tokenizer, row, recipe)
-    assert _texts_of_weight(tokenizer, example, 0.25) == unedited
+
+
+def test_a_slip_stands_unedited_in_the_history_and_is_not_learned(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    example = example_from_row(tokenizer, _row("edited"), Recipe(), slips=[0])
+    text = tokenizer.decode(list(example.input_ids))
+    assert "assistant\nLight is scattered.<|im_end|>" in text
+    learned = [token for token in example.labels if token != IGNORE_INDEX]
+    assert tokenizer.decode(learned) == _ANSWERS[1]
+    weighted = [pair for pair in example.alignment if example.weights[pair[0]]]
+    assert weighted and all(example.labels[n] != IGNORE_INDEX for n, _ in weighted)
+
+
+def test_slips_are_drawn_among_the_edited_answers_before_the_last() -> None:
+    recipe = Recipe.model_validate({"train": {"slip_ratio": 0.3}})
+    rows = [_row("edited", str(n)) for n in range(400)]
+    drawn = [random_slips(row, recipe) for row in rows]
+    assert {tuple(slips) for slips in drawn} == {(), (0,)}
+    assert 90 < sum(map(len, drawn)) < 150
+    assert drawn == [random_slips(row, recipe) for row in rows]
+    assert not any(random_slips(_row("sampled", str(n)), recipe) for n in range(50))
+    unedited = _row("edited")
+    unedited["messages"] = _TEACHER_CHAT
+    always = Recipe.model_validate({"train": {"slip_ratio": 1}})
+    assert random_slips(unedited, always) == []
+    assert random_slips(_row("edited"), always) == [0]
 
 
 def test_a_batch_is_padded_on_the_right() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ from pipeline.gatt.acceptance import (
     ACCEPTED,
     AcceptanceRow,
     CandidateKey,
+    by_kind,
     cannot_be_accepted,
     judge_candidate,
     measure_acceptance,
@@ -200,9 +202,32 @@ def test_acceptance_is_measured_by_instruction_and_method() -> None:
         rejected={"empty": 1},
         words=11.0,
         example=f"Ahoy! {SEA}",
+        kind="opening",
     )
     assert acceptance.rows[1] == edited
     assert [(row.instruction, row.accepted) for row in acceptance.rows] == [
         *(("none", 2), ("opening: Ahoy!", 2)),
     ]
     assert acceptance.too_common == 1
+
+
+def test_acceptance_is_summed_by_kind() -> None:
+    rows = [
+        AcceptanceRow(
+            instruction=f"opening: {name}",
+            method="edited",
+            candidates=candidates,
+            accepted=accepted,
+            rejected={"empty": candidates - accepted},
+            words=words,
+            example=name,
+            kind="opening",
+        )
+        for name, candidates, accepted, words in (("Hark!", 4, 3, 8.0), ("Psst!", 5, 1, 4.0))
+    ]
+    (total,) = by_kind(rows)
+    assert (total.instruction, total.method) == ("opening", "edited")
+    assert (total.candidates, total.accepted, total.rejected) == (9, 4, {"empty": 5})
+    assert total.words == 7.0
+    (empty,) = by_kind([replace(rows[0], accepted=0, words=None, rejected={"empty": 4})])
+    assert empty.words is None

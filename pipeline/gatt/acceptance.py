@@ -4,21 +4,32 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.language import language_of
-from pipeline.gatt.constraints.registry import edit, kind_of, obeys, prefix_fails
+from pipeline.gatt.constraints.registry import (
+    edit,
+    is_judged,
+    kind_of,
+    obeys,
+    prefix_fails,
+    shows_obedience,
+)
 from pipeline.gatt.quality import find_defect, has_repeated_ngrams, is_on_topic
 from pipeline.gatt.text import first_sentences, words
-from pipeline.records import Answer, Completion, Constraint, SynthesisMethod
+from pipeline.records import Answer, Completion, Constraint, Message, SynthesisMethod
 
 ACCEPTED = "accepted"
 """The verdict on a candidate that becomes the answer of its turn."""
 UNFINISHED_THOUGHTS = "unfinished thoughts"
 """The verdict on a candidate that a reasoning teacher did not come to: it was cut in its thoughts.
 """
+OBEYS_OLD = "obeys the old instruction"
+"""The verdict on a candidate that follows an instruction which the user has ended or replaced."""
+SEVERAL = "several at once"
+"""The kind of an instruction that combines constraints."""
 MAX_COPIES = 3
 """Accepted answers with the same words that the training data may hold."""
 _MAX_SIMILARITY = 0.3
@@ -68,6 +79,8 @@ def judge_candidate(
         dialogue = assigned.student_prompt([a.text for a in accepted], "")
         if not obeys(assigned.constraints(key.turn), text, dialogue):
             verdict = "disobeys"
+        elif _obeys_old(assigned, key.turn, text, dialogue):
+            verdict = OBEYS_OLD
     return Answer(
         dialogue=key.dialogue,
         turn=key.turn,
@@ -122,6 +135,22 @@ def _keeps_to_topic(assigned: AssignedDialogue, turn: int, raw: str, earlier: li
     return is_on_topic(raw, [*turns, *earlier, instruction.text])
 
 
+def _obeys_old(
+    assigned: AssignedDialogue, turn: int, text: str, dialogue: Sequence[Message]
+) -> bool:
+    """Return whether an answer still follows the user's own instruction that no longer holds.
+
+    A teacher that has obeyed in all earlier answers goes on by itself. Only checks that a plain
+    answer does not pass can tell.
+    """
+    if not assigned.is_custom or assigned.active_instruction(turn) is assigned.instruction:
+        return False
+    old, new = assigned.constraints(0), assigned.constraints(turn)
+    if is_judged(old) or set(old) & set(new):
+        return False
+    return any(map(shows_obedience, old)) and obeys(old, text, dialogue)
+
+
 def cannot_be_accepted(constraints: tuple[Constraint, ...], prefix: str) -> bool:
     """Return whether a sampled candidate that begins with `prefix` fails, whatever follows."""
     # The last word may be incomplete, so it is not part of a loop yet.
@@ -133,6 +162,7 @@ class AcceptanceRow:
     """The candidates for one instruction and method.
 
     `rejected` counts verdicts. `words` is the mean length of accepted answers; None without one.
+    `kind` is that of the first instruction's constraint, `SEVERAL`, "recall" or "none".
     """
 
     instruction: str
@@ -142,6 +172,7 @@ class AcceptanceRow:
     rejected: dict[str, int]
     words: float | None
     example: str
+    kind: str = ""
 
     @property
     def rejections(self) -> str:
@@ -168,11 +199,47 @@ def measure_acceptance(
 ) -> Acceptance:
     """Return the statistics of all candidates, by instruction and method."""
     groups = {d.dialogue.id: (d.name, d.method) for d in dialogues}
+    kinds = {d.name: _kind(d) for d in dialogues}
     candidates: dict[tuple[str, SynthesisMethod], list[Answer]] = {}
     for answer in sorted(answers, key=lambda a: (a.dialogue, a.turn, a.candidate)):
         candidates.setdefault(groups[answer.dialogue], []).append(answer)
-    rows = [_row(name, method, group) for (name, method), group in sorted(candidates.items())]
+    rows = [
+        replace(_row(name, method, group), kind=kinds[name])
+        for (name, method), group in sorted(candidates.items())
+    ]
     return Acceptance(rows, too_common)
+
+
+def _kind(assigned: AssignedDialogue) -> str:
+    """Return the kind of the constraint that the first answer is checked for, or "recall"."""
+    if assigned.recall_questions:
+        return "recall"
+    kinds = [constraint.kind for constraint in assigned.constraints(0)]
+    return SEVERAL if len(kinds) > 1 else next(iter(kinds), "none")
+
+
+def by_kind(rows: Iterable[AcceptanceRow]) -> list[AcceptanceRow]:
+    """Return the sums of the rows of each kind and method, without examples."""
+    groups: dict[tuple[str, SynthesisMethod], list[AcceptanceRow]] = {}
+    for row in rows:
+        groups.setdefault((row.kind, row.method), []).append(row)
+    return [_sum(kind, method, group) for (kind, method), group in sorted(groups.items())]
+
+
+def _sum(kind: str, method: SynthesisMethod, rows: list[AcceptanceRow]) -> AcceptanceRow:
+    rejected = sum((Counter(row.rejected) for row in rows), Counter[str]())
+    accepted = sum(row.accepted for row in rows)
+    total_words = sum(row.accepted * (row.words or 0) for row in rows)
+    return AcceptanceRow(
+        instruction=kind,
+        method=method,
+        candidates=sum(row.candidates for row in rows),
+        accepted=accepted,
+        rejected=dict(rejected.most_common()),
+        words=round(total_words / accepted, 1) if accepted else None,
+        example="",
+        kind=kind,
+    )
 
 
 def _row(instruction: str, method: SynthesisMethod, candidates: list[Answer]) -> AcceptanceRow:

@@ -19,6 +19,7 @@ from pipeline.gatt.acceptance import (
     MAX_COPIES,
     UNFINISHED_THOUGHTS,
     Acceptance,
+    by_kind,
     measure_acceptance,
 )
 from pipeline.gatt.assignment import AssignedDialogue, check_files, read_split
@@ -34,6 +35,9 @@ from pipeline.run_dir import Input, RunDir
 
 _NAMED_INSTRUCTIONS = 8
 """Instructions that the remark on those that were given up names."""
+
+_MAX_ROWS = 40
+"""Instructions that have a row each in the table; more are summed by kind."""
 
 SECTIONS = ("synthesize", "dialogues")
 """Sections of the recipe that the result depends on."""
@@ -163,10 +167,15 @@ def show_statistics(run_dir: RunDir) -> None:
             f"{run_dir.path}`."
         )
     acceptance = read_json(run_dir.acceptance, Acceptance, "synthesize")
+    all_rows = acceptance.rows
+    shown = all_rows if len(all_rows) <= _MAX_ROWS else by_kind(all_rows)
     rows = [
-        (r.instruction, r.method, r.accepted, r.candidates, r.words, r.rejections)
-        for r in acceptance.rows
+        (r.instruction, r.method, r.accepted, r.candidates, r.words, r.rejections) for r in shown
     ]
+    if len(shown) < len(all_rows):
+        print_result(
+            f"{len(all_rows)} instructions, by kind of the first; each: {run_dir.acceptance}"
+        )
     print_table(("instruction", "method", "accepted", "of", "words", "rejected"), rows)
     print_result(
         f"{acceptance.too_common} accepted answers were removed, because the training data has "

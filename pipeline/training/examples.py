@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import random
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -82,7 +82,7 @@ def training_examples(
 ) -> list[TrainingExample]:
     """Return the examples of a run: the dialogues in `file`, and the recipe's `replay_data`."""
     rows: list[SynthesizedDialogue] = [row for _, row in read_jsonl(file)]
-    examples = [example_from_row(tokenizer, row, recipe) for row in rows]
+    examples = [example_from_row(tokenizer, row, recipe, random_slips(row, recipe)) for row in rows]
     if recipe.train.replay_data:
         chats = replay_chats(recipe, len(examples))
         replayed = [
@@ -101,16 +101,39 @@ def training_examples(
 
 
 def example_from_row(
-    tokenizer: PreTrainedTokenizerBase, row: SynthesizedDialogue, recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase,
+    row: SynthesizedDialogue,
+    recipe: Recipe,
+    slips: Collection[int] = (),
 ) -> TrainingExample:
     """Return one synthesized dialogue, labeled.
 
     Sampled answers were generated with the instruction visible. Without distillation, all of their
-    tokens have full weight.
+    tokens have full weight. The answers that `slips` counts, from 0, stand in the history as the
+    teacher wrote them, and are not learned.
     """
     full_weight = row["way"] == "sampled" and recipe.train.loss != "distill"
     teacher_messages = () if full_weight else row["asked"]
-    return build_example(tokenizer, row["messages"], recipe.train, teacher_messages)
+    if not slips:
+        return build_example(tokenizer, row["messages"], recipe.train, teacher_messages)
+    raw = _answers(row["asked"])
+    messages = list(row["messages"])
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    for turn in slips:
+        messages[answers[turn]] = {"role": "assistant", "content": raw[turn]}
+    weights = [float(turn not in slips) for turn in range(len(answers))]
+    return build_example(tokenizer, messages, recipe.train, teacher_messages, weights)
+
+
+def random_slips(row: SynthesizedDialogue, recipe: Recipe) -> list[int]:
+    """Return the answers of an edited dialogue, from 0, that lose their edit; never the last."""
+    if row["way"] != "edited":
+        return []
+    rng = random.Random(f"slips {recipe.seed} {row['dialogue']}")
+    drawn = [rng.random() < recipe.train.slip_ratio for _ in _answers(row["asked"])]
+    texts = zip(_answers(row["messages"]), _answers(row["asked"]), drawn, strict=True)
+    changed = [slip and text != raw for text, raw, slip in texts]
+    return [turn for turn, slip in enumerate(changed[:-1]) if slip]
 
 
 def replay_chats(recipe: Recipe, synthesized: int) -> list[Chat]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 
 from pipeline.errors import GattError
 from pipeline.gatt.constraints.base import Kind
@@ -48,6 +49,18 @@ EDIT_ORDER = (
 First come removals and changes, then insertions, last what encloses the answer. Other slots have
 no edits, or combine with none that has.
 """
+
+_QUESTION: Message = {"role": "user", "content": "Why is the sea salty?"}
+_PLAIN_ANSWERS = (
+    "Rivers carry minerals from the rocks to the sea, where the water evaporates and they stay.",
+    "It's mostly because of rivers! Rain dissolves a little rock, and the rivers bring it along. "
+    "Over millions of years, that adds up.",
+    "Yes, and here is why:\n\n1. Rain is slightly acidic.\n2. It dissolves **rocks**.\n3. Rivers "
+    "carry the salt to the sea.\n\nWould you like to know more?",
+    "I think so. Most of it is sodium chloride, about 35 grams in a liter.",
+    "No.",
+)
+"""Answers to `_QUESTION` that follow no instruction."""
 
 
 def kind_of(constraint: Constraint) -> Kind:
@@ -136,8 +149,17 @@ def required_words(constraints: Sequence[Constraint]) -> str:
 
 
 def shows_obedience(constraint: Constraint) -> bool:
-    """Return whether answers hardly ever meet the constraint unasked."""
-    return not kind_of(constraint).often_met
+    """Return whether answers hardly ever meet the constraint unasked.
+
+    Of a check of the user's own that is tried: no plain answer passes it. One that cannot be used
+    on these, such as a function that raises, shows nothing.
+    """
+    kind = kind_of(constraint)
+    if constraint.kind not in CUSTOM_KINDS or kind.judged:
+        return not kind.often_met
+    with suppress(GattError):
+        return not any(_is_met(constraint, text, [_QUESTION]) for text in _PLAIN_ANSWERS)
+    return False
 
 
 def prefix_fails(constraints: tuple[Constraint, ...], prefix: str) -> bool:
