@@ -22,7 +22,18 @@ def _parse_pool_entry(entry: object, info: ValidationInfo) -> object:
     return parse_pool_entry(entry, (info.context or {}).get("folder", Path()))
 
 
+def _join_servers(value: object) -> object:
+    if not isinstance(value, list):
+        return value
+    for name in value:
+        if not str(name).lower().startswith(("http://", "https://")):
+            raise ValueError(f"a list names servers of one model, and {name!r} is no address.")
+    return ",".join(value)
+
+
 PoolEntry = Annotated[Constraint | CustomInstruction, BeforeValidator(_parse_pool_entry)]
+ModelName = Annotated[str, BeforeValidator(_join_servers)]
+"""A model or a server; several servers are a list, or stand with commas between them."""
 
 
 class Section(BaseModel):
@@ -74,8 +85,6 @@ class Instructions(Section):
     """
     pool: tuple[PoolEntry, ...] = (
         Constraint("emoji"),
-        Constraint("bold"),
-        Constraint("no_commas"),
         Constraint("numbered_list"),
         Constraint("bullet_list"),
         Constraint("block_quote"),
@@ -150,9 +159,10 @@ class Synthesize(Section):
     """Of the dialogues whose instruction an exact edit can satisfy: the fraction that is edited,
     not sampled.
     """
-    teacher: str = ""
+    teacher: ModelName = ""
     """Who answers: "" is the base model; another model, as in `model`; or an OpenAI-compatible
-    server, "http://host:port/v1" or "http://host:port/v1#model-name"."""
+    server, "http://host:port/v1" or "http://host:port/v1#model-name". A list names several servers
+    of one model: the least busy one is asked, and one that fails is left out for a while."""
     format: str = "Q4_0"
     """llama.cpp format of a local teacher; Q4_0 is the fastest on a CPU. "" keeps a GGUF's own."""
     candidates: int = Field(default=4, ge=1)
@@ -164,14 +174,14 @@ class Synthesize(Section):
     logged, never trained on; an answer that is cut within its thoughts is rejected."""
     max_sentences: int = Field(default=1, ge=1)
     """An edited answer is cut after this many sentences."""
-    judge: str = ""
-    """A model, as in `model`, or a server, that judges sampled answers to instructions that no
+    judge: ModelName = ""
+    """A model, as in `model`, or servers, that judges sampled answers to instructions that no
     program can check: without checks, or with a rubric. "" accepts these as they are."""
     temperature: float = Field(default=0.8, ge=0)
     """Sampling temperature; with top-k 40, min-p 0.05 and DRY against repeating earlier answers."""
     max_parallel: int = Field(default=0, ge=0)
-    """Dialogues generated in parallel; 0 uses what the machine allows (with a server: 24). On a CPU
-    the answers do not depend on it."""
+    """Dialogues generated in parallel; 0 uses what the machine allows (with servers: 24 each). On a
+    CPU the answers do not depend on it."""
 
 
 class Train(Section):
@@ -184,6 +194,11 @@ class Train(Section):
     unedited_weight: float = Field(default=1.0, ge=0, le=1)
     """Loss weight of the tokens that the edit left unchanged (edited tokens: 1). With "distill",
     these show where nothing is to be added; with "all_turns", lower values limit the drift.
+    """
+    slip_ratio: float = Field(default=0.3, ge=0, le=1)
+    """Fraction of the edited answers before the last that stand in the history without their edit,
+    and are not learned: the model learns to follow the instruction itself, not its last answer, and
+    to return to it after a slip.
     """
     cross_entropy: float = Field(default=0.0, ge=0, le=1)
     """With "distill": fraction of cross-entropy in the loss of unedited tokens."""
@@ -236,7 +251,7 @@ class Train(Section):
     """Fraction of the steps with a rising learning rate."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Weight decay of AdamW."""
-    max_steps: int = Field(default=700, ge=1)
+    max_steps: int = Field(default=500, ge=1)
     """Optimizer steps."""
     batch_size: int = Field(default=2, ge=1)
     """Dialogues in a step."""
@@ -343,8 +358,8 @@ class Evaluate(Section):
     """Instructions that are not trained, of kinds that are new altogether: new values of
     `vocabulary_kinds` have a suite of their own.
     """
-    judge: str = ""
-    """A model, as in `model`, or a server, that judges replies to instructions that no program can
+    judge: ModelName = ""
+    """A model, as in `model`, or servers, that judges replies to instructions that no program can
     check ("style").
     """
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 Role = Literal["system", "user", "assistant"]
 SynthesisMethod = Literal["sampled", "edited", "plain"]
@@ -208,6 +208,38 @@ class SamplerSettings:
 
 
 DEFAULT_SAMPLER = SamplerSettings()
+
+SamplerName = Literal["plain", "greedy", "gatt"]
+"""A name of `SAMPLERS`."""
+
+
+class SamplerChoice(NamedTuple):
+    """How tokens are drawn: the fields of a `Request`, under llama.cpp's names."""
+
+    temperature: float
+    top_p: float
+    settings: SamplerSettings
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Return the values by llama.cpp's names; a DRY multiplier of 0 switches it off."""
+        settings = self.settings
+        dry = 0.8 if settings.dry_multiplier is None else settings.dry_multiplier
+        return {
+            "temperature": self.temperature,
+            "top_k": settings.top_k,
+            "top_p": self.top_p,
+            "min_p": settings.min_p,
+            "dry_multiplier": dry,
+        }
+
+
+SAMPLERS: dict[SamplerName, SamplerChoice] = {
+    "plain": SamplerChoice(0.8, 0.95, SamplerSettings(top_k=40, min_p=0.05, dry_multiplier=0.0)),
+    "greedy": SamplerChoice(0.0, 1.0, SamplerSettings(top_k=0, min_p=0.0, dry_multiplier=0.0)),
+    "gatt": SamplerChoice(0.7, 1.0, DEFAULT_SAMPLER),
+}
+"""The default of most programs, greedy decoding, and that of `gatt evaluate` (with DRY)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,6 +97,7 @@ class RunDir:
         self.judged = path / "evaluate" / "judged.jsonl"
         self.attention = path / "evaluate" / "attention.json"
         self.scores = path / "evaluate" / "scores.json"
+        self.conditions = path / "evaluate" / "conditions"
         self.report = path / "report"
         self._notes: dict[str, dict[str, dict[str, str]]] = {}
 

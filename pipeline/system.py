@@ -28,15 +28,24 @@ def is_main_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+_core_limit = sys.maxsize
+
+
+def limit_cores(count: int) -> None:
+    """Let this process use at most `count` cores from now on: its share of a machine."""
+    global _core_limit
+    _core_limit = count
+
+
 def core_count() -> int:
     """Return how many processor cores this process may use.
 
     This is less than the machine has under `taskset`, in a Slurm job or in a container: threads
     beyond it would only wait for each other.
     """
-    cores = os.cpu_count() or 1
+    cores = min(_core_limit, os.cpu_count() or 1)
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
-        cores = len(os.sched_getaffinity(0))
+        cores = min(_core_limit, len(os.sched_getaffinity(0)))
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, -(-int(quota) // int(period)))

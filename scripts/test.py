@@ -13,7 +13,8 @@ from bootstrap import ROOT, bootstrap
 
 CHECKS = ("ruff check .", "ruff format --check .", "typos", "mypy", "lint-imports")
 REPORT = ("-q", "--durations=15")
-PARALLEL = ("-n", "2", "--dist", "loadfile")
+# The order of the files is that of tests/conftest.py, not by their number of tests.
+PARALLEL = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def main() -> int:

@@ -25,7 +25,9 @@ URL = "http://127.0.0.1:8000/v1"
 class _FakeEngine:
     """What `open_generator` makes of a model, without loading it."""
 
-    def __init__(self, path: Path, dialogues: int, context: int, max_sequences: int) -> None:
+    def __init__(
+        self, path: Path, dialogues: int, context: int, max_sequences: int, adapter: None = None
+    ) -> None:
         self.path, self.dialogues, self.context = path, dialogues, context
         self.max_sequences, self.name = max_sequences, path.name
 

@@ -31,6 +31,7 @@ HOMES = (
     Home("nicegui", ("server/web",)),
     Home("llama_cpp", ("inference", "gguf")),
     Home("unsloth", ("training/unsloth.py",)),
+    Home("inspect_ai", ("exam/inspect_eval",)),
 )
 
 

@@ -28,8 +28,8 @@ from support.servers import (
 from pipeline.data.dialogues import load_dialogues
 from pipeline.errors import GattError
 from pipeline.files import read_jsonl
-from pipeline.inference import openai_client
 from pipeline.inference.openai_client import OpenAIClient
+from pipeline.inference.remote import server
 from pipeline.records import Completion, Message, Request, Task
 
 
@@ -406,7 +406,7 @@ def test_the_key_is_sent(fake: FakeOpenAIServer, monkeypatch: pytest.MonkeyPatch
 
 
 def test_no_server_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(openai_client, "_MAX_RETRIES_FIRST_REQUEST", 0)
+    monkeypatch.setattr(server, "FEW_RETRIES", 0)
     url = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(
         GattError, match=rf"No server answers at {url} \(.*\)\. Start it or correct"
@@ -427,7 +427,7 @@ def test_an_answer_that_takes_too_long(
 ) -> None:
     release = threading.Event()
     fake.responses = [_late(release)]
-    monkeypatch.setattr(openai_client, "_ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(server, "_ANSWER_SECONDS", 0.3)
     try:
         with pytest.raises(GattError, match=r"more than 0\.3 s for one answer"):
             _complete(OpenAIClient(fake.url), _request())
@@ -479,7 +479,7 @@ def test_a_cancellation_at_the_moment_of_the_answer_is_not_lost(steps: int) -> N
         async def answer() -> Completion:
             return await reply
 
-        waiting = asyncio.ensure_future(openai_client._wait_at_most(9, answer()))
+        waiting = asyncio.ensure_future(server._wait_at_most(9, answer()))
         await asyncio.sleep(0.01)
         reply.set_result(Completion("Yes.", 1, 1, "stop"))
         for _ in range(steps):

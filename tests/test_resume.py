@@ -69,6 +69,7 @@ def test_interrupted_training_resumes_and_gives_the_same_adapter(
     assert (run_dir.adapter / _WEIGHTS).read_bytes() == (finished.adapter / _WEIGHTS).read_bytes()
 
 
+@pytest.mark.slow
 def test_interrupted_evaluation_resumes_and_gives_the_same_numbers(
     finished: RunDir, tmp_path: Path
 ) -> None:

@@ -11,9 +11,9 @@ from support.cli import TINY_RECIPE
 from typer.testing import CliRunner
 
 from pipeline.cli import app
-from pipeline.evaluation.scores import Scores
+from pipeline.evaluation.scores import ConditionScores, Scores
 from pipeline.export.summary import ExportSummary
-from pipeline.files import read_jsonl
+from pipeline.files import read_json, read_jsonl
 from pipeline.gatt.assignment import read_splits
 from pipeline.gguf.reader import open_gguf
 from pipeline.records import Reply
@@ -78,7 +78,7 @@ def test_the_export_has_a_file_for_each_program(finished: RunDir) -> None:
 
 def test_held_out_answers_are_measured_at_each_checkpoint(finished: RunDir) -> None:
     rows = [row for _, row in read_jsonl(finished.validation)]
-    assert [(row["step"], row["answers"]) for row in rows] == [(1, 8), (2, 8)]
+    assert [(row["step"], row["answers"]) for row in rows] == [(1, 3), (2, 3)]
 
 
 def test_no_dialogue_is_in_two_splits(finished: RunDir) -> None:
@@ -116,6 +116,31 @@ def test_every_suite_is_measured(finished: RunDir) -> None:
     measured, trained = (sum(row[n] for row in scores.coverage.values()) for n in (0, 1))
     assert 1 <= measured == min(3, trained)  # three dialogues
     assert scores.degradation and scores.degradation.tokens > 20
+    assert scores.fidelity
+    assert [(row.arm, row.dialogues) for row in scores.fidelity.overall] == [("tuned", 3)]
+    assert {row.at for row in scores.fidelity.by_turn} == {2, 3}
+    assert "<h2>Reminder fidelity</h2>" in (finished.report / "report.html").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_another_sampler_and_more_turns_stand_beside_the_evaluation(
+    finished: RunDir, tmp_path: Path
+) -> None:
+    run_dir = _copy(finished, tmp_path)
+    condition = ["--sampler", "plain", "--turns", "4"]
+    for words in (["evaluate", *condition], ["report"]):
+        done = CliRunner().invoke(app, [*words, "--run", str(tmp_path)], catch_exceptions=False)
+        assert done.exit_code == 0
+    assert run_dir.scores.read_bytes() == finished.scores.read_bytes()
+    scores = read_json(run_dir.conditions / "plain-4.json", ConditionScores, "evaluate")
+    assert [(row.arm, row.at, row.n, row.main.n) for row in scores.rows] == [
+        ("base", "turns 1 to 3", 9, 9),
+        ("base", "turns 1 to 4", 12, 9),
+        ("tuned", "turns 1 to 3", 9, 9),
+        ("tuned", "turns 1 to 4", 12, 9),
+    ]
+    page = (run_dir.report / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Other samplers and lengths</h2>" in page
 
 
 def test_the_instruction_is_in_turn_one_only(finished: RunDir) -> None:

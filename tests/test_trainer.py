@@ -174,7 +174,7 @@ def test_a_loss_that_is_not_finite_is_an_error(
         train_tiny(tiny_job(tiny_llama, tmp_path))
 
 
-@pytest.mark.parametrize("first_scale", [2.0**16, 2.0**40])
+@pytest.mark.parametrize("first_scale", [pytest.param(2.0**16, marks=pytest.mark.slow), 2.0**40])
 def test_float16_is_scaled_until_no_gradient_overflows(
     first_scale: float,
     tiny_llama: Path,
@@ -269,6 +269,25 @@ def test_the_learning_rate_falls_with_the_width_of_the_model(
         ),
         (("up_proj", "v_proj"), {"qkv_proj", "gate_up_proj"}, ["gate_up_proj", "qkv_proj"]),
         (("q_proj",), {"q_proj", "qkv_proj"}, ["q_proj"]),
+        # Layers of several kinds: LFM2's short convolutions, Qwen3.5's linear attention.
+        (
+            ("q_proj", "o_proj", "gate_proj", "down_proj"),
+            {"q_proj", "k_proj", "v_proj", "out_proj", "in_proj", "w1", "w2", "w3"},
+            ["q_proj", "in_proj", "out_proj", "w1", "w2"],
+        ),
+        (
+            ("q_proj", "v_proj", "o_proj"),
+            {*Train().target_modules, *(f"in_proj_{end}" for end in ("qkv", "z", "a", "b"))}
+            | {"out_proj"},
+            ["q_proj", "in_proj_qkv", "in_proj_z", "v_proj", "o_proj", "out_proj"],
+        ),
+        # Of all seven: what another family has in their place, but never its routers.
+        (Train().target_modules, {"query_key_value", "dense"}, ["dense", "query_key_value"]),
+        (
+            Train().target_modules,
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate"},
+            ["k_proj", "o_proj", "q_proj", "v_proj"],
+        ),
     ],
 )
 def test_fused_projections_stand_for_their_parts(
@@ -279,10 +298,10 @@ def test_fused_projections_stand_for_their_parts(
 
 def test_a_projection_that_the_model_lacks_is_an_error() -> None:
     with pytest.raises(GattError) as caught:
-        own_projections(Train().target_modules, {"q_proj", "k_proj", "v_proj", "o_proj", "gate"})
+        own_projections(("q_proj", "up_proj"), {"q_proj", "k_proj", "v_proj", "o_proj", "gate"})
     assert str(caught.value) == (
-        "train.target_modules: the model has no linear layer for gate_proj, up_proj, down_proj. It "
-        "has gate, k_proj, o_proj, q_proj, v_proj. Leave out what is missing."
+        "train.target_modules: the model has no linear layer for up_proj. It has gate, k_proj, "
+        "o_proj, q_proj, v_proj. Leave out what is missing."
     )
 
 
@@ -375,6 +394,15 @@ from support.training import tiny_job, train_tiny
 trained = train_tiny(tiny_job(Path({str(tiny_llama)!r}), Path({str(tmp_path / "out")!r})))
 """
     _assert_same(train_in_two_processes(training, tmp_path), uninterrupted)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `torchrun` starts them without a GPU: each would train on the same dialogues."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(GattError, match=r"WORLD_SIZE is 2, but transformers counts 1\."):
+        train_tiny(tiny_job(tiny_llama, tmp_path))
 
 
 def test_processes_wait_long_for_the_one_that_validates(

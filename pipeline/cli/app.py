@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from pipeline.errors import GattError
 
 if TYPE_CHECKING:
     from pipeline.recipe import Recipe
@@ -27,6 +31,22 @@ RecipeFile = Annotated[
 Run = Annotated[Path, typer.Option("--run", help="Folder of the run.")]
 Quick = Annotated[
     bool, typer.Option("--quick", help="Run in miniature, to see that everything works.")
+]
+Ray = Annotated[
+    str,
+    typer.Option(
+        "--ray",
+        metavar="ADDRESS",
+        help="Work on a Ray cluster: auto on a node of it, or ray://host:10001.",
+    ),
+]
+Storage = Annotated[
+    str,
+    typer.Option(
+        metavar="PLACE",
+        help="With --ray: where training keeps its checkpoints, a folder or URL that all nodes see "
+        "(s3://bucket/folder). Default: the run's folder.",
+    ),
 ]
 Set = Annotated[
     list[str] | None, typer.Option("--set", help="Override a key: --set train.max_steps=20.")
@@ -53,3 +73,26 @@ def execute_stage(name: str, settings: Recipe, run_dir: RunDir) -> None:
     from pipeline.run import run_stage
 
     run_stage(name, settings, run_dir)
+
+
+@contextmanager
+def ray_cluster(address: str, storage: str = "") -> Iterator[None]:
+    """Work on the Ray cluster at the address of `--ray` until the block ends; "" is this machine.
+
+    Training keeps its checkpoints in `storage`.
+
+    Raises:
+        ModuleNotFoundError: Ray is not installed.
+        GattError: there is no cluster at that address, or none for `storage`.
+    """
+    if not address:
+        if storage:
+            raise GattError(
+                f"--storage {storage} needs --ray: without it, the run's folder is used."
+            )
+        yield
+        return
+    from pipeline.cluster.session import connect
+
+    with connect(address, storage):
+        yield

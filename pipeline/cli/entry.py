@@ -19,6 +19,8 @@ __all__ = ["app", "main", "stages", "tools"]
 _EXTRAS = {
     "train": ("unsloth", "trl", "peft", "accelerate", "bitsandbytes"),
     "serve": ("fastapi", "uvicorn", "nicegui", "prometheus_client"),
+    "cluster": ("ray",),
+    "inspect": ("inspect_ai",),
 }
 """Optional dependencies: the packages that each extra of pyproject.toml brings."""
 _OF_THE_USER = {

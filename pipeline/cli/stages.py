@@ -7,19 +7,22 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from pipeline.cli.app import (
     DEFAULT_RUN,
     Quick,
+    Ray,
     RecipeFile,
     Run,
     Set,
+    Storage,
     app,
     execute_stage,
     override_list,
+    ray_cluster,
     resolve_run,
 )
 from pipeline.errors import GattError
@@ -47,13 +50,19 @@ def init(
         raise GattError(f"{path} exists already and was not changed. Name another file.")
     recipe = Recipe()
     if vram:
-        from pipeline.training.memory import TOKENS_PER_STEP, largest_preset, usable_bytes
+        from pipeline.training.memory import (
+            TOKENS_PER_STEP,
+            describe_choice,
+            largest_preset,
+            usable_bytes,
+        )
 
         model = largest_preset(usable_bytes(vram), TOKENS_PER_STEP, recipe.train, gpu=True)
         if not model:
             raise GattError(
-                f"--vram {vram:g}: no preset trains in so little memory. Try 8, 12, 16 or 24 GB."
+                f"--vram {vram:g}: no preset trains in so little memory. Try 6, 8, 12, 16 or 24 GB."
             )
+        typer.echo(describe_choice(model, vram, recipe.train))
         recipe = recipe.model_copy(update={"model": model})
     write_text(path, recipe_toml(recipe))
     typer.echo(f"Wrote {path}. Next: gatt run {path}")
@@ -72,6 +81,8 @@ def run(
             "file, or a character card (PNG or JSON)."
         ),
     ] = "",
+    ray: Ray = "",
+    storage: Storage = "",
 ) -> None:
     """Run every stage; stages that are up to date are skipped. Example: gatt run my.toml --run
     runs/mine
@@ -82,7 +93,8 @@ def run(
     if bake:
         changes.append(f"instructions.bake={json.dumps(bake)}")
     settings, run_dir = open_run(recipe, run, changes, reuse_recipe=False)
-    run_stages(settings, run_dir)
+    with ray_cluster(ray, storage):
+        run_stages(settings, run_dir)
     tuned = run_dir.tuned(settings.export.formats[0])
     typer.echo(f"Report: {run_dir.report / 'report.html'}")
     typer.echo(f"Model:  {tuned}")
@@ -153,11 +165,13 @@ def synthesize(
     push: Annotated[
         str, typer.Option(help="Upload the dialogues to this dataset on the Hub: owner/name.")
     ] = "",
+    ray: Ray = "",
 ) -> None:
     """Generate the training dialogues. Example: gatt synthesize my.toml --run runs/mine --stats"""
     settings, run_dir = resolve_run(recipe, run, override_list(set, quick=quick))
     if not stats:
-        execute_stage("synthesize", settings, run_dir)
+        with ray_cluster(ray):
+            execute_stage("synthesize", settings, run_dir)
     if stats or push:
         from pipeline.stages import synthesize as stage
 
@@ -182,6 +196,8 @@ def train(
         float,
         typer.Option(help="Stop when this share of the validation answers is adherent.", max=1),
     ] = 0.0,
+    ray: Ray = "",
+    storage: Storage = "",
 ) -> None:
     """Train the adapter. Example: gatt train my.toml --run runs/mine --early-stop 0.95"""
     changes = [f"train.early_stop_adherence={early_stop}"] if early_stop else []
@@ -198,7 +214,8 @@ def train(
 
         with run_dir.lock():
             shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
-    execute_stage("train", settings, run_dir)
+    with ray_cluster(ray, storage):
+        execute_stage("train", settings, run_dir)
 
 
 @app.command()
@@ -287,6 +304,22 @@ def evaluate(
     judge: Annotated[
         str, typer.Option(help="A model or server that judges what no program can check.")
     ] = "",
+    sampler: Annotated[
+        Literal["gatt", "plain", "greedy"],
+        typer.Option(
+            help="Measure base and tuned once more with this sampler, beside the evaluation. "
+            "plain: temperature 0.8, top-k 40, top-p 0.95, min-p 0.05, no DRY, as most programs; "
+            "gatt: that of the evaluation."
+        ),
+    ] = "gatt",
+    turns: Annotated[
+        int,
+        typer.Option(
+            help="Measure them once more in dialogues of this many turns; 0: as the evaluation.",
+            min=0,
+        ),
+    ] = 0,
+    ray: Ray = "",
 ) -> None:
     """Measure base, tuned and ceiling by turn. Example: gatt evaluate --compare-with rival.gguf"""
     changes = []
@@ -296,9 +329,15 @@ def evaluate(
         changes.append(f"evaluate.extra_models={json.dumps(compare_with)}")
     if judge:
         changes.append(f"evaluate.judge={judge}")
-    execute_stage(
-        "evaluate", *resolve_run(recipe, run, [*override_list(set, quick=quick), *changes])
-    )
+    settings, run_dir = resolve_run(recipe, run, [*override_list(set, quick=quick), *changes])
+    with ray_cluster(ray):
+        execute_stage("evaluate", settings, run_dir)
+        if sampler != "gatt" or turns:
+            from pipeline.evaluation.conditions import Condition
+            from pipeline.stages import evaluate as stage
+
+            condition = Condition(sampler, turns or settings.evaluate.turns)
+            stage.run_condition(settings, run_dir, condition)
 
 
 _define("report", "Render the report.")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.app import DEFAULT_RUN, Run, app
+from pipeline.cli.app import DEFAULT_RUN, Ray, Run, app, ray_cluster
 from pipeline.errors import GattError
 
 
@@ -41,8 +41,12 @@ def exam(
         ),
     ],
     turns: Annotated[
-        str, typer.Option(help="20, 50, another number, or context: until the context is full.")
-    ] = "20",
+        str | None,
+        typer.Option(
+            help="20 (default), 50, another number, or context: until the context is full. Of a "
+            "benchmark, all are the default."
+        ),
+    ] = None,
     arm: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,9 +104,20 @@ def exam(
     ifeval: Annotated[
         bool,
         typer.Option(
-            "--ifeval", help="Also compare our checks with IFEval's verifiers on the replies."
+            "--ifeval", help="Also compare our checks with IFEval's and IFBench's verifiers."
         ),
     ] = False,
+    benchmark: Annotated[
+        str,
+        typer.Option(
+            help="Ask a public benchmark instead: mt-eval, multi-if, persona-drift, "
+            "real-guardrails, sequor, struct-flow or sysbench."
+        ),
+    ] = "",
+    benchmark_file: Annotated[
+        Path | None, typer.Option(help="The file (SEQUOR: folder) that its authors publish.")
+    ] = None,
+    ray: Ray = "",
 ) -> None:
     """Measure how long instructions hold. Example: gatt exam smollm2-135m tuned-Q8_0.gguf"""
     from pipeline.stages import exam as stage
@@ -121,8 +136,11 @@ def exam(
         seed=seed,
         quick=quick,
         ifeval=ifeval,
+        benchmark=benchmark,
+        benchmark_file=benchmark_file,
     )
-    stage.run(models, options, out)
+    with ray_cluster(ray):
+        stage.run(models, options, out)
 
 
 @app.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -11,7 +13,8 @@ from pipeline.hub.convert import runnable_gguf
 from pipeline.hub.models import find_model
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.chat_template import ChatTemplate
-from pipeline.inference.openai_client import DEFAULT_MAX_PARALLEL, OpenAIClient
+from pipeline.inference.llama.model import Adapter
+from pipeline.inference.openai_client import OpenAIClient
 from pipeline.inference.remote.address import is_server_url
 from pipeline.inference.thoughts import thinks
 from pipeline.records import MAX_THOUGHT_TOKENS, Task
@@ -35,6 +38,53 @@ class GenerationEngine(Protocol):
     def __enter__(self) -> GenerationEngine: ...
 
     def __exit__(self, *_: object) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """What an engine is opened for: up to `dialogues` dialogues of `context` tokens each.
+
+    `max_parallel` limits the dialogues in parallel; 0 uses what a machine allows.
+    """
+
+    dialogues: int
+    context: int
+    max_parallel: int = 0
+    adapter: Adapter | None = None
+
+
+OpenEngine = Callable[[Path, EngineOptions], GenerationEngine]
+"""Opens a GGUF file as an engine."""
+_remote: list[OpenEngine] = []
+"""The innermost block of `engines_opened_by` is the last one."""
+
+
+@contextmanager
+def engines_opened_by(open_remote: OpenEngine) -> Iterator[None]:
+    """Let `open_engine` open models elsewhere, as on a cluster, until the block ends."""
+    _remote.append(open_remote)
+    try:
+        yield
+    finally:
+        _remote.pop()
+
+
+def generates_elsewhere() -> bool:
+    """Return whether `open_engine` opens models elsewhere: this process needs no weights."""
+    return bool(_remote)
+
+
+def open_engine(gguf: Path, options: EngineOptions) -> GenerationEngine:
+    """Open a GGUF file on this machine, or where `engines_opened_by` says.
+
+    Raises:
+        GattError: not a GGUF, a broken one, or too little memory.
+    """
+    if _remote:
+        return _remote[-1](gguf, options)
+    return BatchEngine(
+        gguf, options.dialogues, options.context, options.max_parallel, adapter=options.adapter
+    )
 
 
 def context_for(turns: int, max_tokens: int, user_tokens: int = 60) -> int:
@@ -78,7 +128,8 @@ def open_generator(
 
     Args:
         name: a preset, a GGUF file, a Hugging Face folder, a Hub id, or a server:
-            "http://host:port/v1" for its first model, or "http://host:port/v1#model".
+            "http://host:port/v1" for its first model, or "http://host:port/v1#model"; several
+            servers of one model are separated by commas.
         dialogues: how many dialogues there are; no more sequences than this are made.
         context: tokens of each sequence. A server has its own limit.
         format_name: llama.cpp format to run a model in; "" as for `runnable_gguf`. A server has
@@ -90,12 +141,11 @@ def open_generator(
         GattError: no such model, not a valid address, or too little memory.
     """
     if is_server_url(name):
-        url, _, served_model = name.partition("#")
-        parallel = max_parallel or DEFAULT_MAX_PARALLEL
-        return OpenAIClient(url, served_model, parallel, probe=True)
+        return OpenAIClient(name, max_parallel=max_parallel, probe=True)
     model = find_model(name)
     gguf = runnable_gguf(model, format_name)
     context += thought_room(gguf, max_thought_tokens)
-    engine = BatchEngine(gguf, dialogues, context, max_parallel)
+    options = EngineOptions(dialogues=dialogues, context=context, max_parallel=max_parallel)
+    engine = open_engine(gguf, options)
     engine.name = f"{model.name} {format_name}".strip()
     return engine

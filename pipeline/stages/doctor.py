@@ -31,6 +31,7 @@ from pipeline.recipe import Train
 from pipeline.records import Request, Task
 from pipeline.system import GB, available_memory, core_count
 from pipeline.training.cpu.speed import estimate_step
+from pipeline.training.job import own_projections
 from pipeline.training.memory import (
     CPU_TOKENS_AT_A_TIME,
     GPU_SIZES_GB,
@@ -41,6 +42,7 @@ from pipeline.training.memory import (
     training_memory,
     usable_bytes,
 )
+from pipeline.training.projections import linear_layers_of
 from pipeline.training.unsloth import check_nf4, free_memory, on_gpu
 
 _STREAMS = 12
@@ -66,7 +68,11 @@ def run(model: str = "") -> None:
     if not model:
         largest = largest_preset(free, TOKENS_PER_DIALOGUE, settings, gpu=gpu) or "none"
         print_result(f"\nLargest model that this {'GPU' if gpu else 'CPU'} can train: {largest}")
-    elif not gpu:
+        return
+    if model not in presets():
+        adapted = own_projections(settings.target_modules, linear_layers_of(model))
+        print_result(f"\nAn adapter is trained on {', '.join(adapted)}.")
+    if not gpu:
         print_result(f"\n{speed_text(model, settings)}")
 
 

@@ -6,16 +6,19 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from pipeline.console import log
 from pipeline.data.dialogues import load_dialogues
 from pipeline.errors import GattError
-from pipeline.export import converter as checkpoint_converter
 from pipeline.export.adapter_folder import for_text_model, with_adapters_tokenizer
 from pipeline.export.exporter import export, predict_reference
 from pipeline.export.job import ExportJob, model_metadata
+from pipeline.export.merged import require_merge_base
+from pipeline.export.merged import write_merged as write_merged_folder
 from pipeline.files import read_jsonl, write_json
 from pipeline.gguf.huggingface.chat_template import read_chat_template
 from pipeline.gguf.merge import plan_merge
 from pipeline.hub.convert import cached_checkpoint
+from pipeline.hub.llama_converter import converter_for
 from pipeline.hub.models import find_model, require_chat_template
 from pipeline.inference.logits import Logits
 from pipeline.recipe import Export, Recipe
@@ -37,6 +40,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     `export.json`.
     """
     model = find_model(recipe.model)
+    require_merge_base(model, recipe.export)
     job = ExportJob(
         model=model,
         adapter=run_dir.adapter,
@@ -49,7 +53,10 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         system=recipe.chat_system,
         temperature=recipe.evaluate.temperature,
     )
-    write_json(run_dir.exported, asdict(export(job)))
+    converter = converter_for(model.path)
+    if converter and recipe.export.merge_base == "auto":
+        log("export: merged into fp16; nf4 is not tried for a family of llama.cpp's own converter.")
+    write_json(run_dir.exported, asdict(export(job, converter)))
 
 
 def export_standalone(
@@ -68,7 +75,7 @@ def export_standalone(
         GattError: as `export`, or settings that a converter cannot have.
     """
     base = find_model(name)
-    converter = converter or checkpoint_converter.converter_for(base)
+    converter = converter or converter_for(base.path)
     if converter and settings.merge_base != "fp16":
         raise GattError(
             f"--merge-base {settings.merge_base} cannot be used with llama.cpp's converter, "
@@ -104,9 +111,7 @@ def export_standalone(
         )
         write_json(folder / "export.json", asdict(export(job, converter)))
         if merged_dir:
-            checkpoint_converter.write_merged(
-                model, adapter, merged_dir, reference, in_4bit=in_4bit
-            )
+            write_merged_folder(model, adapter, merged_dir, reference, in_4bit=in_4bit)
 
 
 def write_merged(recipe: Recipe, run_dir: RunDir, target: Path) -> None:
@@ -116,4 +121,4 @@ def write_merged(recipe: Recipe, run_dir: RunDir, target: Path) -> None:
         GattError: as `write_checkpoint`, or it does not predict what the trained model does.
     """
     reference = Logits.load(run_dir.reference) if run_dir.reference.exists() else None
-    checkpoint_converter.write_merged(find_model(recipe.model), run_dir.adapter, target, reference)
+    write_merged_folder(find_model(recipe.model), run_dir.adapter, target, reference)

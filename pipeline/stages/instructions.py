@@ -17,6 +17,7 @@ from pipeline.data.sources import source_inputs
 from pipeline.data.splits import DialogueSplits, split_dialogues
 from pipeline.errors import GattError
 from pipeline.evaluation.suites import SuiteSettings, build_baked_suites, build_suites
+from pipeline.export.merged import require_merge_base
 from pipeline.export.tokens import check_tokens
 from pipeline.files import write_text
 from pipeline.gatt.assign import (
@@ -33,10 +34,12 @@ from pipeline.gatt.generated_values import LISTS, list_values
 from pipeline.gatt.instructions import custom_instruction, prepare_checks
 from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import runnable_gguf
-from pipeline.hub.models import find_model, require_exportable
+from pipeline.hub.models import Model, find_model, require_exportable
+from pipeline.inference.chat_template import template_in
 from pipeline.inference.generator import GenerationEngine, context_for
 from pipeline.inference.llama.model import LoadedModel
 from pipeline.inference.teacher import open_teacher
+from pipeline.inference.thoughts import always_thinks
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.recipe_file import read_toml
 from pipeline.records import Constraint, CustomInstruction, Dialogue
@@ -72,8 +75,10 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     """
     model = find_model(recipe.model)
     require_exportable(model)  # fails here, not after the training
+    require_merge_base(model, recipe.export)
     if recipe.export.verify_tokenizer:
         check_tokens(model)
+    _log_thinking(model)
     if recipe.instructions.bake:
         _assign_prompt(recipe, run_dir)
         return
@@ -94,10 +99,21 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         turns=min(settings.suite_turns, settings.turns),
         full_turns=settings.turns,
         seed=recipe.seed,
+        custom=_given(custom, training),
     )
     held_out = dialogues.evaluation[: settings.suite_dialogues]
     recall = _recall_dialogues(dialogues, settings)
     write_splits(run_dir.suites, build_suites(held_out, suites, recall))
+
+
+def _log_thinking(model: Model) -> None:
+    """Say so if a base thinks before every answer, which no training changes."""
+    if always_thinks(template_in(model)):
+        log(
+            f"{model.name}: its chat template opens a thought before every answer, and cannot "
+            "switch that off. It is trained without thoughts and still thinks afterwards: give it "
+            "room by evaluate.max_thought_tokens. What it thinks is cut off and not scored."
+        )
 
 
 def _recall_dialogues(dialogues: DialogueSplits, settings: Evaluate) -> list[Dialogue]:
@@ -215,8 +231,7 @@ def write_assignments(
     )
     training = assign_training(dialogues.training, pool, ratios, recipe.seed)
     trained = trained_constraints([d for d in training if not d.is_custom])
-    given = {assigned.instruction for assigned in training}
-    custom = [c for c in pool.custom if custom_instruction(c) in given]
+    custom = _given(pool.custom, training)
     checkable = [c for c in trained if not kind_of(c).judged]
     checkable_custom = [c for c in custom if c.checks and not is_judged(c.checks)]
     validation = assign_evaluation(dialogues.validation, checkable, checkable_custom)
@@ -232,6 +247,14 @@ def write_assignments(
     )
     _show_custom(pool.custom, training)
     return training
+
+
+def _given(
+    custom: Sequence[CustomInstruction], training: Sequence[AssignedDialogue]
+) -> list[CustomInstruction]:
+    """Return the instructions that a training dialogue has."""
+    given = {assigned.instruction for assigned in training}
+    return [c for c in custom if custom_instruction(c) in given]
 
 
 def _custom_instructions(recipe: Recipe) -> tuple[CustomInstruction, ...]:

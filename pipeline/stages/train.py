@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.cluster.session import current_cluster
+from pipeline.cluster.storage import choose_storage, is_used
 from pipeline.console import capture_output, log, print_result, progress
 from pipeline.data.sources import source_inputs
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_jsonl, write_json
 from pipeline.gatt.assignment import read_split
 from pipeline.hub.convert import cached_checkpoint, cached_gguf, runnable_gguf
+from pipeline.hub.llama_converter import converter_for
 from pipeline.hub.models import find_model, shape_of
 from pipeline.recipe import Recipe
 from pipeline.run_dir import Input, RunDir
@@ -72,6 +75,59 @@ def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
 
 def run(recipe: Recipe, run_dir: RunDir) -> None:
     """Train `train/adapter` and write the loss of every step; resume from the last checkpoint."""
+    if cluster := current_cluster():
+        _train_on_cluster(recipe, run_dir, cluster.storage)
+        return
+    if is_used(run_dir.checkpoints) and not last_checkpoint(run_dir.checkpoints):
+        log("train: this training began with --ray. Only with it, it goes on from its checkpoints.")
+    train_here(recipe, run_dir)
+
+
+def _train_on_cluster(recipe: Recipe, run_dir: RunDir, storage: str) -> None:
+    """Train with the processes of a cluster, which get the files of the run that they need."""
+    from pipeline.cluster.train import train_on_ray
+
+    files = {
+        path.relative_to(run_dir.path).as_posix(): path.read_bytes()
+        for path in (run_dir.examples, run_dir.assignments)
+    }
+    train_on_ray(
+        partial(_train_in, _with_absolute_paths(recipe)),
+        files,
+        run_dir.path,
+        storage=choose_storage(run_dir.checkpoints, storage),
+        batch=recipe.train.batch_size,
+    )
+
+
+def _train_in(recipe: Recipe, folder: Path, on_checkpoint: Callable[[int], None]) -> None:
+    train_here(recipe, RunDir(folder), on_checkpoint)
+
+
+def _with_absolute_paths(recipe: Recipe) -> Recipe:
+    """Return the recipe for processes that work in other folders."""
+    model = Path(recipe.model).expanduser()
+    is_path = model.is_file() or (model / "config.json").is_file()
+    train = {
+        key: str(path.absolute())
+        for key in ("init_adapter", "replay_data")
+        if (name := getattr(recipe.train, key)) and (path := Path(name).expanduser()).exists()
+    }
+    return recipe.model_copy(
+        update={
+            "model": str(model.absolute()) if is_path else recipe.model,
+            "train": recipe.train.model_copy(update=train),
+        }
+    )
+
+
+def train_here(
+    recipe: Recipe, run_dir: RunDir, on_checkpoint: Callable[[int], None] = lambda step: None
+) -> None:
+    """Train in this process, and in those that share its steps.
+
+    `on_checkpoint` is called in all of them after each checkpoint, with its step.
+    """
     with main_process_first(), capture_output(run_dir.training_log):
         model_dir = cached_checkpoint(find_model(recipe.model))
     size = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
@@ -101,7 +157,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     )
     if not is_main_process():
         with capture_output(run_dir.training_log):
-            backend.train(job)
+            backend.train(_reporting(job, on_checkpoint))
         return
     log(
         f"train: {len(examples)} dialogues, {sum(len(e.labels) for e in examples)} tokens, "
@@ -115,7 +171,9 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     ):
         if rollouts:
             rollouts.prepare(student, run_dir.rollouts, _init_adapter(recipe))
-        result, steps = _train(backend, job, recipe, run_dir, base)
+        with closing(ValidationHook(recipe, run_dir, base)) as hook:
+            job = _reporting(replace(job, should_stop=hook.should_stop), on_checkpoint)
+            result, steps = _train(backend, job, run_dir, lambda: hook.last_note)
     trim_memory()
     result.logits.save(run_dir.reference)
     write_json(run_dir.losses, result.losses)
@@ -123,23 +181,33 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         write_json(run_dir.speed, _speed(steps[-1]))
 
 
+def _reporting(job: TrainingJob, on_checkpoint: Callable[[int], None]) -> TrainingJob:
+    """Return the job with `on_checkpoint` after what it does at a checkpoint anyway."""
+
+    def should_stop(step: int, checkpoint: Path) -> bool:
+        stop = job.should_stop(step, checkpoint)
+        on_checkpoint(step)
+        return stop
+
+    return replace(job, should_stop=should_stop)
+
+
 def _train(
-    backend: Backend, job: TrainingJob, recipe: Recipe, run_dir: RunDir, base: AdaptableBase
+    backend: Backend, job: TrainingJob, run_dir: RunDir, remark: Callable[[], str]
 ) -> tuple[TrainingResult, list[Step]]:
-    """Train with a progress bar and validation; return the steps of this process, too."""
+    """Train with a progress bar; return the steps of this process, too."""
     steps: list[Step] = []
     done = last_checkpoint(run_dir.checkpoints)
     with (
-        progress("train: steps", recipe.train.max_steps, done) as bar,
+        progress("train: steps", job.settings.max_steps, done) as bar,
         capture_output(run_dir.training_log),
-        closing(ValidationHook(recipe, run_dir, base)) as hook,
     ):
 
         def on_step(step: Step) -> None:
             steps.append(step)
-            bar.advance(log=format_step(step) + hook.last_note)
+            bar.advance(log=format_step(step) + remark())
 
-        return backend.train(replace(job, on_step=on_step, should_stop=hook.should_stop)), steps
+        return backend.train(replace(job, on_step=on_step)), steps
 
 
 def _speed(totals: Step) -> dict[str, float]:
@@ -155,14 +223,19 @@ def _speed(totals: Step) -> dict[str, float]:
 
 def adaptable_base(recipe: Recipe, *, gpu: bool = True) -> AdaptableBase:
     """Return the base that validates the adapters of training; it is not loaded yet."""
-    make_file = partial(cached_gguf, find_model(recipe.model), "Q8_0")
-    return AdaptableBase(make_file, dora=recipe.train.dora, gpu=gpu)
+    return _base_of(partial(cached_gguf, find_model(recipe.model), "Q8_0"), recipe, gpu=gpu)
 
 
 def rollout_base(recipe: Recipe, *, gpu: bool = True) -> AdaptableBase:
     """Return the base that rolls out, in the format of synthesis; it is not loaded yet."""
     make_file = partial(runnable_gguf, find_model(recipe.model), recipe.synthesize.format)
-    return AdaptableBase(make_file, dora=recipe.train.dora, gpu=gpu)
+    return _base_of(make_file, recipe, gpu=gpu)
+
+
+def _base_of(make_file: Callable[[], Path], recipe: Recipe, *, gpu: bool) -> AdaptableBase:
+    path = find_model(recipe.model).path
+    folder = path if converter_for(path) else None
+    return AdaptableBase(make_file, folder=folder, dora=recipe.train.dora, gpu=gpu)
 
 
 def read_rollouts(

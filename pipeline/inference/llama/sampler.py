@@ -3,7 +3,7 @@
 The order is that of llama.cpp (grammar, bias, penalties, DRY, top-k, typical, top-p, min-p,
 temperature, seeded draw), but that top-k stands before DRY: a search for repeats for 40 tokens
 instead of the vocabulary. DRY stops a small model from repeating earlier answers, yet allows
-repeats of up to five tokens, so that a required phrase is not penalized.
+repeats of up to 12 tokens: as long as the longest value of the vocabulary, with what surrounds it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Handle: TypeAlias = object
 """A sampler of llama.cpp."""
 Candidates: TypeAlias = npt.NDArray[np.void]
 """Tokens with their logits, as `llama_token_data`."""
-_DRY_MULTIPLIER, _DRY_BASE, _DRY_ALLOWED_TOKENS = 0.8, 1.75, 5
+_DRY_MULTIPLIER, _DRY_BASE, _DRY_ALLOWED_TOKENS = 0.8, 1.75, 12
 _NEARLY_ZERO = 1e-30
 """Probabilities below it, relative to the most likely token, are taken as 0."""
 _MAX_GRAMMAR_CHARACTERS = 1 << 16

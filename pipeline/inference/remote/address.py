@@ -1,10 +1,11 @@
-"""The address of a server: whether it is one, and whether a proxy stands before it."""
+"""Addresses of servers: which there are in a name, and whether a proxy stands before one."""
 
 from __future__ import annotations
 
 import os
+import re
 from ipaddress import IPv6Address, ip_address
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import urlsplit
 
 from pipeline.errors import GattError
@@ -12,12 +13,51 @@ from pipeline.errors import GattError
 if TYPE_CHECKING:
     from openai import DefaultAsyncHttpxClient
 
+EXAMPLE_URL = "http://127.0.0.1:8000/v1"
 _PROXY_VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+_SEPARATOR = re.compile(r"\s*,\s*(?=https?:)", re.IGNORECASE)
+"""Between two addresses; a comma elsewhere is part of an address."""
+
+
+class Servers(NamedTuple):
+    """The addresses of servers that run the same model; "" is the first that they list."""
+
+    urls: tuple[str, ...]
+    model: str
 
 
 def is_server_url(name: str) -> bool:
     """Return whether `name` is meant as the address of a server, not as the name of a model."""
     return name.lower().startswith(("http://", "https://"))
+
+
+def parse_servers(name: str) -> Servers:
+    """Return the servers that `name` lists, separated by commas, and the model after a "#".
+
+    It is enough to name the model once.
+
+    Raises:
+        GattError: not a valid address, or more than one model.
+    """
+    parts = [part.partition("#") for part in _SEPARATOR.split(name)]
+    urls, models = [url for url, _, _ in parts], {model for _, _, model in parts if model}
+    for url in urls:
+        if not is_valid_url(url):
+            raise GattError(
+                f"{url!r} is not the address of a server. Expected one such as {EXAMPLE_URL}; "
+                "commas separate several."
+            )
+    if len(models) > 1:
+        raise GattError(
+            f"{name}: the servers run different models ({', '.join(sorted(models))}), and one "
+            "answers in place of another. Name servers of the same model only."
+        )
+    return Servers(tuple(dict.fromkeys(urls)), next(iter(models), ""))
+
+
+def served_name(name: str) -> str:
+    """Return the model that `name` gives after a "#", or all of `name`."""
+    return parse_servers(name).model or name
 
 
 def is_valid_url(url: str) -> bool:

@@ -40,18 +40,19 @@ _INT32 = 0x7FFFFFFF
 
 
 class Parameters:
-    """The parameters that the server called `server` takes, as far as it has refused others.
+    """The parameters that all servers of a model take, as far as none has refused them.
 
-    `changes` says for each parameter of OpenAI's API that was refused what became of it.
+    What one of them refuses, none gets: their answers must not differ. `changes` says for each
+    parameter of OpenAI's API that was refused what became of it.
     """
 
-    def __init__(self, server: str) -> None:
+    def __init__(self) -> None:
         self.changes: dict[str, str] = {}
-        self._server, self._limit, self._max_seed = server, "max_tokens", 0xFFFFFFFF
+        self._limit, self._max_seed = "max_tokens", 0xFFFFFFFF
 
     @property
     def streams(self) -> bool:
-        """Return whether the server streams answers."""
+        """Return whether answers are streamed."""
         return "stream" not in self.changes
 
     def body(
@@ -72,8 +73,8 @@ class Parameters:
             body |= {"stream": True, "stream_options": {"include_usage": True}}
         return {name: value for name, value in body.items() if name not in self.changes}
 
-    def learn(self, error: APIStatusError, sent: Mapping[str, object]) -> bool:
-        """Adapt to a refusal of what was `sent`; return whether to send the request again."""
+    def learn(self, error: APIStatusError, sent: Mapping[str, object], url: str) -> bool:
+        """Adapt to a refusal of what was `sent` to `url`; return whether to send it again."""
         if error.status_code not in _REFUSALS or is_overflow(error):
             return False
         text = json.dumps(error.body) if error.body else error.message
@@ -84,27 +85,30 @@ class Parameters:
         ):
             return True  # another request has learned it meanwhile
         if name in _OPTIONAL:
-            return self._leave_out(name, text)
-        return bool(name) and self._rename_limit(name, text)
+            return self._leave_out(name, text, url)
+        return bool(name) and self._rename_limit(name, text, url)
 
-    def _rename_limit(self, name: str, text: str) -> bool:
+    def _rename_limit(self, name: str, text: str, url: str) -> bool:
         """Take another name for the limit of tokens: the one in the error message, or OpenAI's."""
         if name != "max_tokens" or not _UNSUPPORTED.search(text):
             return False
         match = _OTHER_LIMIT.search(text)
         self._limit = self.changes[name] = match[0] if match else "max_completion_tokens"
-        log(f"{self._server} takes {self._limit} in place of max_tokens.")
+        log(f"The server at {url} takes {self._limit} in place of max_tokens.")
         return True
 
-    def _leave_out(self, name: str, text: str) -> bool:
+    def _leave_out(self, name: str, text: str, url: str) -> bool:
         if name == "seed" and self._max_seed > _INT32 and _SEED_RANGE.search(text):
             self._max_seed = _INT32
-            log(f"{self._server} takes seeds below 2^31 only: the first bit of each is left out.")
+            log(
+                f"The server at {url} takes seeds below 2^31 only: the first bit of each is left "
+                "out."
+            )
             return True
         if name in ("stream", "temperature", "top_p") and not _UNSUPPORTED.search(text):
             return False
         self.changes[name] = "left out"
-        log(f"{self._server} refuses {name}: requests go without it, {_OPTIONAL[name]}.")
+        log(f"The server at {url} refuses {name}: requests go without it, {_OPTIONAL[name]}.")
         return True
 
 
