@@ -76,10 +76,10 @@ def choose_storage(checkpoints: Path, place: str) -> Storage:
     if record.is_file():
         saved: dict[str, str] = json.loads(record.read_text(encoding="utf-8"))
         if place and place != saved["place"]:
-            kept = saved["place"] or str(checkpoints / _DEFAULT)
+            present = saved["place"] or str(checkpoints / _DEFAULT)
             raise GattError(
-                f"--storage {place}: this training keeps its checkpoints in {kept}. Leave --storage"
-                " out to continue from there, or start over with `gatt train --restart`."
+                f"--storage {place}: this training keeps its checkpoints in {present}. Leave"
+                " --storage out to continue from there, or start over with `gatt train --restart`."
             )
         return open_storage(saved["place"] or str(checkpoints / _DEFAULT), saved["name"])
     name = f"gatt-{uuid.uuid4().hex[:12]}"
