@@ -30,6 +30,10 @@ _SETTINGS = (
     "evaluate.dialogues=2",
     "evaluate.turns=2",
     "evaluate.suite_dialogues=0",
+    # What `obeying_answer_to` can follow.
+    'instructions.vocabulary_kinds=["opening", "closing"]',
+    'instructions.pool=[{kind = "opening", value = "Ahoy!"}]',
+    "instructions.recall_ratio=0",
     "synthesize.max_tokens=40",
     "synthesize.edited_ratio=1",
 )
