@@ -50,9 +50,9 @@ from pipeline.training.job import (
     main_process_first,
     mark_complete,
     micro_batches,
-    own_projections,
 )
 from pipeline.training.loss import Batch, GattLoss
+from pipeline.training.projections import own_projections
 from pipeline.training.validation import AdaptableBase
 
 MICRO_BATCH_SETTINGS = SETTINGS.model_copy(update={"max_tokens_per_micro_batch": 40})

@@ -31,7 +31,6 @@ from pipeline.recipe import Train
 from pipeline.records import Request, Task
 from pipeline.system import GB, available_memory, core_count
 from pipeline.training.cpu.speed import estimate_step
-from pipeline.training.job import own_projections
 from pipeline.training.memory import (
     CPU_TOKENS_AT_A_TIME,
     GPU_SIZES_GB,
@@ -42,7 +41,7 @@ from pipeline.training.memory import (
     training_memory,
     usable_bytes,
 )
-from pipeline.training.projections import linear_layers_of
+from pipeline.training.projections import linear_layers_of, own_projections
 from pipeline.training.unsloth import check_nf4, free_memory, on_gpu
 
 _STREAMS = 12

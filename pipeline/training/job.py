@@ -10,7 +10,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -33,24 +33,6 @@ if TYPE_CHECKING:
 
 LOGITS_PER_CHUNK = 2**22
 """Logits (tokens times vocabulary) in memory at a time; autograd holds several copies of each."""
-_FUSED_PROJECTIONS = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "w1": ("gate_proj",),
-    "w2": ("down_proj",),
-    "w3": ("up_proj",),
-}
-"""What families have in place of a projection: several in one matrix (Phi), w1 to w3 (LFM2)."""
-_OF_OTHER_LAYERS = {
-    "in_proj": ("q_proj", "k_proj", "v_proj"),
-    "in_proj_qkv": ("q_proj", "k_proj", "v_proj"),
-    "in_proj_z": ("q_proj",),
-    "out_proj": ("o_proj",),
-}
-"""The projections of layers without attention: short convolutions and state-space layers, linear
-attention with its gate (Qwen3.5)."""
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
-"""Layers that choose among experts, and are not adapted."""
 _COMPLETE = "complete"
 """Name of the empty file that marks a complete checkpoint."""
 PROCESS_TIMEOUT = timedelta(hours=24)
@@ -151,42 +133,6 @@ class TrainingResult(NamedTuple):
 
     losses: list[float]
     logits: Logits
-
-
-def own_projections(wanted: Sequence[str], linear_layers: Collection[str]) -> list[str]:
-    """Return the names under which a model has the `wanted` projections of the recipe.
-
-    `linear_layers` are the names of its linear layers, without the path. A model whose layers are
-    of several kinds has the matching projections of all kinds adapted, and one that computes
-    queries, keys and values with one matrix has them all adapted if one is wanted. If all are
-    wanted, a model with other projections has an adapter on each of its own, but for routers.
-
-    Raises:
-        GattError: the model lacks a projection.
-    """
-    names = {name: _own_names(name, linear_layers) for name in wanted}
-    missing = [name for name, own in names.items() if not own]
-    own_layers = sorted({*linear_layers} - _ROUTERS)
-    if missing and own_layers and {*wanted} >= {*Train().target_modules}:
-        log(
-            f"train: the model has no linear layer for {', '.join(missing)}; adapted are its own: "
-            f"{', '.join(own_layers)}."
-        )
-        return own_layers
-    if missing:
-        raise GattError(
-            f"train.target_modules: the model has no linear layer for {', '.join(missing)}. It has "
-            f"{', '.join(sorted(linear_layers))}. Leave out what is missing."
-        )
-    return list(dict.fromkeys(name for own in names.values() for name in own))
-
-
-def _own_names(wanted: str, linear_layers: Collection[str]) -> list[str]:
-    """Return what a model calls a projection, in its layers of all kinds."""
-    fused = [name for name, parts in _FUSED_PROJECTIONS.items() if wanted in parts]
-    names = [wanted] if wanted in linear_layers else fused
-    names += [name for name, parts in _OF_OTHER_LAYERS.items() if wanted in parts]
-    return [name for name in names if name in linear_layers]
 
 
 def length_grouped_batches(job: TrainingJob) -> list[TrainingExample]:

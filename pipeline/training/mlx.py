@@ -36,9 +36,9 @@ from pipeline.training.job import (
     mark_complete,
     micro_batches,
     nonfinite_loss_error,
-    own_projections,
 )
 from pipeline.training.mlx_model import linear_layers, load_adapter, load_base, save_adapter
+from pipeline.training.projections import own_projections
 
 if TYPE_CHECKING:
     import mlx.nn

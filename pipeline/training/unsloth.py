@@ -24,8 +24,8 @@ from pipeline.training.job import (
     TrainingJob,
     TrainingResult,
     adapter_weights,
-    own_projections,
 )
+from pipeline.training.projections import own_projections
 
 if TYPE_CHECKING:
     import torch
