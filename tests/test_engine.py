@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -101,6 +102,33 @@ def test_answers_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.Monkey
 
     assert converse(cores=2, dialogues=3) == converse(cores=1, dialogues=3)
     assert converse(cores=2, dialogues=1) == converse(cores=1, dialogues=1)
+
+
+def test_the_callers_of_llama_cpp_end_with_the_last_context(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenMP's teams of callers that live on would slow down PyTorch in the same process."""
+    pretend_cores(monkeypatch, 2)
+    request = Request(
+        messages=({"role": "user", "content": "Why?"},), seed=1, max_tokens=2, temperature=0.0
+    )
+
+    def ask(engine: BatchEngine) -> None:
+        def task() -> Task:
+            yield request
+
+        engine.run([task()])
+
+    def callers() -> int:
+        return sum(thread.name.startswith("gatt decode") for thread in threading.enumerate())
+
+    with BatchEngine(base, 1, 256) as first:
+        ask(first)
+        with BatchEngine(base, 1, 256) as second:
+            ask(second)
+        assert callers() == 1
+        ask(first)
+    assert callers() == 0
 
 
 @pytest.mark.usefixtures("one_core")

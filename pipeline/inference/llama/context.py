@@ -30,21 +30,20 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Generic, TypeVar
 
 import numpy as np
 
 from pipeline.gguf.base import Array
 from pipeline.inference.llama.batch_builder import MAX_GAP, BatchBuilder, BatchRow
+from pipeline.inference.llama.callers import CALLERS
 from pipeline.inference.llama.model import ContextSettings, LoadedModel
 from pipeline.inference.llama.ngram_drafter import NgramDrafter
 from pipeline.inference.llama.sampler import Sampler
 from pipeline.inference.logits import TokenLogprob, log_softmax
 from pipeline.records import FinishReason, Request
-from pipeline.system import core_count
 
 _PREFILL_CHUNK = 63
 """Tokens of a prompt in one batch: one less than where llama.cpp changes its kernel."""
@@ -105,6 +104,7 @@ class BatchContext(Generic[S]):
         )
         self._memory = self._api.llama_get_memory(self._context)
         self._batch = self._api.llama_batch_init(batch_size, 0, 1)
+        CALLERS.open()
 
     def close(self) -> None:
         """Free the memory."""
@@ -112,6 +112,7 @@ class BatchContext(Generic[S]):
             self.release(sequence)
         self._api.llama_batch_free(self._batch)
         self._api.llama_free(self._context)
+        CALLERS.close()
 
     def set_threads(self, threads: int) -> None:
         """Decode with this number of threads from now on."""
@@ -328,25 +329,16 @@ class BatchContext(Generic[S]):
         return builder.indices
 
     def _llama_decode(self) -> int:
-        """Run llama_decode on the batch and return its status.
-
-        A pass of several threads runs in a thread of a small pool. OpenMP creates a team of threads
-        per calling thread, and teams that outnumber the cores sleep at every barrier.
-        """
+        """Run llama_decode on the batch, in a thread of `CALLERS`, and return its status."""
         if self._threads == 1:
             return int(self._api.llama_decode(self._context, self._batch))
-        callers = _caller_pool(self._threads)
-        running = callers.submit(self._api.llama_decode, self._context, self._batch)
+        running = CALLERS.pool(self._threads).submit(
+            self._api.llama_decode, self._context, self._batch
+        )
         try:
             return int(running.result())
         finally:
             wait([running])  # after Ctrl-C too: the context must not be freed during a pass
-
-
-@cache
-def _caller_pool(threads: int) -> ThreadPoolExecutor:
-    """Return the callers of passes of `threads` threads: as many as the cores allow."""
-    return ThreadPoolExecutor(max(1, core_count() // threads), "gatt decode")
 
 
 def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:
