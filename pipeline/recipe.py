@@ -185,7 +185,7 @@ class Synthesize(Section):
 
 
 class Train(Section):
-    """4-bit QLoRA with Unsloth."""
+    """LoRA with Unsloth, over a base model in 4 bits (QLoRA) or in 16."""
 
     loss: Literal["all_turns", "last_turn", "distill"] = "distill"
     """`all_turns`: cross-entropy on every answer. `last_turn`: on the last answer only, as in the
@@ -240,6 +240,10 @@ class Train(Section):
         min_length=1,
     )
     """Projections that get an adapter."""
+    load_in_4bit: Literal["auto"] | bool = "auto"
+    """true: the base model is in 4 bits (NF4) while the adapter is trained; false: in 16 bits.
+    "auto" takes 16 bits for less than a billion parameters: rounding costs such a model much, and
+    saves less than 1.5 GB."""
     learning_rate: float = Field(default=0.0, ge=0)
     """Peak learning rate, reached after the warm-up; 0 chooses it by the width of the model: 8e-4
     for SmolLM2-135M, 2.2e-4 at 3072 (a 3B model), 1.7e-4 at 4096 (an 8B model)."""
@@ -295,8 +299,8 @@ class Export(Section):
     """
     merge_base: Literal["auto", "fp16", "nf4"] = "auto"
     """Weights to merge the adapter into: the original ones ("fp16"), or these rounded to 4 bits as
-    in training ("nf4"). "auto" takes the one with the lower loss on the run's dialogues; it writes
-    two temporary F16 files."""
+    in training ("nf4"). "auto" takes the one with the lower loss on the run's dialogues, and writes
+    two temporary F16 files; after a training in 16 bits it is "fp16"."""
     verify_tokenizer: bool = True
     """Refuse to export a model whose chats llama.cpp tokenizes differently from training."""
     imatrix_tokens: int = Field(default=8192, ge=1)

@@ -65,7 +65,7 @@ def test_it_is_the_maximum_over_heads_and_layers(
     import transformers
 
     adapter = tiny_adapter if tuned else None
-    result = attention_map(tiny_llama, adapter, _CHAT, "Say y!")
+    result = attention_map(tiny_llama, adapter, _CHAT, "Say y!", in_4bit=True)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_llama)
     text = tokenizer.apply_chat_template(_CHAT, tokenize=False)
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

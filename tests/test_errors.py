@@ -16,11 +16,12 @@ from support.cli import Completed, Gatt, call_gatt
 from pipeline.data.splits import split_dialogues
 from pipeline.errors import GattError
 from pipeline.gatt.assign import ConstraintPool
-from pipeline.recipe import Evaluate, Recipe
+from pipeline.recipe import Evaluate, Export, Recipe
 from pipeline.recipe_file import _RENAMED, load_recipe
 from pipeline.records import Constraint
 from pipeline.run import open_run, run_stage
 from pipeline.run_dir import RunDir
+from pipeline.stages import instructions
 from pipeline.stages.instructions import check_pool
 
 needs_root = pytest.mark.skipif(
@@ -93,6 +94,12 @@ def test_too_few_dialogues() -> None:
 def test_an_empty_pool() -> None:
     with pytest.raises(GattError, match=r"instructions\.pool.* empty"):
         check_pool(ConstraintPool(()), Evaluate())
+
+
+def test_a_merge_into_4_bits_after_a_training_in_16() -> None:
+    recipe = Recipe(export=Export(merge_base="nf4"))
+    with pytest.raises(GattError, match=r"smollm2-135m is trained in 16 bits. Set \"auto\""):
+        instructions.run(recipe, RunDir(Path("unused")))
 
 
 def test_a_constraint_that_needs_a_judge() -> None:

@@ -18,7 +18,7 @@ from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Recipe, Train
 from pipeline.stages import doctor
-from pipeline.training.job import LOGITS_PER_CHUNK
+from pipeline.training.job import LOGITS_PER_CHUNK, loads_in_4bit
 from pipeline.training.memory import (
     GPU_SIZES_GB,
     TOKENS_PER_STEP,
@@ -30,7 +30,7 @@ from pipeline.training.memory import (
     usable_bytes,
 )
 
-FOUR_DIALOGUES = Train(batch_size=4)
+FOUR_DIALOGUES = Train(batch_size=4, load_in_4bit=True)
 SMOLLM2 = ModelShape(
     num_hidden_layers=30,
     hidden_size=576,
@@ -202,6 +202,18 @@ def test_spare_memory_of_a_cpu_keeps_the_base_in_16_bits(
     assert not fit_to_memory(recipe, 200, needed + dequantized, gpu=False).dequantize
     dora = recipe.model_copy(update={"train": recipe.train.model_copy(update={"dora": True})})
     assert not fit_to_memory(dora, 200, 64e9, gpu=False).dequantize
+
+
+def test_a_small_model_is_trained_in_16_bits_by_default() -> None:
+    small, large = SMOLLM2, shape_of("qwen3-1.7b")
+    assert not loads_in_4bit(Train(), small) and loads_in_4bit(Train(), large)
+    assert loads_in_4bit(Train(load_in_4bit=True), small)
+    assert not loads_in_4bit(Train(load_in_4bit=False), large)
+    saved = training_memory(small, Train(), 500) - training_memory(
+        small, Train(load_in_4bit=True), 500
+    )
+    assert saved == pytest.approx((2 - 0.516) * small.projection_parameters)
+    assert not fit_to_memory(Recipe(), 500, 64e9, gpu=False).dequantize  # there is one copy
 
 
 def test_processes_on_a_cpu_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

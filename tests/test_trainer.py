@@ -612,6 +612,19 @@ def test_own_chats_are_mixed_in_by_their_ratio(
         replay_chats(recipe, 80)
 
 
+def test_a_base_in_16_bits_is_trained_as_it_is_exported(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"load_in_4bit": False})
+    job = tiny_job(tiny_llama, tmp_path, settings)
+    trained = choose_backend().train(job).logits
+    distances = []
+    for round_trip in (None, unsloth.nf4_round_trip):
+        merged = plan_merge(tiny_llama, job.adapter_dir, nf4_round_trip=round_trip)
+        write(merged, {tmp_path / "tuned.gguf": uniform_format(merged.tensors, "F32")})
+        exported = verify.load_and_predict(tmp_path / "tuned.gguf", (), trained.sequences)
+        distances.append(mean_kl(trained.values, exported.logits.values))
+    assert distances[0] < 1e-3 < 10 * distances[0] < distances[1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_adapter_is_what_the_recipe_asks_for(dora: bool, tmp_path: Path) -> None:
@@ -624,6 +637,7 @@ def test_the_adapter_is_what_the_recipe_asks_for(dora: bool, tmp_path: Path) -> 
         max_steps=2,
         lr_scheduler_type="linear",
         loss="distill",
+        load_in_4bit=True,
     )
     model_dir = cached_checkpoint(find_model("smollm2-135m"))
     teacher_chat: list[Message] = [

@@ -50,11 +50,16 @@ def read_attention_maps(text: str) -> dict[str, AttentionMap]:
 
 
 def attention_map(
-    folder: Path, adapter: Path | None, messages: Sequence[Message], instruction: str
+    folder: Path,
+    adapter: Path | None,
+    messages: Sequence[Message],
+    instruction: str,
+    *,
+    in_4bit: bool = False,
 ) -> AttentionMap:
     """Return the map of one dialogue for the base in `folder`, or with the PEFT `adapter` on it.
 
-    With the adapter, the base's weights are rounded to 4 bits as in training.
+    With the adapter and `in_4bit`, the base's weights are rounded to 4 bits as in training.
 
     Raises:
         GattError: the instruction is not in the dialogue.
@@ -69,7 +74,9 @@ def attention_map(
     offsets = encoding["offset_mapping"]
     instruction_tokens = _tokens_between(offsets, start, start + len(instruction))
     answers = [_tokens_between(offsets, *span) for span in spans]
-    strongest, shares = _attend(_load(folder, adapter), encoding["input_ids"], instruction_tokens)
+    strongest, shares = _attend(
+        _load(folder, adapter, in_4bit=in_4bit), encoding["input_ids"], instruction_tokens
+    )
     rows = np.concatenate([_binned(strongest[tokens.start : tokens.stop]) for tokens in answers])
     return AttentionMap(
         strongest=rows.round(3).tolist(),
@@ -89,7 +96,7 @@ def _tokens_between(offsets: Sequence[tuple[int, int]], start: int, end: int) ->
     return range(inside[0], inside[-1] + 1)
 
 
-def _load(folder: Path, adapter: Path | None) -> torch.nn.Module:
+def _load(folder: Path, adapter: Path | None, *, in_4bit: bool) -> torch.nn.Module:
     """Return the network in float32, with its plain implementation of attention."""
     import torch
     import transformers
@@ -100,7 +107,7 @@ def _load(folder: Path, adapter: Path | None) -> torch.nn.Module:
     if adapter:
         import peft
 
-        for name, module in network.named_modules():
+        for name, module in network.named_modules() if in_4bit else ():
             if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
                 rounded = nf4_round_trip(module.weight.detach().numpy())
                 module.weight.data = torch.from_numpy(rounded)

@@ -72,6 +72,7 @@ def export(job: ExportJob, converter: Path | None = None) -> ExportSummary:
         formats=formats,
         imatrix_tokens=written.imatrix_tokens,
         kl_adapter=kl_adapter,
+        trained_in_4bit=job.trained_in_4bit,
     )
     _log_summary(job, summary)
     return summary
@@ -116,7 +117,7 @@ def _verify(
         load_tokenizer(cached_checkpoint(job.model)) if verify_tokenizer else None,
         job.reference,
         f16_logits,
-        max_kl(format_name, in_4bit=job.reference_in_4bit),
+        max_kl(format_name, in_4bit=job.trained_in_4bit),
     )
     return FormatSummary(
         bytes=file.path.stat().st_size,
@@ -132,7 +133,7 @@ def _verify_adapter(job: ExportJob, file: Path) -> float | None:
         return None
     base = job.plain_base
     gguf = base.path if base.is_gguf else cached_gguf(base, "Q8_0")
-    limit = max_kl("Q8_0", in_4bit=job.reference_in_4bit)
+    limit = max_kl("Q8_0", in_4bit=job.trained_in_4bit)
     loaded = load_and_predict(gguf, (), job.reference.sequences, file)
     return require_close(file.name, job.reference, loaded.logits, limit)
 

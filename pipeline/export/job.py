@@ -19,7 +19,7 @@ class ExportJob:
 
     `base` is the model before it got the tokenizer of its adapter, None for `model` itself.
     `dialogues` are read for an importance matrix. `reference` holds the logits of the trained
-    model, if they are known, with its base in 4 bits if `reference_in_4bit`. `metadata` is what the
+    model, if they are known; its base was in 4 bits if `trained_in_4bit`. `metadata` is what the
     files say about themselves; `system` and `temperature` go into the Modelfile."""
 
     model: Model
@@ -29,7 +29,7 @@ class ExportJob:
     settings: Export
     dialogues: Sequence[Sequence[Message]]
     reference: Logits | None
-    reference_in_4bit: bool = True
+    trained_in_4bit: bool = True
     base: Model | None = None
     metadata: Metadata = field(default_factory=dict)
     system: str = ""

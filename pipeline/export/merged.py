@@ -21,12 +21,18 @@ from pipeline.system import available_memory
 from pipeline.training.backend import choose_backend
 
 
-def require_merge_base(model: Model, settings: Export) -> None:
+def require_merge_base(model: Model, settings: Export, *, in_4bit: bool) -> None:
     """Check that a model can be merged as the settings say, before any work is done.
 
     Raises:
-        GattError: only llama.cpp's own converter writes its family, from a 16-bit merge.
+        GattError: it is not trained `in_4bit`, or only llama.cpp's own converter writes its family,
+            from a 16-bit merge.
     """
+    if settings.merge_base == "nf4" and not in_4bit:
+        raise GattError(
+            'export.merge_base = "nf4" merges into the weights that a training in 4 bits had, but '
+            f'{model.name} is trained in 16 bits. Set "auto", or train.load_in_4bit = true.'
+        )
     if settings.merge_base == "nf4" and converter_for(model.path):
         raise GattError(
             'export.merge_base = "nf4" cannot be used with this family: llama.cpp\'s own converter '

@@ -51,13 +51,15 @@ class ExportSummary:
 
     `merge_trials` is empty unless both ways to merge were tried. `imatrix_tokens` were read for the
     importance matrix. `kl_adapter` is the divergence from the trained model of the base with
-    `adapter.gguf` in nats a token; None where there is none, or it was not measured."""
+    `adapter.gguf` in nats a token; None where there is none, or it was not measured.
+    `trained_in_4bit` tells how the base was loaded for training."""
 
     merge_base: MergeBase
     formats: dict[str, FormatSummary]
     merge_trials: dict[MergeBase, MergeTrial] = field(default_factory=dict)
     imatrix_tokens: int = 0
     kl_adapter: float | None = None
+    trained_in_4bit: bool = True
 
     @classmethod
     def from_json(cls, text: str) -> ExportSummary:

@@ -24,13 +24,14 @@ from pipeline.files import read_jsonl, write_json
 from pipeline.gatt.assign import trained_constraints
 from pipeline.gatt.assignment import AssignedDialogue, check_files, read_splits
 from pipeline.hub.convert import cached_checkpoint
-from pipeline.hub.models import find_model
+from pipeline.hub.models import find_model, shape_of
 from pipeline.inference.generator import model_files
 from pipeline.recipe import Recipe
 from pipeline.records import Reply
 from pipeline.report.tables import conditions_table, markdown
 from pipeline.run_dir import Input, RunDir
 from pipeline.system import available_memory
+from pipeline.training.job import loads_in_4bit
 
 SECTIONS = ("evaluate", "dialogues", "export")
 """Sections of the recipe that the result depends on."""
@@ -126,6 +127,7 @@ def _map_attention(
                 adapter,
                 chat_of(dialogue, arm, replies, recipe.dialogues.system),
                 instruction,
+                in_4bit=loads_in_4bit(recipe.train, shape_of(recipe.model)),
             )
             for arm, adapter in (("base", None), ("tuned", run_dir.adapter))
         }

@@ -16,14 +16,16 @@ from pipeline.export.merged import require_merge_base
 from pipeline.export.merged import write_merged as write_merged_folder
 from pipeline.files import read_jsonl, write_json
 from pipeline.gguf.huggingface.chat_template import read_chat_template
+from pipeline.gguf.lora.weights import read_adapter
 from pipeline.gguf.merge import plan_merge
 from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.llama_converter import converter_for
-from pipeline.hub.models import find_model, require_chat_template
+from pipeline.hub.models import find_model, require_chat_template, shape_of
 from pipeline.inference.logits import Logits
 from pipeline.recipe import Export, Recipe
 from pipeline.records import Message
 from pipeline.run_dir import RunDir
+from pipeline.training.job import loads_in_4bit
 from pipeline.training.unsloth import load_tokenizer, nf4_round_trip
 
 SECTIONS = ("export", "dialogues")
@@ -40,21 +42,26 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     `export.json`.
     """
     model = find_model(recipe.model)
-    require_merge_base(model, recipe.export)
+    in_4bit = loads_in_4bit(recipe.train, shape_of(recipe.model))
+    require_merge_base(model, recipe.export, in_4bit=in_4bit)
+    settings = recipe.export
+    if settings.merge_base == "auto" and not in_4bit:
+        settings = settings.model_copy(update={"merge_base": "fp16"})
     job = ExportJob(
         model=model,
         adapter=run_dir.adapter,
         folder=run_dir.exported.parent,
         stem="tuned",
-        settings=recipe.export,
+        settings=settings,
         dialogues=[row["messages"] for _, row in read_jsonl(run_dir.examples)],
         reference=Logits.load(run_dir.reference) if run_dir.reference.exists() else None,
+        trained_in_4bit=in_4bit,
         metadata=model_metadata(model, recipe.dialogues.source),
         system=recipe.chat_system,
         temperature=recipe.evaluate.temperature,
     )
     converter = converter_for(model.path)
-    if converter and recipe.export.merge_base == "auto":
+    if converter and settings.merge_base == "auto":
         log("export: merged into fp16; nf4 is not tried for a family of llama.cpp's own converter.")
     write_json(run_dir.exported, asdict(export(job, converter)))
 
@@ -84,6 +91,8 @@ def export_standalone(
     in_4bit = settings.merge_base != "fp16"
     if not converter:  # an adapter that does not fit is refused at once
         plan_merge(base.path, adapter, nf4_round_trip=nf4_round_trip if in_4bit else None)
+    elif adapter:
+        read_adapter(adapter)
     if not (adapter and read_chat_template(adapter)):
         require_chat_template(base)
     chats: list[list[Message]] = [
@@ -104,7 +113,7 @@ def export_standalone(
             settings=settings,
             dialogues=chats,
             reference=reference,
-            reference_in_4bit=in_4bit,
+            trained_in_4bit=in_4bit,
             # llama.cpp's side reads no file without a chat template.
             base=base if base.is_gguf or read_chat_template(base.path) else None,
             metadata=model_metadata(model) if adapter else {},
@@ -121,4 +130,6 @@ def write_merged(recipe: Recipe, run_dir: RunDir, target: Path) -> None:
         GattError: as `write_checkpoint`, or it does not predict what the trained model does.
     """
     reference = Logits.load(run_dir.reference) if run_dir.reference.exists() else None
-    write_merged_folder(find_model(recipe.model), run_dir.adapter, target, reference)
+    in_4bit = loads_in_4bit(recipe.train, shape_of(recipe.model))
+    model = find_model(recipe.model)
+    write_merged_folder(model, run_dir.adapter, target, reference, in_4bit=in_4bit)

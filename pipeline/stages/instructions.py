@@ -34,7 +34,7 @@ from pipeline.gatt.generated_values import LISTS, list_values
 from pipeline.gatt.instructions import custom_instruction, prepare_checks
 from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import runnable_gguf
-from pipeline.hub.models import Model, find_model, require_exportable
+from pipeline.hub.models import Model, find_model, require_exportable, shape_of
 from pipeline.inference.chat_template import template_in
 from pipeline.inference.generator import GenerationEngine, context_for
 from pipeline.inference.llama.model import LoadedModel
@@ -44,6 +44,7 @@ from pipeline.recipe import Evaluate, Recipe
 from pipeline.recipe_file import read_toml
 from pipeline.records import Constraint, CustomInstruction, Dialogue
 from pipeline.run_dir import Input, RunDir
+from pipeline.training.job import loads_in_4bit
 
 SECTIONS = ("dialogues", "instructions", "synthesize", "evaluate")
 """Sections of the recipe that the result depends on."""
@@ -75,7 +76,8 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     """
     model = find_model(recipe.model)
     require_exportable(model)  # fails here, not after the training
-    require_merge_base(model, recipe.export)
+    in_4bit = loads_in_4bit(recipe.train, shape_of(recipe.model))
+    require_merge_base(model, recipe.export, in_4bit=in_4bit)
     if recipe.export.verify_tokenizer:
         check_tokens(model)
     _log_thinking(model)

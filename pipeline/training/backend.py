@@ -20,7 +20,7 @@ class Backend(Protocol):
     """What a training library provides; the modules `unsloth` and `mlx` are the two backends."""
 
     def train(self, job: TrainingJob) -> TrainingResult:
-        """Train an adapter on the base model in 4 bits and save it in PEFT's format.
+        """Train an adapter on the base model, in `job.load_in_4bit`, and save it in PEFT's format.
 
         Training resumes from the last complete checkpoint.
 

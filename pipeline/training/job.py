@@ -24,6 +24,7 @@ from pipeline.errors import GattError
 from pipeline.gguf.huggingface.chat_template import read_chat_template
 from pipeline.gguf.lora.weights import read_adapter
 from pipeline.hub.models import shape_of
+from pipeline.hub.shape import ModelShape
 from pipeline.inference.logits import Logits
 from pipeline.recipe import Train
 from pipeline.training.examples import TrainingExample
@@ -39,6 +40,17 @@ PROCESS_TIMEOUT = timedelta(hours=24)
 """How long processes wait for one another: one of them converts the model, and validates."""
 _MEGABATCH = 8
 """Batches' worth of dialogues that are sorted by length at a time."""
+
+
+_MIN_PARAMETERS_IN_4BIT = 1e9
+"""Of a model that `train.load_in_4bit` = "auto" loads in 4 bits."""
+
+
+def loads_in_4bit(settings: Train, shape: ModelShape) -> bool:
+    """Return whether the base model is in 4 bits while its adapter is trained."""
+    if settings.load_in_4bit == "auto":
+        return shape.parameters >= _MIN_PARAMETERS_IN_4BIT
+    return settings.load_in_4bit
 
 
 class TokenCounts(NamedTuple):
@@ -86,7 +98,7 @@ class TrainingJob:
     """What to train, and where: the base model in `model_dir`, its adapter to `adapter_dir`.
 
     On a GPU `stored_layers` layers keep their activations, and the others are computed again in the
-    backward pass. On a CPU `dequantize` keeps the base model in 16 bits too. With `rollouts`,
+    backward pass. On a CPU `dequantize` keeps a base in 4 bits in 16 bits too. With `rollouts`,
     examples are replaced by what the model itself answers. `on_step` is called after each step.
     `should_stop` is called after each checkpoint with its step and its folder, and ends training
     early.
@@ -109,6 +121,11 @@ class TrainingJob:
     def learning_rate(self) -> float:
         """Return the peak learning rate; the recipe may leave it to the model's width."""
         return self.settings.learning_rate or shape_of(str(self.model_dir)).learning_rate
+
+    @property
+    def load_in_4bit(self) -> bool:
+        """Return whether the base model is loaded in 4 bits."""
+        return loads_in_4bit(self.settings, shape_of(str(self.model_dir)))
 
     @property
     def max_tokens(self) -> int:

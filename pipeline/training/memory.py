@@ -15,7 +15,7 @@ from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Recipe, Train
 from pipeline.system import GB
-from pipeline.training.job import LOGITS_PER_CHUNK, world_size
+from pipeline.training.job import LOGITS_PER_CHUNK, loads_in_4bit, world_size
 
 GPU_SIZES_GB = (6, 8, 12, 16, 24)
 """GB of common graphics cards."""
@@ -84,15 +84,16 @@ def training_memory(
     gpu: bool = False,
     validation: bool = True,
 ) -> float:
-    """Return the peak bytes of a 4-bit QLoRA of `shape` with `tokens` computed at a time.
+    """Return the peak bytes of training `shape` with `tokens` computed at a time.
 
     With `gpu`, they are bytes of the graphics card: an estimate from the sizes alone, with the
     smallest chunk of logits and all layers checkpointed. With `validation`, llama.cpp holds the
     base model in the computer's memory meanwhile.
     """
     adapter = shape.adapter_parameters(settings)
+    in_4bit = loads_in_4bit(settings, shape)
     weights = (
-        _NF4_BYTES_PER_WEIGHT * shape.projection_parameters
+        (_NF4_BYTES_PER_WEIGHT if in_4bit else _BF16_BYTES_PER_WEIGHT) * shape.projection_parameters
         + _BF16_BYTES_PER_WEIGHT * shape.embedding_parameters
         + (_DORA_BYTES_PER_WEIGHT * shape.projection_parameters if settings.dora else 0)
     )
@@ -104,7 +105,7 @@ def training_memory(
             _CUDA_BYTES
             + weights
             + _GPU_ADAPTER_BYTES_PER_WEIGHT[settings.optimizer] * adapter
-            + _BF16_BYTES_PER_WEIGHT * largest
+            + (_BF16_BYTES_PER_WEIGHT * largest if in_4bit else 0)
             + _BYTES_PER_LOGIT * LOGITS_PER_CHUNK
             + _GPU_ACTIVATION_OVERHEAD * activations
         )
@@ -179,8 +180,9 @@ def fit_to_memory(
     needed = training_memory(shape, settings, at_a_time, gpu=gpu)
     if gpu:
         plan = _use_spare_memory(plan, shape, at_a_time, free)
-    elif not settings.dora and needed + dequantized_bytes(shape) <= _PLANNED_CPU_FRACTION * free:
-        plan = plan._replace(dequantize=True)
+    elif loads_in_4bit(settings, shape) and not settings.dora:
+        is_small = needed + dequantized_bytes(shape) <= _PLANNED_CPU_FRACTION * free
+        plan = plan._replace(dequantize=is_small)
     needed += _spare_bytes(plan, shape, at_a_time)
     text = f"train: about {needed / GB:.1f} GB of {free / GB:.1f}" + (" (estimated)" if gpu else "")
     log(text if fit >= tokens else f"{text}, {fit} tokens at a time")

@@ -1,4 +1,4 @@
-"""4-bit QLoRA through Unsloth's MLX backend, for Apple silicon: a `Backend`.
+"""QLoRA and LoRA through Unsloth's MLX backend, for Apple silicon: a `Backend`.
 
 Data, order, loss and files are those of `trainer`. The base model is in MLX's own 4 bits (groups of
 64 with an offset), not in NF4. Run so far on MLX's CPU build for Linux, never on Apple hardware.
@@ -55,7 +55,7 @@ def available() -> bool:
 
 
 def train(job: TrainingJob) -> TrainingResult:
-    """Train an adapter on the base model in 4 bits and save it; see `Backend.train`."""
+    """Train an adapter on the base model and save it; see `Backend.train`."""
     settings = job.settings.model_copy(update={"learning_rate": job.learning_rate})
     if settings.dora or settings.report_to or settings.optimizer != "adamw":
         raise GattError(
@@ -70,7 +70,8 @@ def train(job: TrainingJob) -> TrainingResult:
     import mlx.core as mx
 
     mx.random.seed(job.seed)
-    base = load_base(job.model_dir, unsloth.sequence_length(job, minimum=0))
+    max_length = unsloth.sequence_length(job, minimum=0)
+    base = load_base(job.model_dir, max_length, load_in_4bit=job.load_in_4bit)
     targets = own_projections(settings.target_modules, linear_layers(base))
     model = unsloth.load_unsloth().get_peft_model(
         base,

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import mlx.nn
 
 
-def load_base(model_dir: Path, max_length: int) -> mlx.nn.Module:
-    """Return the base model in 4 bits, for chats of at most `max_length` tokens."""
+def load_base(model_dir: Path, max_length: int, *, load_in_4bit: bool) -> mlx.nn.Module:
+    """Return the base model in 4 or 16 bits, for chats of at most `max_length` tokens."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     with tempfile.TemporaryDirectory() as scratch:
         for file in model_dir.iterdir():
@@ -28,7 +28,7 @@ def load_base(model_dir: Path, max_length: int) -> mlx.nn.Module:
         (Path(scratch) / "config.json").unlink()
         write_json(Path(scratch) / "config.json", mlx_config(config, max_length))
         model, _ = unsloth.load_unsloth().from_pretrained(
-            scratch, max_seq_length=max_length, load_in_4bit=True, local_files_only=True
+            scratch, max_seq_length=max_length, load_in_4bit=load_in_4bit, local_files_only=True
         )
     return model
 

@@ -1,4 +1,4 @@
-"""4-bit QLoRA through Unsloth, with the same code on CUDA, ROCm, XPU and CPU: a `Backend`.
+"""QLoRA and LoRA through Unsloth, with the same code on CUDA, ROCm, XPU and CPU: a `Backend`.
 
 Labels are made in `examples`, the loss in `loss`, the loop in `trainer`.
 """
@@ -128,7 +128,7 @@ def load_unsloth() -> type[FastLanguageModel]:
 
 
 def train(job: TrainingJob) -> TrainingResult:
-    """Train an adapter on the base model in 4 bits and save it; see `Backend.train`."""
+    """Train an adapter on the base model and save it; see `Backend.train`."""
     model, tokenizer = _load_with_adapter(job)
     from pipeline.training.trainer import train_loop  # imports transformers: after Unsloth
 
@@ -139,12 +139,12 @@ def train(job: TrainingJob) -> TrainingResult:
 
 
 def _load_with_adapter(job: TrainingJob) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """Return the base model in 4 bits with the adapter to train, and its tokenizer."""
+    """Return the base model with the adapter to train, and its tokenizer."""
     loader, settings = load_unsloth(), job.settings
     model, tokenizer = loader.from_pretrained(
         str(job.model_dir),
         max_seq_length=sequence_length(job),
-        load_in_4bit=True,
+        load_in_4bit=job.load_in_4bit,
         local_files_only=True,
     )
     if not on_gpu():
@@ -156,6 +156,8 @@ def _load_with_adapter(job: TrainingJob) -> tuple[PeftModel, PreTrainedTokenizer
         lora_alpha=settings.alpha or settings.rank,
         lora_dropout=settings.dropout,
         target_modules=targets,
+        # Unsloth would train the experts of a mixture, which are one tensor that no merge follows.
+        target_parameters=[],
         random_state=job.seed,
         use_rslora=settings.rslora,
         use_dora=settings.dora,

@@ -69,6 +69,7 @@ class Case:
             loss="distill" if self.distill else "all_turns",
             dora=self.dora,
             save_steps=100,
+            load_in_4bit=True,
         )
 
 

@@ -102,6 +102,7 @@ def settings(loss: Loss, steps: int) -> Train:
         max_length=MAX_LENGTH,
         learning_rate=LEARNING_RATE,
         save_steps=10 * steps,
+        load_in_4bit=True,
     )
 
 

@@ -18,6 +18,7 @@ TINY_RECIPE = (
     "train.max_steps=2",
     "train.rank=4",
     "train.save_steps=1",
+    "train.load_in_4bit=true",
     "evaluate.dialogues=3",
     "evaluate.turns=3",
     "evaluate.max_tokens=12",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
 
-SETTINGS = Train(max_steps=3, batch_size=4, learning_rate=1e-2, save_steps=1)
+SETTINGS = Train(max_steps=3, batch_size=4, learning_rate=1e-2, save_steps=1, load_in_4bit=True)
 
 
 class Trained(NamedTuple):

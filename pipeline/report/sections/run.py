@@ -107,6 +107,8 @@ def export(results: RunResults) -> ReportSection:
         caption=(
             "The adapter was trained on weights rounded to 4 bits, and merged into the "
             f"{_WEIGHTS[summary.merge_base]} ones."
+            if summary.trained_in_4bit
+            else "The adapter was trained on the original weights, and merged into them."
         ),
         tables=[Table("export", columns, rows)],
         notes=notes,
