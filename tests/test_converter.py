@@ -1,18 +1,16 @@
-"""Families that only llama.cpp's own converter writes: a run on them, and what it predicts."""
+"""llama.cpp's own converter: when it is used, adapters of its families, and what it refuses."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
 import pytest
 from support.bases import edit_json
-from support.cli import override_flags, run_gatt
-from support.converter_families import MINIATURES, PROBLEMS, save_miniature
+from support.converter_families import MINIATURES, class_of, save_miniature
 from support.families import save_adapter
 from support.family_tokenizers import save_byte_level
 
@@ -24,159 +22,26 @@ from pipeline.files import write_json
 from pipeline.gguf.base import JsonObject
 from pipeline.gguf.checkpoint import CheckpointBase
 from pipeline.gguf.families import FAMILIES
-from pipeline.gguf.reader import open_gguf, read_gguf
+from pipeline.gguf.reader import read_gguf
 from pipeline.hub import llama_converter as converter
-from pipeline.hub.adapted import write_adapter_gguf, write_merged_checkpoint
+from pipeline.hub.adapted import (
+    write_adapter_gguf,
+    write_merged_checkpoint,
+    write_merged_gguf,
+)
 from pipeline.hub.convert import cached_gguf
 from pipeline.hub.llama_converter import (
-    _text_architectures,
-    _trainable_classes,
     check_convertible,
     convert,
     converter_for,
     llama_cpp_sources,
 )
 from pipeline.hub.models import Model, shape_of
-from pipeline.inference.batch_engine import BatchEngine
-from pipeline.inference.llama.model import LoadedModel
 from pipeline.inference.logits import mean_kl
 from pipeline.recipe import Export
-from pipeline.records import Message, Request, Task
+from pipeline.records import Request
 from pipeline.stages.export import export_standalone
 from pipeline.training.validation import AdaptableBase
-
-if TYPE_CHECKING:
-    from _pytest.mark import ParameterSet
-
-NOT_CONVERTED = {
-    **dict.fromkeys(
-        (
-            "Gemma3ForConditionalGeneration",
-            "Gemma3nForConditionalGeneration",
-            "Gemma4ForConditionalGeneration",
-            "Gemma4UnifiedForConditionalGeneration",
-        ),
-        "multimodal: only its text part could be used (tests/test_families.py has those that are)",
-    ),
-    **dict.fromkeys(
-        ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"),
-        "a draft model: it reads the hidden states of another one",
-    ),
-    **dict.fromkeys(
-        (
-            "DeepseekV4ForCausalLM",
-            "Gemma3nForCausalLM",
-            "HYV4ForCausalLM",
-            "HrmTextForCausalLM",
-            "KimiLinearForCausalLM",
-            "Qwen4ExpForCausalLM",
-        ),
-        "no miniature was made yet",
-    ),
-    "BitNetForCausalLM": "upstream: the converter knows other names of its norms",
-}
-"""Language models of transformers that the converter knows and no test converts, and why."""
-
-
-@pytest.mark.slow
-def test_every_language_model_that_the_converter_knows_is_listed() -> None:
-    known = _text_architectures(llama_cpp_sources()) & _trainable_classes()
-    heads = {"GPT2": "LMHeadModel"}
-    converted = {f"{name}{heads.get(name, 'ForCausalLM')}" for name in MINIATURES}
-    assert known == (known & {*FAMILIES}) | converted | {*NOT_CONVERTED}
-    assert not converted & {*FAMILIES} and not {*NOT_CONVERTED} & {*FAMILIES}
-
-
-def _case(name: str) -> ParameterSet:
-    problem = PROBLEMS.get(name)
-    marks = [pytest.mark.xfail(reason=problem, strict=True)] if problem else []
-    return pytest.param(name, marks=marks)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [_case(name) for name in MINIATURES])
-def test_llama_cpp_predicts_what_transformers_does(name: str, tmp_path: Path) -> None:
-    import torch
-    import transformers
-
-    folder, file = tmp_path / "base", tmp_path / "base.gguf"
-    save_miniature(name, folder)
-    script = converter_for(folder)
-    assert script == llama_cpp_sources() / "convert_hf_to_gguf.py"
-    convert(script, folder, file, "F16")
-    network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = torch.randint(5, 300, (1, 100), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected = network(ids).logits[0].numpy()
-    actual = load_and_predict(file, (), [ids[0].tolist()]).logits.values
-    assert mean_kl(expected, actual) < 1e-3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["Olmo", "FalconH1"])
-def test_a_run_goes_through_on_such_a_family(name: str, tmp_path: Path) -> None:
-    """Teach, validate and roll out in training, export, evaluate; Falcon-H1 has a state."""
-    folder, run = tmp_path / name, tmp_path / "run"
-    save_miniature(name, folder, max_position_embeddings=8192)
-    overrides = (
-        *(f"model={folder}", "synthesize.teacher=smollm2-135m", "synthesize.max_tokens=16"),
-        *("dialogues.train=4", "dialogues.turns=2", "dialogues.validation=1"),
-        *("train.max_steps=2", "train.rank=4", "train.save_steps=1", "train.max_length=4096"),
-        *("train.rollouts=own", "train.rollout_steps=1", 'export.formats=["F16", "Q4_K_M"]'),
-        *("evaluate.dialogues=2", "evaluate.turns=2", "evaluate.max_tokens=12"),
-        *("evaluate.attention=false", "evaluate.suite_dialogues=1"),
-    )
-    done = run_gatt("run", "--run", run, *override_flags(overrides))
-    assert done.returncode == 0, done.stderr
-    assert f"{name}: converted by llama.cpp's own converter, once." in done.stderr
-    assert "merged into fp16; nf4 is not tried" in done.stderr
-    summary = ExportSummary.from_json((run / "export" / "export.json").read_text())
-    # Trained in 4 bits, merged into 16.
-    kl, kl_adapter = summary.formats["F16"].kl_trained, summary.kl_adapter
-    assert kl is not None and kl < 1
-    # llama.cpp's script cannot write an adapter of Falcon-H1's `in_proj`.
-    has_adapter = name == "Olmo"
-    assert (kl_adapter is not None and kl_adapter < 1) == has_adapter
-    assert (run / "export" / "adapter.gguf").exists() == has_adapter
-    assert ("no adapter.gguf" in done.stderr) != has_adapter
-    assert summary.imatrix_tokens > 100
-    about = read_gguf(run / "export" / "tuned-F16.gguf")
-    assert about.field("general.finetune") == "GAtt"
-    assert about.field("general.name") == name
-    arms = {json.loads(line)["arm"] for line in (run / "evaluate" / "replies.jsonl").open()}
-    assert {"base", "tuned", "tuned, Q4_K_M", "ceiling"} <= arms
-    steps = [json.loads(line) for line in (run / "train" / "validation.jsonl").open()]
-    assert [row["step"] for row in steps] == [1, 2]
-
-
-@pytest.mark.slow
-def test_a_state_has_no_tokens_of_other_rows(tmp_path: Path) -> None:
-    """Padding and draft tokens cannot be removed from it, nor a part of a prompt."""
-    save_miniature("FalconH1", tmp_path / "base", max_position_embeddings=2048)
-    script, file = converter_for(tmp_path / "base"), tmp_path / "base.gguf"
-    assert script
-    convert(script, tmp_path / "base", file, "F16")
-    model = LoadedModel(open_gguf(file))
-    answers: list[tuple[Request, str]] = []
-
-    def dialogue(number: int) -> Task:
-        messages: list[Message] = []
-        for turn in range(3):
-            messages.append({"role": "user", "content": f"Why {number} {turn}, a b a b a b?"})
-            request = Request(
-                messages=tuple(messages), seed=1, max_tokens=20 + number, temperature=0.0
-            )
-            completion = yield request
-            answers.append((request, completion.text))
-            messages.append({"role": "assistant", "content": completion.text})
-
-    with BatchEngine(model, 4, 1024) as engine:
-        engine.run(map(dialogue, range(6)))
-    assert model.has_state and len(answers) == 18
-    for request, text in answers:
-        with BatchEngine(model, 1, 1024) as engine:
-            assert engine.complete(request).text == text
-    model.close()
 
 
 @pytest.mark.slow
@@ -195,6 +60,38 @@ def test_an_adapter_in_memory_is_the_merged_model(name: str, tmp_path: Path) -> 
     expected = load_and_predict(merged, (), ids).logits.values
     assert mean_kl(expected, load_and_predict(base, (), ids, gguf).logits.values) < 1e-5
     assert mean_kl(expected, load_and_predict(base, (), ids).logits.values) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["HYV3", "KimiLinear", "Laguna", "NemotronH"])
+def test_a_checkpoint_may_call_its_weights_otherwise_than_the_adapter(
+    name: str, tmp_path: Path
+) -> None:
+    import peft
+    import torch
+    import transformers
+
+    folder, adapter = tmp_path / "base", tmp_path / "adapter"
+    save_miniature(name, folder)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    network = load(folder, dtype=torch.float32)
+    targets = ("in_proj", "q_proj", "f_a_proj", "up_proj", "down_proj")
+    linear = {path.rpartition(".")[2] for path, _ in network.named_modules()}
+    adapted = peft.get_peft_model(
+        network, peft.LoraConfig(target_modules=[t for t in targets if t in linear])
+    )
+    with torch.no_grad():
+        for path, parameter in adapted.named_parameters():
+            if "lora_B" in path:
+                parameter.normal_(std=0.1)
+    adapted.save_pretrained(str(adapter))
+    merged = load(write_merged_checkpoint(folder, adapter, tmp_path / "merged"))
+    ids = torch.arange(5, 50)[None]
+    with torch.no_grad():
+        expected, actual = adapted(ids).logits, merged(ids).logits
+        untrained = load(folder, dtype=torch.float32)(ids).logits
+    assert torch.allclose(actual, expected, atol=1e-4)
+    assert not torch.allclose(untrained, expected, atol=1e-2)
 
 
 @pytest.mark.slow
@@ -217,6 +114,37 @@ def test_what_the_script_cannot_write_is_merged_to_be_measured(
     plain, tuned, again = texts
     assert plain != tuned == again
     assert capsys.readouterr().err.count("adapters are merged into the base to be measured") == 1
+
+
+@pytest.mark.slow
+def test_trained_experts_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import peft
+    import transformers
+
+    def work(*_args: object, **_settings: object) -> None:
+        raise AssertionError("something was done with it")
+
+    folder, adapter, out = tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    save_miniature("Qwen2Moe", folder)
+    network = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    settings = peft.LoraConfig(
+        target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj"]
+    )
+    peft.get_peft_model(network, settings).save_pretrained(str(adapter))
+    monkeypatch.setattr("pipeline.hub.adapted.convert", work)
+    monkeypatch.setattr("pipeline.hub.adapted.convert_adapter", work)
+    monkeypatch.setattr("pipeline.stages.export.predict_reference", work)
+    uses: list[Callable[[], object]] = [
+        lambda: write_adapter_gguf(folder, adapter, out),
+        lambda: write_merged_gguf(folder, adapter, out),
+        lambda: export_standalone(str(folder), adapter, out, Export(merge_base="fp16")),
+    ]
+    for use in uses:
+        with pytest.raises(GattError, match=r"target_parameters = .*such as the experts of a mix"):
+            use()
+    assert not out.exists()
 
 
 @pytest.mark.slow
@@ -301,6 +229,16 @@ def test_configuration_and_tokenizer_tell_whether_weights_are_worth_a_download(
         check_convertible(script, folder)
 
 
+@pytest.mark.parametrize("name", ["Bamba", "BitNet", "DeepseekV4", "HYV4", "HrmText"])
+def test_what_cannot_be_converted_as_trained_is_refused_before_training(
+    name: str, tmp_path: Path
+) -> None:
+    assert name in MINIATURES
+    write_json(tmp_path / "config.json", {"architectures": [class_of(name)]})
+    with pytest.raises(GattError, match=f"is a {class_of(name)}, which cannot be exported: llama"):
+        check_convertible(tmp_path / "convert.py", tmp_path)
+
+
 def test_nothing_is_downloaded_for_a_class_that_transformers_does_not_have(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -332,26 +270,35 @@ def test_a_key_is_changed_in_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["qwen2", ""])
 def test_an_unknown_pre_tokenizer_is_told_to_the_converter(name: str, tmp_path: Path) -> None:
-    """The converter recognizes published tokenizers only; the rule of others is read."""
+    """The converter recognizes published tokenizers only; the rule of others is read.
+
+    Settings keep their published names, which transformers 5 changes.
+    """
     (tmp_path / "conversion").mkdir()
     (tmp_path / "conversion" / "__init__.py").touch()
     (tmp_path / "conversion" / "base.py").write_text(
+        "class ModelBase:\n"
+        "    @staticmethod\n"
+        "    def load_hparams(folder, is_mistral_format):\n"
+        "        return {'renamed': 1, 'rotary_pct': 2}\n"
         "class TextModel:\n"
         "    def get_vocab_base_pre(self, tokenizer):\n"
         "        raise NotImplementedError('BPE pre-tokenizer was not recognized')\n"
     )
     script = tmp_path / "convert_hf_to_gguf.py"
     script.write_text(
-        "import sys\nfrom conversion.base import TextModel\n"
+        "import sys\nfrom pathlib import Path\nfrom conversion.base import ModelBase, TextModel\n"
         "text = TextModel().get_vocab_base_pre(None) + ' ' + sys.argv[1]\n"
+        "text += str(ModelBase.load_hparams(Path(sys.argv[1]), False))\n"
         "open(sys.argv[3], 'w').write(text)\n"
     )
     folder, out = tmp_path / "base", tmp_path / "out.gguf"
     folder.mkdir()
+    write_json(folder / "config.json", {"rotary_pct": 0.25, "rope": {"type": "linear"}})
     if not name:
         with pytest.raises(GattError, match="was not recognized"):
             convert(script, folder, out, "F16")
         return
     save_byte_level(folder, name)
     convert(script, folder, out, "F16")
-    assert out.read_text() == f"{name} {folder}"
+    assert out.read_text() == f"{name} {folder}{{'renamed': 1, 'rotary_pct': 0.25}}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -40,9 +40,15 @@ class _Source(NamedTuple):
 
 
 def write_checkpoint(
-    source: Path, adapter: Path | None, target: Path, on_file: Callable[[], object] = lambda: None
+    source: Path,
+    adapter: Path | None,
+    target: Path,
+    on_file: Callable[[], object] = lambda: None,
+    names: Mapping[str, str] | None = None,
 ) -> None:
     """Merge the checkpoint in `source` with `adapter`, a PEFT folder, into the folder `target`.
+
+    `names` are those of the checkpoint's weights by the adapter's, where they differ.
 
     Raises:
         GattError: `target` holds a checkpoint, a shard is missing or damaged, or the adapter is of
@@ -54,7 +60,7 @@ def write_checkpoint(
         for file in shards(source)
     }
     config = read_object(source / "config.json")
-    lora = read_adapter(adapter) if adapter else None
+    lora = read_adapter(adapter).renamed(names or {}) if adapter else None
     if lora and _replace(lora, files, source.name):
         config["tie_word_embeddings"] = False
     target.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,10 @@ import ctypes
 import importlib.util
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.errors import GattError
 from pipeline.gguf.base import Array, Bytes
@@ -20,6 +22,27 @@ from pipeline.gguf.base import Array, Bytes
 _FLOATS = ctypes.POINTER(ctypes.c_float)
 _LIBRARY_NAMES = ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll", "libggml-base.dll")
 _F32 = 0
+Number = TypeVar("Number", np.float32, np.int32)
+
+
+class Node(ctypes.Structure):
+    """`struct ggml_tensor`: a tensor of a graph."""
+
+
+Node._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(Node) * 10),
+    ("view_src", ctypes.c_void_p),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+]
 
 
 class _TypeTraits(ctypes.Structure):
@@ -123,8 +146,10 @@ def operation(number: int) -> str:
     return str(_library().ggml_op_name(number).decode())
 
 
-def read_node(address: int) -> Bytes:
-    """Return the bytes of a graph's tensor, from whatever device holds it."""
+def read_node(node: Node, kind: type[Number]) -> npt.NDArray[Number]:
+    """Return a graph's tensor from whatever device holds it, with the axes in NumPy's order."""
+    address = ctypes.addressof(node)
     raw = np.empty(_library().ggml_nbytes(address), np.uint8)
     _library().ggml_backend_tensor_get(address, raw.ctypes.data, 0, raw.nbytes)
-    return raw
+    shape = tuple(reversed(node.ne))
+    return np.lib.stride_tricks.as_strided(raw.view(kind), shape, tuple(reversed(node.nb)))

@@ -6,10 +6,8 @@ llama.cpp's `cb_eval` and stored as `llama-imatrix` does (source package of llam
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,27 +20,6 @@ CHUNK_TOKENS = 512
 """Tokens of a text that are read; longer texts are truncated."""
 _Doubles = npt.NDArray[np.float64]
 _Ids = npt.NDArray[np.int32]
-_Number = TypeVar("_Number", np.float32, np.int32)
-
-
-class _Node(ctypes.Structure):
-    """`struct ggml_tensor`."""
-
-
-_Node._fields_ = [
-    ("type", ctypes.c_int),
-    ("buffer", ctypes.c_void_p),
-    ("ne", ctypes.c_int64 * 4),
-    ("nb", ctypes.c_size_t * 4),
-    ("op", ctypes.c_int),
-    ("op_params", ctypes.c_int32 * 16),
-    ("flags", ctypes.c_int32),
-    ("src", ctypes.POINTER(_Node) * 10),
-    ("view_src", ctypes.c_void_p),
-    ("view_offs", ctypes.c_size_t),
-    ("data", ctypes.c_void_p),
-    ("name", ctypes.c_char * 64),
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +49,7 @@ class ImportanceMatrix:
 
         It is called twice for each node: before it is computed, to `ask` whether the node is
         wanted, and afterwards. Returning True asks for the node, or continues."""
-        node = _Node.from_address(address)
+        node = ggml.Node.from_address(address)
         operation = ggml.operation(node.op)
         if operation not in ("MUL_MAT", "MUL_MAT_ID"):
             return not ask
@@ -82,10 +59,10 @@ class ImportanceMatrix:
         if not name.startswith("blk.") or not name.endswith(".weight"):
             return not ask
         if not ask:
-            inputs = _read(node.src[1].contents, np.float32)
+            inputs = ggml.read_node(node.src[1].contents, np.float32)
             sums = self._sums_of(name, experts=weight.ne[2], columns=inputs.shape[-1])
             if operation == "MUL_MAT_ID":
-                _add_experts(sums, inputs[0], _read(node.src[2].contents, np.int32))
+                _add_experts(sums, inputs[0], ggml.read_node(node.src[2].contents, np.int32))
             else:
                 _add(sums, inputs)
         return True
@@ -140,10 +117,3 @@ def _add_experts(sums: _MatrixSums, inputs: Array, ids: _Ids) -> None:
     experts = ids.reshape(-1)
     np.add.at(sums.squares, experts, squares.reshape(-1, columns))
     np.add.at(sums.counts, experts, 1)
-
-
-def _read(node: _Node, kind: type[_Number]) -> npt.NDArray[_Number]:
-    """Read a node's values from whatever backend holds them, with the axes in NumPy's order."""
-    shape = tuple(reversed(node.ne))
-    raw = ggml.read_node(ctypes.addressof(node))
-    return np.lib.stride_tricks.as_strided(raw.view(kind), shape, tuple(reversed(node.nb)))

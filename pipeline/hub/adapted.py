@@ -14,6 +14,7 @@ from pipeline.errors import GattError
 from pipeline.gguf.adapter import missing_from_gguf, write_adapter
 from pipeline.gguf.checkpoint_writer import write_checkpoint
 from pipeline.gguf.formats import uniform_format
+from pipeline.gguf.huggingface.config import require_object
 from pipeline.gguf.huggingface.safetensors import open_safetensors, shards
 from pipeline.gguf.merge import open_base, plan_merge, write
 from pipeline.hub.llama_converter import convert, convert_adapter, converter_for
@@ -65,5 +66,17 @@ def write_merged_checkpoint(
         for tensor in open_safetensors(file).values()
     )
     require_disk(target.parent, needed, "write the merged model in float32")
-    write_checkpoint(base, adapter, target, on_file)
+    write_checkpoint(base, adapter, target, on_file, _stored_names(base) if adapter else None)
     return target
+
+
+def _stored_names(base: Path) -> dict[str, str]:
+    """Return what a checkpoint calls its weights, by what transformers calls them once loaded."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    family = str(require_object(base / "config.json").get("model_type"))
+    changes = get_checkpoint_conversion_mapping(family) or []
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    names = [name for file in shards(base) for name in open_safetensors(file)]
+    return {rename_source_key(name, renamings, [])[0]: name for name in names}

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 
@@ -44,6 +45,16 @@ _PARTS = ("/conversion/", "/gguf-py/", "/convert_", "/models/templates/")
 """Of llama.cpp's sources: the converter, what it imports, and templates for the tests."""
 _WITHOUT_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 """What the vocabulary is made of."""
+
+_REFUSED = {
+    "BambaForCausalLM": "pairs the rows of its half rotary embedding as those of a full one",
+    "BitNetForCausalLM": "knows its norms by other names",
+    "DeepseekV4ForCausalLM": "reads its experts in MXFP4 alone, not in the 16 bits of a merge",
+    "HYV4ForCausalLM": "has its rotary embedding turn other pairs than transformers does",
+    "HrmTextForCausalLM": "reads matrices in one that an adapter changes apart",
+}
+"""Classes of which no merge can be converted, or not to what was trained, and what llama.cpp's
+converter does with them; tests/test_converter_families.py measures it."""
 
 _WITH_MTP = ("Qwen3_5", "Qwen3Next")
 """Classes whose checkpoints may have layers that predict several tokens, which no adapter trains;
@@ -132,6 +143,12 @@ def check_convertible(converter: Path, folder: Path) -> None:
     Raises:
         GattError: it cannot, or the weights are quantized.
     """
+    name = str((require_object(folder / "config.json").get("architectures") or [""])[0])
+    if name in _REFUSED:
+        raise GattError(
+            f"{folder} is a {name}, which cannot be exported: llama.cpp's converter "
+            f"{_REFUSED[name]}. Take a model of another family."
+        )
     if method := quantization_method(folder, require_object(folder / "config.json")):
         raise GattError(
             f"{folder} holds quantized weights ({method}), which cannot be trained on or converted "
@@ -226,14 +243,31 @@ def _pre_tokenizer(checkpoint: Path) -> str:
         return ""
 
 
+def _as_published(
+    read: Callable[..., JsonObject], folder: Path, *_: bool, **__: bool
+) -> JsonObject:
+    """Return a model's settings as the converter looks for them.
+
+    It lets transformers `read` them, which since version 5 renames some (`rotary_pct` of GPT-NeoX),
+    and gives a dense Nemotron-H the experts of a mixture.
+    """
+    stored = read_object(folder / "config.json")
+    plain = {k: v for k, v in stored.items() if v is not None and not isinstance(v, dict)}
+    if stored.get("model_type") == "nemotron_h" and "num_experts_per_tok" not in stored:
+        return stored
+    return {**read(folder, is_mistral_format=False), **plain}
+
+
 def _run_with_pre_tokenizer(name: str, converter: Path) -> None:
-    """Run a converter, with `name` for a pre-tokenizer that it does not recognize.
+    """Run a converter, with `name` for a pre-tokenizer that it does not recognize, and with the
+    settings of `_as_published`.
 
     It recognizes those of published tokenizers, by the hash of a text's tokens.
     """
     sys.path[:0] = [str(converter.parent), str(converter.parent / "gguf-py")]
-    from conversion.base import TextModel
+    from conversion.base import ModelBase, TextModel
 
+    ModelBase.load_hparams = staticmethod(partial(_as_published, ModelBase.load_hparams))
     recognize = TextModel.get_vocab_base_pre
 
     def recognize_or_take(model: object, tokenizer: object) -> str:

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.gguf.base import JsonObject
+from support.bases import edit_json
+from support.converter_mixtures import (
+    DENSE_FIRST,
+    GLM_TOKENS,
+    MIXTURES,
+    MLA,
+    MOE,
+    SPARSE_SECOND,
+    Miniature,
+)
 from support.families import SIZES
 from support.family_tokenizers import save_byte_level, save_sentencepiece
 
-_MOE: JsonObject = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_GLM_TOKENS = ("<|user|>", "<|observation|>", "[gMASK]", "<sop>", "<|system|>", "<|assistant|>")
-_DEEPSEEK: JsonObject = {
-    **_MOE,
-    "num_key_value_heads": 4,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 16,
-    "v_head_dim": 16,
-    "n_group": 1,
-    "topk_group": 1,
-}
-_DENSE_FIRST: JsonObject = {"first_k_dense_replace": 1}
-_SPARSE_SECOND: JsonObject = {"mlp_layer_types": ["dense", "sparse"]}
-_SIGMOID: JsonObject = {"scoring_func": "sigmoid"}
 _GPT2: JsonObject = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _MAMBA: JsonObject = {"state_size": 16, "time_step_rank": 4, "intermediate_size": 128}
 _MAMBA_HEADS: JsonObject = {
@@ -36,90 +28,82 @@ _MAMBA_HEADS: JsonObject = {
     "mamba_d_state": 16,
     "mamba_chunk_size": 32,
 }
+_NEMOTRON: JsonObject = {
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "chunk_size": 32,
+}
+_QWEN_LINEAR: JsonObject = {
+    **MOE,
+    "head_dim": 32,
+    "num_experts": 4,
+    "shared_expert_intermediate_size": 32,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 
-
-class Miniature(NamedTuple):
-    """The tokenizer of a family (as in `support.families`), and what differs from `SIZES`.
-
-    `keys` are what published configurations have besides, and transformers 5 does not write.
-    """
-
-    tokenizer: str = "gpt-2"
-    settings: JsonObject = {}  # noqa: RUF012  never changed
-    tokens: tuple[str, ...] = ()
-    keys: JsonObject = {}  # noqa: RUF012
-
-
-MINIATURES = {
-    "Afmoe": Miniature(
-        settings={
-            **_MOE,
-            "head_dim": 16,
-            "num_experts": 4,
-            "num_shared_experts": 1,
-            "num_dense_layers": 1,
-            "sliding_window": 64,
-        },
-        keys={"score_func": "sigmoid", "route_norm": True},
-    ),
+_DENSE = {
     "Apertus": Miniature(),
     "Arcee": Miniature("llama-bpe"),
-    "Bamba": Miniature("llama-bpe", {**_MAMBA_HEADS, "attn_layer_indices": [1]}),
+    "BitNet": Miniature("sentencepiece", {"tie_word_embeddings": True}),
     "Bloom": Miniature(settings={"n_layer": 2, "n_head": 4}),
     "Cohere": Miniature(),
     "Cohere2": Miniature(settings={"sliding_window": 64, "rotary_pct": 1.0}),
-    "Cohere2Moe": Miniature(settings={"head_dim": 16, "sliding_window": 64, "num_experts": 4}),
-    "Dbrx": Miniature(
-        settings={
-            "d_model": 64,
-            "n_heads": 4,
-            "n_layers": 2,
-            "max_seq_len": 256,
-            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0},
-            "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
-        }
-    ),
-    "DeepseekV2": Miniature(settings={**_DEEPSEEK, **_DENSE_FIRST}),
-    "DeepseekV3": Miniature(settings={**_DEEPSEEK, **_DENSE_FIRST}, keys=_SIGMOID),
-    "DeepseekV32": Miniature(
-        settings={
-            **_DEEPSEEK,
-            **_SPARSE_SECOND,
-            **_DENSE_FIRST,
-            "index_topk": 256,
-            "index_head_dim": 32,
-            "index_n_heads": 2,
-        },
-        keys=_SIGMOID,
-    ),
-    "Dots1": Miniature(
-        settings={
-            **_MOE,
-            **_DENSE_FIRST,
-            "head_dim": 16,
-            "num_key_value_heads": 4,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-        },
-        keys=_SIGMOID,
-    ),
     "Ernie4_5": Miniature("sentencepiece", {"head_dim": 16}),
-    "Ernie4_5_Moe": Miniature(
+    "Exaone4": Miniature(settings={"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "Falcon": Miniature(settings={"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "Gemma": Miniature("sentencepiece", {"head_dim": 16}),
+    "Gemma3n": Miniature(
         "sentencepiece",
         {
-            "moe_intermediate_size": 48,
-            "moe_k": 2,
-            "moe_num_experts": 4,
-            "moe_num_shared_experts": 1,
-            "moe_layer_end_index": 1,
+            "head_dim": 16,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "sliding_window": 64,
+            "num_kv_shared_layers": 0,
+            # llama.cpp knows these by heart.
+            "activation_sparsity_pattern": [0.95, 0.95],
+            "hidden_size_per_layer_input": 256,
+            "laurel_rank": 64,
         },
     ),
-    "Exaone4": Miniature(settings={"sliding_window": None, "layer_types": ["full_attention"] * 2}),
-    "ExaoneMoe": Miniature(
-        settings={**_MOE, **_SPARSE_SECOND, "num_experts": 4, "sliding_window": 64},
-        keys=_SIGMOID,
+    "Glm": Miniature(settings={"head_dim": 16}, tokens=GLM_TOKENS),
+    "Glm4": Miniature(settings={"head_dim": 16}, tokens=GLM_TOKENS),
+    "GPT2": Miniature(settings=_GPT2, keys={"n_ctx": 256}),
+    "GPTBigCode": Miniature(settings=_GPT2),
+    "GPTNeoX": Miniature(keys={"rotary_pct": 0.25}),
+    "GraniteSWA": Miniature("refact", {"sliding_window": 64}),
+    "HrmText": Miniature(
+        settings={
+            "head_dim": 16,
+            "num_key_value_heads": 4,
+            "num_hidden_layers": 1,
+            "H_cycles": 2,
+            "L_cycles": 2,
+        }
     ),
-    "Falcon": Miniature(settings={"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "HunYuanDenseV1": Miniature(settings={"head_dim": 16}),
+    "Jais2": Miniature(settings={"head_dim": 16}),
+    "MiniCPM3": Miniature("sentencepiece", MLA),
+    "Nemotron": Miniature("sentencepiece"),
+    "Olmo": Miniature(),
+    "Phi": Miniature(settings={"num_key_value_heads": 4, "intermediate_size": 256}),
+    "SeedOss": Miniature(settings={"head_dim": 16}),
+    "StableLm": Miniature(),
+    "Starcoder2": Miniature(),
+    "Youtu": Miniature(settings=MLA),
+}
+_WITH_A_STATE = {
+    "Bamba": Miniature(
+        "llama-bpe",
+        {**_MAMBA_HEADS, "attn_layer_indices": [1]},
+        keys={"attn_rotary_emb": 8},
+    ),
     "FalconH1": Miniature(
         settings={
             **_MAMBA_HEADS,
@@ -129,37 +113,6 @@ MINIATURES = {
         }
     ),
     "FalconMamba": Miniature(settings=_MAMBA),
-    "GPT2": Miniature(settings=_GPT2, keys={"n_ctx": 256}),
-    "GPTBigCode": Miniature(settings=_GPT2),
-    "GPTNeoX": Miniature(keys={"rotary_pct": 0.25}),
-    "Gemma": Miniature("sentencepiece", {"head_dim": 16}),
-    "Glm": Miniature(settings={"head_dim": 16}, tokens=_GLM_TOKENS),
-    "Glm4": Miniature(settings={"head_dim": 16}, tokens=_GLM_TOKENS),
-    "Glm4Moe": Miniature(
-        settings={**_MOE, "head_dim": 16, "n_routed_experts": 4, "first_k_dense_replace": 1},
-        tokens=_GLM_TOKENS,
-    ),
-    "Glm4MoeLite": Miniature(
-        settings={**_DEEPSEEK, **_SPARSE_SECOND},
-        tokens=_GLM_TOKENS,
-        keys={**_DENSE_FIRST, **_SIGMOID},
-    ),
-    "GlmMoeDsa": Miniature(
-        settings={
-            **_DEEPSEEK,
-            **_SPARSE_SECOND,
-            **_DENSE_FIRST,
-            "index_topk": 256,
-            "index_head_dim": 32,
-            "index_n_heads": 2,
-        },
-        tokens=_GLM_TOKENS,
-    ),
-    "GptOss": Miniature(
-        "gpt-4o",
-        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
-    ),
-    "GraniteMoe": Miniature("smollm", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "GraniteMoeHybrid": Miniature(
         "refact",
         {
@@ -168,27 +121,8 @@ MINIATURES = {
             "num_local_experts": 4,
             "shared_intermediate_size": 48,
         },
+        keys={"layer_types": ["mamba", "attention"]},
     ),
-    "GraniteMoeShared": Miniature(
-        "refact", {"num_local_experts": 4, "shared_intermediate_size": 48}
-    ),
-    "GraniteMoeSWA": Miniature(
-        "refact",
-        {"num_local_experts": 4, "shared_intermediate_size": 48, "sliding_window": 64},
-    ),
-    "GraniteSWA": Miniature("refact", {"sliding_window": 64}),
-    "HunYuanDenseV1": Miniature(settings={"head_dim": 16}),
-    "HunYuanMoEV1": Miniature(settings={"head_dim": 16, "num_experts": 4, "moe_topk": 2}),
-    "HYV3": Miniature(
-        settings={
-            **_MOE,
-            **_SPARSE_SECOND,
-            "head_dim": 16,
-            "num_experts": 4,
-            "num_shared_experts": 1,
-        }
-    ),
-    "Jais2": Miniature(settings={"head_dim": 16}),
     "Jamba": Miniature(
         "sentencepiece",
         {
@@ -199,27 +133,30 @@ MINIATURES = {
             "use_mamba_kernels": False,
         },
     ),
-    "Laguna": Miniature(
+    "KimiLinear": Miniature(
         settings={
-            **_MOE,
-            **_SPARSE_SECOND,
-            "head_dim": 16,
-            "num_experts": 4,
-            "shared_expert_intermediate_size": 32,
-            "num_attention_heads_per_layer": [4, 4],
-        }
-    ),
-    "Lfm2Moe": Miniature(
-        "llama-bpe",
-        {
-            **_MOE,
-            "layer_types": ["conv", "full_attention"],
-            "num_dense_layers": 1,
-            "num_experts": 4,
+            **MOE,
+            **SPARSE_SECOND,
+            **MLA,
+            "q_lora_rank": None,
+            "num_local_experts": 4,
+            "n_shared_experts": 1,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_head_dim": 16,
+            "linear_num_heads": 4,
         },
-    ),
-    "Llama4": Miniature(
-        "gpt-4o", {"head_dim": 16, "num_local_experts": 4, "intermediate_size_mlp": 96}
+        keys={
+            **DENSE_FIRST,
+            "moe_router_activation_func": "sigmoid",
+            "linear_attn_config": {
+                "kda_layers": [1],
+                "full_attn_layers": [2],
+                "head_dim": 16,
+                "num_heads": 4,
+                "short_conv_kernel_size": 4,
+            },
+        },
+        renamed=((r"layers\.0\.block_sparse_moe", "layers.0.mlp"),),
     ),
     "Mamba": Miniature(settings=_MAMBA),
     "Mamba2": Miniature(
@@ -231,115 +168,116 @@ MINIATURES = {
             "chunk_size": 32,
         }
     ),
-    "Mellum": Miniature(
-        settings={**_MOE, "head_dim": 16, "num_local_experts": 4, "sliding_window": 64}
-    ),
-    "MiMoV2Flash": Miniature(
-        settings={
-            **_MOE,
-            **_SPARSE_SECOND,
-            "head_dim": 16,
-            "v_head_dim": 16,
-            "n_routed_experts": 4,
-            "sliding_window": 64,
-        }
-    ),
-    "MiniCPM3": Miniature(
-        "sentencepiece",
-        {
-            "q_lora_rank": 32,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 16,
-            "num_key_value_heads": 4,
-        },
-    ),
-    "MiniMaxM2": Miniature(
-        settings={"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
-        keys={**_SIGMOID, "rotary_dim": 16},
-    ),
-    "Mixtral": Miniature("llama-bpe", {"num_local_experts": 4}),
-    "Nemotron": Miniature("sentencepiece"),
     "NemotronH": Miniature(
         settings={
-            "head_dim": 16,
-            "layers_block_type": ["mamba", "attention", "mlp"],
-            "mamba_num_heads": 8,
-            "mamba_head_dim": 16,
-            "ssm_state_size": 16,
-            "n_groups": 2,
-            "chunk_size": 32,
+            **MOE,
+            **_NEMOTRON,
+            "layers_block_type": ["mamba", "attention", "moe"],
+            "n_routed_experts": 4,
+            "moe_shared_expert_intermediate_size": 48,
         }
     ),
-    "Olmo": Miniature(),
-    "Olmoe": Miniature(
-        settings={"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
-    ),
-    "Phi": Miniature(settings={"num_key_value_heads": 4}),
-    "Qwen2Moe": Miniature(
-        "qwen2", {**_MOE, "num_experts": 4, "shared_expert_intermediate_size": 32}
-    ),
-    "Qwen3Next": Miniature(
-        "qwen2",
-        {
-            **_MOE,
-            "head_dim": 32,
-            "num_experts": 4,
-            "shared_expert_intermediate_size": 32,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
+    "NemotronH dense": Miniature(
+        settings={**_NEMOTRON, "layers_block_type": ["mamba", "attention", "mlp"]},
+        keys={
+            "hybrid_override_pattern": "M*-",
+            "layers_block_type": None,
+            "num_hidden_layers": 3,
+            **dict.fromkeys(("num_experts_per_tok", "n_routed_experts", "n_group", "topk_group")),
         },
     ),
-    "Qwen3_5Moe": Miniature(
+    "Qwen3_5Moe": Miniature("qwen2", _QWEN_LINEAR),
+    "Qwen3Next": Miniature("qwen2", _QWEN_LINEAR),
+    "Qwen4Exp": Miniature(
         "qwen2",
         {
-            **_MOE,
-            "head_dim": 32,
-            "num_experts": 4,
-            "shared_expert_intermediate_size": 32,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 16,
-            "linear_value_head_dim": 16,
+            **_QWEN_LINEAR,
+            "output_gate_type": "sigmoid",
+            "hc_count": 2,
+            "hc_lowrank": 16,
+            "ple_layer_ids": [1],
+            "ple_embed_dim": 64,
+            "heads_per_ngram": 2,
+            "ngram_vocab_size_base": 50,
+            "make_ngram_vocab_size_divisible_by": 8,
+            "split_ngram_parts": 2,
+            "indexer_n_heads": 8,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 32,
+            "indexer_budget": 64,  # llama.cpp takes up to three tokens more
+            "indexer_compress_ratio": 4,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [11, 11, 10],
+                "mrope_interleaved": True,
+            },
         },
+        keys={"layer_types": _QWEN_LINEAR["layer_types"]},
     ),
-    "SeedOss": Miniature(settings={"head_dim": 16}),
-    "SolarOpen": Miniature(
-        settings={**_MOE, "head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1}
-    ),
-    "StableLm": Miniature(),
-    "Starcoder2": Miniature(),
-    "Youtu": Miniature(settings={k: v for k, v in _DEEPSEEK.items() if "expert" not in k}),
 }
-"""By transformers' name of the class."""
+MINIATURES = {**_DENSE, **MIXTURES, **_WITH_A_STATE}
+"""By transformers' name of the class; a second word tells several of a class apart."""
+
+
+class Problem(NamedTuple):
+    """Why a family does not pass, by whose fault, and what is seen: a part of the error's message,
+    or how far llama.cpp is from transformers in nats a token.
+    """
+
+    reason: str
+    message: str = ""
+    nats: float = 0.0
 
 
 PROBLEMS = {
-    "Afmoe": "not explained: 1.2 nats",
-    "Bamba": "not explained: 0.2 nats",
-    "Dbrx": "upstream: transformers 5.17 cannot build its attention (no rope_theta)",
-    "DeepseekV32": "ours: the miniature's tokenizer lacks add_bos_token = true",
-    "GPTNeoX": "upstream: the converter asks for rotary_pct, which transformers 5 renamed",
-    "GlmMoeDsa": "not explained: llama.cpp aborts on the miniature",
-    "GptOss": "upstream: llama.cpp truncates its rotary correction (0.006 nats)",
-    "GraniteMoeHybrid": "not explained: llama.cpp refuses the file",
-    "HunYuanMoEV1": "ours: the miniature lacks moe_intermediate_size",
-    "Laguna": "not explained: 0.06 nats",
-    "Llama4": "not explained: llama.cpp aborts on the miniature",
-    "Mellum": "not explained: llama.cpp aborts on the miniature",
-    "MiMoV2Flash": "ours: the miniature lacks swa_head_dim",
-    "NemotronH": "not explained: llama.cpp refuses the file",
-    "Phi": "not explained: llama.cpp refuses the file",
-    "Qwen3_5Moe": "not explained: 0.01 nats",
-    "SolarOpen": "ours: the miniature's tokenizer lacks <unk>",
-    "Youtu": "not explained: llama.cpp aborts on the miniature",
+    "Bamba": Problem(
+        "upstream: LlamaModel.permute of the converter pairs the rows of a whole head, of which "
+        "half are rotated (1e-6 nats if it pairs those of the half)",
+        nats=0.12,
+    ),
+    "BitNet": Problem(
+        "upstream: the converter knows other names of its norms (ffn_sub_norm, attn_sub_norm)",
+        "Can not map tensor",
+    ),
+    "DeepseekV32": Problem(
+        "upstream: the converter wants a tokenizer with add_bos_token, which transformers 5 drops "
+        "where there is a tokenizer.json (2e-6 nats without the question)",
+        "Change value of add_bos_token",
+    ),
+    "DeepseekV4": Problem(
+        "upstream: _write_mxfp4_expert_tensor of the converter reads experts in MXFP4 alone",
+        "Missing routed expert tensors",
+    ),
+    "GptOss": Problem(
+        "upstream: llama.cpp rounds the ends of YaRN's correction, which the family does not "
+        "(5e-6 nats if transformers does, too: truncate = true)",
+        nats=0.01,
+    ),
+    "HYV4": Problem(
+        "upstream: llama.cpp rotates neighbors (LLAMA_ROPE_TYPE_NORM), transformers halves "
+        "(2e-6 nats if the rows of the checkpoint are reordered)",
+        nats=1.44,
+    ),
+    "HunYuanMoEV1": Problem(
+        "upstream: the converter reads mergeable_ranks of a tokenizer in the model's own code "
+        "(1e-6 nats with transformers' tokenizer)",
+        "has no attribute mergeable_ranks",
+    ),
+    "MiMoV2Flash": Problem(
+        "upstream: the converter reads a partial_rotary_factor for all layers, transformers 5 has "
+        "one for each kind (2e-6 nats with that of full attention)",
+        "partial_rotary_factor",
+    ),
 }
-"""What does not pass: by whose fault, or what was seen."""
+"""What does not pass. What the converter lacks was added for once, and passed with that."""
+
+
+def class_of(name: str) -> str:
+    """Return the name of the class in transformers that a miniature is of."""
+    base = name.split()[0]
+    return f"{base}LMHeadModel" if base == "GPT2" else f"{base}ForCausalLM"
 
 
 def save_miniature(name: str, folder: Path, **changes: object) -> None:
@@ -347,11 +285,30 @@ def save_miniature(name: str, folder: Path, **changes: object) -> None:
     import torch
     import transformers
 
-    family = MINIATURES[name]
+    family, base = MINIATURES[name], name.split()[0]
     folder.mkdir(parents=True)
+    vocab_size = _save_tokenizer(family, folder, gemma=base.startswith("Gemma"))
+    torch.manual_seed(1)
+    settings = {**SIZES, "vocab_size": vocab_size, **family.settings, **changes}
+    if base == "Gemma3n":
+        settings["vocab_size_per_layer_input"] = vocab_size
+    text = getattr(transformers, f"{base}TextConfig", None)
+    config = (text or getattr(transformers, f"{base}Config"))(**settings)
+    network = getattr(transformers, class_of(name))(config)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    network.to(torch.float16).save_pretrained(folder)
+    _rename_weights(folder / "model.safetensors", family.renamed)
+    edit_json(folder / "config.json", **family.keys)
+
+
+def _save_tokenizer(family: Miniature, folder: Path, *, gemma: bool) -> int:
+    """Save the tokenizer of a family; return the size of an embedding for it."""
+    import transformers
+
     if family.tokenizer == "sentencepiece":
-        kind = "GemmaTokenizer" if name == "Gemma" else "LlamaTokenizer"
-        vocab_size = save_sentencepiece(folder, kind)
+        vocab_size = save_sentencepiece(folder, "GemmaTokenizer" if gemma else "LlamaTokenizer")
     else:
         vocab_size = save_byte_level(folder, family.tokenizer)
     if family.tokens:
@@ -359,17 +316,14 @@ def save_miniature(name: str, folder: Path, **changes: object) -> None:
         tokenizer.add_special_tokens({"additional_special_tokens": list(family.tokens)})
         tokenizer.save_pretrained(folder)
         vocab_size = len(tokenizer) + 3
-    vocab_size = -(-vocab_size // 16) * 16  # some converters expect a round number
-    torch.manual_seed(1)
-    settings = {**SIZES, "vocab_size": vocab_size, **family.settings, **changes}
-    text = getattr(transformers, f"{name}TextConfig", None)
-    config = (text or getattr(transformers, f"{name}Config"))(**settings)
-    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
-    network = getattr(transformers, f"{name}{head}")(config)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    network.to(torch.float16).save_pretrained(folder)
-    config_file = folder / "config.json"
-    published = {**json.loads(config_file.read_text(encoding="utf-8")), **family.keys}
-    config_file.write_text(json.dumps(published), encoding="utf-8")
+    return -(-vocab_size // 16) * 16  # some converters expect a round number
+
+
+def _rename_weights(file: Path, patterns: tuple[tuple[str, str], ...]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(file)
+    for pattern, name in patterns:
+        weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
+    if patterns:
+        save_file(weights, file, {"format": "pt"})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,6 +41,15 @@ class LoraAdapter:
     settings: LoraSettings
     deltas: dict[str, Delta]
     replacements: dict[str, Replacement]
+
+    def renamed(self, names: Mapping[str, str]) -> LoraAdapter:
+        """Return it with other names for some of the checkpoint's weights."""
+        deltas = {
+            names.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight"): delta
+            for module, delta in self.deltas.items()
+        }
+        replacements = {names.get(name, name): value for name, value in self.replacements.items()}
+        return replace(self, deltas=deltas, replacements=replacements)
 
     @property
     def vocabulary_rows(self) -> int:
