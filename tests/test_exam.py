@@ -10,20 +10,22 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.data.splits import split_dialogues
 from pipeline.errors import GattError
 from pipeline.exam import result as results
 from pipeline.exam.arms import DEFAULT_ARMS, Arm, find_arms
+from pipeline.exam.dialogue_run import ExamReply
 from pipeline.exam.ifeval import agreement_table, agreements
-from pipeline.exam.replies import ExamReply
+from pipeline.exam.report.rows import turns_to_pay
 from pipeline.exam.result import counted_replies, json_schema, verdict_reply
-from pipeline.exam.rows import turns_to_pay
 from pipeline.exam.scores import clustered, score_arms
-from pipeline.exam.settings import parse_turns
+from pipeline.exam.settings import messages_left, parse_turns, without_system_role
 from pipeline.exam.tasks import REGIMES, ExamTask, exam_sha256, exam_tasks
-from pipeline.exam.window import messages_left, without_system_role
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import obeys, shows_obedience
 from pipeline.gatt.rollout import recall_turns
+from pipeline.gatt.vocabulary.values import entries
+from pipeline.recipe import Recipe
 from pipeline.records import (
     SAMPLERS,
     Constraint,
@@ -73,6 +75,21 @@ def test_what_is_asked_for_hardly_ever_shows_unasked() -> None:
             constraints = task.assigned.constraints(turn)
             assert all(shows_obedience(c) for c in constraints)
             assert not constraints or not obeys(constraints, "It is a nice day, and I like tea.")
+
+
+def test_what_is_asked_first_is_held_out_from_training() -> None:
+    splits = split_dialogues(Recipe())
+    trained = {turn for d in (*splits.training, *splits.validation) for turn in d.turns}
+    tasks = exam_tasks((), 0, 20)
+    assert not trained & {turn for task in tasks for turn in task.assigned.dialogue.turns}
+    categories = ("hobby", "town", "job", "pet", "food", "color", "first name", "farewell")
+    vocabulary = {entry for name in categories for entry in entries(name, "train")}
+    values = {
+        c.value for task in tasks for turn in (0, 19) for c in task.assigned.constraints(turn)
+    }
+    values |= {q.value for task in tasks for q in task.assigned.recall_questions}
+    assert {"spelunking", "Ingeborg", "chinchilla"} <= values
+    assert not vocabulary & {value.strip(".!") for value in values}
 
 
 def test_a_longer_exam_begins_with_the_shorter_one() -> None:

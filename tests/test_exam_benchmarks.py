@@ -17,8 +17,8 @@ from pipeline.errors import GattError
 from pipeline.exam.benchmarks.base import BenchmarkTask, TurnChecks, criteria
 from pipeline.exam.benchmarks.criteria import checks_of_questions, checks_of_requests
 from pipeline.exam.benchmarks.registry import BENCHMARKS, read_benchmark
+from pipeline.exam.report.rows import warnings_about
 from pipeline.exam.result import read_result
-from pipeline.exam.rows import warnings_about
 from pipeline.gatt.constraints.registry import obeys
 from pipeline.records import Reply
 from pipeline.stages.exam import ExamOptions, run

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.exam.page import write_page
-from pipeline.exam.replies import ExamReply, SharedTime
+from pipeline.exam.dialogue_run import ExamReply, SharedTime
+from pipeline.exam.report.page import write_page
+from pipeline.exam.report.rows import cost_in, cost_points
 from pipeline.exam.result import ArmResult, ExaminedModel, ExamResult, ExamSet
-from pipeline.exam.rows import cost_in, cost_points
 from pipeline.exam.scores import score_arms
 from pipeline.exam.settings import ExamSettings
 from pipeline.exam.tasks import exam_tasks, frozen_exam

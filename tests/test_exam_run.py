@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from support.cli import call_gatt
 from support.scripted_model import write_scripted_gguf
-from support.servers import FakeOpenAIServer, in_thread
+from support.servers import FakeOpenAIServer, Handler, in_thread, send_json
 from support.shared import make_once
 
 from pipeline.errors import GattError
 from pipeline.exam.models import ExamModel, find_models
+from pipeline.exam.report.rows import warnings_about
 from pipeline.exam.result import ExamResult, read_result
-from pipeline.exam.rows import warnings_about
 from pipeline.stages.compare import compare
 from pipeline.stages.exam import ExamOptions, run
 
@@ -113,6 +113,25 @@ def test_replies_of_other_settings_are_not_mixed_in(model: Path, tmp_path: Path)
     assert (tmp_path / "scripted.replies.jsonl").read_bytes() == before
 
 
+def test_a_run_without_a_reply_binds_no_other(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise GattError("No server answers.")
+
+    options = replace(_OPTIONS, arms=("once",), dialogues=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ExamModel, "open", fail)
+        with pytest.raises(GattError, match="No server answers"):
+            run([str(model)], options, tmp_path)
+    for _ in range(2):  # the second run reads the log of the first one
+        run([str(model)], replace(options, seed=2), tmp_path)
+        assert _result(tmp_path).settings.seed == 2
+        assert _result(tmp_path).arms[0].answers == 3
+    with pytest.raises(GattError, match="seed 2 → 1"):
+        run([str(model)], options, tmp_path)
+
+
 def test_the_oldest_messages_leave_a_full_context(model: Path, tmp_path: Path) -> None:
     options = replace(
         _OPTIONS, turns="context", arms=("once",), dialogues=1, context=512, window="drop"
@@ -178,13 +197,19 @@ def test_an_adapter_is_examined_on_the_model_before_it(
     assert texts[0] != texts[1]
 
 
-def test_a_server_is_examined(tmp_path: Path) -> None:
-    def chunk(text: str, finish: str | None) -> str:
-        choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+def _streamed(text: str) -> str:
+    """Return an answer as a server streams it."""
+
+    def chunk(content: str, finish: str | None) -> str:
+        choice = {"index": 0, "delta": {"content": content}, "finish_reason": finish}
         row = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "first"}
         return f"data: {json.dumps({**row, 'choices': [choice]})}\n\n"
 
-    stream = chunk("Let me see: yes.", None) + chunk("", "stop") + "data: [DONE]\n\n"
+    return chunk(text, None) + chunk("", "stop") + "data: [DONE]\n\n"
+
+
+def test_a_server_is_examined(tmp_path: Path) -> None:
+    stream = _streamed("Let me see: yes.")
     with in_thread(FakeOpenAIServer()) as server:
         server.responses = [lambda handler, _: handler.send(200, "text/event-stream", stream)]
         options = replace(_OPTIONS, turns="2", arms=("once",), dialogues=1, sampler="plain")
@@ -195,6 +220,34 @@ def test_a_server_is_examined(tmp_path: Path) -> None:
     assert (result.model.name, result.model.sha256) == ("first", "")
     assert (result.arms[0].adherence.hits, result.arms[0].adherence.n) == (1, 1)
     assert result.settings.context == 0
+    # What the server was not asked for is not in the result.
+    assert result.sampler == {"temperature": 0.8, "top_p": 0.95}
+
+
+def test_what_a_server_refused_stays_in_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refusal = {"error": {"message": "top_p is not supported", "param": "top_p"}}
+
+    def answer(handler: Handler, body: dict[str, Any]) -> None:
+        if "top_p" in body:
+            send_json(400, refusal)(handler, body)
+        else:
+            handler.send(200, "text/event-stream", _streamed("Let me see: yes."))
+
+    options = replace(_OPTIONS, turns="2", arms=("once",), dialogues=1, sampler="plain")
+    with in_thread(FakeOpenAIServer()) as server:
+        server.responses = [answer]
+        run([server.url], options, tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    before = read_result(file)
+    assert (before.model.name, before.notes) == ("first", {"top_p": "left out"})
+    assert before.sampler == {"temperature": 0.8}
+    # The server has gone, all replies are there, and the day is another one.
+    monkeypatch.setattr("time.strftime", lambda *_: "2099-01-01")
+    run([server.url], options, tmp_path)
+    assert repr(read_result(file)) == repr(before)
+    assert any("top_p: left out" in text for text in warnings_about([read_result(file)]))
 
 
 def test_results_are_compared(
@@ -237,6 +290,8 @@ def test_cut_answers_are_told(model: Path, tmp_path: Path) -> None:
         (("--arm", "sometimes"), "No arm 'sometimes'. Expected once"),
         (("--regime", "frist"), "No regime 'frist'. Did you mean 'first'?"),
         (("--training-minutes", "5"), "Name both: `gatt exam BASE TUNED`"),
+        (("--training-minutes", "-5"), "--training-minutes -5: expected what training took"),
+        (("--max-tokens", "128"), "may have 512 tokens, and the context of scripted has 512"),
         (("--context", "100000"), "was trained for 512 tokens"),
     ],
 )
@@ -264,3 +319,12 @@ def test_another_file_is_no_result(tmp_path: Path) -> None:
         compare([file], tmp_path / "out")
     with pytest.raises(GattError, match="No file at"):
         compare([file.with_name("y.json"), file], tmp_path / "out")
+
+
+def test_nothing_is_generated_before_all_models_are_fit(
+    model: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
+    options = replace(_OPTIONS, context=512)
+    with pytest.raises(GattError, match="tiny-llama was trained for 256 tokens"):
+        run([str(model), str(tiny_llama)], options, tmp_path / "out")
+    assert not list(tmp_path.rglob("*.jsonl"))

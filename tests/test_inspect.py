@@ -116,6 +116,7 @@ def test_a_log_is_a_result_that_is_compared(
     result, expected = read_log(file), read_result(tmp_path / "scripted.json")
     assert result.exam == expected.exam
     assert result.settings == expected.settings
+    assert result.sampler == expected.sampler == {"temperature": 0.0}
     assert result.model.server == "openai-api/local/scripted"
     assert result.arms[1].prompt_tokens == expected.arms[1].prompt_tokens
     assert result.arms[1].reminder_tokens == expected.arms[1].reminder_tokens > 0

@@ -50,8 +50,9 @@ def exam(
     arm: Annotated[
         list[str] | None,
         typer.Option(
-            help="once, every, every-K, depth-D, system or failed; can be repeated. Default: once, "
-            "every, every-5, depth-4, system, failed."
+            help="once, every, every-K, depth-D, system, failed, or steer and steer-S: a control "
+            "vector of strength S, for a model on this machine (slow); can be repeated. Default: "
+            "once, every, every-5, depth-4, system, failed."
         ),
     ] = None,
     regime: Annotated[

@@ -13,13 +13,17 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, WithJsonSchema
 
 from pipeline.records import Reply
 
 K = TypeVar("K", bound=Hashable)
 
-JsonFloat = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+JsonFloat = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]}),
+]
 """A number whose nan is null in JSON."""
 
 

@@ -3,6 +3,7 @@
 A reminder is appended to a user message, after the text. Reminders of `every` turn, every k-th turn
 and after an answer that `failed` stay in the chat, as a user would leave them. A note at `depth` d
 is in the prompt only, always d messages before its end (the "author's note" of role-play programs).
+The arm `steer` adds nothing to a prompt: `steering` has what it does.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ DEFAULT_ARMS = ("once", "every", "every-5", "depth-4", "system", "failed")
 ONCE = "once"
 _REMINDER = "Reminder: "
 _NUMBERED = re.compile(r"(every(?=-[1-9])|depth)-(\d\d?)")
+_STEERED = re.compile(r"steer-(\d\d?(?:\.\d\d?)?)")
+_STEER_STRENGTH = 1.0
+"""With half of it little changes on the embedded model, with twice as much its answers break."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +38,15 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """How the model is reminded; `number` is that of "every-5" and "depth-4"."""
+    """How the model is reminded; `number` is that of "every-5" and "depth-4".
+
+    `strength` multiplies the control vector of "steer".
+    """
 
     name: str
-    kind: Literal["once", "every", "depth", "system", "failed"]
+    kind: Literal["once", "every", "depth", "system", "failed", "steer"]
     number: int = 0
+    strength: float = 0.0
 
     def prompt(self, assigned: AssignedDialogue, answers: Sequence[str], system: str) -> Prompt:
         """Return the chat up to the next answer."""
@@ -47,11 +55,11 @@ class Arm:
         added = [""] * len(messages)
         for turn in self._turns(assigned, answers):
             # A note that moves says what holds now, others what held when they were written.
-            holds = _holding(assigned, len(answers) if self.kind == "depth" else turn)
+            holds = holding(assigned, len(answers) if self.kind == "depth" else turn)
             if holds and not _states(assigned, turn):
                 added[start + 2 * turn] = f"{_REMINDER}{holds}"
         if self.kind == "system" and not assigned.in_system:
-            return _with_system(messages, _holding(assigned, len(answers)))
+            return _with_system(messages, holding(assigned, len(answers)))
         reminded: list[Message] = [
             {"role": m["role"], "content": with_instruction(text, m["content"])}
             for m, text in zip(messages, added, strict=True)
@@ -78,6 +86,7 @@ _WITHOUT_NUMBER = {
     "every": Arm("every", "every", 1),
     "system": Arm("system", "system"),
     "failed": Arm("failed", "failed"),
+    "steer": Arm("steer", "steer", strength=_STEER_STRENGTH),
 }
 
 
@@ -93,11 +102,14 @@ def find_arms(names: Sequence[str]) -> list[Arm]:
 def _find_arm(name: str) -> Arm:
     if name in _WITHOUT_NUMBER:
         return _WITHOUT_NUMBER[name]
+    if (steered := _STEERED.fullmatch(name)) and float(steered[1]):
+        return Arm(name, "steer", strength=float(steered[1]))
     match = _NUMBERED.fullmatch(name)
     if not match:
         raise GattError(
             f"No arm {name!r}. Expected once, every, every-K (each K-th turn), depth-D (a note D "
-            "messages before the end), system, or failed."
+            "messages before the end), system, failed, steer or steer-S (a control vector; S is "
+            "the strength)."
         )
     number = int(match[2])
     if match[1] == "every":
@@ -110,7 +122,7 @@ def _find_arm(name: str) -> Arm:
     return Arm(name, "depth", number)
 
 
-def _holding(assigned: AssignedDialogue, turn: int) -> str:
+def holding(assigned: AssignedDialogue, turn: int) -> str:
     """Return the wording of a reminder in `turn` (from 0); "" if nothing holds."""
     instruction = assigned.active_instruction(turn)
     return instruction.short if instruction and instruction.text else ""

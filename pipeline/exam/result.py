@@ -6,7 +6,7 @@ it, so that every number can be computed again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from pipeline.errors import GattError
 from pipeline.evaluation.rates import JsonFloat, Rate
 from pipeline.exam.settings import ExamSettings
 from pipeline.exam.tasks import EXAM_NAME
-from pipeline.records import Reply
+from pipeline.records import SAMPLERS, Reply, SamplerName
 
 RESULT_VERSION = 1
 KEPT, BROKEN, KEPT_FULL, BROKEN_FULL, UNMEASURED = "10+-."
@@ -137,7 +137,10 @@ class ArmResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExamResult:
-    """One model's exam; `notes` are what a server refused, `machine` is where it was timed."""
+    """One model's exam; `notes` are what a server refused, `machine` is where it was timed.
+
+    `sampler` has what the model was asked for; of a server, the rest is its own.
+    """
 
     format: int
     gatt: str
@@ -156,18 +159,34 @@ class ExamResult:
         return next((arm for arm in self.arms if arm.name == name), None)
 
 
+def sampler_values(
+    name: SamplerName, *, is_server: bool, refused: Collection[str] = ()
+) -> dict[str, float]:
+    """Return the sampler by llama.cpp's names, as far as the exam decides it.
+
+    A server gets the temperature and a top-p below 1, but for what it has `refused`.
+    """
+    choice = SAMPLERS[name]
+    if not is_server:
+        return choice.values
+    sent = {"temperature": choice.temperature}
+    if choice.top_p < 1:
+        sent["top_p"] = choice.top_p
+    return {key: value for key, value in sent.items() if key not in refused}
+
+
 def read_result(path: Path) -> ExamResult:
     """Read a result file.
 
     Raises:
-        GattError: there is none, or it is another JSON file.
+        GattError: there is none, it is another JSON file, or one of a later version.
     """
     from pydantic import TypeAdapter, ValidationError
 
     if not path.is_file():
         raise GattError(f"No file at {path}. Name a result that `gatt exam` has written.")
     try:
-        return TypeAdapter(ExamResult).validate_json(path.read_bytes())
+        result = TypeAdapter(ExamResult).validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
@@ -175,6 +194,12 @@ def read_result(path: Path) -> ExamResult:
             f"{path} is not a result of {EXAM_NAME} that this version reads ({place}: "
             f"{first['msg']}). Name a file that `gatt exam` has written."
         ) from error
+    if result.format != RESULT_VERSION:
+        raise GattError(
+            f"{path} has version {result.format} of the format, written by gatt {result.gatt}. "
+            f"Expected version {RESULT_VERSION}: take the gatt that wrote it."
+        )
+    return result
 
 
 def json_schema() -> dict[str, object]:

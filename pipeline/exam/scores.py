@@ -11,7 +11,7 @@ from statistics import fmean
 from pipeline.evaluation.rates import Z_95, Rate, wilson
 from pipeline.evaluation.rates import adherence as rates_by
 from pipeline.evaluation.statistics import kaplan_meier, lifetimes, required_sample_size
-from pipeline.exam.replies import ExamReply, by_arm
+from pipeline.exam.dialogue_run import ExamReply
 from pipeline.exam.result import (
     BROKEN,
     BROKEN_FULL,
@@ -28,6 +28,7 @@ from pipeline.exam.result import (
     verdict_reply,
 )
 from pipeline.exam.tasks import ExamTask, ordered_regimes
+from pipeline.gatt.rollout import ReplyKey
 from pipeline.gatt.text import words
 from pipeline.records import Reply
 
@@ -71,7 +72,10 @@ class _Row:
 def score_arms(replies: Sequence[ExamReply], tasks: Sequence[ExamTask]) -> tuple[ArmResult, ...]:
     """Return the numbers of each arm."""
     by_id = {task.id: task for task in tasks}
-    return tuple(_score(name, rows, by_id) for name, rows in by_arm(replies).items())
+    arms: dict[str, list[ExamReply]] = {}
+    for row in sorted(replies, key=lambda r: ReplyKey.of(r.reply)[1:]):
+        arms.setdefault(row.reply.arm, []).append(row)
+    return tuple(_score(name, rows, by_id) for name, rows in arms.items())
 
 
 def clustered(replies: Sequence[Reply]) -> Rate:

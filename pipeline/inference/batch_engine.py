@@ -17,6 +17,7 @@ from pipeline.console import log
 from pipeline.gguf.base import Array
 from pipeline.gguf.reader import open_gguf
 from pipeline.inference.batch_worker import BatchWorker, TaskQueue
+from pipeline.inference.llama.control import LayerReader
 from pipeline.inference.llama.gpu import describe_offload
 from pipeline.inference.llama.model import Adapter, CacheType, ContextSettings, LoadedModel
 from pipeline.inference.llama.plan import plan_contexts
@@ -59,7 +60,7 @@ class BatchEngine:
             log(plan.describe(info))
         self.name = info.path.name
         self.changes: dict[str, str] = {}
-        self._cores = core_count()
+        self._cores, self._adapter = core_count(), adapter
         if isinstance(source, LoadedModel):
             self._model = source
         else:
@@ -116,6 +117,25 @@ class BatchEngine:
 
         self.run([single_request()], on_text)
         return completions[0]
+
+    def layer_reader(self) -> LayerReader:
+        """Return a reader of the layers' outputs, from which control vectors are made.
+
+        It has to be closed before the engine.
+
+        Raises:
+            GattError: llama.cpp has no control vectors for this model, or too little memory.
+        """
+        return LayerReader(self._model, self._adapter)
+
+    def steer(self, vector: Array | None) -> None:
+        """Add the rows of `vector` (layers, n_embd) to the outputs of the layers; None ends it.
+
+        It holds for all tasks from now on. No task may be running. As without a vector, an answer
+        depends on nothing else that is in the batch.
+        """
+        for worker in self.workers:
+            worker.steer(vector)
 
     def logits(self, tokens: Sequence[int], start: int = 0) -> Iterator[Array]:
         """Yield for each of `tokens[start:]` the float32 logits (vocab_size) of the token after it.

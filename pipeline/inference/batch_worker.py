@@ -95,6 +95,10 @@ class BatchWorker:
         """Free the memory."""
         self._context.close()
 
+    def steer(self, vector: Array | None) -> None:
+        """Apply a control vector (layers, n_embd) from now on, or none. No dialogue may run."""
+        self._context.steer(vector)
+
     def run(self, queue: TaskQueue) -> None:
         """Take dialogues from the queue until none is left, and drive them to their end."""
         busy: list[_TaskSequence] = []

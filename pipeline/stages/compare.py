@@ -9,7 +9,7 @@ from pathlib import Path
 from pipeline.console import log, print_result
 from pipeline.errors import GattError
 from pipeline.exam.inspect_eval.logs import LOG_SUFFIX, read_log
-from pipeline.exam.page import publish
+from pipeline.exam.report.page import publish
 from pipeline.exam.result import read_result
 from pipeline.files import write_json, write_text
 from pipeline.folders import create_folder

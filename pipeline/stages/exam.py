@@ -18,9 +18,16 @@ from pipeline.exam.benchmarks.base import Benchmark, BenchmarkTask, criteria
 from pipeline.exam.benchmarks.registry import read_benchmark
 from pipeline.exam.ifeval import agreement_table, agreements, require_verifiers
 from pipeline.exam.models import ExamModel, find_models
-from pipeline.exam.page import publish
 from pipeline.exam.replies import ExamPlan, generate
-from pipeline.exam.result import RESULT_VERSION, ExaminedModel, ExamResult, ExamSet
+from pipeline.exam.report.page import publish
+from pipeline.exam.result import (
+    RESULT_VERSION,
+    ExaminedModel,
+    ExamResult,
+    ExamSet,
+    read_result,
+    sampler_values,
+)
 from pipeline.exam.scores import score_arms
 from pipeline.exam.settings import (
     FULL_TURNS,
@@ -29,6 +36,7 @@ from pipeline.exam.settings import (
     most_turns,
     parse_turns,
 )
+from pipeline.exam.steering import require_steering
 from pipeline.exam.tasks import (
     REGIMES,
     ExamIdentity,
@@ -40,7 +48,7 @@ from pipeline.exam.tasks import (
 from pipeline.files import read_jsonl, sha256, write_json
 from pipeline.folders import lock_folder
 from pipeline.inference.llama.gpu import describe_gpus, gpu_devices
-from pipeline.records import MAX_THOUGHT_TOKENS, SAMPLERS, SamplerName
+from pipeline.records import MAX_THOUGHT_TOKENS, SamplerName
 from pipeline.system import core_count
 
 _DEFAULT_TURNS = "20"
@@ -88,27 +96,32 @@ def run(names: Sequence[str], options: ExamOptions, folder: Path) -> None:
     """Examine the models, write a result file for each and a page for all, and print the tables.
 
     Raises:
-        GattError: no such model, arm or regime, or `folder` has replies of other settings.
+        GattError: no such model, arm or regime, a context that is too large or too small, or
+            `folder` has replies of other settings.
     """
     turns = parse_turns(_QUICK_TURNS if options.quick else options.turns or _DEFAULT_TURNS)
-    find_arms(options.arms)
+    arms = find_arms(_arm_names(options))
     benchmark = _benchmark(options)
     if options.ifeval:
         require_verifiers()
     if not benchmark:
         exam_tasks(options.regimes, 1, 1)
-    models = find_models(names)
-    if options.training_minutes is not None and len(models) < 2:
+    minutes = options.training_minutes
+    if minutes is not None and not minutes > 0:
+        raise GattError(f"--training-minutes {minutes:g}: expected what training took, above 0.")
+    if minutes is not None and len(names) < 2:
         raise GattError(
             "--training-minutes is about the models after the first, which is the one before "
             "training. Name both: `gatt exam BASE TUNED`."
         )
+    models = find_models(names)
+    require_steering(models, arms)
+    asked_of = partial(_questions, options, turns, benchmark)
+    plans = [_plan(model, options, asked_of) for model in models]
     with lock_folder(folder, "--out"):
         results = []
-        for number, model in enumerate(models):
-            minutes = options.training_minutes if number else None
-            asked_of = partial(_questions, options, turns, benchmark)
-            results.append(_examine(model, options, asked_of, folder, minutes))
+        for number, (plan, questions) in enumerate(plans):
+            results.append(_examine(plan, questions, folder, minutes if number else None))
         publish(results, folder / "exam.html")
         if options.ifeval:
             _show_agreement(options, [folder / f"{m.file_stem}.replies.jsonl" for m in models])
@@ -165,14 +178,14 @@ def _questions(
     )
 
 
-def _examine(
-    model: ExamModel,
-    options: ExamOptions,
-    asked_of: Callable[[int], _Questions],
-    folder: Path,
-    minutes: float | None,
-) -> ExamResult:
-    """Return the result of one model, which is written to `folder` with its replies."""
+def _plan(
+    model: ExamModel, options: ExamOptions, asked_of: Callable[[int], _Questions]
+) -> tuple[ExamPlan, _Questions]:
+    """Return what is measured of a model.
+
+    Raises:
+        GattError: it was not trained for such a context, or no answer fits in it.
+    """
     context = model.context(asked_of(0).turns, options.context)
     questions = asked_of(context)
     settings = ExamSettings(
@@ -184,6 +197,12 @@ def _examine(
         seed=options.seed,
         system_role=model.has_system_role,
     )
+    longest = settings.max_tokens * max(task.max_tokens_factor for task in questions.tasks)
+    if context and longest >= context:
+        raise GattError(
+            f"--max-tokens {settings.max_tokens}: an answer may have {longest} tokens, and the "
+            f"context of {model.name} has {context}. Lower --max-tokens or raise --context."
+        )
     plan = ExamPlan(
         model=model,
         tasks=questions.tasks,
@@ -193,29 +212,54 @@ def _examine(
         max_parallel=options.max_parallel,
         exam=questions.identity,
     )
-    replies_file = folder / f"{model.file_stem}.replies.jsonl"
+    return plan, questions
+
+
+def _examine(
+    plan: ExamPlan, questions: _Questions, folder: Path, minutes: float | None
+) -> ExamResult:
+    """Return the result of one model, which is written to `folder` with its replies.
+
+    If nothing was left to generate, an earlier result knows when and where the replies were made,
+    and what the server has refused.
+    """
+    model, settings = plan.model, plan.settings
+    replies_file, file = (folder / f"{model.file_stem}{s}" for s in (".replies.jsonl", ".json"))
     generated = generate(plan, replies_file)
+    replies_sha256 = sha256(replies_file)
+    earlier = _earlier_result(file, replies_sha256)
+    notes = earlier.notes if earlier else generated.notes
+    machine = "a server" if model.server else _machine()
     result = ExamResult(
         format=RESULT_VERSION,
         gatt=__version__,
         exam=_exam_set(questions),
         model=ExaminedModel(
-            name=generated.name,
+            name=earlier.model.name if earlier else generated.name,
             sha256=model.sha256,
             adapter_sha256=model.adapter_sha256,
             server=model.server,
             training_minutes=minutes,
         ),
         settings=settings,
-        sampler=SAMPLERS[options.sampler].values,
-        machine="a server" if model.server else _machine(),
-        date=time.strftime("%Y-%m-%d"),
-        notes=generated.notes,
-        replies_sha256=sha256(replies_file),
+        sampler=sampler_values(settings.sampler, is_server=bool(model.server), refused=notes),
+        machine=earlier.machine if earlier else machine,
+        date=earlier.date if earlier else time.strftime("%Y-%m-%d"),
+        notes=notes,
+        replies_sha256=replies_sha256,
         arms=score_arms(generated.replies, questions.tasks),
     )
-    write_json(folder / f"{model.file_stem}.json", result)
+    write_json(file, result)
     return result
+
+
+def _earlier_result(file: Path, replies_sha256: str) -> ExamResult | None:
+    """Return the result in `file` if it is of the same replies."""
+    try:
+        result = read_result(file)
+    except GattError:
+        return None
+    return result if result.replies_sha256 == replies_sha256 else None
 
 
 def _arm_names(options: ExamOptions) -> Sequence[str]:

@@ -2,9 +2,14 @@
 
 Verdicts: the same F16 file greedily through `gatt exam FILE`, `gatt exam` on `gatt serve`, Inspect
 on `gatt serve`, and Inspect on llama-cpp-python's server, whose repetition penalty of 1.1 is
-switched off. Each of the last three is compared with the first one, turn by turn; a turn that only
-one of both measured is a difference. Each way goes on from its own answers, so that one other token
-may change all that follows.
+switched off. With `--llama-server PATH`, also Inspect on llama.cpp's own server, of which PATH is
+the program. Each is compared with the first one, turn by turn; a turn that only one of both
+measured is a difference. Each way goes on from its own answers, so that one other token may change
+all that follows.
+
+The lengths are such that no context gets full: gatt refuses a prompt that leaves no room for the
+longest answer, other servers cut the answer, so that a client would not drop messages in the same
+turn.
 
 --speed: the seconds of one arm of 24 dialogues x 50 turns, as `gatt exam` runs them by default, and
 what a generated token costs in the last turn, relative to turn 2.
@@ -14,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,17 +27,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from serve import at_most, figure, free_port, run_server
+from serve import at_most, figure, free_port, run_command, run_server
 
 from pipeline.exam.inspect_eval.logs import REPLIES, read_log
+from pipeline.exam.report.rows import cost_in
 from pipeline.exam.result import ExamResult, read_result
-from pipeline.exam.rows import cost_in
 from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
 from pipeline.stages.exam import ExamOptions, run
 
-MODEL, CONTEXT = "smollm2-135m", 4096
+MODEL, CONTEXT = "smollm2-135m", 8192
 MIN_AGREEMENT, MAX_SECONDS, MAX_TURN_RATIO = 0.99, 600, 2.2
+
+_NO_PENALTIES = {
+    "top_k": 1,
+    "repeat_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "dry_multiplier": 0.0,
+}
+"""What llama-server gets in each request, so that it is greedy whatever its defaults are."""
 
 Marks = Mapping[tuple[str, str, int], str]
 """The verdict on each answer, by dialogue, attribute and turn."""
@@ -62,7 +77,7 @@ def options(size: Size, *, is_greedy: bool) -> ExamOptions:
         sampler="greedy" if is_greedy else "plain",
         window="drop",
         max_tokens=size.max_tokens,
-        context=0,
+        context=CONTEXT if is_greedy else 0,
         training_minutes=None,
         max_parallel=0,
         seed=1,
@@ -92,7 +107,7 @@ def inspect(url: str, model: str, folder: Path, size: Size, **fields: Any) -> Wa
         log_dir=str(folder),
         display="none",
         extra_body=fields or None,
-        # One dialogue after another: llama-cpp-python's server has one cache.
+        # One dialogue after another: the servers that get fields have one cache.
         max_samples=1 if fields else None,
         max_connections=1 if fields else None,
     )
@@ -152,8 +167,32 @@ def llama_cpp_server(file: Path) -> Iterator[str]:
         yield f"{server.url}/v1"
 
 
-def compare_verdicts(size: Size, folder: Path) -> dict[str, dict[str, float | bool]]:
-    """Return the agreement of each way with `gatt exam FILE`."""
+@contextmanager
+def llama_server(program: Path, file: Path) -> Iterator[str]:
+    """Run llama.cpp's own server; yield its address.
+
+    It has one slot, whose cache holds the last chat only. Flash attention is off, as in gatt on a
+    CPU.
+    """
+    port = free_port()
+    values = {
+        "--model": str(file),
+        "--alias": file.stem,
+        "--ctx-size": str(CONTEXT),
+        "--port": str(port),
+        "--parallel": "1",
+        "--cache-ram": "0",
+        "--flash-attn": "off",
+    }
+    words = [word for option in values.items() for word in option]
+    with run_command([str(program), "--jinja", *words], port) as server:
+        yield f"{server.url}/v1"
+
+
+def compare_verdicts(
+    size: Size, folder: Path, program: Path | None
+) -> dict[str, dict[str, float | bool]]:
+    """Return the agreement of each way with `gatt exam FILE`; `program` is llama-server."""
     file, chosen = cached_gguf(find_model(MODEL), "F16"), options(size, is_greedy=True)
     ways = {"gatt exam": examine(str(file), folder / "file", chosen)}
     with gatt_server(file) as url:
@@ -163,12 +202,25 @@ def compare_verdicts(size: Size, folder: Path) -> dict[str, dict[str, float | bo
         ways["llama-cpp-python"] = inspect(
             url, file.stem, folder / "llama", size, repeat_penalty=1.0
         )
-    first, *others = ways.items()
+    if program:
+        with llama_server(program, file) as url:
+            ways["llama-server"] = inspect(
+                url, file.stem, folder / "llama-server", size, **_NO_PENALTIES
+            )
+    return agreements(ways)
+
+
+def agreements(ways: Mapping[str, Way]) -> dict[str, dict[str, float | bool]]:
+    """Return the agreement of each way with the first one."""
+    (_, first), *others = ways.items()
     figures = {}
     for name, way in others:
-        share = agreement(first[1], way)
-        equal = sum(text == first[1].texts.get(key) for key, text in way.texts.items())
+        share = agreement(first, way)
+        equal = sum(text == first.texts.get(key) for key, text in way.texts.items())
         texts = f"{equal} of {len(way.texts)} texts"
+        full = sum(mark in "+-" for mark in way.marks.values())
+        if full:
+            texts += f" ({full} after the context was full)"
         print(f"{name}: {share:.4f} of the verdicts, {texts}", flush=True)
         label = name.lower().replace(" ", "_").replace("-", "_")
         figures[f"verdicts_{label}"] = figure(
@@ -194,15 +246,22 @@ def main() -> None:
     """Print what is measured; the last line is the figures with their bars."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer dialogues, shorter answers")
-    parser.add_argument("--speed", action="store_true", help="time and cost by turn instead")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--speed", action="store_true", help="time and cost by turn instead")
+    group.add_argument(
+        "--llama-server", type=Path, metavar="PATH", help="llama.cpp's server, as a further way"
+    )
     chosen = parser.parse_args()
+    program: Path | None = chosen.llama_server
+    if program and not shutil.which(program):
+        parser.error(f"--llama-server {program}: no such program.")
     with tempfile.TemporaryDirectory() as folder:
         if chosen.speed:
             size = Size(8, 10, 64) if chosen.quick else Size(0, 50, 256)
             figures = measure_speed(size, Path(folder))
         else:
-            size = Size(1, 5, 48) if chosen.quick else Size(2, 20, 128)
-            figures = compare_verdicts(size, Path(folder))
+            size = Size(1, 5, 48) if chosen.quick else Size(2, 20, 90)
+            figures = compare_verdicts(size, Path(folder), program)
     sys.stdout.flush()
     print(json.dumps({"bench": "exam", "figures": figures}))
 

@@ -79,12 +79,17 @@ class Server(NamedTuple):
         )
 
 
+def run_server(words: list[str], port: int) -> AbstractContextManager[Server]:
+    """Run a server in Python as a process, and yield it once it answers."""
+    return run_command([sys.executable, *words], port)
+
+
 @contextmanager
-def run_server(words: list[str], port: int) -> Iterator[Server]:
+def run_command(command: list[str], port: int) -> Iterator[Server]:
     """Run a server as a process, and yield it once it answers."""
     with (
         tempfile.TemporaryFile() as log,
-        subprocess.Popen([sys.executable, *words], stdout=log, stderr=log) as process,
+        subprocess.Popen(command, stdout=log, stderr=log) as process,
     ):
         url = f"http://127.0.0.1:{port}"
         try:

@@ -23,7 +23,7 @@ _CHAT_TEMPLATE = (
 )
 
 
-def save_tiny_llama(folder: Path) -> Path:
+def save_tiny_llama(folder: Path, *, layers: int = 2, context: int = 256) -> Path:
     """Save a Llama 3: scaled rotary embedding, grouped heads, untied output, sharded."""
     import torch
     import transformers
@@ -34,10 +34,10 @@ def save_tiny_llama(folder: Path) -> Path:
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=context,
         rope_parameters={
             "rope_type": "llama3",
             "rope_theta": 10000.0,

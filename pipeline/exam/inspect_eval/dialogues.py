@@ -12,10 +12,10 @@ from inspect_ai.solver import Generate, Solver, TaskState, solver
 
 from pipeline.errors import GattError
 from pipeline.exam.arms import Arm, find_arms
+from pipeline.exam.dialogue_run import DialogueRun, ExamRun, SharedTime
 from pipeline.exam.inspect_eval.answers import ModelClient, chat_of
 from pipeline.exam.inspect_eval.logs import REPLIES
 from pipeline.exam.inspect_eval.options import of_gatt, settings_of, turns_of
-from pipeline.exam.replies import DialogueRun, ExamRun, SharedTime
 from pipeline.exam.settings import most_turns
 from pipeline.exam.tasks import EXAM_NAME, ExamTask, exam_tasks
 from pipeline.records import Completion

@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any
 from pipeline import __version__
 from pipeline.errors import GattError
 from pipeline.exam.arms import Arm
-from pipeline.exam.replies import read_reply
-from pipeline.exam.result import RESULT_VERSION, ExaminedModel, ExamResult, ExamSet
+from pipeline.exam.dialogue_run import read_reply
+from pipeline.exam.result import (
+    RESULT_VERSION,
+    ExaminedModel,
+    ExamResult,
+    ExamSet,
+    sampler_values,
+)
 from pipeline.exam.scores import score_arms
 from pipeline.exam.settings import FULL_TURNS, ExamSettings, most_turns
 from pipeline.exam.tasks import EXAM_NAME, REGIMES, exam_tasks, frozen_exam, ordered_regimes
 from pipeline.files import sha256
-from pipeline.records import SAMPLERS
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog, EvalSample
@@ -74,7 +79,7 @@ def read_log(path: Path) -> ExamResult:
             training_minutes=None,
         ),
         settings=settings,
-        sampler=SAMPLERS[settings.sampler].values,
+        sampler=sampler_values(settings.sampler, is_server=True),
         machine="a server",
         date=log.eval.created[:10],
         notes={},

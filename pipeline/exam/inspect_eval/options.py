@@ -36,12 +36,19 @@ def arms_of(value: str | Sequence[str]) -> list[Arm]:
     """Return the arms of the parameter `arms`.
 
     Raises:
-        GattError: no such arm, or none at all.
+        GattError: no such arm, none at all, or one that needs more than an API.
     """
     names = words_of(value)
     if not names:
         raise GattError("-T arms= is empty. Take once, or several such as once,every.")
-    return find_arms(names)
+    arms = find_arms(names)
+    for arm in arms:
+        if arm.kind == "steer":
+            raise GattError(
+                f"-T arms={arm.name}: Inspect asks models through an API, and none has control "
+                f"vectors. Leave it out, or run `gatt exam MODEL.gguf --arm {arm.name}`."
+            )
+    return arms
 
 
 def tasks_of(regimes: str | Sequence[str], dialogues: int, turns: int) -> list[ExamTask]:

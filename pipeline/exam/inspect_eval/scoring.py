@@ -17,9 +17,9 @@ from inspect_ai.scorer import (
 )
 from inspect_ai.solver import TaskState
 
+from pipeline.exam.dialogue_run import read_reply
 from pipeline.exam.inspect_eval.logs import REPLIES
 from pipeline.exam.inspect_eval.options import of_gatt
-from pipeline.exam.replies import read_reply
 from pipeline.exam.result import ArmResult
 from pipeline.exam.scores import score_arms
 from pipeline.exam.settings import most_turns

@@ -39,6 +39,7 @@ import numpy as np
 from pipeline.gguf.base import Array
 from pipeline.inference.llama.batch_builder import MAX_GAP, BatchBuilder, BatchRow
 from pipeline.inference.llama.callers import CALLERS
+from pipeline.inference.llama.control import set_control_vector
 from pipeline.inference.llama.model import ContextSettings, LoadedModel
 from pipeline.inference.llama.ngram_drafter import NgramDrafter
 from pipeline.inference.llama.sampler import Sampler
@@ -119,6 +120,15 @@ class BatchContext(Generic[S]):
         if threads != self._threads:
             self._threads = threads
             self._api.llama_set_n_threads(self._context, threads, threads)
+
+    def steer(self, vector: Array | None) -> None:
+        """Apply a control vector (layers, n_embd) from now on, or none; no sequence may be in use.
+
+        All cells are emptied, because they were computed under another one.
+        """
+        for sequence in self._sequences:
+            self.clear(sequence)
+        set_control_vector(self._api, self._context, vector)
 
     def start(
         self, sequence: S, request: Request, tokens: list[int], *, min_copied: int = 1

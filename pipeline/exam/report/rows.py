@@ -8,7 +8,14 @@ from dataclasses import dataclass
 
 from pipeline.evaluation.statistics import Difference, paired_bootstrap
 from pipeline.exam.arms import ONCE
-from pipeline.exam.result import ArmResult, ExamResult, TurnCost, counted_replies
+from pipeline.exam.result import (
+    BROKEN_FULL,
+    KEPT_FULL,
+    ArmResult,
+    ExamResult,
+    TurnCost,
+    counted_replies,
+)
 
 MAX_CUT = 0.05
 """Share of cut answers, but for loops, above which an arm gets a warning."""
@@ -104,6 +111,12 @@ def warnings_about(results: Sequence[ExamResult]) -> list[str]:
         warnings.append("The contexts differ in size: answers count while all messages are in it.")
     if len({result.machine for result in results}) > 1:
         warnings.append("The times were taken on different machines.")
+    if len({result.gatt for result in results}) > 1:
+        warnings.append("The results are of different versions of gatt, whose checks may differ.")
+    if len({bool(result.model.server) for result in results}) > 1:
+        warnings.append(
+            "A server gets temperature and top-p only: the rest of the sampler is its own."
+        )
     for row in exam_rows(results):
         if row.arm.cut.hits - row.arm.cut_loops.hits > MAX_CUT * row.arm.cut.n:
             warnings.append(
@@ -111,6 +124,7 @@ def warnings_about(results: Sequence[ExamResult]) -> list[str]:
                 f"{row.result.settings.max_tokens} tokens ({row.arm.cut_loops.value:.0%} were "
                 "loops), so that they cannot show their ending. Raise --max-tokens."
             )
+        warnings += _never_full(row)
     for result in results:
         if result.exam.unchecked:
             warnings.append(
@@ -123,10 +137,41 @@ def warnings_about(results: Sequence[ExamResult]) -> list[str]:
                 f"{result.model.name}: not the whole exam ({result.exam.dialogues} dialogues, "
                 f"{_length(result)}), so this is no result to cite."
             )
+        if empty := _empty_regimes(result):
+            warnings.append(
+                f"{result.model.name}: no answer counts in {', '.join(empty)}: its dialogues end "
+                "before, or do not fit in the context."
+            )
         notes = ", ".join(f"{name}: {change}" for name, change in result.notes.items())
         if notes:
             warnings.append(f"{result.model.name}: {notes}.")
     return warnings
+
+
+def _never_full(row: ExamRow) -> list[str]:
+    """Return a warning about dialogues that were to fill the context and did not.
+
+    After "refuse" there is no mark that tells.
+    """
+    if row.result.exam.turns or row.result.settings.window == "refuse":
+        return []
+    dialogues = [d for d in row.arm.dialogues if not d.attribute]
+    short = [d for d in dialogues if not {KEPT_FULL, BROKEN_FULL} & set(d.marks)]
+    if not short:
+        return []
+    turns = max(len(d.marks) for d in short)
+    return [
+        f"{row.label}: {len(short)} of {len(dialogues)} dialogues ended after {turns} turns at "
+        "most, before the context was full."
+    ]
+
+
+def _empty_regimes(result: ExamResult) -> list[str]:
+    """Return the regimes of the exam in which an arm has no counted answer."""
+    if result.exam.criteria:
+        return []  # of a benchmark, parts may have nothing that a program can check
+    measured = [{score.regime for score in arm.regimes} for arm in result.arms]
+    return [name for name in result.exam.regimes if any(name not in of_arm for of_arm in measured)]
 
 
 def comparable(results: Sequence[ExamResult]) -> bool:
@@ -145,6 +190,19 @@ def _differing(results: Sequence[ExamResult]) -> list[str]:
         if len(values) > 1:
             shown = " and ".join(sorted(values))
             warnings.append(f"{field} differs ({shown}): no differences are computed.")
+    if len({result.settings.sampler for result in results}) == 1:
+        warnings += _differing_samplers(results)
+    return warnings
+
+
+def _differing_samplers(results: Sequence[ExamResult]) -> list[str]:
+    """Return a warning for each value of the sampler that two results give in another way."""
+    warnings = []
+    for name in dict.fromkeys(name for result in results for name in result.sampler):
+        values = {result.sampler[name] for result in results if name in result.sampler}
+        if len(values) > 1:
+            shown = " and ".join(f"{value:g}" for value in sorted(values))
+            warnings.append(f"{name} differs ({shown}): no differences are computed.")
     return warnings
 
 

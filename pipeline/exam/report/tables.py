@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from pipeline.evaluation.rates import Rate
 from pipeline.evaluation.statistics import Difference
-from pipeline.exam.result import ExamResult
-from pipeline.exam.rows import (
+from pipeline.exam.report.rows import (
     ExamRow,
     comparable,
     cost_in,
@@ -18,6 +17,7 @@ from pipeline.exam.rows import (
     trained,
     turns_to_pay,
 )
+from pipeline.exam.result import ExamResult
 from pipeline.exam.tasks import ordered_regimes
 from pipeline.report.tables import Cell, Table, interval_text
 
@@ -182,8 +182,10 @@ def _paying(results: Sequence[ExamResult], rows: Sequence[ExamRow]) -> dict[str,
 
 
 def _sampler(result: ExamResult) -> str:
-    values = ", ".join(f"{name} {value:g}" for name, value in result.sampler.items())
-    return f"{result.settings.sampler} ({values})"
+    values = [f"{name} {value:g}" for name, value in result.sampler.items()]
+    if result.model.server:
+        values.append("the rest is the server's own")
+    return f"{result.settings.sampler} ({', '.join(values)})"
 
 
 def _system_role(result: ExamResult) -> str:

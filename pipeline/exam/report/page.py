@@ -9,9 +9,8 @@ from pipeline.console import log, print_result, print_table
 from pipeline.evaluation.scoring.rows import rate_rows
 from pipeline.evaluation.statistics import kaplan_meier, lifetimes
 from pipeline.exam.arms import ONCE
-from pipeline.exam.result import ExamResult, counted_replies
-from pipeline.exam.rows import ExamRow, cost_points, exam_rows, warnings_about
-from pipeline.exam.tables import (
+from pipeline.exam.report.rows import ExamRow, cost_points, exam_rows, warnings_about
+from pipeline.exam.report.tables import (
     cost_table,
     facts_table,
     main_table,
@@ -21,6 +20,7 @@ from pipeline.exam.tables import (
     terminal_table,
     turn_table,
 )
+from pipeline.exam.result import ExamResult, counted_replies
 from pipeline.exam.tasks import REGIMES
 from pipeline.report.figures import adherence_curve, cost_curve, survival_curve
 from pipeline.report.page import ReportPage, ReportSection
@@ -123,7 +123,7 @@ def _cost_section(
 
 
 def headline(results: Sequence[ExamResult]) -> str:
-    """Return how much is kept without a reminder, and with the best one of the first model."""
+    """Return how much is kept told once, and in the best other arm of the first model."""
     once = [
         (r.model.name, arm.adherence) for r in results if (arm := r.arm(ONCE)) and arm.adherence.n
     ]
@@ -138,7 +138,8 @@ def headline(results: Sequence[ExamResult]) -> str:
         parts.append(f"Answers that keep an instruction, told once: {shares}")
     if reminded:
         value, best = max(reminded)
-        parts.append(f"{results[0].model.name} with its best reminder ({best}): {value:.0%}")
+        way = "a control vector" if best.startswith("steer") else "its best reminder"
+        parts.append(f"{results[0].model.name} with {way} ({best}): {value:.0%}")
     return f"{'; '.join(parts)}." if parts else "Nothing was measured."
 
 
@@ -146,7 +147,8 @@ def _notes(results: Sequence[ExamResult]) -> list[str]:
     notes = [
         "once: told once. every-K: a reminder in each K-th turn (every: in each). depth-D: a note "
         "D messages before the end. system: what holds also stands in the system message. failed: "
-        "a reminder after an answer that failed its check."
+        "a reminder after an answer that failed its check. steer-S: no reminder, but a control "
+        "vector of strength S for what holds (steer: 1); making it is in the milliseconds."
     ]
     notes += [
         f"{name}: every turn with a check counts, from turn 1 on; an answer is kept if it passes "

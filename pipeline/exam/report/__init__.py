@@ -1,0 +1,1 @@
+"""The results of exams as tables and a page."""

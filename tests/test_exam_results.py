@@ -1,0 +1,167 @@
+"""A result of the exam as others read it: its schema, and what a reader is warned about."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.errors import GattError
+from pipeline.exam.dialogue_run import ExamReply
+from pipeline.exam.report.rows import comparable, warnings_about
+from pipeline.exam.report.tables import facts_table
+from pipeline.exam.result import (
+    ExaminedModel,
+    ExamResult,
+    ExamSet,
+    json_schema,
+    read_result,
+    sampler_values,
+)
+from pipeline.exam.scores import score_arms
+from pipeline.exam.settings import ExamSettings
+from pipeline.exam.tasks import exam_tasks, frozen_exam
+from pipeline.files import write_json
+from pipeline.records import Reply
+
+_LOCAL = ExaminedModel(
+    name="m", sha256="0" * 64, adapter_sha256="", server="", training_minutes=1.0
+)
+_SERVED = replace(
+    _LOCAL, name="s", sha256="", server="http://127.0.0.1:1/v1", training_minutes=None
+)
+
+
+def _result(
+    *, regime: str = "first", turns: int = 3, dropped: Sequence[int] = (0, 0, 0), **fields: Any
+) -> ExamResult:
+    """Return the result of two dialogues whose answers are all kept; `dropped` is by turn."""
+    tasks = exam_tasks((regime,), 2, len(dropped))
+    replies = [
+        Reply(
+            arm="once",
+            dialogue=task.id,
+            turn=turn,
+            text="Ahoy.",
+            prompt_tokens=20,
+            tokens=0,
+            finish="stop",
+            obeys=True,
+            defect="",
+        )
+        for task in tasks
+        for turn in range(1, len(dropped) + 1)
+    ]
+    rows = [
+        ExamReply(reply=r, dropped=dropped[r.turn - 1], reminder_tokens=0, seconds=0.1)
+        for r in replies
+    ]
+    exam = ExamSet(
+        **frozen_exam()._asdict(), turns=turns, regimes=(regime,), dialogues=2, complete=True
+    )
+    settings = ExamSettings(
+        max_tokens=64,
+        max_thought_tokens=0,
+        context=4096,
+        window="drop",
+        sampler="plain",
+        seed=1,
+        system_role=True,
+    )
+    result = ExamResult(
+        format=1,
+        gatt="1",
+        exam=exam,
+        model=_LOCAL,
+        settings=settings,
+        sampler=sampler_values("plain", is_server=False),
+        machine="this",
+        date="2026-01-01",
+        notes={},
+        replies_sha256="",
+        arms=score_arms(rows, tasks),
+    )
+    return replace(result, **fields)
+
+
+def test_a_result_is_valid_by_the_schema(tmp_path: Path) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    file = tmp_path / "m.json"
+    for result in (_result(), _result(dropped=(1, 1, 1)), _result(model=_SERVED)):
+        write_json(file, result)
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        # Where nothing was measured there is no number, such as the share in a full context.
+        assert None in (
+            stored["arms"][0]["full_window"]["value"],
+            stored["arms"][0]["adherence"]["value"],
+        )
+        jsonschema.validate(stored, json_schema())
+        assert repr(read_result(file).arms) == repr(result.arms)
+    del stored["arms"][0]["adherence"]["n"]
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(stored, json_schema())
+
+
+def test_a_result_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    write_json(tmp_path / "m.json", _result(format=2, gatt="9.9"))
+    with pytest.raises(GattError, match=r"version 2 of the format, written by gatt 9\.9"):
+        read_result(tmp_path / "m.json")
+
+
+def test_the_sampler_of_a_result_is_what_was_asked_for() -> None:
+    assert sampler_values("greedy", is_server=True) == {"temperature": 0.0}
+    assert sampler_values("plain", is_server=True) == {"temperature": 0.8, "top_p": 0.95}
+    assert sampler_values("plain", is_server=True, refused={"top_p": "left out"}) == {
+        "temperature": 0.8
+    }
+    assert sampler_values("gatt", is_server=False)["dry_multiplier"] == 0.8
+    assert "dry_multiplier" not in sampler_values("gatt", is_server=True)
+
+
+def test_a_server_has_a_sampler_of_its_own() -> None:
+    local = _result()
+    served = _result(model=_SERVED, sampler=sampler_values("plain", is_server=True))
+    alone = facts_table([served])
+    (sampler,) = [row[1] for row in alone.rows if row[0] == "sampler"]
+    assert sampler == "plain (temperature 0.8, top_p 0.95, the rest is the server's own)"
+    warnings = warnings_about([local, served])
+    assert any("the rest of the sampler is its own" in text for text in warnings)
+    assert comparable([local, served])
+    assert not any("sampler" in text for text in warnings_about([local, local]))
+
+
+def test_samplers_of_one_name_are_compared_by_their_values() -> None:
+    results = [_result(), _result(sampler={"temperature": 1.0, "top_k": 40.0})]
+    assert "temperature differs (0.8 and 1): no differences are computed." in warnings_about(
+        results
+    )
+    assert not comparable(results)
+    assert not any("top_k" in text for text in warnings_about(results))
+
+
+def test_other_versions_may_have_other_checks() -> None:
+    warnings = warnings_about([_result(), _result(gatt="2")])
+    assert any("different versions of gatt" in text for text in warnings)
+    assert warnings_about([_result(), _result()]) == []
+
+
+def test_a_context_that_was_never_full_is_no_full_context() -> None:
+    full = _result(turns=0, dropped=(0, 0, 1))
+    assert warnings_about([full]) == []
+    (warning,) = warnings_about([_result(turns=0)])
+    assert "once: 2 of 2 dialogues ended after 3 turns at most" in warning
+    refused = replace(full.settings, window="refuse")
+    assert warnings_about([_result(turns=0, settings=refused)]) == []
+
+
+def test_a_regime_without_a_counted_answer_is_named() -> None:
+    # The instruction is replaced in turn 7 or later.
+    (warning,) = warnings_about([_result(regime="replaced")])
+    assert "m: no answer counts in replaced" in warning
+    assert warnings_about([_result(regime="replaced", dropped=(0,) * 12)]) == []
+    (warning,) = warnings_about([_result(dropped=(1, 1, 1))])
+    assert "m: no answer counts in first" in warning
