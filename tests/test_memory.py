@@ -72,6 +72,7 @@ _PUBLISHED = {
     "llama-3.1-8b": 8.03,
     "llama-3.2-1b": 1.24,
     "llama-3.2-3b": 3.21,
+    "ministral-3-14b": 13.51,
     "ministral-3-3b": 3.43,
     "mistral-7b": 7.25,
     "olmo-3-7b": 7.30,
@@ -91,7 +92,7 @@ _PUBLISHED = {
 }
 """Billions of parameters, of multimodal models those of the text model.
 
-Published are 3.4 for the language model of Ministral 3, 8.0 for all of gemma-4-e4b.
+Published are 3.4 and 13.5 for the language models of Ministral 3, 8.0 for all of gemma-4-e4b.
 """
 
 
@@ -159,9 +160,10 @@ def test_a_recipe_for_a_graphics_card(tmp_path: Path) -> None:
     assert models == {
         6: "qwen3.5-4b",
         8: "granite-3.3-8b",
-        **dict.fromkeys((12, 16, 24), "qwen3.5-9b"),
+        12: "qwen3.5-9b",
+        **dict.fromkeys((16, 24), "ministral-3-14b"),
     }
-    assert "License apache-2.0, 262,144 tokens of context, it can think, which is" in done.stdout
+    assert "License apache-2.0, 262,144 tokens of context, it does not think." in done.stdout
     small = call_gatt("init", tmp_path / "1.toml", "--vram", 1)
     assert small.returncode == 1 and "Try 6, 8, 12, 16 or 24 GB" in small.stderr
 

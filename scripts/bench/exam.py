@@ -260,7 +260,7 @@ def main() -> None:
             size = Size(8, 10, 64) if chosen.quick else Size(0, 50, 256)
             figures = measure_speed(size, Path(folder))
         else:
-            size = Size(1, 5, 48) if chosen.quick else Size(2, 20, 90)
+            size = Size(1, 5, 48) if chosen.quick else Size(1, 20, 90)
             figures = compare_verdicts(size, Path(folder), program)
     sys.stdout.flush()
     print(json.dumps({"bench": "exam", "figures": figures}))
