@@ -612,6 +612,7 @@ def test_own_chats_are_mixed_in_by_their_ratio(
         replay_chats(recipe, 80)
 
 
+@pytest.mark.slow
 def test_a_base_in_16_bits_is_trained_as_it_is_exported(tiny_llama: Path, tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"load_in_4bit": False})
     job = tiny_job(tiny_llama, tmp_path, settings)
