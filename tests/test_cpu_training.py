@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora.bnb import Linear4bit
+from peft.tuners.lora.layer import Linear
 from support.cli import call_gatt
 
 from pipeline.hub.shape import ModelShape
@@ -25,18 +26,22 @@ from pipeline.training.cpu.projections import speed_up_projections
 from pipeline.training.cpu.speed import StepTime, estimate_step
 
 
-def _model(alpha: int, *, dora: bool = False, bias: bool = False) -> peft.PeftModel:
-    """Return two projections in 4 bits in a row, with a LoRA that is not zero."""
+def _model(
+    alpha: int, *, dora: bool = False, bias: bool = False, in_4bit: bool = True
+) -> peft.PeftModel:
+    """Return two projections in a row, with a LoRA that is not zero."""
     from bitsandbytes.nn.modules import Linear4bit as Base
 
     torch.manual_seed(1)
     base = torch.nn.Sequential()
     for name, inputs, outputs in (("up", 64, 128), ("down", 128, 64)):
         linear = torch.nn.Linear(inputs, outputs, bias=bias).bfloat16()
-        quantized = Base(inputs, outputs, bias, torch.bfloat16)  # type: ignore[no-untyped-call]
-        quantized.load_state_dict(linear.state_dict())
-        base.add_module(name, quantized.to("cpu"))
-    base.is_loaded_in_4bit = True
+        if in_4bit:
+            quantized = Base(inputs, outputs, bias, torch.bfloat16)  # type: ignore[no-untyped-call]
+            quantized.load_state_dict(linear.state_dict())
+            linear = quantized.to("cpu")
+        base.add_module(name, linear)
+    base.is_loaded_in_4bit = in_4bit
     config = peft.LoraConfig(
         r=8, lora_alpha=alpha, target_modules=["up", "down"], use_dora=dora, init_lora_weights=False
     )
@@ -50,7 +55,7 @@ def _outputs_and_gradients(model: peft.PeftModel) -> list[torch.Tensor]:
     """Return the outputs with and without adapter, and the gradients, as training computes them."""
     torch.manual_seed(2)
     inputs = torch.randn(2, 5, 64).bfloat16().requires_grad_()
-    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit | Linear)]
     with disable_input_dtype_casting(model), torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
             for layer in layers:
@@ -65,13 +70,15 @@ def _outputs_and_gradients(model: peft.PeftModel) -> list[torch.Tensor]:
     return [base, outputs.detach(), inputs.grad, *(p.grad for p in trained if p.grad is not None)]
 
 
-@pytest.mark.parametrize("dequantize", [False, True])
+@pytest.mark.parametrize(("in_4bit", "dequantize"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize(("alpha", "bias"), [(8, False), (20, True)])
-def test_faster_projections_give_the_same_bits(dequantize: bool, alpha: int, bias: bool) -> None:
-    expected = _outputs_and_gradients(_model(alpha, bias=bias))
-    model = _model(alpha, bias=bias)
+def test_faster_projections_give_the_same_bits(
+    in_4bit: bool, dequantize: bool, alpha: int, bias: bool
+) -> None:
+    expected = _outputs_and_gradients(_model(alpha, bias=bias, in_4bit=in_4bit))
+    model = _model(alpha, bias=bias, in_4bit=in_4bit)
     speed_up_projections(model, dequantize=dequantize)
-    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit | Linear)]
     assert len(layers) == 2 and all("forward" in vars(layer) for layer in layers)
     actual = _outputs_and_gradients(model)
     assert not torch.equal(expected[0], expected[1]) and len(expected) == 7

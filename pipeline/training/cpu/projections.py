@@ -1,7 +1,8 @@
-"""Faster projections in 4 bits on a CPU, with the same numbers.
+"""Faster LoRA projections on a CPU, with the same numbers.
 
-bitsandbytes dequantizes a matrix whenever it multiplies, three times a step with "distill". PEFT
-copies the product, and multiplies the adapter's by its scale even if that is 1.
+In 4 bits, bitsandbytes dequantizes a matrix whenever it multiplies, three times a step with
+"distill", and PEFT copies the product. In both, PEFT multiplies the adapter's product by its scale
+even if that is 1.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora.bnb import Linear4bit
+    from peft.tuners.lora.layer import Linear
 
 
 def speed_up_projections(model: PeftModel, *, dequantize: bool) -> None:
-    """Replace the forward pass of all plain LoRA layers over 4-bit weights while `model` trains.
+    """Replace the forward pass of all plain LoRA layers while `model` trains.
 
-    With `dequantize` each matrix is dequantized once, here, and stays in 16 bits.
+    With `dequantize` each matrix in 4 bits is dequantized once, here, and stays in 16 bits.
     """
     from peft.tuners.lora.bnb import Linear4bit
+    from peft.tuners.lora.layer import Linear
 
     for layer in model.modules():
-        if isinstance(layer, Linear4bit) and not layer.lora_variant:  # DoRA is a variant
-            weight = _dequantized(layer) if dequantize else None
+        if isinstance(layer, Linear4bit | Linear) and not layer.lora_variant:  # DoRA is a variant
+            is_4bit = isinstance(layer, Linear4bit)
+            weight = _dequantized(layer) if is_4bit and dequantize else None
             layer.forward = partial(_forward, layer, weight)  # type: ignore[method-assign]
 
 
@@ -40,7 +44,11 @@ def _dequantized(layer: Linear4bit) -> torch.Tensor:
 
 
 def _forward(
-    layer: Linear4bit, weight: torch.Tensor | None, x: torch.Tensor, *args: object, **kwargs: object
+    layer: Linear4bit | Linear,
+    weight: torch.Tensor | None,
+    x: torch.Tensor,
+    *args: object,
+    **kwargs: object,
 ) -> torch.Tensor:
     """Return what the layer's own forward pass returns; `weight` is the dequantized base."""
     if not layer.training:  # bitsandbytes has a kernel of its own then
