@@ -240,7 +240,7 @@ class Train(Section):
         min_length=1,
     )
     """Projections that get an adapter."""
-    load_in_4bit: Literal["auto"] | bool = "auto"
+    load_in_4bit: Literal["auto", True, False] = "auto"
     """true: the base model is in 4 bits (NF4) while the adapter is trained; false: in 16 bits.
     "auto" takes 16 bits for less than a billion parameters: rounding costs such a model much, and
     saves less than 1.5 GB."""

@@ -17,6 +17,7 @@ from pipeline.hub.models import shape_of
 from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Recipe, Train
+from pipeline.recipe_file import load_recipe
 from pipeline.stages import doctor
 from pipeline.training.job import LOGITS_PER_CHUNK, loads_in_4bit
 from pipeline.training.memory import (
@@ -216,6 +217,8 @@ def test_a_small_model_is_trained_in_16_bits_by_default() -> None:
     )
     assert saved == pytest.approx((2 - 0.516) * small.projection_parameters)
     assert not fit_to_memory(Recipe(), 500, 64e9, gpu=False).dequantize  # there is one copy
+    with pytest.raises(GattError, match=r"'maybe': Input should be 'auto', True or False"):
+        load_recipe(None, ("train.load_in_4bit=maybe",))
 
 
 def test_processes_on_a_cpu_share_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
