@@ -493,9 +493,13 @@ def test_a_cancellation_at_the_moment_of_the_answer_is_not_lost(steps: int) -> N
 
 
 _INTERRUPTED = """
+import signal
 import sys
 from pipeline.inference.openai_client import OpenAIClient
 from pipeline.records import Request
+
+# A background job of a shell ignores interrupts, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def task():
     messages = ({"role": "user", "content": "Go on."},)
