@@ -19,7 +19,7 @@ from pipeline.exam.ifeval import agreement_table, agreements
 from pipeline.exam.report.rows import turns_to_pay
 from pipeline.exam.result import counted_replies, json_schema, verdict_reply
 from pipeline.exam.scores import clustered, score_arms
-from pipeline.exam.settings import messages_left, parse_turns, without_system_role
+from pipeline.exam.settings import drop_older_half, messages_left, parse_turns, without_system_role
 from pipeline.exam.tasks import REGIMES, ExamTask, exam_sha256, exam_tasks
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import obeys, shows_obedience
@@ -185,6 +185,14 @@ def test_the_oldest_exchanges_leave_a_full_context() -> None:
     assert messages_left(_chat(2, system=False), 1, "drop") == [2, 3, 4]
     assert messages_left(_chat(0, system=True), 0, "pin") == [0, 1]
     assert messages_left(_chat(0, system=True), 1, "pin") is None
+
+
+def test_the_older_half_of_the_exchanges_is_left_out() -> None:
+    chat = _chat(7, system=True)
+    assert [drop_older_half(chat, n, "drop") for n in (0, 3, 5, 6, 7)] == [3, 5, 6, 7, 8]
+    assert [drop_older_half(chat, n, "pin") for n in (0, 3, 6)] == [3, 4, 7]
+    assert messages_left(chat, 7, "pin") is None  # nothing is left to leave out
+    assert drop_older_half(_chat(0, system=False), 0, "drop") == 1
 
 
 def test_a_template_without_a_system_role_has_it_in_the_first_message() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.cli import call_gatt
+from support.exam import OPTIONS
 from support.scripted_model import write_scripted_gguf
 from support.shared import make_once
 
@@ -21,24 +22,11 @@ from pipeline.exam.report.rows import warnings_about
 from pipeline.exam.result import read_result
 from pipeline.gatt.constraints.registry import obeys
 from pipeline.records import Reply
-from pipeline.stages.exam import ExamOptions, run
+from pipeline.stages.exam import run
 
 _WORDS = ("Let", " me", " see:", " yes", ".")
 """The scripted model always answers "Let me see: yes."."""
-_OPTIONS = ExamOptions(
-    turns=None,
-    arms=(),
-    regimes=(),
-    dialogues=0,
-    sampler="greedy",
-    window="drop",
-    max_tokens=16,
-    context=0,
-    training_minutes=None,
-    max_parallel=0,
-    seed=1,
-    quick=False,
-)
+_OPTIONS = replace(OPTIONS, turns=None, arms=(), regimes=(), dialogues=0)
 
 
 def _write(file: Path, rows: Sequence[object]) -> Path:

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.exam import SETTINGS
 
 from pipeline.exam.dialogue_run import ExamReply, SharedTime
 from pipeline.exam.report.page import write_page
 from pipeline.exam.report.rows import cost_in, cost_points
 from pipeline.exam.result import ArmResult, ExaminedModel, ExamResult, ExamSet
 from pipeline.exam.scores import score_arms
-from pipeline.exam.settings import ExamSettings
 from pipeline.exam.tasks import exam_tasks, frozen_exam
 from pipeline.records import SAMPLERS, FinishReason, Reply
 
@@ -72,15 +72,7 @@ def _result(arm: ArmResult) -> ExamResult:
         model=ExaminedModel(
             name="m", sha256="", adapter_sha256="", server="", training_minutes=None
         ),
-        settings=ExamSettings(
-            max_tokens=64,
-            max_thought_tokens=0,
-            context=8192,
-            window="drop",
-            sampler="plain",
-            seed=1,
-            system_role=True,
-        ),
+        settings=replace(SETTINGS, context=8192),
         sampler=SAMPLERS["plain"].values,
         machine="",
         date="",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.exam import SETTINGS
 
 from pipeline.errors import GattError
 from pipeline.exam.dialogue_run import ExamReply
@@ -23,7 +24,6 @@ from pipeline.exam.result import (
     sampler_values,
 )
 from pipeline.exam.scores import score_arms
-from pipeline.exam.settings import ExamSettings
 from pipeline.exam.tasks import exam_tasks, frozen_exam
 from pipeline.files import write_json
 from pipeline.records import Reply
@@ -63,21 +63,12 @@ def _result(
     exam = ExamSet(
         **frozen_exam()._asdict(), turns=turns, regimes=(regime,), dialogues=2, complete=True
     )
-    settings = ExamSettings(
-        max_tokens=64,
-        max_thought_tokens=0,
-        context=4096,
-        window="drop",
-        sampler="plain",
-        seed=1,
-        system_role=True,
-    )
     result = ExamResult(
         format=1,
         gatt="1",
         exam=exam,
         model=_LOCAL,
-        settings=settings,
+        settings=SETTINGS,
         sampler=sampler_values("plain", is_server=False),
         machine="this",
         date="2026-01-01",

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.cli import call_gatt
+from support.exam import OPTIONS
 from support.scripted_model import write_scripted_gguf
 from support.servers import FakeOpenAIServer, Handler, in_thread, send_json
 from support.shared import make_once
@@ -19,7 +20,7 @@ from pipeline.exam.models import ExamModel, find_models
 from pipeline.exam.report.rows import warnings_about
 from pipeline.exam.result import ExamResult, read_result
 from pipeline.stages.compare import compare
-from pipeline.stages.exam import ExamOptions, run
+from pipeline.stages.exam import run
 
 _WORDS = ("Let", " me", " see:", " yes", ".")
 """The scripted model answers "Let me see: yes.", as the first dialogue wants."""
@@ -27,20 +28,7 @@ _NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for m in messages %}{{ m.content }}\n{% endfor %}<|begin|>"
 )
-_OPTIONS = ExamOptions(
-    turns="3",
-    arms=("once", "every"),
-    regimes=("first",),
-    dialogues=2,
-    sampler="greedy",
-    window="drop",
-    max_tokens=16,
-    context=0,
-    training_minutes=None,
-    max_parallel=0,
-    seed=1,
-    quick=False,
-)
+_OPTIONS = replace(OPTIONS, arms=("once", "every"))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.cores import pretend_cores
+from support.exam import OPTIONS
 from support.models import save_tiny_llama
 from support.scripted_model import write_scripted_gguf
 from support.shared import make_once
@@ -34,22 +35,9 @@ from pipeline.inference.generator import engines_opened_by
 from pipeline.inference.logits import log_softmax
 from pipeline.records import Message
 from pipeline.stages.compare import compare
-from pipeline.stages.exam import ExamOptions, run
+from pipeline.stages.exam import run
 
-_OPTIONS = ExamOptions(
-    turns="8",
-    arms=("once", "steer"),
-    regimes=("replaced",),
-    dialogues=2,
-    sampler="greedy",
-    window="drop",
-    max_tokens=8,
-    context=0,
-    training_minutes=None,
-    max_parallel=0,
-    seed=1,
-    quick=False,
-)
+_OPTIONS = replace(OPTIONS, turns="8", arms=("once", "steer"), regimes=("replaced",), max_tokens=8)
 
 
 def _write_tiny_gguf(folder: Path) -> None:

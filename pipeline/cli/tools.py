@@ -75,8 +75,8 @@ def exam(
     window: Annotated[
         Literal["drop", "pin", "refuse"],
         typer.Option(
-            help="When the context is full: drop the oldest exchange, pin the first one and drop "
-            "the next, or refuse and end the dialogue."
+            help="When the context is full: drop the older half of the exchanges, pin the first "
+            "one and drop half of the others, or refuse and end the dialogue."
         ),
     ] = "drop",
     max_tokens: Annotated[

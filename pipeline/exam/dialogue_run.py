@@ -17,6 +17,7 @@ from pipeline.exam.models import estimated_tokens
 from pipeline.exam.settings import (
     TURNS_AFTER_FULL,
     ExamSettings,
+    drop_older_half,
     messages_left,
     without_system_role,
 )
@@ -187,7 +188,7 @@ class DialogueRun:
                 completion = yield replace(request, messages=messages)
                 if completion.finish != "context" or policy == "refuse":
                     break
-                dropped += 1
+                dropped = drop_older_half(request.messages, dropped, policy)
         finally:
             self._seconds = self._run.time.end(start)
         self._sent_dropped = 0 if left is None else dropped

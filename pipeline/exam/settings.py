@@ -15,8 +15,8 @@ from pipeline.records import Message, SamplerName
 WindowPolicy = Literal["drop", "pin", "refuse"]
 """What happens to a chat that no longer fits in the context, as clients do it.
 
-"drop": the oldest exchanges are left out. "pin": the same, but the first one stays. "refuse": the
-dialogue ends there. The system message stays in any case.
+"drop": the older half of the exchanges is left out. "pin": the same, but the first one stays.
+"refuse": the dialogue ends there. The system message stays in any case.
 """
 FULL_TURNS = 20
 """Turns of the shortest length that counts as a result."""
@@ -80,13 +80,28 @@ def messages_left(
 
     An exchange is a user message with its answer. None: there are not so many to leave out.
     """
-    start = int(bool(messages) and messages[0]["role"] == "system")
-    pinned = 2 if policy == "pin" else 0
-    first = start + pinned
-    droppable = max(0, len(messages) - 1 - first) // 2
+    first, droppable = _first_droppable(messages, policy)
     if dropped > droppable:
         return None
     return [n for n in range(len(messages)) if n < first or n >= first + 2 * dropped]
+
+
+def drop_older_half(messages: Sequence[Message], dropped: int, policy: WindowPolicy) -> int:
+    """Return the exchanges to leave out when too many are left with `dropped`.
+
+    It is half of what is there, as llama.cpp's context shift does, and at least one more. If it
+    were the oldest one only, each turn of a full context would read all of the chat again, since
+    no prompt would begin as the last one.
+    """
+    _, droppable = _first_droppable(messages, policy)
+    return dropped + max(1, (droppable - dropped) // 2)
+
+
+def _first_droppable(messages: Sequence[Message], policy: WindowPolicy) -> tuple[int, int]:
+    """Return the index of the oldest exchange that may be left out, and how many there are."""
+    start = int(bool(messages) and messages[0]["role"] == "system")
+    first = start + (2 if policy == "pin" else 0)
+    return first, max(0, len(messages) - 1 - first) // 2
 
 
 def without_system_role(messages: Sequence[Message]) -> tuple[Message, ...]:

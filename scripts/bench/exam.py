@@ -1,4 +1,4 @@
-"""The persistence exam: `.venv/bin/python scripts/bench/exam.py [--speed] [--quick]`.
+"""The persistence exam: `.venv/bin/python scripts/bench/exam.py [--speed [MODEL]] [--quick]`.
 
 Verdicts: the same F16 file greedily through `gatt exam FILE`, `gatt exam` on `gatt serve`, Inspect
 on `gatt serve`, and Inspect on llama-cpp-python's server, whose repetition penalty of 1.1 is
@@ -87,11 +87,16 @@ def options(size: Size, *, is_greedy: bool) -> ExamOptions:
 
 def examine(name: str, folder: Path, chosen: ExamOptions) -> Way:
     """Run `gatt exam`."""
+    result, replies = run_exam(name, folder, chosen)
+    rows = [json.loads(line) for line in replies.read_text().splitlines()[1:]]
+    return Way(marks_of(result), texts_of(rows))
+
+
+def run_exam(name: str, folder: Path, chosen: ExamOptions) -> tuple[ExamResult, Path]:
+    """Run `gatt exam`; return the result, and the log of its replies."""
     run([name], chosen, folder)
     (replies,) = folder.glob("*.replies.jsonl")
-    rows = [json.loads(line) for line in replies.read_text().splitlines()[1:]]
-    result = replies.with_name(replies.name.replace(".replies.jsonl", ".json"))
-    return Way(marks_of(read_result(result)), texts_of(rows))
+    return read_result(replies.with_name(replies.name.replace(".replies.jsonl", ".json"))), replies
 
 
 def inspect(url: str, model: str, folder: Path, size: Size, **fields: Any) -> Way:
@@ -151,6 +156,11 @@ def gatt_server(file: Path) -> Iterator[str]:
         yield f"{server.url}/v1"
 
 
+def words_of(values: Mapping[str, str]) -> list[str]:
+    """Return options as the words of a command line."""
+    return [word for option in values.items() for word in option]
+
+
 @contextmanager
 def llama_cpp_server(file: Path) -> Iterator[str]:
     """Run llama-cpp-python's server; yield its address."""
@@ -162,8 +172,7 @@ def llama_cpp_server(file: Path) -> Iterator[str]:
         "--port": str(port),
         "--interrupt_requests": "False",
     }
-    words = [word for option in values.items() for word in option]
-    with run_server(["-m", "llama_cpp.server", *words], port) as server:
+    with run_server(["-m", "llama_cpp.server", *words_of(values)], port) as server:
         yield f"{server.url}/v1"
 
 
@@ -184,8 +193,7 @@ def llama_server(program: Path, file: Path) -> Iterator[str]:
         "--cache-ram": "0",
         "--flash-attn": "off",
     }
-    words = [word for option in values.items() for word in option]
-    with run_command([str(program), "--jinja", *words], port) as server:
+    with run_command([str(program), "--jinja", *words_of(values)], port) as server:
         yield f"{server.url}/v1"
 
 
@@ -229,13 +237,16 @@ def agreements(ways: Mapping[str, Way]) -> dict[str, dict[str, float | bool]]:
     return figures
 
 
-def measure_speed(size: Size, folder: Path) -> dict[str, dict[str, float | bool]]:
+def measure_speed(model: str, size: Size, folder: Path) -> dict[str, dict[str, float | bool]]:
     """Return the time of an arm, and the growth of the cost of a token."""
-    run([MODEL], options(size, is_greedy=False), folder)
-    (arm,) = read_result(folder / f"{MODEL}.json").arms
+    result, _ = run_exam(model, folder, options(size, is_greedy=False))
+    (arm,) = result.arms
     early, late = cost_in(arm, 2), cost_in(arm, size.turns)
     assert early and late
-    print(f"{arm.answers} answers in {arm.seconds:.0f} s; {early:.2f} and {late:.2f} ms a token")
+    print(
+        f"{arm.answers} answers of {arm.words:.0f} words in {arm.seconds:.0f} s; "
+        f"{early:.2f} and {late:.2f} ms a token"
+    )
     return {
         "arm_seconds": at_most(round(arm.seconds, 1), MAX_SECONDS),
         "token_in_last_turn_against_turn_2": at_most(round(late / early, 3), MAX_TURN_RATIO),
@@ -247,7 +258,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="fewer dialogues, shorter answers")
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--speed", action="store_true", help="time and cost by turn instead")
+    group.add_argument(
+        "--speed", nargs="?", const=MODEL, metavar="MODEL", help="time and cost by turn instead"
+    )
     group.add_argument(
         "--llama-server", type=Path, metavar="PATH", help="llama.cpp's server, as a further way"
     )
@@ -258,7 +271,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         if chosen.speed:
             size = Size(8, 10, 64) if chosen.quick else Size(0, 50, 256)
-            figures = measure_speed(size, Path(folder))
+            figures = measure_speed(chosen.speed, size, Path(folder))
         else:
             size = Size(1, 5, 48) if chosen.quick else Size(1, 20, 90)
             figures = compare_verdicts(size, Path(folder), program)

@@ -217,6 +217,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, help="a run whose dialogues are synthesized")
     parser.add_argument("--minutes", type=float, default=3, help="of training, for each arm")
+    parser.add_argument("--seeds", type=int, default=3, help="trainings of each arm")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="only these")
     parser.add_argument(
         "--quick", action="store_true", help="one seed, half a minute, few dialogues"
     )
@@ -232,8 +234,8 @@ def main() -> None:
     if options.arm:
         print(json.dumps(run_arm(options)))
         return
-    seconds, seeds = (30.0, 1) if options.quick else (60 * options.minutes, 3)
-    timings = {arm: time_in_child(options.run, arm) for arm in ARMS}
+    seconds, seeds = (30.0, 1) if options.quick else (60 * options.minutes, options.seeds)
+    timings = {arm: time_in_child(options.run, arm) for arm in options.arms}
     (synthesis,) = run_child(options.run, "synthesis")
     measurements = compare(
         options.run, timings, seconds, seeds, QUICK_DIALOGUES if options.quick else 0
@@ -260,8 +262,8 @@ def compare(
     run: Path, timings: dict[str, Timing], seconds: float, seeds: int, dialogues: int
 ) -> dict[str, list[Measurement]]:
     """Measure all arms, each for as many seconds, with each seed."""
-    measurements: dict[str, list[Measurement]] = {arm: [] for arm in ARMS}
-    bar = Progress("objectives: arms", seeds * len(ARMS))
+    measurements: dict[str, list[Measurement]] = {arm: [] for arm in timings}
+    bar = Progress("objectives: arms", seeds * len(timings))
     for seed in range(1, seeds + 1):
         for arm, timing in timings.items():
             start = time.monotonic()
@@ -305,6 +307,8 @@ def figures(measurements: dict[str, list[Measurement]]) -> Figures:
     """Return the differences of mean adherence; each objective should be at least as good."""
     result: Figures = {}
     for better, worse in COMPARISONS:
+        if not {better, worse} <= measurements.keys():
+            continue
         for outcome in ("late", "unseen_values") if better in ON_POLICY else ("late",):
             means = [
                 statistics.mean(row.rates.get(outcome, Rate()).value for row in measurements[arm])
@@ -321,20 +325,22 @@ def figures(measurements: dict[str, list[Measurement]]) -> Figures:
 
 def speed_figures(timings: dict[str, Timing], synthesis: float) -> Figures:
     """Return what rollouts cost: a step against `distill`, tokens a second against synthesis."""
-    step = timings["prefix"].seconds_per_step / timings["distill"].seconds_per_step
-    speed = timings["own"].rollout_tokens_per_second / synthesis
-    return {
-        "prefix_step_over_distill": {
+    result: Figures = {}
+    if {"prefix", "distill"} <= timings.keys():
+        step = timings["prefix"].seconds_per_step / timings["distill"].seconds_per_step
+        result["prefix_step_over_distill"] = {
             "value": round(step, 2),
             "bar": MAX_STEP_RATIO,
             "holds": step <= MAX_STEP_RATIO,
-        },
-        "rollout_over_synthesis": {
+        }
+    if "own" in timings:
+        speed = timings["own"].rollout_tokens_per_second / synthesis
+        result["rollout_over_synthesis"] = {
             "value": round(speed, 2),
             "bar": MIN_ROLLOUT_RATIO,
             "holds": speed >= MIN_ROLLOUT_RATIO,
-        },
-    }
+        }
+    return result
 
 
 if __name__ == "__main__":
