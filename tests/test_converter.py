@@ -9,8 +9,15 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+from support.adapters import make_adapter
 from support.bases import edit_json
-from support.converter_families import MINIATURES, class_of, save_miniature
+from support.converter_families import (
+    MINIATURES,
+    class_of,
+    config_of,
+    let_converter_know,
+    save_miniature,
+)
 from support.families import save_adapter
 from support.family_tokenizers import save_byte_level
 
@@ -21,7 +28,7 @@ from pipeline.export.verify import load_and_predict
 from pipeline.files import write_json
 from pipeline.gguf.base import JsonObject
 from pipeline.gguf.checkpoint import CheckpointBase
-from pipeline.gguf.families import FAMILIES
+from pipeline.gguf.families import DRAFTS, FAMILIES
 from pipeline.gguf.reader import read_gguf
 from pipeline.hub import llama_converter as converter
 from pipeline.hub.adapted import (
@@ -38,9 +45,11 @@ from pipeline.hub.llama_converter import (
 )
 from pipeline.hub.models import Model, shape_of
 from pipeline.inference.logits import mean_kl
-from pipeline.recipe import Export
+from pipeline.recipe import Export, Train
 from pipeline.records import Request
 from pipeline.stages.export import export_standalone
+from pipeline.training import projections
+from pipeline.training.projections import linear_layers_of, own_projections, require_projections
 from pipeline.training.validation import AdaptableBase
 
 
@@ -60,38 +69,6 @@ def test_an_adapter_in_memory_is_the_merged_model(name: str, tmp_path: Path) -> 
     expected = load_and_predict(merged, (), ids).logits.values
     assert mean_kl(expected, load_and_predict(base, (), ids, gguf).logits.values) < 1e-5
     assert mean_kl(expected, load_and_predict(base, (), ids).logits.values) > 1e-3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["HYV3", "KimiLinear", "Laguna", "NemotronH"])
-def test_a_checkpoint_may_call_its_weights_otherwise_than_the_adapter(
-    name: str, tmp_path: Path
-) -> None:
-    import peft
-    import torch
-    import transformers
-
-    folder, adapter = tmp_path / "base", tmp_path / "adapter"
-    save_miniature(name, folder)
-    load = transformers.AutoModelForCausalLM.from_pretrained
-    network = load(folder, dtype=torch.float32)
-    targets = ("in_proj", "q_proj", "f_a_proj", "up_proj", "down_proj")
-    linear = {path.rpartition(".")[2] for path, _ in network.named_modules()}
-    adapted = peft.get_peft_model(
-        network, peft.LoraConfig(target_modules=[t for t in targets if t in linear])
-    )
-    with torch.no_grad():
-        for path, parameter in adapted.named_parameters():
-            if "lora_B" in path:
-                parameter.normal_(std=0.1)
-    adapted.save_pretrained(str(adapter))
-    merged = load(write_merged_checkpoint(folder, adapter, tmp_path / "merged"))
-    ids = torch.arange(5, 50)[None]
-    with torch.no_grad():
-        expected, actual = adapted(ids).logits, merged(ids).logits
-        untrained = load(folder, dtype=torch.float32)(ids).logits
-    assert torch.allclose(actual, expected, atol=1e-4)
-    assert not torch.allclose(untrained, expected, atol=1e-2)
 
 
 @pytest.mark.slow
@@ -172,7 +149,21 @@ def test_an_adapter_of_such_a_family_is_exported_without_any_path(tmp_path: Path
     [
         ({"architectures": ["OlmoForCausalLM"]}, True),
         ({"architectures": ["PerceptronForCausalLM"]}, False),
-        ({"architectures": ["OlmoVision"], "text_config": {"model_type": "olmo"}}, False),
+        ({"architectures": ["OlmoVision"], "text_config": {"model_type": "olmo"}}, True),
+        ({"architectures": ["OlmoVision"], "text_config": {"model_type": "perceptron"}}, False),
+        ({"architectures": ["OlmoVision"], "text_config": {"model_type": "llama"}}, False),
+        ({"architectures": ["OlmoVision"], "text_config": "olmo"}, False),
+        (
+            {
+                "architectures": ["Gemma4ForConditionalGeneration"],
+                "text_config": {"model_type": "gemma4_text", "enable_moe_block": True},
+            },
+            True,
+        ),
+        *(
+            ({"architectures": [name], "text_config": {"model_type": "gemma4_unified_text"}}, False)
+            for name in DRAFTS
+        ),
         ({"architectures": []}, False),
         ({}, False),
         *(({"architectures": [name]}, False) for name in FAMILIES),
@@ -181,15 +172,10 @@ def test_an_adapter_of_such_a_family_is_exported_without_any_path(tmp_path: Path
 def test_the_converter_is_taken_where_only_that_can_write(
     config: JsonObject, wanted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scripts = tmp_path / "llama.cpp"
-    (scripts / "conversion").mkdir(parents=True)
-    (scripts / "conversion" / "__init__.py").write_text(
-        'TEXT_MODEL_MAP: dict[str, str] = {"OlmoForCausalLM": "olmo", "OlmoVision": "olmo"}\n'
-    )
-    monkeypatch.setattr(converter, "llama_cpp_sources", lambda: scripts)
+    known = ("OlmoForCausalLM", "OlmoVision", "Gemma4ForCausalLM", *DRAFTS)
+    script = let_converter_know(known, tmp_path / "llama.cpp", monkeypatch)
     write_json(tmp_path / "config.json", config)
-    expected = scripts / "convert_hf_to_gguf.py" if wanted else None
-    assert converter_for(tmp_path) == expected
+    assert converter_for(tmp_path) == (script if wanted else None)
 
 
 def test_sources_that_cannot_be_downloaded_leave_nothing_behind(
@@ -229,14 +215,61 @@ def test_configuration_and_tokenizer_tell_whether_weights_are_worth_a_download(
         check_convertible(script, folder)
 
 
-@pytest.mark.parametrize("name", ["Bamba", "BitNet", "DeepseekV4", "HYV4", "HrmText"])
+@pytest.mark.parametrize("name", ["Bamba", "BitNet", "DeepseekV4", "GPT2", "HYV4", "HrmText"])
 def test_what_cannot_be_converted_as_trained_is_refused_before_training(
     name: str, tmp_path: Path
 ) -> None:
     assert name in MINIATURES
     write_json(tmp_path / "config.json", {"architectures": [class_of(name)]})
-    with pytest.raises(GattError, match=f"is a {class_of(name)}, which cannot be exported: llama"):
+    reason = "its layers store" if name == "GPT2" else r"llama\.cpp's converter"
+    problem = f"is a {class_of(name)}, which cannot be exported: {reason}"
+    with pytest.raises(GattError, match=problem):
         check_convertible(tmp_path / "convert.py", tmp_path)
+
+
+_PROJECTIONS = " ".join(Train().target_modules)
+_ADAPTED: dict[str, str] = {}
+"""What training adapts in families that have no such layers."""
+
+
+@pytest.mark.parametrize("name", MINIATURES)
+def test_what_training_adapts_is_known_by_the_configuration(name: str, tmp_path: Path) -> None:
+    config_of(name, 64).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", architectures=[class_of(name)], **MINIATURES[name].keys)
+    if name == "GPT2":
+        with pytest.raises(GattError, match=r"\(GPT2LMHeadModel\) has no linear layers, which an"):
+            linear_layers_of(str(tmp_path))
+        return
+    adapted = own_projections(Train().target_modules, linear_layers_of(str(tmp_path)))
+    assert " ".join(adapted) == _ADAPTED.get(name, _PROJECTIONS), print(repr(" ".join(adapted)))
+
+
+def test_a_model_without_linear_layers_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(projections, "converter_for", lambda path: path / "convert.py")
+    config_of("GPT2", 64).save_pretrained(tmp_path)
+    with pytest.raises(GattError, match=r"gpt \(GPT2LMHeadModel\) has no linear layers, which"):
+        require_projections(Model("gpt", tmp_path), Train())
+
+
+@pytest.mark.slow
+def test_an_adapter_of_transposed_layers_is_not_merged(tmp_path: Path) -> None:
+    """A square matrix would take a change of the other orientation without notice."""
+    folder = tmp_path / "base"
+    save_miniature("GPT2", folder)
+    adapter = make_adapter(folder, tmp_path / "adapter", {"target_modules": ["attn.c_proj"]})
+    with pytest.raises(GattError, match="a gpt2, whose layers store their matrices transposed"):
+        write_merged_checkpoint(folder, adapter.folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_a_draft_model_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    config = {"architectures": [name], "text_config": {"model_type": "gemma4_text"}}
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(GattError, match=f"is a {name}, a draft model, which reads the hidden"):
+        CheckpointBase(tmp_path)
 
 
 def test_nothing_is_downloaded_for_a_class_that_transformers_does_not_have(

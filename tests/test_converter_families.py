@@ -2,58 +2,58 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-import statistics
 from pathlib import Path
 
 import pytest
+from support.adapters import make_adapter
 from support.bases import edit_json
 from support.cli import override_flags, run_gatt
-from support.converter_families import MINIATURES, PROBLEMS, class_of, save_miniature
+from support.converter_families import (
+    MINIATURES,
+    PROBLEMS,
+    class_of,
+    nats_from,
+    save_miniature,
+)
+from support.converter_multimodal import TEXT_PARTS
 
 from pipeline.errors import GattError
 from pipeline.export.summary import ExportSummary
-from pipeline.export.verify import load_and_predict
 from pipeline.gguf.families import FAMILIES
 from pipeline.gguf.reader import open_gguf, read_gguf
+from pipeline.hub.adapted import write_merged_checkpoint
 from pipeline.hub.llama_converter import (
     _text_architectures,
-    _trainable_classes,
     convert,
     converter_for,
     llama_cpp_sources,
 )
+from pipeline.hub.models import Model
+from pipeline.hub.text_checkpoint import language_models
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.llama.model import LoadedModel
-from pipeline.inference.logits import mean_kl
+from pipeline.recipe import Train
 from pipeline.records import Message, Request, Task
-
-NOT_CONVERTED = {
-    **dict.fromkeys(
-        (
-            "Gemma3ForConditionalGeneration",
-            "Gemma3nForConditionalGeneration",
-            "Gemma4ForConditionalGeneration",
-            "Gemma4UnifiedForConditionalGeneration",
-        ),
-        "multimodal: only its text part could be used (tests/test_families.py has those that are)",
-    ),
-    **dict.fromkeys(
-        ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM"),
-        "a draft model: it reads the hidden states of another one",
-    ),
-}
-"""Language models of transformers that the converter knows and no test converts, and why."""
+from pipeline.training.projections import (
+    adaptable_layers,
+    layer_names,
+    own_projections,
+    require_projections,
+)
 
 
 @pytest.mark.slow
-def test_every_language_model_that_the_converter_knows_is_listed() -> None:
-    known = _text_architectures(llama_cpp_sources()) & _trainable_classes()
-    converted = {class_of(name) for name in MINIATURES}
-    assert known == (known & {*FAMILIES}) | converted | {*NOT_CONVERTED}
-    assert not converted & {*FAMILIES} and not {*NOT_CONVERTED} & {*FAMILIES}
+def test_every_class_that_the_converter_knows_is_listed() -> None:
+    known = _text_architectures(llama_cpp_sources())
+    classes = {*language_models().values()}
+    converted = {class_of(name) for name in MINIATURES if not name.startswith("Gemma4 ")}
+    assert known & classes == (known & {*FAMILIES}) | converted
+    assert not converted & {*FAMILIES}
     assert {*PROBLEMS} <= {*MINIATURES}
+    parts = {part.class_name for part in TEXT_PARTS}
+    assert {name for name in known if name.endswith("ForConditionalGeneration")} <= parts
+    assert {part.text_class for part in TEXT_PARTS} <= {"", *FAMILIES, *converted}
 
 
 @pytest.mark.slow
@@ -84,15 +84,49 @@ def _distance(name: str, tmp_path: Path) -> float:
     assert script == llama_cpp_sources() / "convert_hf_to_gguf.py"
     convert(script, folder, file, "F16")
     network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    ids = torch.randint(5, 300, (1, 100), generator=torch.Generator().manual_seed(1))
+    return nats_from(network, file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MINIATURES)
+def test_what_is_trained_can_be_merged_or_is_refused_when_the_run_begins(
+    name: str, tmp_path: Path
+) -> None:
+    """The merge of an adapter on all that training adapts predicts what PEFT's model does."""
+    import torch
+    import transformers
+
+    folder = tmp_path / "base"
+    save_miniature(name, folder)
+    model, load = Model("base", folder), transformers.AutoModelForCausalLM.from_pretrained
+    network = load(folder, dtype=torch.float32).eval()
+    layers = layer_names(adaptable_layers(network))
+    if name == "GPT2":
+        assert not layers
+        with pytest.raises(
+            GattError, match=r"base \(GPT2LMHeadModel\) has no linear layers, which"
+        ):
+            require_projections(model, Train())
+        return
+    if name in NOT_MERGED:
+        with pytest.raises(GattError, match=NOT_MERGED[name]):
+            require_projections(model, Train())
+        return
+    require_projections(model, Train())
+    targets = own_projections(Train().target_modules, layers)
+    adapted = make_adapter(folder, tmp_path / "adapter", {"target_modules": targets})
+    merged = load(write_merged_checkpoint(folder, adapted.folder, tmp_path / "merged"))
+    ids = torch.arange(5, 50)[None]
     with torch.no_grad():
-        expected = network(ids).logits[0].numpy()
-    actual = load_and_predict(file, (), [ids[0].tolist()]).logits.values
-    pairs = zip(expected[:, None], actual[:, None], strict=True)
-    distances = sorted(itertools.starmap(mean_kl, pairs))
-    # At a token or two the choice of an expert is too close to be the same.
-    with_experts = getattr(network.config, "num_experts_per_tok", 0)
-    return statistics.fmean(distances[: -2 if with_experts else None])
+        untrained, actual = network(ids).logits, merged.eval()(ids).logits
+        expected = adapted.model(ids).logits
+    assert torch.allclose(actual, expected, atol=1e-4)
+    assert not torch.allclose(untrained, expected, atol=1e-2)
+
+
+NOT_MERGED: dict[str, str] = {}
+"""Families of which training would adapt what the checkpoint does not hold as a matrix of its own,
+and what is said."""
 
 
 @pytest.mark.slow

@@ -55,8 +55,8 @@ def model_dir(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_once(tmp_path_factory, stem, lambda folder: save_family(name, folder))
 
 
-def _script(llama_cpp: Path, name: str, pre_tokenizer: str) -> str:
-    """Return a program that runs one of llama.cpp's scripts.
+def _script(llama_cpp: Path, name: str, pre_tokenizer: str, setup: str = "") -> str:
+    """Return a program that runs one of llama.cpp's scripts, after the lines in `setup`.
 
     It sets the pre-tokenizer, because the scripts recognize those of published tokenizers only.
     """
@@ -64,6 +64,7 @@ def _script(llama_cpp: Path, name: str, pre_tokenizer: str) -> str:
         f"import sys, runpy\nsys.path[:0] = [{str(llama_cpp)!r}, {str(llama_cpp / 'gguf-py')!r}]\n"
         "from conversion.base import TextModel\n"
         f"TextModel.get_vocab_base_pre = lambda self, tokenizer: {pre_tokenizer!r}\n"
+        f"{setup}\n"
         f"runpy.run_path({str(llama_cpp / name)!r}, run_name='__main__')\n"
     )
 
@@ -121,24 +122,52 @@ def test_a_family_becomes_what_llama_cpp_writes(
         _assert_equal(tmp_path / f"{format_name}.gguf", expected)
 
 
+_INNER_CLASS = """
+from conversion.base import ModelBase, ModelType
+from conversion.mistral3 import Mistral3Model
+for name in ("Ministral3ForCausalLM", "Mistral3ForConditionalGeneration"):
+    ModelBase._model_classes[ModelType.TEXT][name] = Mistral3Model.Ministral3Model
+"""
+"""Lets llama.cpp's scripts take the class that writes Ministral 3 in place of the one around it."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
-        *("llama 3", "mistral", "qwen2", "qwen3", "gemma 2", "gemma 3", "phi 3"),
-        # For Ministral 3 llama.cpp's script writes the keys of a model, which nothing loads.
-        *("smollm3", "olmo 2", "olmo 3", "granite", "lfm2", "qwen3.5", "gemma 4"),
+        *("llama 3", "mistral", "qwen2", "qwen3", "gemma 2", "gemma 3", "phi 3", "smollm3"),
+        *("olmo 2", "olmo 3", "granite", "ministral 3", "lfm2", "qwen3.5", "gemma 4"),
     ],
 )
 def test_an_adapter_becomes_what_llama_cpp_writes(
-    model_dir: Path, llama_cpp: Path, tmp_path: Path
+    name: str, model_dir: Path, llama_cpp: Path, tmp_path: Path
 ) -> None:
     adapter = save_adapter(model_dir, tmp_path / "adapter")
     file, expected = tmp_path / "adapter.gguf", tmp_path / "expected.gguf"
     write_adapter(open_base(model_dir), adapter, file)
-    script = _script(llama_cpp, "convert_lora_to_gguf.py", "")
+    setup = _INNER_CLASS if name == "ministral 3" else ""
+    script = _script(llama_cpp, "convert_lora_to_gguf.py", "", setup)
     _run(script, adapter, "--base", model_dir, "--outfile", expected, "--outtype", "f32")
     _assert_equal(file, expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ministral 3"])
+def test_llama_cpps_script_writes_no_adapter_of_ministral_3(
+    name: str, model_dir: Path, llama_cpp: Path, tmp_path: Path
+) -> None:
+    """Upstream's fault: the class of its script replaces methods of a class whose own writing it
+    leaves to another object. It fails alike on the configuration of the published repositories.
+    """
+    adapter, seeing = save_adapter(model_dir, tmp_path / "adapter"), tmp_path / "seeing"
+    save_multimodal(name, model_dir, seeing)
+    script = _script(llama_cpp, "convert_lora_to_gguf.py", FAMILIES[name].tokenizer)
+    for base in (model_dir, seeing):
+        file = tmp_path / f"{base.name}.gguf"
+        _run(script, adapter, "--base", base, "--outfile", file, "--outtype", "f32")
+        keys, tensors = _read(file)
+        assert keys["general.type"] == "model"
+        assert not any(tensor.endswith((".lora_a", ".lora_b")) for tensor in tensors)
 
 
 _GEMMA4_ROPE = {"full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25}}
@@ -356,6 +385,16 @@ def test_a_multimodal_model_becomes_what_llama_cpp_writes(
     _assert_equal(tmp_path / "F16.gguf", expected)
 
 
+_WITHOUT_EXPERTS = """
+from conversion.gemma import Gemma4UnifiedModel
+find = Gemma4UnifiedModel.find_hparam
+Gemma4UnifiedModel.find_hparam = lambda self, keys, optional=False: (
+    None if "moe_intermediate_size" in keys else find(self, keys, optional)
+)
+"""
+"""Upstream's fault: it looks for a setting that transformers' Gemma 4 Unified has not."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MULTIMODAL)
 def test_the_text_part_of_a_class_that_sees_becomes_what_llama_cpp_writes(
@@ -370,7 +409,9 @@ def test_the_text_part_of_a_class_that_sees_becomes_what_llama_cpp_writes(
     folder = copy_base(seeing, tmp_path / f"a {name}", lambda weights: weights | extra)
     write_formats(Model("tiny", folder), None, {"F16": tmp_path / "F16.gguf"})
     assert f"a {name}: a multimodal model; only its text part is used." in capsys.readouterr().err
-    script, expected = _script(llama_cpp, "convert_hf_to_gguf.py", _pre(name)), tmp_path / "a.gguf"
+    setup = _WITHOUT_EXPERTS if name == "gemma 4 dense" else ""
+    script = _script(llama_cpp, "convert_hf_to_gguf.py", _pre(name), setup)
+    expected = tmp_path / "a.gguf"
     options = ["--outtype", "f16", *(["--no-mtp"] if extra else [])]
     _run(script, folder, "--outfile", expected, *options)
     _assert_equal(tmp_path / "F16.gguf", expected)
@@ -380,9 +421,9 @@ def test_the_text_part_of_a_class_that_sees_becomes_what_llama_cpp_writes(
     write_adapter(plain, text, tmp_path / "text.gguf")
     tensors = load_weights(text)
     shutil.copytree(text, adapter)
-    renamed = {
-        k.replace("model.model.", "model.model.language_model."): v for k, v in tensors.items()
-    }
+    part = "text_model" if name == "smollm2" else "language_model"
+    prefix = "base_model.model.model."
+    renamed = {k.replace(prefix, f"{prefix}{part}."): v for k, v in tensors.items()}
     save_file(renamed, adapter / "adapter_model.safetensors")
     write_adapter(plain, adapter, tmp_path / "adapter.gguf")
     assert _read(tmp_path / "adapter.gguf")[1] == _read(tmp_path / "text.gguf")[1]

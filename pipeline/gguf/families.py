@@ -260,6 +260,8 @@ _MISTRAL_SMALL = ("Mistral3ForConditionalGeneration", "MistralForCausalLM")
 """Mistral Small 3.1 and its text model, which llama.cpp stores as it does Ministral 3 unless the
 configuration of the text model names its class."""
 _TEXT_MODELS = {family.text_model: name for name, family in FAMILIES.items()}
+DRAFTS = ("Gemma4AssistantForCausalLM", "Gemma4UnifiedAssistantForCausalLM")
+"""Classes with the `text_config` of a model that they draft for."""
 
 
 class ModelConfig(NamedTuple):
@@ -285,7 +287,7 @@ def _class_name(config: JsonObject) -> str:
     text = config.get("text_config")
     if name in FAMILIES or not isinstance(text, dict):
         return name
-    return _TEXT_MODELS.get(str(text.get("model_type")), "")
+    return _TEXT_MODELS.get(str(text_part(config).get("model_type")), "")
 
 
 def read_config(config: JsonObject, source: str) -> ModelConfig:
@@ -298,6 +300,11 @@ def read_config(config: JsonObject, source: str) -> ModelConfig:
     """
     names, text = config.get("architectures"), config.get("text_config")
     name = str(names[0]) if isinstance(names, list) and names else "none"
+    if name in DRAFTS:
+        raise GattError(
+            f"{source} is a {name}, a draft model, which reads the hidden states of another one. "
+            "Take that one."
+        )
     multimodal = name not in FAMILIES and isinstance(text, dict)
     class_name = _class_name(config)
     if class_name not in FAMILIES:
@@ -305,10 +312,10 @@ def read_config(config: JsonObject, source: str) -> ModelConfig:
         part = f" with the text model {str(model_type)!r}" if multimodal else ""
         raise GattError(
             f"{source} is a {name}{part}; this version trains and evaluates {', '.join(FAMILIES)}, "
-            "models whose text model is one of these, and text models that both transformers and "
-            "llama.cpp's own converter know. Give a GGUF of the model instead, if it is one of "
-            "these, or export it with your own convert_hf_to_gguf.py: `gatt export --model FOLDER "
-            "--adapter LORA --converter PATH`."
+            "text models that both transformers and llama.cpp's own converter know, and models "
+            "with one of these as their text model. Give a GGUF of the model instead, if it is one "
+            "of these, or export it with your own convert_hf_to_gguf.py: `gatt export --model "
+            "FOLDER --adapter LORA --converter PATH`."
         )
     family, settings = FAMILIES[class_name], text_part(config)
     named = isinstance(text, dict) and text.get("architectures")

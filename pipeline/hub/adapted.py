@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from pipeline.errors import GattError
@@ -17,8 +17,13 @@ from pipeline.gguf.formats import uniform_format
 from pipeline.gguf.huggingface.config import require_object
 from pipeline.gguf.huggingface.safetensors import open_safetensors, shards
 from pipeline.gguf.merge import open_base, plan_merge, write
+from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.llama_converter import convert, convert_adapter, converter_for
+from pipeline.hub.models import Model
 from pipeline.system import require_disk
+
+_TRANSPOSED = frozenset({"gpt2", "gpt-sw3", "openai-gpt"})
+"""Types of models with Conv1D of transformers in place of linear layers."""
 
 
 def write_adapter_gguf(base: Path, adapter: Path, target: Path) -> None:
@@ -33,7 +38,7 @@ def write_adapter_gguf(base: Path, adapter: Path, target: Path) -> None:
         return
     if reason := missing_from_gguf(adapter):
         raise GattError(f"{adapter} {reason}. Merge it with `gatt export`.")
-    convert_adapter(converter, base, adapter, target)
+    convert_adapter(converter, cached_checkpoint(Model(base.name, base)), adapter, target)
 
 
 def write_merged_gguf(base: Path, adapter: Path, target: Path) -> None:
@@ -47,15 +52,16 @@ def write_merged_gguf(base: Path, adapter: Path, target: Path) -> None:
         merged = plan_merge(base, adapter)
         write(merged, {target: uniform_format(merged.tensors, "Q8_0")})
         return
-    with tempfile.TemporaryDirectory(dir=target.parent) as name:
-        checkpoint = write_merged_checkpoint(base, adapter, Path(name) / base.name)
+    text = cached_checkpoint(Model(base.name, base))
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        checkpoint = write_merged_checkpoint(text, adapter, Path(scratch) / base.name)
         convert(converter, checkpoint, target, "Q8_0")
 
 
 def write_merged_checkpoint(
     base: Path, adapter: Path | None, target: Path, on_file: Callable[[], object] = lambda: None
 ) -> Path:
-    """Write the merge of a Hugging Face folder with a PEFT folder in float32; return its folder.
+    """Write the merge of a text model's folder with a PEFT folder in float32; return its folder.
 
     Raises:
         GattError: too little disk, or as `write_checkpoint`.
@@ -66,17 +72,24 @@ def write_merged_checkpoint(
         for tensor in open_safetensors(file).values()
     )
     require_disk(target.parent, needed, "write the merged model in float32")
-    write_checkpoint(base, adapter, target, on_file, _stored_names(base) if adapter else None)
+    names: dict[str, str] | None = None
+    if adapter:
+        family = str(require_object(base / "config.json").get("model_type"))
+        if family in _TRANSPOSED:
+            raise GattError(
+                f"{base} is a {family}, whose layers store their matrices transposed (Conv1D), to "
+                "which no adapter is added here. Merge it with PEFT's merge_and_unload."
+            )
+        names = stored_names(family, [name for f in shards(base) for name in open_safetensors(f)])
+    write_checkpoint(base, adapter, target, on_file, names)
     return target
 
 
-def _stored_names(base: Path) -> dict[str, str]:
+def stored_names(model_type: str, names: Iterable[str]) -> dict[str, str]:
     """Return what a checkpoint calls its weights, by what transformers calls them once loaded."""
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
-    family = str(require_object(base / "config.json").get("model_type"))
-    changes = get_checkpoint_conversion_mapping(family) or []
+    changes = get_checkpoint_conversion_mapping(model_type) or []
     renamings = [change for change in changes if isinstance(change, WeightRenaming)]
-    names = [name for file in shards(base) for name in open_safetensors(file)]
     return {rename_source_key(name, renamings, [])[0]: name for name in names}

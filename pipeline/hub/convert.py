@@ -5,7 +5,10 @@ Conversions are made once and cached in the user's cache folder, by the hash of 
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,12 +27,12 @@ from pipeline.gguf.formats import (
 )
 from pipeline.gguf.gguf_base import GgufBase
 from pipeline.gguf.imatrix import ImportanceMatrix
-from pipeline.gguf.merge import MergePlan, open_base, plan_merge, write, write_skeleton
+from pipeline.gguf.merge import MergePlan, plan_merge, write, write_skeleton
 from pipeline.gguf.reader import open_gguf
 from pipeline.hub.gguf_checkpoint import write_gguf_checkpoint
 from pipeline.hub.llama_converter import convert, converter_for
 from pipeline.hub.models import Model, require_chat_template
-from pipeline.hub.text_checkpoint import write_text_checkpoint
+from pipeline.hub.text_checkpoint import TextModel, read_text_model, write_text_checkpoint
 from pipeline.system import cache_path, require_disk
 
 _CONVERSION = 9
@@ -78,7 +81,7 @@ def _convert_folder(converter: Path, model: Model, format_name: str, target: Pat
     """Convert a folder by llama.cpp's own converter, once; other formats are made of its F16."""
     if format_name == "F16":
         log(f"{model.name}: converted by llama.cpp's own converter, once.")
-        convert(converter, model.path, target, "F16")
+        convert(converter, cached_checkpoint(model), target, "F16")
     else:
         quantize(cached_gguf(model, "F16"), target, format_name)
 
@@ -121,7 +124,8 @@ def plan_format(
 
 
 def cached_checkpoint(model: Model) -> Path:
-    """Return `model` as a folder of a text model in 16 bits, which transformers and Unsloth load.
+    """Return `model` as a folder of a text model in 16 bits, which transformers, Unsloth and
+    llama.cpp's converter load.
 
     A GGUF is converted once, as is a folder with a multimodal model or with weights in 4 or 8 bits.
 
@@ -140,16 +144,29 @@ def cached_checkpoint(model: Model) -> Path:
 
 def _write_checkpoint(model: Model, folder: Path) -> None:
     """Convert a GGUF, or a folder of another kind, to a folder, whole or not at all."""
-    base = open_base(model.path)
-    tensors = list(base.tensors())  # complete, before anything is written
-    size = 2 * sum(tensor.rows * tensor.columns for tensor in tensors)
-    require_disk(folder.parent, size, f"convert {model.name}")
+    write_to: Callable[[Path], object]
+    if model.is_gguf:
+        base = GgufBase(model.path)
+        sizes = [tensor.rows * tensor.columns for tensor in base.tensors()]
+        write_to = partial(write_gguf_checkpoint, base, open_gguf(model.path))
+    else:
+        text = _text_model(model.path)
+        sizes = [math.prod(tensor.shape) for tensor in text.weights.values()]
+        write_to = partial(write_text_checkpoint, text)
+    require_disk(folder.parent, 2 * sum(sizes), f"convert {model.name}")
     draft = folder.with_suffix(".part")
     shutil.rmtree(draft, ignore_errors=True)
-    if isinstance(base, CheckpointBase):
-        write_text_checkpoint(base, draft)
-    elif isinstance(base, GgufBase):
-        write_gguf_checkpoint(base, open_gguf(model.path), draft)
+    write_to(draft)
     write_json(draft / "done.json", {"source": model.path.name})
     shutil.rmtree(folder, ignore_errors=True)
     draft.rename(folder)
+
+
+def _text_model(folder: Path) -> TextModel:
+    """Return the text model in a folder, complete."""
+    if converter_for(folder):
+        return read_text_model(folder)
+    base = CheckpointBase(folder)
+    list(base.tensors())
+    settings = {**base.config, "architectures": [base.class_name]}
+    return TextModel(folder, settings, base.weights())

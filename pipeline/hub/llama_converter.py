@@ -17,7 +17,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from pipeline.gguf.lora.settings import CONFIG
 from pipeline.gguf.lora.weights import read_adapter
 from pipeline.gguf.reader import read_gguf
 from pipeline.gguf.vocabulary import name_of_pre_tokenizer
+from pipeline.hub.text_checkpoint import text_class, text_settings
 from pipeline.system import cache_path
 
 SCRIPT = "convert_hf_to_gguf.py"
@@ -47,14 +48,20 @@ _WITHOUT_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")
 """What the vocabulary is made of."""
 
 _REFUSED = {
-    "BambaForCausalLM": "pairs the rows of its half rotary embedding as those of a full one",
-    "BitNetForCausalLM": "knows its norms by other names",
-    "DeepseekV4ForCausalLM": "reads its experts in MXFP4 alone, not in the 16 bits of a merge",
-    "HYV4ForCausalLM": "has its rotary embedding turn other pairs than transformers does",
-    "HrmTextForCausalLM": "reads matrices in one that an adapter changes apart",
+    "BambaForCausalLM": "llama.cpp's converter pairs the rows of its half rotary embedding as those"
+    " of a full one",
+    "BitNetForCausalLM": "llama.cpp's converter knows its norms by other names",
+    "DeepseekV4ForCausalLM": "llama.cpp's converter reads its experts in MXFP4 alone, not in the 16"
+    " bits of a merge",
+    "GPT2LMHeadModel": "its layers store their matrices transposed (Conv1D), and no adapter is"
+    " trained on or merged into those here",
+    "HYV4ForCausalLM": "llama.cpp's converter has its rotary embedding turn other pairs than"
+    " transformers does",
+    "HrmTextForCausalLM": "llama.cpp's converter reads matrices in one that an adapter changes"
+    " apart",
 }
-"""Classes of which no merge can be converted, or not to what was trained, and what llama.cpp's
-converter does with them; tests/test_converter_families.py measures it."""
+"""Classes of which no merge can be converted, or not to what was trained, and why;
+tests/test_converter_families.py measures what the converter does."""
 
 _WITH_MTP = ("Qwen3_5", "Qwen3Next")
 """Classes whose checkpoints may have layers that predict several tokens, which no adapter trains;
@@ -97,7 +104,7 @@ def _download_sources(version: str, target: Path) -> None:
 
 
 def converter_for(path: Path) -> Path | None:
-    """Return llama.cpp's converter if only that can write the model at `path`.
+    """Return llama.cpp's converter if only that can write the model at `path`, or its text part.
 
     None for a GGUF, where this version can write it, and where neither can, which reading the
     model reports.
@@ -108,23 +115,11 @@ def converter_for(path: Path) -> Path | None:
     if path.is_file():
         return None
     config = require_object(path / "config.json")
-    names = config.get("architectures")
-    if is_supported(config) or "text_config" in config or not isinstance(names, list):
-        return None
     # Without the class there is nothing to train, so the converter is not even downloaded.
-    if not (names and str(names[0]) in _trainable_classes()):
+    if is_supported(config) or not (name := text_class(config)):
         return None
     scripts = llama_cpp_sources()
-    return scripts / SCRIPT if names[0] in _text_architectures(scripts) else None
-
-
-@cache
-def _trainable_classes() -> frozenset[str]:
-    """Return the names of transformers' language models."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    values = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
-    return frozenset(n for v in values for n in (v if isinstance(v, list | tuple) else [v]))
+    return scripts / SCRIPT if name in _text_architectures(scripts) else None
 
 
 def _text_architectures(scripts: Path) -> set[str]:
@@ -143,26 +138,27 @@ def check_convertible(converter: Path, folder: Path) -> None:
     Raises:
         GattError: it cannot, or the weights are quantized.
     """
-    name = str((require_object(folder / "config.json").get("architectures") or [""])[0])
-    if name in _REFUSED:
+    config = require_object(folder / "config.json")
+    if reason := _REFUSED.get(name := text_class(config)):
         raise GattError(
-            f"{folder} is a {name}, which cannot be exported: llama.cpp's converter "
-            f"{_REFUSED[name]}. Take a model of another family."
+            f"{folder} is a {name}, which cannot be exported: {reason}. Take a model of another "
+            "family."
         )
-    if method := quantization_method(folder, require_object(folder / "config.json")):
+    if method := quantization_method(folder, config):
         raise GattError(
             f"{folder} holds quantized weights ({method}), which cannot be trained on or converted "
             f"in this family. Take the 16-bit model{original_model(folder)}."
         )
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as scratch:
         # The converter wants the weights that an index lists.
-        without_weights = Path(name) / folder.name
+        without_weights = Path(scratch) / folder.name
         without_weights.mkdir()
         for pattern in _WITHOUT_WEIGHTS:
             for file in folder.glob(pattern):
                 if not file.name.endswith(".index.json"):
                     shutil.copyfile(file, without_weights / file.name)
-        _run(converter, without_weights, Path(name) / "vocabulary.gguf", "--vocab-only")
+        write_json(without_weights / "config.json", text_settings(folder))
+        _run(converter, without_weights, Path(scratch) / "vocabulary.gguf", "--vocab-only")
 
 
 def convert(

@@ -17,7 +17,6 @@ from pipeline.gguf.huggingface.config import (
     refuse_quantized,
     require_object,
 )
-from pipeline.gguf.huggingface.safetensors import open_safetensors, shards
 from pipeline.gguf.merge import open_base
 from pipeline.gguf.reader import open_gguf, part_paths
 from pipeline.hub.gguf_checkpoint import model_config
@@ -25,6 +24,7 @@ from pipeline.hub.gguf_tokenizer import require_tokenizer
 from pipeline.hub.llama_converter import check_convertible, converter_for
 from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape, sizes_of_any_family
+from pipeline.hub.text_checkpoint import read_text_model, require_text_index, text_settings
 
 _WITHOUT_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "README.md")
 """Files to download first: configuration, tokenizer, chat template, and the license in the card."""
@@ -111,8 +111,7 @@ def require_exportable(model: Model) -> None:
         GattError: it has no chat template, lacks weights, or is of a kind that cannot be exported.
     """
     if converter := converter_for(model.path):
-        for file in shards(model.path):
-            open_safetensors(file)
+        read_text_model(model.path)
         check_convertible(converter, model.path)
     else:
         list(open_base(model.path).tensors())
@@ -144,7 +143,7 @@ def shape_of(name: str) -> ModelShape:
     config = require_object(file)
     refuse_quantized(model.path, quantization_method(model.path, config))
     if converter_for(model.path):
-        return ModelShape.from_config(sizes_of_any_family(model.path))
+        return ModelShape.from_config(sizes_of_any_family(text_settings(model.path), str(file)))
     return ModelShape.from_config(read_config(config, str(file)).settings)
 
 
@@ -167,6 +166,7 @@ def _check_without_weights(folder: Path) -> None:
         GattError: its architecture, settings, tokenizer or quantization are not supported.
     """
     converter = converter_for(folder)
+    require_text_index(folder)
     if converter is None:
         CheckpointBase(folder)
     elif not any(folder.glob("model*.safetensors")):  # it takes some seconds

@@ -15,18 +15,17 @@ from pipeline.hub.shape import ModelShape
 class Preset:
     """A base model with a short name: its repository on the Hub, and its sizes.
 
-    `package` names the Python package that contains the model as a GGUF file; "" downloads the
-    repository. `license` is an id of the Hub, `context` the tokens that the model was made for, and
-    `thinking` tells whether it thinks: "no", or "switchable" where its template can switch that
-    off. Where they were not looked up, they are "" and 0.
+    `license` is an id of the Hub, `context` the tokens that the model was made for, and `thinking`
+    tells whether it thinks: "no", or "switchable" where its template can switch that off. `package`
+    names the Python package that contains the model as a GGUF file; "" downloads the repository.
     """
 
     repository: str
     shape: ModelShape
+    license: str
+    context: int
+    thinking: str
     package: str = ""
-    license: str = ""
-    context: int = 0
-    thinking: str = ""
 
 
 def presets() -> dict[str, Preset]:

@@ -45,6 +45,7 @@ from pipeline.recipe_file import read_toml
 from pipeline.records import Constraint, CustomInstruction, Dialogue
 from pipeline.run_dir import Input, RunDir
 from pipeline.training.job import loads_in_4bit
+from pipeline.training.projections import require_projections
 
 SECTIONS = ("dialogues", "instructions", "synthesize", "evaluate")
 """Sections of the recipe that the result depends on."""
@@ -76,6 +77,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     """
     model = find_model(recipe.model)
     require_exportable(model)  # fails here, not after the training
+    require_projections(model, recipe.train)
     in_4bit = loads_in_4bit(recipe.train, shape_of(recipe.model))
     require_merge_base(model, recipe.export, in_4bit=in_4bit)
     if recipe.export.verify_tokenizer:

@@ -238,15 +238,11 @@ def describe_choice(name: str, gpu_size_gb: float, settings: Train) -> str:
     thinking = {
         "switchable": "it can think, which is switched off",
         "no": "it does not think",
-    }
-    facts = [
-        f"license {preset.license}" if preset.license else "",
-        f"{preset.context:,} tokens of context" if preset.context else "",
-        thinking.get(preset.thinking, ""),
-    ]
+    }[preset.thinking]
     return (
         f"{name} ({preset.repository}, {preset.shape.parameters / 1e9:.1f} B parameters) is the "
         f"largest preset whose training is predicted to fit: {needed:.1f} of the "
         f"{usable_bytes(gpu_size_gb) / GB:.1f} GB that a card of {gpu_size_gb:g} GB leaves "
-        f"(estimated from its sizes). {', '.join(filter(None, facts)).capitalize()}"
-    ).rstrip() + ("." if any(facts) else "")
+        f"(estimated from its sizes). License {preset.license}, {preset.context:,} tokens of "
+        f"context, {thinking}."
+    )

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.console import log
 from pipeline.errors import GattError
 from pipeline.gguf.base import JsonObject
 from pipeline.gguf.huggingface.config import require_object, text_part
 from pipeline.gguf.reader import open_gguf
+from pipeline.hub.adapted import stored_names
 from pipeline.hub.gguf_checkpoint import model_config
-from pipeline.hub.models import find_model
+from pipeline.hub.llama_converter import converter_for
+from pipeline.hub.models import Model, find_model
+from pipeline.hub.text_checkpoint import read_text_model, transformers_config
 from pipeline.recipe import Train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _FUSED_PROJECTIONS = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -31,6 +39,10 @@ _OF_OTHER_LAYERS = {
 attention with its gate (Qwen3.5)."""
 _ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 """Layers that choose among experts, and are not adapted."""
+_CHOOSING = frozenset({"router", "indexer"})
+"""Parts of a model that choose experts or tokens, with layers of names of their own."""
+_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Types of models in which PEFT 0.21 adapts no `out_proj`."""
 
 
 def own_projections(wanted: Sequence[str], linear_layers: Collection[str]) -> list[str]:
@@ -69,38 +81,112 @@ def _own_names(wanted: str, linear_layers: Collection[str]) -> list[str]:
     return [name for name in names if name in linear_layers]
 
 
+def adaptable_layers(network: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Return the (outputs, inputs) of each linear layer in a model's blocks, by its path there.
+
+    Without the output of Mamba's layers, whose kernels read the weights past an adapter: PEFT
+    refuses it.
+    """
+    from torch.nn import Linear
+
+    refused = "out_proj" if network.config.model_type in _MAMBA else ""
+    return {
+        path: (module.out_features, module.in_features)
+        for path, module in network.base_model.named_modules()
+        if isinstance(module, Linear) and _name(path) != refused
+    }
+
+
 def linear_layers_of(name: str) -> set[str]:
     """Return the names of the linear layers in the blocks of the model called `name`.
 
     They are without their path. transformers builds the model without memory for its weights.
 
     Raises:
-        GattError: no model of that name, or transformers cannot build it.
+        GattError: no model of that name, transformers cannot build it, or it has no such layers.
     """
     model = find_model(name, weights=False)
+    return layer_names(_require_layers(_build(model), model.name))
+
+
+def layer_names(paths: Iterable[str]) -> set[str]:
+    """Return the names of these layers without their path; without those that only choose."""
+    return {_name(path) for path in paths if _CHOOSING.isdisjoint(path.split("."))}
+
+
+def require_projections(model: Model, settings: Train) -> None:
+    """Check that an adapter can be trained on a model and merged, before any work is done.
+
+    The families that this version writes have all projections of the recipe.
+
+    Raises:
+        GattError: the model has no linear layers, or lacks those that the recipe names, or its
+            checkpoint stores them in a form to which no adapter's change can be added.
+    """
+    converted = not model.is_gguf and converter_for(model.path)
+    if not converted and {*settings.target_modules} >= {*Train().target_modules}:
+        return
+    network = _build(model)
+    layers = _require_layers(network, model.name)
+    targets = own_projections(settings.target_modules, layer_names(layers))
+    if converted:
+        adapted = {path: layers[path] for path in layers if _name(path) in targets}
+        _require_weights(network, adapted, model.path)
+
+
+def _require_layers(network: PreTrainedModel, name: str) -> dict[str, tuple[int, int]]:
+    """Return the linear layers of a model called `name`, or refuse one without."""
+    if layers := adaptable_layers(network):
+        return layers
+    raise GattError(
+        f"{name} ({type(network).__name__}) has no linear layers, which an adapter is trained on. "
+        "Take a model of another family."
+    )
+
+
+def _name(path: str) -> str:
+    """Return the name of a module without its path."""
+    return path.rpartition(".")[2]
+
+
+def _build(model: Model) -> PreTrainedModel:
+    """Return transformers' network of a text model, without memory for its weights."""
     config = (
         model_config(open_gguf(model.path))
         if model.is_gguf
         else text_part(require_object(model.path / "config.json"))
     )
-    return _linear_layers(config, str(model.path))
+    return _network(config, str(model.path))
 
 
-def _linear_layers(config: JsonObject, source: str) -> set[str]:
+def _network(config: JsonObject, source: str) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     try:
-        settings = CONFIG_MAPPING[str(config.get("model_type"))].from_dict(config)
+        settings = transformers_config(config)
         with torch.device("meta"):
-            network = AutoModelForCausalLM.from_config(settings)
+            network: PreTrainedModel = AutoModelForCausalLM.from_config(settings)
     except Exception as error:  # each family checks its settings in a way of its own
         raise GattError(
             f"transformers cannot build the model of {source} ({type(error).__name__}: {error})."
         ) from error
-    return {
-        name.rpartition(".")[2]
-        for name, module in network.base_model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
+    return network
+
+
+def _require_weights(
+    network: PreTrainedModel, layers: dict[str, tuple[int, int]], folder: Path
+) -> None:
+    """Check that a checkpoint has the weight of each of these layers as a tensor of its own."""
+    weights = read_text_model(folder).weights
+    names = stored_names(str(network.config.model_type), weights)
+    prefix = "" if network.base_model is network else f"{network.base_model_prefix}."
+    for path, shape in layers.items():
+        key = f"{prefix}{path}.weight"
+        stored = weights.get(names.get(key, key))
+        if stored is None or stored.shape != shape:
+            state = "no such weight" if stored is None else f"one of {stored.shape}"
+            raise GattError(
+                f"An adapter would be trained on {key} of {shape}, and {folder} has {state}, to "
+                "which the adapter's change cannot be added. Take a model of another family."
+            )

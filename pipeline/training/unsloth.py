@@ -25,7 +25,7 @@ from pipeline.training.job import (
     TrainingResult,
     adapter_weights,
 )
-from pipeline.training.projections import own_projections
+from pipeline.training.projections import adaptable_layers, layer_names, own_projections
 
 if TYPE_CHECKING:
     import torch
@@ -42,8 +42,6 @@ _PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
 _CPU_KERNELS = 128
 """On a CPU: compiled kernels that PyTorch and oneDNN each keep, of half a megabyte. A step takes
 about 40, and every new length of its dialogues others; by default 1,024 are kept."""
-_MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Types of models in which PEFT 0.21 adapts no `out_proj`."""
 _MIN_OFFLOAD_LENGTH = 512
 """For a shorter limit Unsloth keeps what lies between layers on the GPU."""
 
@@ -149,7 +147,7 @@ def _load_with_adapter(job: TrainingJob) -> tuple[PeftModel, PreTrainedTokenizer
     )
     if not on_gpu():
         _detach_from_mmap(model)
-    targets = own_projections(settings.target_modules, _linear_layers(model))
+    targets = own_projections(settings.target_modules, layer_names(adaptable_layers(model)))
     model = loader.get_peft_model(
         model,
         r=settings.rank,
@@ -189,22 +187,6 @@ def sequence_length(job: TrainingJob, minimum: int = _MIN_OFFLOAD_LENGTH) -> int
             "train.max_length."
         )
     return int(min(limit, max(job.max_tokens, minimum)))
-
-
-def _linear_layers(model: PreTrainedModel) -> set[str]:
-    """Return the names of the linear layers in the model's blocks, without their path.
-
-    Without the output of Mamba's layers, whose kernels read the weights past an adapter: PEFT
-    refuses it.
-    """
-    from torch.nn import Linear
-
-    names = {
-        name.rsplit(".", 1)[-1]
-        for name, module in model.base_model.named_modules()
-        if isinstance(module, Linear)
-    }
-    return names - {"out_proj"} if model.config.model_type in _MAMBA else names
 
 
 def _detach_from_mmap(model: PreTrainedModel) -> None:

@@ -78,11 +78,22 @@ def make_multimodal(text_model: Path, target: Path, layout: str) -> Path:
 MULTIMODAL: dict[str, tuple[str, JsonObject]] = {
     "gemma 3": ("Gemma3", {"hidden_size": 16, "image_size": 32, "patch_size": 8}),
     "gemma 4": ("Gemma4", {"hidden_size": 16, "head_dim": 8}),
+    "gemma 4 dense": ("Gemma4Unified", {"mm_embed_dim": 16}),
     "qwen3.5": ("Qwen3_5", {"depth": 1, "hidden_size": 16, "num_heads": 2, "out_hidden_size": 64}),
     "ministral 3": ("Mistral3", {"hidden_size": 16, "image_size": 32, "patch_size": 8}),
     "mistral": ("Mistral3", {"hidden_size": 16, "image_size": 32, "patch_size": 8}),
+    "smollm2": ("SmolVLM", {"hidden_size": 16, "image_size": 32, "patch_size": 8}),
 }
 """Families of text models, the class that sees with one of them, and sizes of its eyes."""
+
+
+_NOT_UNIFIED = frozenset(
+    (
+        *("model_type", "hidden_size_per_layer_input", "vocab_size_per_layer_input"),
+        *("enable_moe_block", "num_experts", "top_k_experts", "moe_intermediate_size"),
+    )
+)
+"""Settings of Gemma 4 that its unified model has not, or otherwise."""
 
 
 def save_multimodal(name: str, text_model: Path, target: Path) -> Path:
@@ -95,13 +106,18 @@ def save_multimodal(name: str, text_model: Path, target: Path) -> Path:
     vision = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, **vision}
     settings = text.config.to_dict()
     del settings["architectures"]  # as published
+    if class_name == "Gemma4Unified":
+        settings = {key: settings[key] for key in settings if key not in _NOT_UNIFIED}
+    if class_name == "SmolVLM":
+        settings["architectures"] = ["VLlama3ForCausalLM"]
     config = getattr(transformers, f"{class_name}Config")(
         text_config=settings, vision_config=vision
     )
     config.tie_word_embeddings = text.config.tie_word_embeddings
     network = getattr(transformers, f"{class_name}ForConditionalGeneration")(config)
     network.to(torch.bfloat16)
-    network.model.language_model.load_state_dict(text.model.state_dict())
+    part = network.model.text_model if class_name == "SmolVLM" else network.model.language_model
+    part.load_state_dict(text.model.state_dict())
     network.lm_head.load_state_dict(text.lm_head.state_dict())
     network.save_pretrained(target)
     for file in text_model.glob("tokenizer*"):

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import statistics
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from pipeline.export.verify import load_and_predict
 from pipeline.gguf.base import JsonObject
+from pipeline.hub import llama_converter
+from pipeline.inference.logits import mean_kl
 from support.bases import edit_json
 from support.converter_mixtures import (
     DENSE_FIRST,
     GLM_TOKENS,
+    GRANITE_SHARED,
     MIXTURES,
     MLA,
     MOE,
+    SHARED_EXPERT,
     SPARSE_SECOND,
     Miniature,
 )
 from support.families import SIZES
-from support.family_tokenizers import save_byte_level, save_sentencepiece
+from support.family_tokenizers import save_byte_level, save_gemma4, save_sentencepiece
+
+if TYPE_CHECKING:
+    import pytest
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 _GPT2: JsonObject = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}
 _MAMBA: JsonObject = {"state_size": 16, "time_step_rank": 4, "intermediate_size": 128}
@@ -37,10 +49,8 @@ _NEMOTRON: JsonObject = {
     "chunk_size": 32,
 }
 _QWEN_LINEAR: JsonObject = {
-    **MOE,
+    **SHARED_EXPERT,
     "head_dim": 32,
-    "num_experts": 4,
-    "shared_expert_intermediate_size": 32,
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -117,9 +127,8 @@ _WITH_A_STATE = {
         "refact",
         {
             **_MAMBA_HEADS,
+            **GRANITE_SHARED,
             "layer_types": ["mamba", "attention"],
-            "num_local_experts": 4,
-            "shared_intermediate_size": 48,
         },
         keys={"layer_types": ["mamba", "attention"]},
     ),
@@ -282,25 +291,43 @@ def class_of(name: str) -> str:
 
 def save_miniature(name: str, folder: Path, **changes: object) -> None:
     """Save a random model of a family in float16; `changes` are of its configuration."""
+    family = MINIATURES[name]
+    save_random(class_of(name), save_config(name, folder, **changes), folder)
+    _rename_weights(folder / "model.safetensors", family.renamed)
+    edit_json(folder / "config.json", **family.keys)
+
+
+def save_config(name: str, folder: Path, **changes: object) -> PreTrainedConfig:
+    """Save the tokenizer of a miniature, and return its configuration."""
+    folder.mkdir(parents=True)
+    vocab_size = _save_tokenizer(MINIATURES[name], folder, gemma=name.startswith("Gemma"))
+    return config_of(name, vocab_size, **changes)
+
+
+def config_of(name: str, vocab_size: int, **changes: object) -> PreTrainedConfig:
+    """Return the configuration of a miniature."""
+    import transformers
+
+    base = name.split()[0]
+    settings = {**SIZES, "vocab_size": vocab_size, **MINIATURES[name].settings, **changes}
+    if base in ("Gemma3n", "Gemma4"):
+        settings["vocab_size_per_layer_input"] = vocab_size
+    text = getattr(transformers, f"{base}TextConfig", None)
+    config: PreTrainedConfig = (text or getattr(transformers, f"{base}Config"))(**settings)
+    return config
+
+
+def save_random(class_name: str, config: PreTrainedConfig, folder: Path) -> None:
+    """Save a random network in float16, with noise on what is constant at first, such as norms."""
     import torch
     import transformers
 
-    family, base = MINIATURES[name], name.split()[0]
-    folder.mkdir(parents=True)
-    vocab_size = _save_tokenizer(family, folder, gemma=base.startswith("Gemma"))
     torch.manual_seed(1)
-    settings = {**SIZES, "vocab_size": vocab_size, **family.settings, **changes}
-    if base == "Gemma3n":
-        settings["vocab_size_per_layer_input"] = vocab_size
-    text = getattr(transformers, f"{base}TextConfig", None)
-    config = (text or getattr(transformers, f"{base}Config"))(**settings)
-    network = getattr(transformers, class_of(name))(config)
+    network = getattr(transformers, class_name)(config)
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     network.to(torch.float16).save_pretrained(folder)
-    _rename_weights(folder / "model.safetensors", family.renamed)
-    edit_json(folder / "config.json", **family.keys)
 
 
 def _save_tokenizer(family: Miniature, folder: Path, *, gemma: bool) -> int:
@@ -309,6 +336,8 @@ def _save_tokenizer(family: Miniature, folder: Path, *, gemma: bool) -> int:
 
     if family.tokenizer == "sentencepiece":
         vocab_size = save_sentencepiece(folder, "GemmaTokenizer" if gemma else "LlamaTokenizer")
+    elif family.tokenizer == "gemma 4":
+        return save_gemma4(folder)  # of which llama.cpp has a row for each token, and no other
     else:
         vocab_size = save_byte_level(folder, family.tokenizer)
     if family.tokens:
@@ -327,3 +356,31 @@ def _rename_weights(file: Path, patterns: tuple[tuple[str, str], ...]) -> None:
         weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
     if patterns:
         save_file(weights, file, {"format": "pt"})
+
+
+def let_converter_know(
+    classes: Iterable[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """Put a converter that knows these classes in the place of llama.cpp's; return its script."""
+    (folder / "conversion").mkdir(parents=True)
+    (folder / "conversion" / "__init__.py").write_text(
+        f"TEXT_MODEL_MAP: dict[str, str] = {dict.fromkeys(classes, 'module')}\n"
+    )
+    monkeypatch.setattr(llama_converter, "llama_cpp_sources", lambda: folder)
+    return folder / llama_converter.SCRIPT
+
+
+def nats_from(network: PreTrainedModel, file: Path) -> float:
+    """Return how far a GGUF in llama.cpp is from a network, in nats a token."""
+    import torch
+
+    ids = torch.randint(5, 300, (1, 100), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = network(ids).logits[0].numpy()
+    actual = load_and_predict(file, (), [ids[0].tolist()]).logits.values
+    pairs = zip(expected[:, None], actual[:, None], strict=True)
+    distances = sorted(itertools.starmap(mean_kl, pairs))
+    # At a token or two the choice of an expert is too close to be the same.
+    text = network.config.get_text_config()
+    with_experts = getattr(text, "num_experts_per_tok", 0) or getattr(text, "top_k_experts", 0)
+    return statistics.fmean(distances[: -2 if with_experts else None])

@@ -7,6 +7,8 @@ from typing import NamedTuple
 from pipeline.gguf.base import JsonObject
 
 MOE: JsonObject = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SHARED_EXPERT: JsonObject = {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 32}
+GRANITE_SHARED: JsonObject = {"num_local_experts": 4, "shared_intermediate_size": 48}
 MLA: JsonObject = {
     "num_key_value_heads": 4,
     "q_lora_rank": 32,
@@ -126,6 +128,23 @@ MIXTURES = {
         settings={**MOE, **SPARSE_SECOND, "num_experts": 4, "sliding_window": 64},
         keys=_SIGMOID,
     ),
+    "Gemma4 moe": Miniature(
+        "gemma 4",
+        {
+            "layer_types": ["sliding_attention", "full_attention"],
+            "hidden_size_per_layer_input": 0,
+            "head_dim": 16,
+            "global_head_dim": 32,
+            "sliding_window": 64,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "final_logit_softcapping": 30.0,
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "Glm4Moe": Miniature(
         settings={**MOE, "head_dim": 16, "n_routed_experts": 4, "first_k_dense_replace": 1},
         tokens=GLM_TOKENS,
@@ -144,13 +163,8 @@ MIXTURES = {
         {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64},
     ),
     "GraniteMoe": Miniature("smollm", {"num_local_experts": 4, "num_experts_per_tok": 2}),
-    "GraniteMoeShared": Miniature(
-        "refact", {"num_local_experts": 4, "shared_intermediate_size": 48}
-    ),
-    "GraniteMoeSWA": Miniature(
-        "refact",
-        {"num_local_experts": 4, "shared_intermediate_size": 48, "sliding_window": 64},
-    ),
+    "GraniteMoeShared": Miniature("refact", GRANITE_SHARED),
+    "GraniteMoeSWA": Miniature("refact", {**GRANITE_SHARED, "sliding_window": 64}),
     "HunYuanMoEV1": Miniature(
         settings={"head_dim": 16, "num_experts": 4, "moe_topk": [2, 2]},
         keys={"moe_intermediate_size": [96, 96], "num_shared_expert": [1, 1]},
@@ -180,11 +194,9 @@ MIXTURES = {
     ),
     "Laguna": Miniature(
         settings={
-            **MOE,
+            **SHARED_EXPERT,
             **SPARSE_SECOND,
             "head_dim": 16,
-            "num_experts": 4,
-            "shared_expert_intermediate_size": 32,
             "num_attention_heads_per_layer": [4, 4],
             "layer_types": ["full_attention", "sliding_attention"],
             "sliding_window": 64,
@@ -252,9 +264,7 @@ MIXTURES = {
     "Olmoe": Miniature(
         settings={"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4}
     ),
-    "Qwen2Moe": Miniature(
-        "qwen2", {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 32}
-    ),
+    "Qwen2Moe": Miniature("qwen2", SHARED_EXPERT),
     "SolarOpen": Miniature(
         settings={**MOE, "head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1},
         tokens=("<unk>", "<|startoftext|>"),

@@ -22,6 +22,15 @@ _NAMES = {
 }
 """What users call the methods of `quantization_config`."""
 _PARTS = ("text_config", "vision_config", "audio_config")
+_UNIFIED = "gemma4_unified_text"
+_UNIFIED_DEFAULTS = {
+    "sliding_window": 1024,
+    "max_position_embeddings": 262_144,
+    "use_bidirectional_attention": "vision",
+}
+_AS_GEMMA4 = {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0}
+"""The text model of Gemma 4 12B has a type of its own, and computes what Gemma 4 does without the
+embeddings of single layers; it has other defaults."""
 _BASE_MODEL = re.compile(r"^base_model:\s*(?:-\s*)?[\"']?([\w.-]+/[\w.-]+)", re.MULTILINE)
 """The model that a model card names as its origin."""
 
@@ -63,6 +72,8 @@ def text_part(config: JsonObject) -> JsonObject:
     if not isinstance(text, dict):
         return config
     shared = {key: value for key, value in config.items() if key not in _PARTS}
+    if text.get("model_type") == _UNIFIED:
+        return {**shared, **_UNIFIED_DEFAULTS, **text, **_AS_GEMMA4}
     return {**shared, **text}
 
 
@@ -98,7 +109,11 @@ def with_defaults(config: JsonObject, keys: Sequence[str], source: str) -> JsonO
 
 
 def quantization_method(folder: Path, config: JsonObject) -> str:
-    """Return how the weights of a checkpoint are quantized, as `quant_method` names it, or ""."""
+    """Return how the weights of a checkpoint are quantized, as `quant_method` names it, or "".
+
+    A multimodal model may say so of its text part alone.
+    """
+    config = text_part(config)
     settings = config.get("quantization_config") or config.get("compression_config")
     if isinstance(settings, dict):
         older = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & settings.keys() else ""

@@ -134,7 +134,7 @@ def gemma4_keys(config: JsonObject) -> Keys:
         keys["feed_forward_length"] = [
             width * (1 + (n >= own)) for n in range(config["num_hidden_layers"])
         ]
-    if (full := _of_full_attention(config, "num_key_value_heads")) is not None:
+    if (full := of_full_attention(config, "num_key_value_heads")) is not None:
         keys["head_count_kv"] = [
             config["num_key_value_heads"] if kind == "sliding_attention" else full for kind in kinds
         ]
@@ -156,11 +156,11 @@ def gemma4_kinds(config: JsonObject) -> list[str]:
 
 def global_head_size(config: JsonObject) -> int:
     """Return the width of a head of Gemma 4's layers with full attention."""
-    size = config.get("global_head_dim") or _of_full_attention(config, "head_dim")
+    size = config.get("global_head_dim") or of_full_attention(config, "head_dim")
     return int(size or 512)
 
 
-def _of_full_attention(config: JsonObject, key: str) -> int | None:
+def of_full_attention(config: JsonObject, key: str) -> int | None:
     """Return a setting that Gemma 4's layers with full attention have of their own."""
     if key == "num_key_value_heads" and config.get("num_global_key_value_heads") is not None:
         return int(config["num_global_key_value_heads"]) if config["attention_k_eq_v"] else None

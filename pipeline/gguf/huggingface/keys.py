@@ -20,6 +20,9 @@ _OF_TEXT = (
     *("model.embed_tokens_per_layer.", "model.per_layer_"),
 )
 """The first parts of a text model's names where nothing stands before them."""
+_IDEFICS = "model.text_model."
+WITHIN = ("language_model.", _IDEFICS)
+"""What names of weights have where the text model stands within another one."""
 
 
 class Part(NamedTuple):
@@ -40,8 +43,10 @@ def text_model_key(key: str) -> str:
 
     Checkpoints call the text model `language_model.model`, `model.language_model` (transformers 5
     in memory, and adapters) or `model.language_model.model`; LLaVA's and Mistral's have `lm_head`
-    within `language_model`.
+    within `language_model`. Idefics and SmolVLM call it `model.text_model`.
     """
+    if key.startswith(_IDEFICS):
+        return f"model.{key.removeprefix(_IDEFICS)}"
     if "language_model." not in key:
         return key if key.startswith(_OF_TEXT) else ""
     part = key.rpartition("language_model.")[2]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.errors import GattError
-from pipeline.gguf.huggingface.keys import text_model_key
+from pipeline.gguf.huggingface.keys import WITHIN, text_model_key
 from pipeline.gguf.huggingface.safetensors import SafetensorsTensor, open_safetensors
 from pipeline.gguf.lora.delta import Delta, Replacement
 from pipeline.gguf.lora.settings import WEIGHTS, LoraSettings, read_settings
@@ -77,7 +77,13 @@ def read_adapter(folder: Path) -> LoraAdapter:
     _require_values(file, tensors)
     parts: dict[str, dict[str, SafetensorsTensor]] = {}
     replacements = {}
-    for key, tensor in text_tensors(tensors).items():
+    text = text_tensors(tensors)
+    if not text:
+        raise GattError(
+            f"{file} changes other parts of a multimodal model than its text model, of which "
+            "nothing is exported. Train an adapter of the text model."
+        )
+    for key, tensor in text.items():
         name = key.removeprefix(_PREFIX)
         if name == key:
             raise _unknown(file, key)
@@ -105,10 +111,10 @@ def read_adapter(folder: Path) -> LoraAdapter:
 def text_tensors(tensors: Mapping[str, T]) -> dict[str, T]:
     """Return the tensors of an adapter by their keys for a text model.
 
-    One that was trained within a multimodal model calls it `language_model`; its changes of other
+    One that was trained within a multimodal model has names of its own for it; its changes of other
     parts are left out.
     """
-    if not any("language_model." in key for key in tensors):
+    if not any(part in key for key in tensors for part in WITHIN):
         return dict(tensors)
     keys = {key: text_model_key(key.removeprefix(_PREFIX)) for key in tensors}
     return {f"{_PREFIX}{keys[key]}": tensor for key, tensor in tensors.items() if keys[key]}
