@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import starmap
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from pipeline.files import write_json
 from pipeline.gguf.base import JsonObject
 from pipeline.gguf.families import FAMILIES, is_supported
 from pipeline.gguf.huggingface.safetensors import open_safetensors, shards
+from pipeline.gguf.lora.weights import read_adapter
 from pipeline.hub import models
 from pipeline.hub.adapted import write_adapter_gguf, write_merged_gguf
 from pipeline.hub.convert import cached_checkpoint
@@ -132,14 +135,26 @@ def test_weights_of_a_text_part_are_in_16_or_32_bits(tmp_path: Path) -> None:
         read_text_model(tmp_path)
 
 
-def test_an_adapter_of_the_eyes_alone_is_refused(tmp_path: Path) -> None:
-    module = "base_model.model.vision_tower.language_model.encoder"
-    weights = {f"{module}.lora_{part}.weight": np.ones((2, 2), np.float32) for part in "AB"}
-    save_file(
-        {k.replace("language_model.", ""): v for k, v in weights.items()}
-        | {"base_model.model.model.language_model.layers.0.q_proj.lora_A.weight": np.ones((2, 2))},
-        tmp_path / "adapter_model.safetensors",
-    )
+@pytest.mark.parametrize(
+    ("key", "module"),
+    [
+        ("model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+        ("model.language_model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+        ("language_model.model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+        ("model.text_model.layers.0.mlp.up_proj", "model.layers.0.mlp.up_proj"),
+        # Of a text encoder, which is another base.
+        ("text_model.encoder.layers.0.mlp.fc1", "text_model.encoder.layers.0.mlp.fc1"),
+        ("model.vision_tower.layers.0.mlp.fc1", "model.vision_tower.layers.0.mlp.fc1"),
+    ],
+)
+def test_an_adapter_has_the_names_of_the_text_model(key: str, module: str, tmp_path: Path) -> None:
+    a, b = np.ones((2, 8), np.float32), np.ones((4, 2), np.float32)
+    prefix = f"base_model.model.{key}.lora_"
+    weights = {f"{prefix}A.weight": a, f"{prefix}B.weight": b}
+    save_file(weights, tmp_path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    write_json(tmp_path / "adapter_config.json", settings)
+    assert list(read_adapter(tmp_path).deltas) == [module]
 
 
 @pytest.mark.slow
@@ -168,7 +183,10 @@ def test_the_text_part_of_a_class_that_sees_predicts_what_transformers_does(
 def test_the_text_part_of_a_class_that_sees_is_trained_and_exported(
     name: str, tmp_path: Path
 ) -> None:
-    """Unsloth's model, its adapter in llama.cpp and the merge predict the same."""
+    """Unsloth's model, its adapter in llama.cpp and the merge predict the same.
+
+    At some tokens the choice of an expert is too close to be the same in bfloat16.
+    """
     folder = tmp_path / f"trained {name}"
     save_seeing(name, folder)
     edit_json(folder / "config.json", made_for=str(tmp_path))  # not in the cache yet
@@ -182,13 +200,9 @@ def test_the_text_part_of_a_class_that_sees_is_trained_and_exported(
     convert(script, text, base, "F16")
     write_adapter_gguf(folder, job.adapter_dir, adapter)
     write_merged_gguf(folder, job.adapter_dir, merged)
-    untrained, in_memory, tuned = (
-        mean_kl(trained.values, load_and_predict(*files).logits.values)
-        for files in (
-            (base, (), trained.sequences),
-            (base, (), trained.sequences, adapter),
-            (merged, (), trained.sequences),
-        )
-    )
-    assert in_memory < 0.02 and tuned < 0.02
+    runs = ((base, None), (base, adapter), (merged, None))
+    logits = [load_and_predict(file, (), trained.sequences, lora).logits for file, lora in runs]
+    pairs = [zip(trained.values[:, None], run.values[:, None], strict=True) for run in logits]
+    untrained, in_memory, tuned = (median(starmap(mean_kl, tokens)) for tokens in pairs)
+    assert in_memory < 0.01 and tuned < 0.01
     assert untrained > 5 * max(in_memory, tuned)

@@ -19,7 +19,12 @@ from pipeline.errors import GattError
 from pipeline.files import whole_file, write_json
 from pipeline.gguf.base import Array
 from pipeline.gguf.huggingface.config import read_object
-from pipeline.gguf.huggingface.safetensors import SafetensorsTensor, open_safetensors, shards
+from pipeline.gguf.huggingface.safetensors import (
+    INTEGERS,
+    SafetensorsTensor,
+    open_safetensors,
+    shards,
+)
 from pipeline.gguf.lora.delta import Delta, Replacement
 from pipeline.gguf.lora.weights import LoraAdapter, read_adapter
 
@@ -33,10 +38,13 @@ _OUTPUT = "lm_head.weight"
 class _Source(NamedTuple):
     """A tensor of the merged checkpoint before the low-rank change is added: `load(first, last)`
     reads some rows.
+
+    `integers` are copied as they are.
     """
 
     shape: tuple[int, ...]
     load: Callable[[int, int], Array]
+    integers: SafetensorsTensor | None = None
 
 
 def write_checkpoint(
@@ -106,7 +114,7 @@ def _stored(key: str, tensor: SafetensorsTensor) -> _Source:
             )
         return weights
 
-    return _Source(tensor.shape, load)
+    return _Source(tensor.shape, load, tensor if tensor.dtype in INTEGERS else None)
 
 
 def _replace(lora: LoraAdapter, files: dict[str, dict[str, _Source]], base: str) -> bool:
@@ -166,14 +174,19 @@ def _write_file(sources: dict[str, _Source], deltas: dict[str, Delta], target: P
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for key, source in sources.items():
-        end = start + 4 * math.prod(source.shape)
-        header[key] = {"dtype": "F32", "shape": list(source.shape), "data_offsets": [start, end]}
+        integers, shape = source.integers, list(source.shape)
+        end = start + (integers.data.nbytes if integers else 4 * math.prod(shape))
+        dtype = integers.dtype if integers else "F32"
+        header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
         start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with whole_file(target) as draft, draft.open("wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for key, source in sources.items():
+            if source.integers:
+                out.write(np.asarray(source.integers.data).data)
+                continue
             delta = deltas.get(key.removesuffix(".weight"))
             for weights in _merged_blocks(source, delta):
                 out.write(weights.tobytes())
@@ -188,7 +201,7 @@ def _merged_blocks(source: _Source, delta: Delta | None) -> Iterator[Array]:
         def load(first: int, last: int) -> Array:
             return residual[first:last]
 
-    step = max(1, _BLOCK // source.shape[-1])
+    step = max(1, _BLOCK // (source.shape[-1] if source.shape else 1))
     for first in range(0, rows, step):
         last = min(first + step, rows)
         weights = load(first, last)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.errors import GattError
 from pipeline.gguf.base import JsonObject
@@ -15,6 +15,9 @@ from pipeline.gguf.huggingface.hybrid_keys import (
 )
 from pipeline.hub.text_checkpoint import transformers_config
 from pipeline.recipe import Train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _LEARNING_RATE, _LEARNING_RATE_WIDTH, _WIDTH_EXPONENT = 8e-4, 576, 0.781
 """SmolLM2-135M's learning rate and hidden size, and how fast the rate falls with it."""
@@ -189,7 +192,7 @@ def sizes_of_any_family(config: JsonObject, source: str) -> dict[str, Any]:
     """
     try:
         settings = transformers_config(config)
-        values = {name: _size(getattr(settings, name, None)) for name in _SIZES}
+        values = {name: _size(settings, name) for name in _SIZES}
         sizes = {name: value for name, value in values.items() if value is not None}
         hidden = int(sizes.get("hidden_size", 0))
         if not (hidden and sizes.get("num_hidden_layers") and sizes.get("vocab_size")):
@@ -207,5 +210,10 @@ def sizes_of_any_family(config: JsonObject, source: str) -> dict[str, Any]:
     }
 
 
-def _size(value: int | list[int] | None) -> int | None:
+def _size(settings: PreTrainedConfig, name: str) -> int | None:
+    """Return a size, or its mean over the layers; None where a family has none."""
+    try:
+        value = getattr(settings, name, None)
+    except RuntimeError:  # transformers refuses one for all where layers differ
+        value = [getattr(layer, name) for layer in settings.per_layer_config]
     return -(-sum(value) // len(value)) if isinstance(value, list | tuple) else value

@@ -28,6 +28,7 @@ from pipeline.gguf.huggingface.config import read_object, require_object, text_p
 from pipeline.gguf.huggingface.keys import text_model_key
 from pipeline.gguf.huggingface.safetensors import (
     GGML_TYPES,
+    INTEGERS,
     SafetensorsTensor,
     Weights,
     open_safetensors,
@@ -127,7 +128,7 @@ def read_text_model(folder: Path) -> TextModel:
     settings, keys = text_settings(folder), text_keys(folder, stored)
     weights = {key: stored[name] for key, name in keys.items()}
     for key, tensor in weights.items():
-        if keys[key] != key and tensor.dtype not in GGML_TYPES:
+        if keys[key] != key and tensor.dtype not in (*GGML_TYPES, *INTEGERS):
             raise GattError(
                 f"{tensor.file}: {keys[key]} is of type {tensor.dtype}; F32, F16 or BF16 expected. "
                 "Take the 16-bit model."
@@ -192,9 +193,7 @@ def write_safetensors(weights: Mapping[str, Weights], target: Path) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for key, tensor in weights.items():
-        columns = tensor.shape[-1]
-        rows = math.prod(tensor.shape) // columns
-        end = start + rows * ggml.row_bytes(GGML_TYPES[tensor.dtype], columns)
+        end = start + _bytes(tensor)
         header[key] = {
             "dtype": tensor.dtype,
             "shape": list(tensor.shape),
@@ -208,6 +207,14 @@ def write_safetensors(weights: Mapping[str, Weights], target: Path) -> None:
         for tensor in weights.values():
             for block in _blocks(tensor):
                 out.write(block.data)
+
+
+def _bytes(tensor: Weights) -> int:
+    if isinstance(tensor, SafetensorsTensor):
+        return tensor.data.nbytes
+    columns = tensor.shape[-1]
+    rows = math.prod(tensor.shape) // columns
+    return rows * ggml.row_bytes(GGML_TYPES[tensor.dtype], columns)
 
 
 def _blocks(tensor: Weights) -> Iterator[Bytes]:

@@ -37,12 +37,12 @@ _OF_OTHER_LAYERS = {
 }
 """The projections of layers without attention: short convolutions and state-space layers, linear
 attention with its gate (Qwen3.5)."""
-_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate", "wg"})
 """Layers that choose among experts, and are not adapted."""
 _CHOOSING = frozenset({"router", "indexer"})
 """Parts of a model that choose experts or tokens, with layers of names of their own."""
 _MAMBA = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
-"""Types of models in which PEFT 0.21 adapts no `out_proj`."""
+"""Types of models in which PEFT 0.21 adapts no `out_proj`, and `dt_proj` without effect."""
 
 
 def own_projections(wanted: Sequence[str], linear_layers: Collection[str]) -> list[str]:
@@ -84,16 +84,21 @@ def _own_names(wanted: str, linear_layers: Collection[str]) -> list[str]:
 def adaptable_layers(network: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Return the (outputs, inputs) of each linear layer in a model's blocks, by its path there.
 
-    Without the output of Mamba's layers, whose kernels read the weights past an adapter: PEFT
-    refuses it.
+    Without the output and the step of Mamba's layers, whose kernels read the weights past an
+    adapter, and without layers whose names PEFT takes for those of experts.
     """
+    from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
     from torch.nn import Linear
+    from transformers.conversion_mapping import _MODEL_TO_CONVERSION_PATTERN
 
-    refused = "out_proj" if network.config.model_type in _MAMBA else ""
+    family = network.config.model_type
+    pattern = _MODEL_TO_CONVERSION_PATTERN.get(family, "")
+    refused = {*_MOE_TARGET_MODULE_MAPPING.get(pattern, {})}
+    refused |= {"out_proj", "dt_proj"} if family in _MAMBA else set()
     return {
         path: (module.out_features, module.in_features)
         for path, module in network.base_model.named_modules()
-        if isinstance(module, Linear) and _name(path) != refused
+        if isinstance(module, Linear) and _name(path) not in refused
     }
 
 

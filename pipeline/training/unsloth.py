@@ -42,6 +42,11 @@ _PREDICTED_TOKENS, _PREDICTED_SEQUENCES = 96, 4
 _CPU_KERNELS = 128
 """On a CPU: compiled kernels that PyTorch and oneDNN each keep, of half a megabyte. A step takes
 about 40, and every new length of its dialogues others; by default 1,024 are kept."""
+_IN_16_BITS = {"correction_coefs", "prediction_coefs"} | {
+    f"altup_{part}projections.{n}" for part in ("", "unembed_") for n in range(8)
+}
+"""Layers of Gemma 3n that training limits in place, and others that Unsloth keeps in 16 bits with
+them: on a GPU, but not on a CPU."""
 _MIN_OFFLOAD_LENGTH = 512
 """For a shorter limit Unsloth keeps what lies between layers on the GPU."""
 
@@ -120,7 +125,9 @@ def load_unsloth() -> type[FastLanguageModel]:
     warnings.filterwarnings("ignore")
     from unsloth import FastLanguageModel  # isort: skip
     import transformers
+    from unsloth_zoo.peft_utils import SKIP_QUANTIZATION_MODULES
 
+    SKIP_QUANTIZATION_MODULES.extend(sorted(_IN_16_BITS - {*SKIP_QUANTIZATION_MODULES}))
     transformers.utils.logging.disable_progress_bar()
     return FastLanguageModel  # type: ignore[no-any-return]
 

@@ -114,7 +114,9 @@ def train(recipe: Recipe, run_dir: RunDir, seed: int, folder: Path) -> list[Step
     )
     with closing(rollout_base(recipe)) as base, closing(rollouts) if rollouts else nullcontext():
         if rollouts:
-            rollouts.prepare(base, folder / "rollouts.jsonl")
+            start = recipe.train.init_adapter
+            adapter = Path(start).expanduser() if start else None
+            rollouts.prepare(base, folder / "rollouts.jsonl", adapter)
         with capture_output(folder / "log"):
             choose_backend().train(job)
     return finished

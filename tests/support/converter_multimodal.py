@@ -101,11 +101,11 @@ SEEING: dict[str, tuple[str, JsonObject]] = {
 """Miniatures of text models, the class that sees with one of them, and sizes of its eyes."""
 
 
-def save_seeing(name: str, folder: Path) -> PreTrainedModel:
+def save_seeing(name: str, folder: Path, **changes: object) -> PreTrainedModel:
     """Save a random model that sees, and return a model in float32 that reads its text alike.
 
     It is transformers' class of the whole, or for Gemma 3n, whose eyes need another package, that
-    of the text.
+    of the text. `changes` are of the configuration of its text part.
     """
     import torch
     import transformers
@@ -113,20 +113,20 @@ def save_seeing(name: str, folder: Path) -> PreTrainedModel:
     network: PreTrainedModel
     if name == "Gemma3n":
         text = folder.with_name(f"{folder.name} text")
-        save_miniature(name, text)
+        save_miniature(name, text, **changes)
         _add_eyes_and_ears(text, folder)
         network = transformers.AutoModelForCausalLM.from_pretrained(text, dtype=torch.float32)
         return network
     class_name, vision = SEEING[name]
-    settings = save_config(name, folder).to_dict()
+    settings = save_config(name, folder, **changes).to_dict()
     settings.pop("architectures", None)  # as published
     config = getattr(transformers, f"{class_name}Config")(
         text_config=settings, vision_config={**_EYES, **vision}
     )
     config.tie_word_embeddings = settings["tie_word_embeddings"]
-    whole = f"{class_name}ForConditionalGeneration"
-    save_random(whole, config, folder)
-    network = getattr(transformers, whole).from_pretrained(folder, dtype=torch.float32)
+    class_name = f"{class_name}ForConditionalGeneration"
+    save_random(class_name, config, folder)
+    network = getattr(transformers, class_name).from_pretrained(folder, dtype=torch.float32)
     return network
 
 

@@ -21,8 +21,6 @@ _OF_TEXT = (
 )
 """The first parts of a text model's names where nothing stands before them."""
 _IDEFICS = "model.text_model."
-WITHIN = ("language_model.", _IDEFICS)
-"""What names of weights have where the text model stands within another one."""
 
 
 class Part(NamedTuple):
@@ -38,6 +36,11 @@ def is_multi_token(key: str) -> bool:
     return key.startswith(_MULTI_TOKEN)
 
 
+def is_within(key: str) -> bool:
+    """Return whether a weight is of a text model that stands within another model."""
+    return "language_model." in key or key.startswith(_IDEFICS)
+
+
 def text_model_key(key: str) -> str:
     """Return the key of a multimodal model's weight in its text model alone, "" for other parts.
 
@@ -47,7 +50,7 @@ def text_model_key(key: str) -> str:
     """
     if key.startswith(_IDEFICS):
         return f"model.{key.removeprefix(_IDEFICS)}"
-    if "language_model." not in key:
+    if not is_within(key):
         return key if key.startswith(_OF_TEXT) else ""
     part = key.rpartition("language_model.")[2]
     return part if part.startswith(("model.", "lm_head.")) else f"model.{part}"

@@ -17,6 +17,8 @@ from pipeline.gguf.huggingface.config import require_object
 
 GGML_TYPES = {"F32": 0, "F16": 1, "BF16": 30}
 """The supported types of safetensors, and ggml's numbers of them."""
+INTEGERS = ("I64", "I32", "BOOL")
+"""Types of tables that some families store beside their weights (Qwen4-Exp)."""
 _ITEM_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
 _POINTER = b"version https://git-lfs"
 
@@ -59,7 +61,7 @@ class SafetensorsTensor:
             raise GattError(
                 f"{self.file}: weights of type {self.dtype} found; F32, F16 or BF16 expected."
             )
-        kind, columns = GGML_TYPES[self.dtype], self.shape[-1]
+        kind, columns = GGML_TYPES[self.dtype], self.shape[-1] if self.shape else 1
         stored = np.asarray(self.data).reshape(-1, ggml.row_bytes(kind, columns))
         return ggml.dequantize(stored[rows], kind, columns)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.errors import GattError
-from pipeline.gguf.huggingface.keys import WITHIN, text_model_key
+from pipeline.gguf.huggingface.keys import is_within, text_model_key
 from pipeline.gguf.huggingface.safetensors import SafetensorsTensor, open_safetensors
 from pipeline.gguf.lora.delta import Delta, Replacement
 from pipeline.gguf.lora.settings import WEIGHTS, LoraSettings, read_settings
@@ -77,13 +77,7 @@ def read_adapter(folder: Path) -> LoraAdapter:
     _require_values(file, tensors)
     parts: dict[str, dict[str, SafetensorsTensor]] = {}
     replacements = {}
-    text = text_tensors(tensors)
-    if not text:
-        raise GattError(
-            f"{file} changes other parts of a multimodal model than its text model, of which "
-            "nothing is exported. Train an adapter of the text model."
-        )
-    for key, tensor in text.items():
+    for key, tensor in text_tensors(tensors).items():
         name = key.removeprefix(_PREFIX)
         if name == key:
             raise _unknown(file, key)
@@ -114,7 +108,7 @@ def text_tensors(tensors: Mapping[str, T]) -> dict[str, T]:
     One that was trained within a multimodal model has names of its own for it; its changes of other
     parts are left out.
     """
-    if not any(part in key for key in tensors for part in WITHIN):
+    if not any(is_within(key.removeprefix(_PREFIX)) for key in tensors):
         return dict(tensors)
     keys = {key: text_model_key(key.removeprefix(_PREFIX)) for key in tensors}
     return {f"{_PREFIX}{keys[key]}": tensor for key, tensor in tensors.items() if keys[key]}
