@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pipeline.gguf.base import JsonObject
+from support.families import FAMILIES
 
 MOE: JsonObject = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 SHARED_EXPERT: JsonObject = {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 32}
@@ -131,14 +132,7 @@ MIXTURES = {
     "Gemma4 moe": Miniature(
         "gemma 4",
         {
-            "layer_types": ["sliding_attention", "full_attention"],
-            "hidden_size_per_layer_input": 0,
-            "head_dim": 16,
-            "global_head_dim": 32,
-            "sliding_window": 64,
-            "attention_k_eq_v": True,
-            "num_global_key_value_heads": 1,
-            "final_logit_softcapping": 30.0,
+            **FAMILIES["gemma 4 dense"].settings,
             "enable_moe_block": True,
             "num_experts": 4,
             "top_k_experts": 2,
