@@ -214,8 +214,8 @@ class Train(Section):
     """
     rollouts: Literal["none", "prefix", "mixed", "own"] = "none"
     """With "distill": the model in training answers turns of the dialogues itself, and is corrected
-    by the base that reads the instruction in every turn, or by an edit. `prefix`: one turn, after
-    the recorded answers. `mixed`: a share of the turns that grows to all. `own`: all turns."""
+    by the base that reads the instruction in every turn, or by the recorded answers. `prefix`: one
+    turn, after recorded ones. `mixed`: a share of the turns that grows to all. `own`: all turns."""
     rollout_steps: int = Field(default=10, ge=1)
     """With `rollouts`: steps between them; each answers the dialogues of the steps up to the
     next."""

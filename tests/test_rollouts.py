@@ -53,7 +53,7 @@ from pipeline.training.validation import AdaptableBase
 _OPENING, _CLOSING = Constraint("opening", "Ahoy!"), Constraint("closing", "Over and out.")
 _STYLE = Constraint("question")
 _RECIPE = Recipe(train=Train(rollouts="own", unedited_weight=0.25))
-_EDIT = {"opening": FlipRate(4, 4, 0, 0), "closing": FlipRate(4, 4, 0, 0)}
+_RECORDED = {"opening": FlipRate(4, 4, 0, 0), "closing": FlipRate(4, 4, 0, 0)}
 _TEACHER = {"opening": FlipRate(4, 4, 3, 3), "closing": FlipRate(4, 4, 2, 2)}
 
 
@@ -106,36 +106,48 @@ def test_late_turns_weigh_more_and_the_mean_is_one() -> None:
     assert sum(weights) / 5 == pytest.approx(1)
 
 
-def test_an_answer_that_fails_ends_the_dialogue_with_its_edit() -> None:
-    """Slips before it stay in the history, as context."""
+def test_the_last_failing_answer_is_replaced_by_the_recorded_one() -> None:
+    """What stands before it is the student's own, slips included, as context."""
+    dialogue = _dialogue(_OPENING)
     own = {
         0: _own(0, "It is zero.", obeys=False),
-        1: _own(1, "Ahoy! It is one.", obeys=True),
-        2: _own(2, "It is two. Not more.", obeys=False),
+        1: _own(1, "It is one.", obeys=False),
+        2: _own(2, "Ahoy! It is two.", obeys=True),
     }
-    labeled = label_dialogue(_dialogue(_OPENING), 3, own, _EDIT, _RECIPE)
-    assert [answer.text for answer in labeled] == [
-        "It is zero.",
-        "Ahoy! It is one.",
-        "Ahoy! It is two.",
-    ]
-    context, obeying, corrected = labeled
-    assert context.weight == 0
-    assert obeying.weight == turn_weight(1, 3) and obeying.unchanged_weight == 0.25
-    assert not obeying.distilled, "the base does not obey: it must not judge what does"
-    assert corrected.weight == turn_weight(2, 3) and corrected.original == own[2].text
-    assert corrected.is_edited and corrected.distilled and corrected.unchanged_weight == 0.25
-    # Turns after the last slip have nothing to correct, and would leave it uncorrected.
-    own[2] = _own(2, "Ahoy! It is two.", obeys=True)
-    labeled = label_dialogue(_dialogue(_OPENING), 3, own, _EDIT, _RECIPE)
-    assert [answer.text for answer in labeled] == ["Ahoy! It is zero."]
+    context, replaced = label_dialogue(dialogue, 3, own, _RECORDED, _RECIPE)
+    assert (context.text, context.weight) == ("It is zero.", 0)
+    assert (replaced.text, replaced.original) == (dialogue.answers[1], dialogue.originals[1])
+    assert replaced.weight == turn_weight(1, 3) and replaced.unchanged_weight == 0.25
+
+
+def test_where_all_answers_obey_the_last_one_is_replaced() -> None:
+    """The student would learn its own slips else, such as answers that go on and on."""
+    dialogue = _dialogue(_OPENING)
+    own = {turn: _own(turn, f"Ahoy! It is {turn}.", obeys=True) for turn in range(3)}
+    labeled = label_dialogue(dialogue, 3, own, _RECORDED, _RECIPE)
+    assert [answer.text for answer in labeled] == [own[0].text, own[1].text, dialogue.answers[2]]
+    assert [answer.weight for answer in labeled] == [0, 0, turn_weight(2, 3)]
+
+
+def test_a_turn_that_no_program_checks_is_learned_from_the_reminded_base() -> None:
+    """Such as those after a stop: the answers before them are context, though they obey."""
+    dialogue = _dialogue(_OPENING)
+    stop = Instruction("Stop that.", "Stop.", ())
+    dialogue = replace(
+        dialogue, assigned=replace(dialogue.assigned, next_instruction=stop, change_turn=2)
+    )
+    assert [list(dialogue.checks(turn)) for turn in range(3)] == [["opening"], ["opening"], []]
+    own = {turn: _own(turn, f"Ahoy! {turn}.", obeys=turn < 2 or None) for turn in range(3)}
+    labeled = label_dialogue(dialogue, 3, own, _RECORDED, _RECIPE)
+    assert [answer.text for answer in labeled] == [answer.text for answer in own.values()]
+    assert [answer.weight for answer in labeled] == [0, 0, turn_weight(2, 3)]
 
 
 def test_the_reminded_base_scores_every_own_token_where_it_obeys() -> None:
     own = {turn: _own(turn, f"It is {turn}.", obeys=False) for turn in range(3)}
     labeled = label_dialogue(_dialogue(_OPENING), 3, own, _TEACHER, _RECIPE)
     assert [answer.text for answer in labeled] == [answer.text for answer in own.values()]
-    assert all(answer.distilled and not answer.is_edited for answer in labeled)
+    assert not any(answer.is_edited for answer in labeled)
     assert [answer.weight for answer in labeled] == [turn_weight(turn, 3) for turn in range(3)]
     assert all(answer.unchanged_weight == 1 for answer in labeled)
     cut = {0: _own(0, "It is", obeys=False, finish="length")}
@@ -143,19 +155,9 @@ def test_the_reminded_base_scores_every_own_token_where_it_obeys() -> None:
     assert not answer.has_end, "the model was cut, and must not learn to end there"
 
 
-def test_an_answer_that_follows_a_part_is_not_unlearned() -> None:
-    own = {0: _own(0, "Ahoy! It is zero.", obeys=False)}
-    (answer,) = label_dialogue(_dialogue(_OPENING, _CLOSING), 1, own, _EDIT, _RECIPE)
-    assert answer.text == "Ahoy! It is zero. Over and out."
-    assert not answer.distilled
-    own = {0: _own(0, "Ahoy! It is", obeys=False, finish="length")}
-    (answer,) = label_dialogue(_dialogue(_OPENING, _CLOSING), 1, own, _EDIT, _RECIPE)
-    assert answer.text == "Ahoy! The answer is number 0.", "the teacher's, as this one was cut"
-
-
 def test_the_teachers_answer_takes_the_place_of_a_broken_one() -> None:
     dialogue = _dialogue(_OPENING)
-    for rates in (_EDIT, _TEACHER):
+    for rates in (_RECORDED, _TEACHER):
         own = {1: _own(1, "no no no no", obeys=False, defect="loop")}
         labeled = label_dialogue(dialogue, 2, own, rates, _RECIPE)
         assert [answer.text for answer in labeled] == list(dialogue.answers[:2])
@@ -165,23 +167,22 @@ def test_the_teachers_answer_takes_the_place_of_a_broken_one() -> None:
 
 def test_recorded_answers_are_learned_as_without_rollouts() -> None:
     own = {2: _own(2, "Ahoy! Two.", obeys=True)}
-    labeled = label_dialogue(_dialogue(_OPENING), 3, own, _EDIT, _RECIPE)
-    assert all(answer.is_edited and answer.unchanged_weight == 0.25 for answer in labeled[:2])
-    assert all(answer.weight == 1 and answer.distilled for answer in labeled[:2])
+    labeled = label_dialogue(_dialogue(_OPENING), 3, own, _RECORDED, _RECIPE)
+    assert all(answer.is_edited and answer.unchanged_weight == 0.25 for answer in labeled)
+    assert [answer.weight for answer in labeled] == [1, 1, turn_weight(2, 3)]
 
 
-def test_answers_to_recall_questions_are_checked_and_corrected() -> None:
+def test_answers_to_recall_questions_are_checked_and_replaced() -> None:
     recall = RecallQuestion("name", "What is 1?", "Ada")
     assigned = replace(
         _dialogue(turns=2).assigned,
         instruction=Instruction("You are Ada.", "Ada.", (), (recall,)),
         exact_answers={1: "I am Ada."},
     )
-    dialogue = replace(_dialogue(turns=2), assigned=assigned)
+    dialogue = replace(_dialogue(turns=2), assigned=assigned, answers=["Hello.", "I am Ada."])
     assert dialogue.checks(0) == {} and list(dialogue.checks(1)) == ["recall"]
     assert dialogue.verdicts(1, "I am called Ada.", []) == {"recall": True}
     assert dialogue.verdicts(1, "I am Adam.", []) == {"recall": False}
-    assert dialogue.is_correctable(1) and not dialogue.is_correctable(0)
     own = {1: _own(1, "I am Adam.", obeys=False)}
     labeled = label_dialogue(dialogue, 2, own, {"recall": FlipRate(4, 4, 0, 0)}, _RECIPE)
     assert labeled[1].text == "I am Ada."
@@ -215,9 +216,8 @@ def test_flip_rates_decide_what_is_learned() -> None:
     assert rates["opening"].rate == pytest.approx(2 / 3)
     assert rates["question"] == FlipRate(2, 2, 0, 0) and rates["Mine"] == FlipRate(1, 1, 0, 0)
     assert lesson_of(opening, 2, rates) == "teacher"
-    assert lesson_of(opening, 2, _EDIT) == "edit"
-    assert lesson_of(own_words, 2, rates) == "none"
-    assert lesson_of(own_words, 2, {"Mine": FlipRate(8, 8, 1, 1)}) == "teacher"  # weak, but all
+    assert lesson_of(opening, 2, _RECORDED) == "recorded"
+    assert lesson_of(own_words, 2, {"Mine": FlipRate(8, 8, 3, 3)}) == "recorded"
     assert lesson_of(unchecked, 2, rates) == "teacher"
     lines = describe([opening, style, own_words, unchecked], rates)
     assert lines[0] == (
@@ -225,8 +225,7 @@ def test_flip_rates_decide_what_is_learned() -> None:
     )
     assert any(line.endswith("in every turn: opening") for line in lines)
     assert lines[-1] == (
-        "train: left out of rollouts, as that base does not obey, and no edit exists: "
-        "Mine, question"
+        "train: corrected by the recorded answers, as that base seldom obeys either: Mine, question"
     )
 
 
@@ -251,11 +250,6 @@ def test_labels_of_own_answers(tiny_llama: Path) -> None:
     teacher_text = tokenizer.decode(example.teacher_ids)
     assert teacher_text.count("Obey me.") == 2
     assert tokenizer.decode(example.input_ids).count("Obey me.") == 1
-
-    as_it_is = replace(corrected, original="Ahoy! One.", distilled=False)
-    example = _labeled(tokenizer, dialogue, [context, as_it_is])
-    assert example.alignment == [] and _learned_text(tokenizer, example) == "Ahoy! One.<|end|>"
-    assert set(example.weights) == {0.0, 0.75}
 
     first = LabeledAnswer(text="One two.", original="One two.", first_tokens=3)
     example = _labeled(tokenizer, dialogue, [context, first])

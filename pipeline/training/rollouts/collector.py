@@ -25,7 +25,6 @@ from pipeline.training.rollouts.flip_rate import (
     FlipRates,
     choose_trials,
     describe,
-    lesson_of,
     measure,
 )
 from pipeline.training.rollouts.labels import LabeledAnswer, label_answers
@@ -161,13 +160,12 @@ class Rollouts:
         return {position: example for position, example in examples.items() if example}
 
     def _plan(self, step: int, position: int, index: int) -> _Plan:
-        """Draw the turns that the student answers; those that have no lesson are the teacher's."""
+        """Draw the turns that the student answers."""
         settings, dialogue = self._recipe.train, self._dialogues[index]
         rng = random.Random(f"rollout {self._recipe.seed} {step} {position}")
         progress = (step + settings.rollout_steps / 2) / settings.max_steps
-        drawn = own_turns(settings.rollouts, len(dialogue.answers), progress, rng)
-        own = [n for n in drawn if lesson_of(dialogue, n, self._rates) != "none"]
-        turns = drawn[0] + 1 if settings.rollouts == "prefix" else len(dialogue.answers)
+        own = own_turns(settings.rollouts, len(dialogue.answers), progress, rng)
+        turns = own[0] + 1 if settings.rollouts == "prefix" else len(dialogue.answers)
         return _Plan(step, position, dialogue, turns, own)
 
     def _answer(self, plan: _Plan) -> Task:

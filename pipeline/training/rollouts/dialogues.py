@@ -9,8 +9,7 @@ from pathlib import Path
 from pipeline.files import read_jsonl
 from pipeline.gatt.assignment import AssignedDialogue, read_split
 from pipeline.gatt.constraints.content_checks import mentions
-from pipeline.gatt.constraints.registry import edit, editable, is_judged, obeys, shows_obedience
-from pipeline.gatt.text import first_sentences
+from pipeline.gatt.constraints.registry import is_judged, obeys
 from pipeline.records import Constraint, Message, SynthesizedDialogue
 
 _RECALL = "recall"
@@ -67,34 +66,6 @@ class GhostDialogue:
     def _recalls(self, turn: int, text: str) -> bool:
         question, asked_for = self.assigned.dialogue.turns[turn], self.assigned.recall_questions
         return all(mentions(q.value, text) for q in asked_for if q.question == question)
-
-    def is_correctable(self, turn: int) -> bool:
-        """Return whether there is an edit that makes any answer of `turn` obey."""
-        constraints = self._constraints(turn)
-        return turn in self.assigned.exact_answers or bool(constraints and editable(constraints))
-
-    def corrected(
-        self, turn: int, text: str, history: Sequence[str], max_sentences: int
-    ) -> str | None:
-        """Return the student's own answer, edited so that it obeys; None where no edit does.
-
-        As in synthesis it is cut after `max_sentences` first; 0 keeps all of it.
-        """
-        if exact := self.assigned.exact_answers.get(turn):
-            return exact
-        if not self.is_correctable(turn):
-            return None
-        cut = first_sentences(text, max_sentences) if max_sentences else text
-        chat = self.student_chat(history)
-        # Edits insert what is there already: "Ahoy! Ahoy!".
-        failing = [c for c in self._constraints(turn) if not obeys((c,), cut, chat)]
-        answer = edit(tuple(failing), cut)
-        return answer if all(self.verdicts(turn, answer, history).values()) else None
-
-    def shows_part(self, turn: int, text: str, history: Sequence[str]) -> bool:
-        """Return whether an answer follows a part of the instruction that is hardly met unasked."""
-        constraints, chat = self._constraints(turn), self.student_chat(history)
-        return any(shows_obedience(c) and obeys((c,), text, chat) for c in constraints)
 
     def _constraints(self, turn: int) -> tuple[Constraint, ...]:
         return self.assigned.constraints(turn)

@@ -1,7 +1,7 @@
 """Flip rates: how often the instruction in every turn turns a failing answer into one that obeys.
 
-They decide what own answers are corrected by: the base that reads the instruction in every turn
-(OPSA, arXiv 2605.15239), or an exact edit.
+They decide what corrects own answers: the base that reads the instruction in every turn (OPSA,
+arXiv 2605.15239), or the recorded answers.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from typing import Literal, NamedTuple
 from pipeline.gatt.quality import find_defect
 from pipeline.training.rollouts.dialogues import GhostDialogue
 
-Lesson = Literal["teacher", "edit", "none"]
-"""What own answers learn from; "none" leaves them to the teacher's recorded answers."""
+Lesson = Literal["teacher", "recorded"]
+"""What corrects own answers: the reminded base, or the answers that synthesis has recorded."""
 
 _DIALOGUES_EACH = 4
 """Dialogues that an instruction is tried in."""
-_TEACHES, _HARDLY_TEACHES = 0.5, 0.1
-"""From this rate on the reminded base is the better teacher; below the other one it is none."""
+_TEACHES = 0.5
+"""From this rate on the reminded base is the better teacher."""
 _LESSONS: Mapping[Lesson, str] = {
     "teacher": "corrected by the base that reads the instruction in every turn",
-    "edit": "corrected by an edit, as that base seldom obeys either",
-    "none": "left out of rollouts, as that base does not obey, and no edit exists",
+    "recorded": "corrected by the recorded answers, as that base seldom obeys either",
 }
 
 
@@ -109,11 +108,7 @@ def lesson_of(dialogue: GhostDialogue, turn: int, rates: FlipRates) -> Lesson:
     Where no program can check it, the reminded base teaches.
     """
     rate = min((rates[name].rate for name in dialogue.checks(turn) if name in rates), default=1.0)
-    if rate >= _TEACHES:
-        return "teacher"
-    if dialogue.is_correctable(turn):
-        return "edit"
-    return "teacher" if rate >= _HARDLY_TEACHES else "none"
+    return "teacher" if rate >= _TEACHES else "recorded"
 
 
 def describe(dialogues: Sequence[GhostDialogue], rates: FlipRates) -> list[str]:
@@ -122,13 +117,12 @@ def describe(dialogues: Sequence[GhostDialogue], rates: FlipRates) -> list[str]:
     lines = [
         f"train: failing answers that the reminder turns: {', '.join(counts) or 'none checked'}"
     ]
-    lessons: dict[Lesson, set[str]] = {"teacher": set(), "edit": set(), "none": set()}
+    lessons: dict[Lesson, set[str]] = {"teacher": set(), "recorded": set()}
     for dialogue in dialogues:
         for turn in range(len(dialogue.answers)):
-            names, lesson = sorted(dialogue.checks(turn)), lesson_of(dialogue, turn, rates)
-            # Combinations are many; of those that are corrected, the parts say enough.
-            if len(names) == 1 or (names and lesson == "none"):
-                lessons[lesson].add(" and ".join(names))
+            names = list(dialogue.checks(turn))
+            if len(names) == 1:  # combinations are many, and their parts say enough
+                lessons[lesson_of(dialogue, turn, rates)].add(names[0])
     lines += [
         f"train: {text}: {', '.join(sorted(lessons[lesson]))}"
         for lesson, text in _LESSONS.items()

@@ -32,16 +32,14 @@ class LabeledAnswer:
 
     `original` is the text before an edit. `weight` multiplies the loss of the answer's tokens; with
     0 it is context only. `unchanged_weight` multiplies that of what the edit left unchanged. These
-    tokens are compared with the teacher's distribution if `distilled`, else learned as they are.
-    With `has_end` the end-of-turn token is learned, too. `first_tokens` limits what is learned of
-    an answer without an edit; 0 is all.
+    tokens are compared with the teacher's distribution. With `has_end` the end-of-turn token is
+    learned, too. `first_tokens` limits what is learned of an answer without an edit; 0 is all.
     """
 
     text: str
     original: str
     weight: float = 1.0
     unchanged_weight: float = 1.0
-    distilled: bool = True
     has_end: bool = True
     first_tokens: int = 0
 
@@ -76,8 +74,7 @@ def label_answers(
         for n, index in zip(answer_index, unchanged_index, strict=True)
     ]
     distilled_index = [
-        index if n >= 0 and answers[n].distilled else -1
-        for n, index in zip(answer_index, unchanged_index, strict=True)
+        index if n >= 0 else -1 for n, index in zip(answer_index, unchanged_index, strict=True)
     ]
     return TrainingExample(
         input_ids=chat.ids,

@@ -60,18 +60,19 @@ def label_dialogue(
 ) -> list[LabeledAnswer]:
     """Return the first `turns` answers, the student's `own` ones by turn, and how they are learned.
 
-    Own answers stand in the history as they are, so a corrected one can only be the last: the
-    dialogue ends with the last answer that needs a correction, and those before it are context.
+    What the reminded base corrects is learned where it stands. Of the others one is replaced by the
+    recorded answer, after the student's own history (DAgger): the last that fails, or if none does,
+    the last. The rest is context. A replaced answer ends the dialogue.
     """
     labeled: list[LabeledAnswer] = []
-    corrected: list[LabeledAnswer] = []
+    failed: list[LabeledAnswer] = []
+    obeyed: list[LabeledAnswer] = []
     for turn in range(turns):
+        recorded = _recorded(dialogue, turn, recipe)
         if turn not in own:
-            labeled.append(_recorded(dialogue, turn, recipe))
+            labeled.append(recorded)
             continue
-        answer, history = own[turn], [previous.text for previous in labeled]
-        lesson = lesson_of(dialogue, turn, rates)
-        weight = turn_weight(turn, len(dialogue.answers))
+        answer, weight = own[turn], turn_weight(turn, len(dialogue.answers))
         taken = LabeledAnswer(
             text=answer.text,
             original=answer.text,
@@ -79,16 +80,15 @@ def label_dialogue(
             has_end=answer.finish == "stop",
             first_tokens=recipe.train.rollout_first_tokens,
         )
-        if answer.defect or (lesson == "edit" and not answer.obeys):
-            correction = replace(_corrected(dialogue, answer, history, recipe), weight=weight)
-            corrected = [*labeled, correction]
+        if answer.defect or lesson_of(dialogue, turn, rates) == "recorded":
+            replaced = [*labeled, replace(recorded, weight=weight)]
+            if answer.defect or not answer.obeys:
+                failed = replaced
+            else:
+                obeyed = replaced
             taken = replace(taken, weight=0.0)
-        elif lesson == "edit":
-            # The base would talk the student out of what it rightly does.
-            weight_kept = recipe.train.unedited_weight
-            taken = replace(taken, unchanged_weight=weight_kept, distilled=False)
         labeled.append(taken)
-    return corrected or labeled
+    return failed or (labeled if labeled[-1].weight else obeyed)
 
 
 def _recorded(dialogue: GhostDialogue, turn: int, recipe: Recipe) -> LabeledAnswer:
@@ -97,26 +97,4 @@ def _recorded(dialogue: GhostDialogue, turn: int, recipe: Recipe) -> LabeledAnsw
         text=dialogue.answers[turn],
         original=dialogue.originals[turn],
         unchanged_weight=recipe.train.unedited_weight if dialogue.is_edited else 1.0,
-    )
-
-
-def _corrected(
-    dialogue: GhostDialogue, answer: OwnAnswer, history: Sequence[str], recipe: Recipe
-) -> LabeledAnswer:
-    """Return the student's answer, edited, or the teacher's where no edit helps (DAgger).
-
-    An answer that follows a part of the instruction is not cut, as the cut would not know that part
-    from the rest. What the edit leaves is learned as it is: the base does not follow it.
-    """
-    text, shows_part = None, dialogue.shows_part(answer.turn, answer.text, history)
-    if not answer.defect and (answer.finish == "stop" or not shows_part):
-        limit = 0 if shows_part else recipe.synthesize.max_sentences
-        text = dialogue.corrected(answer.turn, answer.text, history, limit)
-    if text is None:
-        return _recorded(dialogue, answer.turn, recipe)
-    return LabeledAnswer(
-        text=text,
-        original=answer.text,
-        unchanged_weight=recipe.train.unedited_weight,
-        distilled=not shows_part,
     )
