@@ -343,6 +343,17 @@ def test_an_interrupted_run_resumes_to_the_same_result(
     _assert_same(train_tiny(job), uninterrupted, tolerance=1e-6)
 
 
+def test_unfinished_checkpoints_of_later_steps_give_way(
+    tiny_llama: Path, tmp_path: Path, uninterrupted: Trained
+) -> None:
+    job = tiny_job(tiny_llama, tmp_path)
+    for step in (7, 8):
+        (job.checkpoint_dir / f"checkpoint-{step}").mkdir(parents=True)
+    _assert_same(train_tiny(job), uninterrupted, tolerance=1e-6)
+    left = sorted(path.name for path in job.checkpoint_dir.iterdir())
+    assert left == ["checkpoint-2", "checkpoint-3"]
+
+
 def test_a_signal_stops_after_the_next_step_and_saves_it(
     tiny_llama: Path, tmp_path: Path, uninterrupted: Trained
 ) -> None:

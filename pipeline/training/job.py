@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -232,6 +233,16 @@ def mark_complete(checkpoint: Path) -> None:
     A checkpoint without the marker was interrupted while it was written, and is ignored.
     """
     (checkpoint / _COMPLETE).touch()
+
+
+def remove_incomplete_checkpoints(checkpoint_dir: Path) -> None:
+    """Delete what was interrupted while it was written.
+
+    Otherwise the new checkpoints would be deleted as the oldest: only the last few are kept.
+    """
+    for checkpoint in checkpoint_dir.glob("checkpoint-*"):
+        if not (checkpoint / _COMPLETE).exists():
+            shutil.rmtree(checkpoint)
 
 
 def adapter_weights(folder: Path) -> Path:

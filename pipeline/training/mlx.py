@@ -36,6 +36,7 @@ from pipeline.training.job import (
     mark_complete,
     micro_batches,
     nonfinite_loss_error,
+    remove_incomplete_checkpoints,
 )
 from pipeline.training.mlx_model import linear_layers, load_adapter, load_base, save_adapter
 from pipeline.training.projections import own_projections
@@ -112,6 +113,7 @@ def train_loop(model: mlx.nn.Module, job: TrainingJob) -> list[float]:
 
     settings = job.settings
     optimizer = mlx.optimizers.AdamW(0.0, weight_decay=settings.weight_decay, bias_correction=True)
+    remove_incomplete_checkpoints(job.checkpoint_dir)
     first = last_checkpoint(job.checkpoint_dir)
     losses: list[float] = []
     if first:

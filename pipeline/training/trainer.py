@@ -34,6 +34,7 @@ from pipeline.training.job import (
     mark_complete,
     micro_batches,
     nonfinite_loss_error,
+    remove_incomplete_checkpoints,
     world_size,
 )
 from pipeline.training.loss import GattLoss, collate
@@ -84,6 +85,8 @@ def train_loop(model: PeftModel, job: TrainingJob, pad_token_id: int) -> list[fl
             f"WORLD_SIZE is {world_size()}, but transformers counts {trainer.args.world_size}. "
             "Start the processes with `accelerate launch` (on CPUs: `accelerate launch --cpu`)."
         )
+    if is_main_process():
+        remove_incomplete_checkpoints(job.checkpoint_dir)
     step = last_checkpoint(job.checkpoint_dir)
     checkpoint = str(job.checkpoint_dir / f"checkpoint-{step}") if step else None
     if checkpoint:
