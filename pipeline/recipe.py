@@ -347,8 +347,12 @@ class Evaluate(Section):
     instructions, a change of instruction halfway, no instruction (leakage, degradation), and
     recall of attributes (Table 30). 0 skips them."""
     recall_dialogues: int = Field(default=0, ge=0)
-    """Dialogues of the recall suite, which the ceiling answers, too; 0: as many as of the other
-    suites. Each asks for a name and a hobby, so 30 give 60 answers for each turn."""
+    """Dialogues of the recall suite; 0: as many as of the other suites. Each asks for a name and a
+    hobby, so 30 give 60 answers for each turn."""
+    reminded_suites: tuple[Literal["recall", "unseen", "unseen_values", "combined"], ...] = (
+        "recall",
+    )
+    """Further suites that the ceiling (the base, reminded in every turn) answers, too."""
     suite_turns: int = Field(default=10, ge=2)
     """Turns of these dialogues; recall uses `turns`."""
     unseen: tuple[Constraint, ...] = (

@@ -53,6 +53,14 @@ def test_every_format_is_an_arm(tmp_path: Path) -> None:
     assert [arm.name for arm in measured if arm.repeats_instruction] == ["ceiling"]
 
 
+def test_the_ceiling_answers_the_suites_that_the_recipe_names(tmp_path: Path) -> None:
+    evaluate = Evaluate(reminded_suites=("recall", "unseen"))
+    base, *_, ceiling = arms(Recipe(evaluate=evaluate), RunDir(tmp_path))
+    suites = ("evaluation", "recall", "unseen", "unseen_values", "change")
+    assert [ceiling.runs(suite) for suite in suites] == [True, True, True, False, False]
+    assert all(base.runs(suite) for suite in suites)
+
+
 def test_an_adapter_replaces_the_exported_files(tmp_path: Path) -> None:
     evaluate = Evaluate(adapter="a.gguf", adapter_scale=0.5)
     measured = arms(Recipe(evaluate=evaluate), RunDir(tmp_path))

@@ -34,8 +34,8 @@ _BYTES_PER_TOKEN = 3
 class Arm:
     """A model under a name: a GGUF at `path`, perhaps with an adapter on it, or a `server`.
 
-    `in_all_suites`: measured in the further suites too. `repeats_instruction`: every user message
-    has the instruction.
+    `in_all_suites`: measured in the further suites too; else in those of `further_suites`.
+    `repeats_instruction`: every user message has the instruction.
     """
 
     name: str
@@ -43,15 +43,12 @@ class Arm:
     adapter: Adapter | None = None
     server: str = ""
     in_all_suites: bool = True
+    further_suites: tuple[str, ...] = ()
     repeats_instruction: bool = False
 
     def runs(self, suite: str) -> bool:
-        """Return whether the model is measured in `suite`; the ceiling of recall is, too."""
-        return (
-            self.in_all_suites
-            or suite == "evaluation"
-            or (suite == "recall" and self.repeats_instruction)
-        )
+        """Return whether the model is measured in `suite`."""
+        return self.in_all_suites or suite in ("evaluation", *self.further_suites)
 
     def open(
         self,
@@ -136,7 +133,13 @@ def arms(recipe: Recipe, run_dir: RunDir) -> list[Arm]:
             for name in formats
         ]
     extra = [_extra_model(name, base) for name in settings.extra_models]
-    ceiling = Arm(name="ceiling", path=base, in_all_suites=False, repeats_instruction=True)
+    ceiling = Arm(
+        name="ceiling",
+        path=base,
+        in_all_suites=False,
+        further_suites=settings.reminded_suites,
+        repeats_instruction=True,
+    )
     all_arms = [Arm(name="base", path=base), *tuned, *extra, ceiling]
     (name, count), *_ = Counter(arm.name for arm in all_arms).most_common(1)
     if count > 1:
