@@ -150,8 +150,8 @@ def open_gguf(path: Path) -> GgufInfo:
         names = ", ".join(key.removeprefix(_NAMED_TEMPLATE) for key in named)
         only = f" (only templates named {names})" if named else ""
         raise GattError(
-            f"{path} lacks a chat template{only}. Take an instruct model's GGUF, or give this one a "
-            "template: gguf-new-metadata --chat-template-file chat_template.jinja "
+            f"{path} lacks a chat template{only}. Take an instruct model's GGUF, or give this one "
+            "a template: gguf-new-metadata --chat-template-file chat_template.jinja "
             f"{path.name} with-template.gguf"
         )
     return info
