@@ -57,7 +57,8 @@ COMPARISONS = (
 )
 SUITES = ("unseen_values", "unseen", "change", "recall", "single")
 FIRST_LATE_TURN = 16
-TIMED_STEPS, TIMED_ROLLOUTS = 6, 2
+TIMED_STEPS = 20
+"""Two rollouts of as many dialogues as in the run."""
 QUICK_DIALOGUES = 2
 MAX_STEP_RATIO, MIN_ROLLOUT_RATIO = 1.6, 0.9
 
@@ -127,17 +128,15 @@ def total_seconds(step: Step) -> float:
     return step.seconds + (step.rollouts.seconds if step.rollouts else 0.0)
 
 
-def with_steps(recipe: Recipe, steps: int, rollout_steps: int = 0) -> Recipe:
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
     """Return the recipe with so many steps, and no checkpoints."""
     changes = {"max_steps": steps, "save_steps": 10 * steps}
-    if rollout_steps:
-        changes["rollout_steps"] = rollout_steps
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
 
 def measure_time(recipe: Recipe, run_dir: RunDir) -> Timing:
     """Time a few steps; the first one sets up a lot, so the others stand for it."""
-    timed = with_steps(recipe, TIMED_STEPS, TIMED_STEPS // TIMED_ROLLOUTS)
+    timed = with_steps(recipe, TIMED_STEPS)
     with tempfile.TemporaryDirectory() as folder:
         first, *_, last = train(timed, run_dir, 1, Path(folder))
     seconds = (last.seconds - first.seconds) / (last.number - 1)
