@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from pipeline.custom_instructions import parse_pool_entry
 from pipeline.records import MAX_THOUGHT_TOKENS, Constraint, CustomInstruction
@@ -208,19 +208,6 @@ class Train(Section):
     """With "distill": compare only the base model's k most likely tokens, the others summed into
     one; 0 compares all.
     """
-    beta: float = Field(default=0.0, ge=0, le=1)
-    """With "distill": the divergence from the base model. 0: KL(base‖model); 1: the reverse,
-    KL(model‖base); between: the generalized Jensen-Shannon divergence (GKD, Agarwal et al. 2024).
-    """
-    rollouts: Literal["none", "prefix", "mixed", "own"] = "none"
-    """With "distill": the model in training answers turns of the dialogues itself, and is corrected
-    by the base that reads the instruction in every turn, or by the recorded answers. `prefix`: one
-    turn, after recorded ones. `mixed`: a share of the turns that grows to all. `own`: all turns."""
-    rollout_steps: int = Field(default=10, ge=1)
-    """With `rollouts`: steps between them; each answers the dialogues of the steps up to the
-    next."""
-    rollout_first_tokens: int = Field(default=0, ge=0)
-    """With `rollouts`: learn only the first tokens of an own answer that is not edited; 0: all."""
     rank: int = Field(default=32, ge=1)
     """LoRA rank."""
     alpha: float = Field(default=0.0, ge=0)
@@ -279,15 +266,6 @@ class Train(Section):
     """Where to log the curves as well; each package has to be installed."""
     early_stop_adherence: float = Field(default=0.0, ge=0, le=1)
     """Stop when this fraction of the answers in the validation split is adherent; 0 disables it."""
-
-    @model_validator(mode="after")
-    def _check_rollouts(self) -> Train:
-        if self.rollouts != "none" and self.loss != "distill":
-            raise ValueError(
-                f'rollouts = "{self.rollouts}" needs loss = "distill", but loss is "{self.loss}". '
-                "Change one of the two."
-            )
-        return self
 
 
 class Export(Section):

@@ -25,7 +25,7 @@ from pipeline.system import is_main_process
 _ADDED_KEYS = {
     "instructions": ("file", "bake"),
     "synthesize": ("max_thought_tokens", "judge"),
-    "train": ("optimizer", "beta", "rollouts", "rollout_steps", "rollout_first_tokens"),
+    "train": ("optimizer",),
     "evaluate": ("max_thought_tokens", "recall_dialogues", "reminded_suites"),
 }
 """Keys of each section that came after version 0.1, with a default that changes nothing."""

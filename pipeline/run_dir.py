@@ -86,7 +86,6 @@ class RunDir:
         self.acceptance = path / "synthesize" / "acceptance.json"
         self.adapter = path / "train" / "adapter"
         self.checkpoints = path / "train" / "checkpoints"
-        self.rollouts = path / "train" / "checkpoints" / "rollouts.jsonl"
         self.training_log = path / "train" / "unsloth.log"
         self.losses = path / "train" / "losses.json"
         self.speed = path / "train" / "speed.json"

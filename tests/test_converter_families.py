@@ -135,7 +135,7 @@ and what is said."""
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["Olmo", "FalconH1", "Qwen2Moe", "Gemma3n"])
 def test_a_run_goes_through_on_such_a_family(name: str, tmp_path: Path) -> None:
-    """Teach, validate and roll out in training, export, evaluate.
+    """Teach, validate in training, export, evaluate.
 
     Falcon-H1 has a state. Qwen2Moe has a shared expert, and others, which are not trained. Gemma 3n
     sees and hears, as it is published.
@@ -148,7 +148,7 @@ def test_a_run_goes_through_on_such_a_family(name: str, tmp_path: Path) -> None:
         *(f"model={folder}", "synthesize.teacher=smollm2-135m", "synthesize.max_tokens=16"),
         *("dialogues.train=4", "dialogues.turns=2", "dialogues.validation=1"),
         *("train.max_steps=2", "train.rank=4", "train.save_steps=1", "train.max_length=4096"),
-        *("train.rollouts=own", "train.rollout_steps=1", "train.load_in_4bit=true"),
+        "train.load_in_4bit=true",
         'export.formats=["F16", "Q4_K_M"]',
         *("evaluate.dialogues=2", "evaluate.turns=2", "evaluate.max_tokens=12"),
         *("evaluate.attention=false", "evaluate.suite_dialogues=1"),

@@ -24,7 +24,7 @@ from pipeline.training.examples import (
     example_from_row,
     random_slips,
 )
-from pipeline.training.loss import Batch, GattLoss, collate, divergence, gatt_loss
+from pipeline.training.loss import Batch, GattLoss, collate, gatt_loss, kl_divergence
 from pipeline.training.unsloth import load_tokenizer
 
 if TYPE_CHECKING:
@@ -380,13 +380,13 @@ def test_the_divergence_is_that_of_scipy_at_any_temperature_and_top_k() -> None:
     teacher_logits = torch.randn(3, 50, dtype=torch.float64)
     logits = torch.randn(3, 50, dtype=torch.float64)
     p, q = softmax(teacher_logits.numpy() / 2, axis=-1), softmax(logits.numpy() / 2, axis=-1)
-    everything = divergence(teacher_logits, logits, 2.0, 0)
+    everything = kl_divergence(teacher_logits, logits, 2.0, 0)
     assert everything.tolist() == pytest.approx(4 * entropy(p, q, axis=-1))
-    for row, value in enumerate(divergence(teacher_logits, logits, 2.0, 5).tolist()):
+    for row, value in enumerate(kl_divergence(teacher_logits, logits, 2.0, 5).tolist()):
         top = p[row].argsort()[-5:]
         with_rest = [[*probs[row][top], 1 - probs[row][top].sum()] for probs in (p, q)]
         assert value == pytest.approx(4 * entropy(*with_rest))
     assert torch.equal(
-        divergence(teacher_logits, logits, 1.0, 50),
-        divergence(teacher_logits, logits, 1.0, 0),
+        kl_divergence(teacher_logits, logits, 1.0, 50),
+        kl_divergence(teacher_logits, logits, 1.0, 0),
     )

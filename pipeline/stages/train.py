@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pipeline.cluster.session import current_cluster
 from pipeline.cluster.storage import choose_storage, is_used
@@ -17,7 +16,7 @@ from pipeline.data.sources import source_inputs
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_jsonl, write_json
 from pipeline.gatt.assignment import read_split
-from pipeline.hub.convert import cached_checkpoint, cached_gguf, runnable_gguf
+from pipeline.hub.convert import cached_checkpoint, cached_gguf
 from pipeline.hub.llama_converter import converter_for
 from pipeline.hub.models import find_model, shape_of
 from pipeline.recipe import Recipe
@@ -25,7 +24,6 @@ from pipeline.run_dir import Input, RunDir
 from pipeline.system import GB, is_main_process, require_disk, trim_memory
 from pipeline.training.backend import Backend, choose_backend
 from pipeline.training.examples import (
-    TrainingExample,
     example_from_row,
     mark_learned,
     training_examples,
@@ -47,11 +45,6 @@ from pipeline.training.validation import (
     validation_gpu_bytes,
 )
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from pipeline.training.rollouts.collector import Rollouts, RolloutStats
-
 SECTIONS = ("train",)
 """Sections of the recipe that the result depends on."""
 
@@ -61,9 +54,8 @@ def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
     settings = recipe.train
     replayed = source_inputs(settings.replay_data) if settings.replay_data else []
     adapter = sorted(Path(settings.init_adapter).expanduser().glob("adapter_*"))
-    # The validation split is among the assignments, as are the instructions of rollouts.
-    is_read = settings.early_stop_adherence or settings.rollouts != "none"
-    validation = [run_dir.assignments] if is_read else []
+    # The validation split is among the assignments.
+    validation = [run_dir.assignments] if settings.early_stop_adherence else []
     return [
         find_model(recipe.model).path,
         run_dir.examples,
@@ -137,10 +129,7 @@ def train_here(
     if recipe.train.init_adapter:
         check_init_adapter(recipe.train, str(tokenizer.chat_template or ""))
     examples = training_examples(tokenizer, recipe, run_dir.examples)
-    rollouts = read_rollouts(recipe, run_dir, tokenizer, examples)
     longest = max(e.max_tokens for e in examples)
-    if rollouts:
-        longest = max(longest, rollouts.max_tokens)
     validation_bytes = _validation_gpu_bytes(recipe, run_dir, longest)
     plan = fit_to_memory(recipe, longest, free_memory(), gpu=on_gpu(), taken_bytes=validation_bytes)
     job = TrainingJob(
@@ -153,7 +142,6 @@ def train_here(
         seed=recipe.seed,
         checkpoint_dir=run_dir.checkpoints,
         adapter_dir=run_dir.adapter,
-        rollouts=rollouts,
     )
     if not is_main_process():
         with capture_output(run_dir.training_log):
@@ -166,14 +154,10 @@ def train_here(
     gpu = not on_gpu() or validation_bytes > 0
     with (
         closing(adaptable_base(recipe, gpu=gpu)) as base,
-        closing(rollout_base(recipe, gpu=gpu)) as student,
-        closing(rollouts) if rollouts else nullcontext(),
+        closing(ValidationHook(recipe, run_dir, base)) as hook,
     ):
-        if rollouts:
-            rollouts.prepare(student, run_dir.rollouts, _init_adapter(recipe))
-        with closing(ValidationHook(recipe, run_dir, base)) as hook:
-            job = _reporting(replace(job, should_stop=hook.should_stop), on_checkpoint)
-            result, steps = _train(backend, job, run_dir, lambda: hook.last_note)
+        job = _reporting(replace(job, should_stop=hook.should_stop), on_checkpoint)
+        result, steps = _train(backend, job, run_dir, lambda: hook.last_note)
     trim_memory()
     result.logits.save(run_dir.reference)
     write_json(run_dir.losses, result.losses)
@@ -211,60 +195,21 @@ def _train(
 
 
 def _speed(totals: Step) -> dict[str, float]:
-    """Return the tokens and seconds of training, and those of rollouts, if there were any."""
+    """Return the tokens, seconds and memory of training."""
     speed = {"seconds": totals.seconds, "peak_memory_bytes": totals.peak_memory_bytes}
-    if totals.rollouts:
-        speed |= {
-            "rollout_seconds": totals.rollouts.seconds,
-            "rollout_tokens": totals.rollouts.tokens,
-        }
     return totals.tokens._asdict() | speed
 
 
 def adaptable_base(recipe: Recipe, *, gpu: bool = True) -> AdaptableBase:
     """Return the base that validates the adapters of training; it is not loaded yet."""
-    return _base_of(partial(cached_gguf, find_model(recipe.model), "Q8_0"), recipe, gpu=gpu)
-
-
-def rollout_base(recipe: Recipe, *, gpu: bool = True) -> AdaptableBase:
-    """Return the base that rolls out, in the format of synthesis; it is not loaded yet."""
-    make_file = partial(runnable_gguf, find_model(recipe.model), recipe.synthesize.format)
-    return _base_of(make_file, recipe, gpu=gpu)
-
-
-def _base_of(make_file: Callable[[], Path], recipe: Recipe, *, gpu: bool) -> AdaptableBase:
-    path = find_model(recipe.model).path
-    folder = path if converter_for(path) else None
+    model = find_model(recipe.model)
+    folder = model.path if converter_for(model.path) else None
+    make_file = partial(cached_gguf, model, "Q8_0")
     return AdaptableBase(make_file, folder=folder, dora=recipe.train.dora, gpu=gpu)
 
 
-def read_rollouts(
-    recipe: Recipe,
-    run_dir: RunDir,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[TrainingExample],
-) -> Rollouts | None:
-    """Return what the model in training will answer, if the recipe has `train.rollouts`.
-
-    The synthesized dialogues come first in `examples`.
-    """
-    if recipe.train.rollouts == "none":
-        return None
-    from pipeline.training.rollouts.collector import Rollouts
-    from pipeline.training.rollouts.dialogues import ghost_dialogues
-
-    dialogues = ghost_dialogues(run_dir.assignments, run_dir.examples, recipe.dialogues.system)
-    lengths = [len(example.input_ids) for example in examples[: len(dialogues)]]
-    return Rollouts(dialogues, lengths, recipe, tokenizer)
-
-
-def _init_adapter(recipe: Recipe) -> Path | None:
-    adapter = recipe.train.init_adapter
-    return Path(adapter).expanduser() if adapter else None
-
-
 def _validation_gpu_bytes(recipe: Recipe, run_dir: RunDir, longest: int) -> float:
-    """Return the bytes that validation or a rollout takes on the GPU; 0 where it is on the CPU.
+    """Return the bytes that validation takes on the GPU; 0 where it is on the CPU.
 
     That is where llama.cpp has no GPU, or a whole step of training would not fit beside it.
     """
@@ -272,8 +217,6 @@ def _validation_gpu_bytes(recipe: Recipe, run_dir: RunDir, longest: int) -> floa
         return 0
     shape, settings = shape_of(recipe.model), recipe.train
     dialogues = len(read_split(run_dir.assignments, "validation"))
-    if settings.rollouts != "none":
-        dialogues = max(dialogues, settings.rollout_steps * settings.batch_size)
     needed = validation_gpu_bytes(shape, dialogues)
     tokens = settings.max_tokens_per_micro_batch or settings.batch_size * longest
     fitting = tokens_that_fit(shape, settings, free_memory() - needed, gpu=True)
@@ -332,19 +275,8 @@ def format_step(step: Step) -> str:
     return (
         f"loss {step.loss:.3f}, rate {step.learning_rate:.1e}, "
         f"{step.tokens.learned / step.seconds:.0f} learned tokens/s, "
-        f"{step.peak_memory_bytes / GB:.1f} GB" + _format_rollouts(step.rollouts)
+        f"{step.peak_memory_bytes / GB:.1f} GB"
     )
-
-
-def _format_rollouts(stats: RolloutStats | None) -> str:
-    if stats is None:
-        return ""
-    text = f", divergence {stats.divergence:.2f}"
-    if stats.answers:
-        text += f", {stats.obeying} of {stats.answers} own answers obey"
-    if stats.tokens:
-        text += f", {stats.tokens / stats.seconds:.0f} rollout tokens/s"
-    return text
 
 
 def show_labels(recipe: Recipe, run_dir: RunDir) -> None:

@@ -18,7 +18,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from pipeline.console import log
 from pipeline.errors import GattError
@@ -29,9 +29,6 @@ from pipeline.hub.shape import ModelShape
 from pipeline.inference.logits import Logits
 from pipeline.recipe import Train
 from pipeline.training.examples import TrainingExample
-
-if TYPE_CHECKING:
-    from pipeline.training.rollouts.collector import Rollouts, RolloutStats
 
 LOGITS_PER_CHUNK = 2**22
 """Logits (tokens times vocabulary) in memory at a time; autograd holds several copies of each."""
@@ -80,10 +77,7 @@ class TokenCounts(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """A finished optimizer step; `tokens` and `seconds` are totals of all steps so far.
-
-    `seconds` are those of training, without `rollouts`.
-    """
+    """A finished optimizer step; `tokens` and `seconds` are totals of all steps so far."""
 
     number: int
     loss: float
@@ -91,7 +85,6 @@ class Step:
     tokens: TokenCounts
     seconds: float
     peak_memory_bytes: int
-    rollouts: RolloutStats | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +92,9 @@ class TrainingJob:
     """What to train, and where: the base model in `model_dir`, its adapter to `adapter_dir`.
 
     On a GPU `stored_layers` layers keep their activations, and the others are computed again in the
-    backward pass. On a CPU `dequantize` keeps a base in 4 bits in 16 bits too. With `rollouts`,
-    examples are replaced by what the model itself answers. `on_step` is called after each step.
-    `should_stop` is called after each checkpoint with its step and its folder, and ends training
-    early.
+    backward pass. On a CPU `dequantize` keeps a base in 4 bits in 16 bits too. `on_step` is called
+    after each step. `should_stop` is called after each checkpoint with its step and its folder, and
+    ends training early.
     """
 
     model_dir: Path
@@ -114,7 +106,6 @@ class TrainingJob:
     stored_layers: int = 0
     logits_per_chunk: int = LOGITS_PER_CHUNK
     dequantize: bool = False
-    rollouts: Rollouts | None = None
     on_step: Callable[[Step], None] = lambda step: None
     should_stop: Callable[[int, Path], bool] = lambda step, checkpoint: False
 
@@ -131,8 +122,7 @@ class TrainingJob:
     @property
     def max_tokens(self) -> int:
         """Return the tokens of the longest chat, the teacher's included."""
-        longest = max(example.max_tokens for example in self.examples)
-        return max(longest, self.rollouts.max_tokens) if self.rollouts else longest
+        return max(example.max_tokens for example in self.examples)
 
 
 def distilled_pairs(example: TrainingExample) -> list[tuple[int, int]]:

@@ -6,7 +6,6 @@ torch; import it only where training runs.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
@@ -81,11 +80,9 @@ class GattLoss:
 
     The loss of a token is its cross-entropy. For a token in `batch["alignment"]` it is instead
     KL(base‖model), where the base model reads the teacher's prompt: context distillation (Askell et
-    al. 2021, section 2; Snell et al. 2022). `settings.beta` chooses another divergence, and
-    `settings.cross_entropy` mixes the two losses.
+    al. 2021, section 2; Snell et al. 2022). `settings.cross_entropy` mixes the two losses.
 
-    `logits_per_chunk` are the logits (tokens times vocabulary) in memory at a time. `divergence` is
-    the sum over `distilled_tokens` of all calls.
+    `logits_per_chunk` are the logits (tokens times vocabulary) in memory at a time.
     """
 
     def __init__(
@@ -93,7 +90,6 @@ class GattLoss:
     ) -> None:
         base = model.get_base_model()
         self._decoder, self._head, self._settings = base.model, OutputHead(base), settings
-        self.divergence, self.distilled_tokens = torch.zeros((), device=model.device), 0
         self._chunk_tokens = max(1, logits_per_chunk // base.lm_head.weight.shape[0])
         # PEFT's `disable_adapter` walks through all modules twice: 25 ms at 32 layers.
         self._adapters = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
@@ -177,18 +173,14 @@ class GattLoss:
     def _distill(
         self, logits: torch.Tensor, labels: torch.Tensor, teacher: _Teacher
     ) -> torch.Tensor:
-        """Return the losses (tokens) of aligned tokens: the divergence from the base model.
+        """Return the losses (tokens) of aligned tokens: KL(base‖model).
 
         `logits` are the model's, of shape (tokens, vocab_size).
         """
         with torch.no_grad():
             teacher_logits = self._head(teacher.hidden[teacher.index])
         settings = self._settings
-        divergences = divergence(
-            teacher_logits, logits, settings.temperature, settings.top_k, settings.beta
-        )
-        self.divergence += divergences.detach().sum()
-        self.distilled_tokens += len(divergences)
+        divergences = kl_divergence(teacher_logits, logits, settings.temperature, settings.top_k)
         if not settings.cross_entropy:
             return divergences
         cross_entropy = functional.cross_entropy(logits, labels, reduction="none")
@@ -261,20 +253,14 @@ class _Teacher(NamedTuple):
         return self._replace(index=self.index[tokens])
 
 
-def divergence(
-    teacher_logits: torch.Tensor,
-    logits: torch.Tensor,
-    temperature: float,
-    top_k: int,
-    beta: float = 0.0,
+def kl_divergence(
+    teacher_logits: torch.Tensor, logits: torch.Tensor, temperature: float, top_k: int
 ) -> torch.Tensor:
-    """Return the divergence of each token, shape (tokens), from logits (tokens, vocab_size).
+    """Return KL(teacher‖model) of each token, shape (tokens), from logits (tokens, vocab_size).
 
-    It is KL(teacher‖model) for `beta` 0, KL(model‖teacher) for 1, and the generalized
-    Jensen-Shannon divergence between (Agarwal et al. 2024, equation 1). Both distributions are
-    taken at `temperature`, and the result is multiplied by its square (Hinton et al. 2015, section
-    2.1). With `top_k`, the teacher's k most likely tokens are compared, and the rest of the
-    vocabulary as one more; 0 compares all.
+    Both distributions are taken at `temperature`, and the result is multiplied by its square
+    (Hinton et al. 2015, section 2.1). With `top_k`, the teacher's k most likely tokens are
+    compared, and the rest of the vocabulary as one more; 0 compares all.
     """
     if temperature != 1:  # a division by 1 would copy all logits
         teacher_logits, logits = teacher_logits / temperature, logits / temperature
@@ -283,20 +269,7 @@ def divergence(
         teacher_logprobs, most_likely = teacher_logprobs.topk(top_k, dim=-1)
         teacher_logprobs = _append_rest(teacher_logprobs)
         logprobs = _append_rest(logprobs.gather(-1, most_likely))
-    return generalized_jsd(teacher_logprobs, logprobs, beta) * temperature**2
-
-
-def generalized_jsd(
-    teacher_logprobs: torch.Tensor, logprobs: torch.Tensor, beta: float
-) -> torch.Tensor:
-    """Return the divergence for `beta` of two distributions, along the last dimension."""
-    if beta == 0:
-        return _kl(teacher_logprobs, logprobs)
-    if beta == 1:
-        return _kl(logprobs, teacher_logprobs)
-    parts = [teacher_logprobs + math.log(beta), logprobs + math.log1p(-beta)]
-    mixture = torch.stack(parts).logsumexp(0)
-    return beta * _kl(teacher_logprobs, mixture) + (1 - beta) * _kl(logprobs, mixture)
+    return _kl(teacher_logprobs, logprobs) * temperature**2
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

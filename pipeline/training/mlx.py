@@ -63,11 +63,6 @@ def train(job: TrainingJob) -> TrainingResult:
             "MLX has no train.dora, no train.report_to and no 8-bit train.optimizer. Leave them "
             "out, or uninstall mlx to train on the CPU."
         )
-    if settings.rollouts != "none" or settings.beta:
-        raise GattError(
-            "MLX has no train.rollouts and no train.beta. Leave them out, or uninstall mlx to "
-            "train on the CPU."
-        )
     import mlx.core as mx
 
     mx.random.seed(job.seed)

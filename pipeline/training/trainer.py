@@ -38,12 +38,9 @@ from pipeline.training.job import (
     world_size,
 )
 from pipeline.training.loss import GattLoss, collate
-from pipeline.training.rollouts.own_examples import OwnExamples
 
 if TYPE_CHECKING:
     from peft import PeftModel
-
-    from pipeline.training.rollouts.collector import RolloutStats
 
 _OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_8bit"}
 """The optimizers of the recipe, as transformers calls them."""
@@ -124,7 +121,6 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         self.loss_scale = _FIRST_LOSS_SCALE if model.dtype == torch.float16 else 1.0
         self._job, self._pad_token_id = job, pad_token_id
         self._order = length_grouped_order(job)
-        self._own = OwnExamples(job.rollouts, job.settings, self._order)
         self._loss = GattLoss(model, job.settings, job.logits_per_chunk)
         self._adapter = [p for p in model.parameters() if p.requires_grad]
 
@@ -136,10 +132,8 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         `model` may be wrapped for several processes. The sums are taken here instead, so
         `self.model` is used, which is never wrapped.
         """
-        self._own.roll_out(self.state.global_step, self.model.save_pretrained)
-        start, self._loss.distilled_tokens = time.monotonic(), 0
-        self._loss.divergence.zero_()
-        examples = [self._example(position) for position in inputs["positions"]]
+        start = time.monotonic()
+        examples = [self._job.examples[self._order[position]] for position in inputs["positions"]]
         weight = torch.tensor(sum(sum(e.weights) for e in examples), device=self.model.device)
         all_reduce_sum(weight)
         loss = self._forward_backward(examples, weight)
@@ -156,17 +150,6 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         self.tokens = self.tokens.plus(micro_batches(examples, self.max_tokens))
         self.seconds += time.monotonic() - start
         return loss
-
-    def _example(self, position: int) -> TrainingExample:
-        return self._own.get(position) or self._job.examples[self._order[position]]
-
-    @property
-    def rollout_stats(self) -> RolloutStats | None:
-        """Return what the last rollout and the last step were like; None without rollouts."""
-        if not self._job.rollouts:
-            return None
-        divergence = float(self._loss.divergence) / max(1, self._loss.distilled_tokens)
-        return self._job.rollouts.stats._replace(divergence=divergence)
 
     def load_loss_scale(self, checkpoint: Path) -> None:
         """Continue with the scale of a checkpoint."""
@@ -270,7 +253,6 @@ class GattCallback(transformers.TrainerCallback):  # type: ignore[misc]
             tokens=self._trainer.tokens,
             seconds=self._trainer.seconds,
             peak_memory_bytes=torch.cuda.max_memory_allocated() if cuda else peak_memory(),
-            rollouts=self._trainer.rollout_stats,
         )
         self._job.on_step(step)
 

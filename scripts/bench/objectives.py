@@ -1,10 +1,9 @@
 """What each objective teaches: `.venv/bin/python scripts/bench/objectives.py runs/demo [--quick]`.
 
-`last_turn`, `all_turns`, `distill`, and `distill` with each schedule of `train.rollouts` train on
-the dialogues of a run, with its recipe, each for as many seconds (with rollouts, without the flip
-rates before them) and with three seeds, in turn. A few steps are timed first to count the steps,
-so that the schedule ends with the time. Measured are the run's evaluation dialogues (`late`: turns
-16 to 20) and its suites. Rollouts are compared with the run's synthesis, too.
+`last_turn`, `all_turns` and `distill` train on the dialogues of a run, with its recipe, each for as
+many seconds and with three seeds, in turn. A few steps are timed first to count the steps, so that
+the schedule ends with the time. Measured are the run's evaluation dialogues (`late`: turns 16 to
+20) and its suites.
 """
 
 from __future__ import annotations
@@ -17,22 +16,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.console import Progress, capture_output
 from pipeline.evaluation.rates import wilson
 from pipeline.gatt.assignment import AssignedDialogue, read_split, read_splits
-from pipeline.gatt.synthesis import Synthesis
 from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
-from pipeline.inference.teacher import open_teacher
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.records import Reply
 from pipeline.run_dir import RunDir
-from pipeline.stages.train import adaptable_base, read_rollouts, rollout_base
+from pipeline.stages.train import adaptable_base
 from pipeline.training.backend import choose_backend
 from pipeline.training.examples import training_examples
 from pipeline.training.job import Step, TrainingJob
@@ -43,24 +40,17 @@ ARMS = {
     "last_turn": ("train.loss=last_turn",),
     "all_turns": ("train.loss=all_turns",),
     "distill": ("train.loss=distill",),
-    "prefix": ("train.loss=distill", "train.rollouts=prefix"),
-    "mixed": ("train.loss=distill", "train.rollouts=mixed"),
-    "own": ("train.loss=distill", "train.rollouts=own"),
 }
 """What each arm sets in the recipe."""
-ON_POLICY = ("prefix", "mixed", "own")
 COMPARISONS = (
     ("all_turns", "last_turn"),
     ("distill", "all_turns"),
     ("distill", "last_turn"),
-    *((arm, "distill") for arm in ON_POLICY),
 )
 SUITES = ("unseen_values", "unseen", "change", "recall", "single")
 FIRST_LATE_TURN = 16
-TIMED_STEPS = 20
-"""Two rollouts of as many dialogues as in the run."""
+TIMED_STEPS = 6
 QUICK_DIALOGUES = 2
-MAX_STEP_RATIO, MIN_ROLLOUT_RATIO = 1.6, 0.9
 
 
 class Rate(NamedTuple):
@@ -80,19 +70,12 @@ class Rate(NamedTuple):
 
 
 class Measurement(NamedTuple):
-    """An arm: steps, seconds with rollouts, mean tokens of an answer, and rates by outcome."""
+    """An arm: steps, seconds, mean tokens of an answer, and rates by outcome."""
 
     steps: int
     seconds: float
     answer_tokens: float
     rates: dict[str, Rate]
-
-
-class Timing(NamedTuple):
-    """Seconds of a step with its share of rollouts, whose tokens a second are 0 without any."""
-
-    seconds_per_step: float
-    rollout_tokens_per_second: float
 
 
 def train(recipe: Recipe, run_dir: RunDir, seed: int, folder: Path) -> list[Step]:
@@ -101,8 +84,6 @@ def train(recipe: Recipe, run_dir: RunDir, seed: int, folder: Path) -> list[Step
     model_dir = cached_checkpoint(find_model(recipe.model))
     tokenizer = load_tokenizer(model_dir)
     examples = training_examples(tokenizer, recipe, run_dir.examples)
-    seeded = recipe.model_copy(update={"seed": seed})
-    rollouts = read_rollouts(seeded, run_dir, tokenizer, examples)
     job = TrainingJob(
         model_dir=model_dir,
         examples=examples,
@@ -110,22 +91,11 @@ def train(recipe: Recipe, run_dir: RunDir, seed: int, folder: Path) -> list[Step
         seed=seed,
         checkpoint_dir=folder / "checkpoints",
         adapter_dir=folder / "adapter",
-        rollouts=rollouts,
         on_step=finished.append,
     )
-    with closing(rollout_base(recipe)) as base, closing(rollouts) if rollouts else nullcontext():
-        if rollouts:
-            start = recipe.train.init_adapter
-            adapter = Path(start).expanduser() if start else None
-            rollouts.prepare(base, folder / "rollouts.jsonl", adapter)
-        with capture_output(folder / "log"):
-            choose_backend().train(job)
+    with capture_output(folder / "log"):
+        choose_backend().train(job)
     return finished
-
-
-def total_seconds(step: Step) -> float:
-    """Return the seconds of all steps so far, with those of rollouts."""
-    return step.seconds + (step.rollouts.seconds if step.rollouts else 0.0)
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
@@ -134,28 +104,11 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=changes)})
 
 
-def measure_time(recipe: Recipe, run_dir: RunDir) -> Timing:
+def seconds_per_step(recipe: Recipe, run_dir: RunDir) -> float:
     """Time a few steps; the first one sets up a lot, so the others stand for it."""
-    timed = with_steps(recipe, TIMED_STEPS)
     with tempfile.TemporaryDirectory() as folder:
-        first, *_, last = train(timed, run_dir, 1, Path(folder))
-    seconds = (last.seconds - first.seconds) / (last.number - 1)
-    if not last.rollouts:
-        return Timing(seconds, 0.0)
-    seconds += last.rollouts.seconds / last.number
-    return Timing(seconds, last.rollouts.tokens / last.rollouts.seconds)
-
-
-def synthesis_speed(recipe: Recipe, run_dir: RunDir) -> float:
-    """Return the tokens a second of synthesis, on as many dialogues as the timed rollouts have."""
-    count = TIMED_STEPS * recipe.train.batch_size
-    dialogues = read_split(run_dir.assignments, "train")[:count]
-    synthesis = Synthesis(recipe, lambda answer: None)
-    start = time.monotonic()
-    with open_teacher(recipe, count, 0) as teacher:
-        synthesis.run(teacher.run, dialogues)
-    tokens = sum(answer.tokens for answer in synthesis.answers.values())
-    return tokens / (time.monotonic() - start)
+        first, *_, last = train(with_steps(recipe, TIMED_STEPS), run_dir, 1, Path(folder))
+    return (last.seconds - first.seconds) / (last.number - 1)
 
 
 def measure(recipe: Recipe, run_dir: RunDir, seed: int, dialogues: int) -> Measurement:
@@ -173,7 +126,7 @@ def measure(recipe: Recipe, run_dir: RunDir, seed: int, dialogues: int) -> Measu
                 replies[outcome] = validation.measure(Path(name) / "adapter")
     return Measurement(
         recipe.train.max_steps,
-        total_seconds(last),
+        last.seconds,
         statistics.mean(reply.tokens for reply in replies["late"]),
         {outcome: rate(outcome, chosen[outcome], rows) for outcome, rows in replies.items()},
     )
@@ -199,10 +152,10 @@ def run_child(run: Path, arm: str, *options: object) -> list[object]:
     return list(json.loads(done.stdout.splitlines()[-1]))
 
 
-def time_in_child(run: Path, arm: str) -> Timing:
-    """Time an arm in a process of its own."""
-    values = run_child(run, arm)
-    return Timing(*(float(str(value)) for value in values))
+def time_in_child(run: Path, arm: str) -> float:
+    """Return the seconds of an arm's step, measured in a process of its own."""
+    (seconds,) = run_child(run, arm)
+    return float(str(seconds))
 
 
 def measure_in_child(run: Path, arm: str, steps: int, seed: int, dialogues: int) -> Measurement:
@@ -223,9 +176,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one seed, half a minute, few dialogues"
     )
-    parser.add_argument(
-        "--arm", choices=(*ARMS, "synthesis"), help="only this arm, in this process"
-    )
+    parser.add_argument("--arm", choices=ARMS, help="only this arm, in this process")
     parser.add_argument("--steps", type=int, default=TIMED_STEPS)
     parser.add_argument("--seed", type=int, default=0, help="with --arm; 0 only times its steps")
     parser.add_argument(
@@ -236,40 +187,33 @@ def main() -> None:
         print(json.dumps(run_arm(options)))
         return
     seconds, seeds = (30.0, 1) if options.quick else (60 * options.minutes, options.seeds)
-    timings = {arm: time_in_child(options.run, arm) for arm in options.arms}
-    (synthesis,) = run_child(options.run, "synthesis")
-    measurements = compare(
-        options.run, timings, seconds, seeds, QUICK_DIALOGUES if options.quick else 0
-    )
+    steps = {arm: max(2, round(seconds / time_in_child(options.run, arm))) for arm in options.arms}
+    measurements = compare(options.run, steps, seeds, QUICK_DIALOGUES if options.quick else 0)
     for arm, rows in measurements.items():
         print(summary(arm, rows))
-    all_figures = figures(measurements) | speed_figures(timings, float(str(synthesis)))
-    print(json.dumps({"bench": "objectives", "figures": all_figures}))
+    print(json.dumps({"bench": "objectives", "figures": figures(measurements)}))
 
 
 def run_arm(options: argparse.Namespace) -> object:
     """Time or measure one arm in this process."""
     run_dir = RunDir(options.run)
     recipe = load_recipe(options.run / "recipe.toml", ARMS.get(options.arm, ()))
-    if options.arm == "synthesis":
-        return [synthesis_speed(recipe, run_dir)]
     if not options.seed:
-        return measure_time(recipe, run_dir)
+        return [seconds_per_step(recipe, run_dir)]
     steps = with_steps(recipe, options.steps)
     return measure(steps, run_dir, options.seed, options.dialogues)
 
 
 def compare(
-    run: Path, timings: dict[str, Timing], seconds: float, seeds: int, dialogues: int
+    run: Path, steps: dict[str, int], seeds: int, dialogues: int
 ) -> dict[str, list[Measurement]]:
-    """Measure all arms, each for as many seconds, with each seed."""
-    measurements: dict[str, list[Measurement]] = {arm: [] for arm in timings}
-    bar = Progress("objectives: arms", seeds * len(timings))
+    """Measure all arms, each with its number of steps, with each seed."""
+    measurements: dict[str, list[Measurement]] = {arm: [] for arm in steps}
+    bar = Progress("objectives: arms", seeds * len(steps))
     for seed in range(1, seeds + 1):
-        for arm, timing in timings.items():
+        for arm, count in steps.items():
             start = time.monotonic()
-            steps = max(2, round(seconds / timing.seconds_per_step))
-            row = measure_in_child(run, arm, steps, seed, dialogues)
+            row = measure_in_child(run, arm, count, seed, dialogues)
             measurements[arm].append(row)
             rates = ", ".join(
                 f"{name} {value.adherent} of {value.answers}" for name, value in row.rates.items()
@@ -310,36 +254,14 @@ def figures(measurements: dict[str, list[Measurement]]) -> Figures:
     for better, worse in COMPARISONS:
         if not {better, worse} <= measurements.keys():
             continue
-        for outcome in ("late", "unseen_values") if better in ON_POLICY else ("late",):
-            means = [
-                statistics.mean(row.rates.get(outcome, Rate()).value for row in measurements[arm])
-                for arm in (better, worse)
-            ]
-            suffix = "" if outcome == "late" else f"_{outcome}"
-            result[f"{better}_over_{worse}{suffix}"] = {
-                "value": round(means[0] - means[1], 3),
-                "bar": 0,
-                "holds": means[0] >= means[1],
-            }
-    return result
-
-
-def speed_figures(timings: dict[str, Timing], synthesis: float) -> Figures:
-    """Return what rollouts cost: a step against `distill`, tokens a second against synthesis."""
-    result: Figures = {}
-    if {"prefix", "distill"} <= timings.keys():
-        step = timings["prefix"].seconds_per_step / timings["distill"].seconds_per_step
-        result["prefix_step_over_distill"] = {
-            "value": round(step, 2),
-            "bar": MAX_STEP_RATIO,
-            "holds": step <= MAX_STEP_RATIO,
-        }
-    if "own" in timings:
-        speed = timings["own"].rollout_tokens_per_second / synthesis
-        result["rollout_over_synthesis"] = {
-            "value": round(speed, 2),
-            "bar": MIN_ROLLOUT_RATIO,
-            "holds": speed >= MIN_ROLLOUT_RATIO,
+        means = [
+            statistics.mean(row.rates["late"].value for row in measurements[arm])
+            for arm in (better, worse)
+        ]
+        result[f"{better}_over_{worse}"] = {
+            "value": round(means[0] - means[1], 3),
+            "bar": 0,
+            "holds": means[0] >= means[1],
         }
     return result
 

@@ -5,17 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from pipeline.gatt.assignment import AssignedDialogue
-from pipeline.recipe import Recipe, Synthesize, Train
-from pipeline.records import Constraint, Dialogue, Instruction
-from pipeline.training.examples import IGNORE_INDEX, TrainingExample, build_example
+from pipeline.recipe import Train
+from pipeline.training.examples import IGNORE_INDEX, TrainingExample
 from pipeline.training.job import TrainingJob
-from pipeline.training.rollouts.dialogues import GhostDialogue
-from pipeline.training.validation import AdaptableBase
 
 if TYPE_CHECKING:
     import torch
@@ -117,62 +112,6 @@ def _logprobs(model: PeftModel, ids: Sequence[int]) -> torch.Tensor:
     import torch
 
     return model(input_ids=torch.tensor([list(ids)])).logits[0].log_softmax(-1)
-
-
-ROLLOUT_SETTINGS = SETTINGS.model_copy(
-    update={"rollouts": "own", "rollout_steps": 2, "max_steps": 4}
-)
-
-
-def tiny_rollout_job(
-    model_dir: Path, base: AdaptableBase, out: Path, settings: Train = ROLLOUT_SETTINGS
-) -> TrainingJob:
-    """Return a job whose model answers its dialogues itself, through llama.cpp.
-
-    The main process logs to `rollouts.jsonl` in `out`.
-    """
-    from pipeline.system import is_main_process
-    from pipeline.training.rollouts.collector import Rollouts
-    from pipeline.training.unsloth import load_tokenizer
-
-    tokenizer = load_tokenizer(model_dir)
-    dialogues = tiny_ghost_dialogues()
-    recipe = Recipe(train=settings, synthesize=Synthesize(max_tokens=8))
-    examples = [
-        build_example(
-            tokenizer,
-            dialogue.student_chat(dialogue.answers),
-            settings,
-            dialogue.assigned.teacher_prompt(dialogue.originals, ""),
-        )
-        for dialogue in dialogues
-    ]
-    rollouts = Rollouts(dialogues, [len(e.input_ids) for e in examples], recipe, tokenizer)
-    if is_main_process():
-        rollouts.prepare(base, out / "rollouts.jsonl")
-    return replace(tiny_job(model_dir, out, settings), examples=examples, rollouts=rollouts)
-
-
-def tiny_ghost_dialogues() -> list[GhostDialogue]:
-    """Return eight dialogues of two turns, edited to begin with a word; the last is plain."""
-    dialogues: list[GhostDialogue] = []
-    for n in range(8):
-        constraint = Constraint("opening", "Ahoy!")
-        instruction = Instruction("Say Ahoy!", "Ahoy!", (constraint,)) if n < 7 else None
-        originals = [f"It is {n}.", f"Yes, {n}."]
-        dialogues.append(
-            GhostDialogue(
-                assigned=AssignedDialogue(
-                    dialogue=Dialogue(f"d{n}", "sea", ("Hi?", f"And {n * n}?")),
-                    instruction=instruction,
-                    method="edited" if instruction else "plain",
-                ),
-                answers=[f"Ahoy! {text}" for text in originals] if instruction else originals,
-                originals=originals,
-                system="",
-            )
-        )
-    return dialogues
 
 
 def train_in_two_processes(training: str, folder: Path) -> Trained:

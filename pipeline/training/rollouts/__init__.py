@@ -1,1 +1,0 @@
-"""On-policy training: the model in training answers turns of its own training dialogues."""
