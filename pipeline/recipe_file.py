@@ -58,6 +58,8 @@ _RENAMED = {
     "synthesize.sentences": "synthesize.max_sentences",
 }
 """Keys of earlier versions whose new name is not the nearest one; an error names it."""
+_REMOVED = ("train.beta", "train.rollouts", "train.rollout_steps", "train.rollout_first_tokens")
+"""Keys of earlier versions that have no successor."""
 
 
 def load_recipe(path: Path | None, overrides: tuple[str, ...] = ()) -> Recipe:
@@ -138,6 +140,8 @@ def _explain(error: ValidationError) -> str:
         section = type(getattr(section(), str(name)))
     if new := _RENAMED.get(place):
         return f"unknown key {place!r}: it is now called {new!r}."
+    if place in _REMOVED:
+        return f"unknown key {place!r}: it was removed. Delete the lines of {', '.join(_REMOVED)}."
     known = ", ".join(section.model_fields)
     hint = did_you_mean(str(problem["loc"][-1]), section.model_fields)
     return f"unknown key {place!r}. {hint or f'Known keys: {known}.'}"

@@ -67,6 +67,13 @@ def test_a_renamed_key_names_the_new_one(old: str, new: str) -> None:
     assert key in type(getattr(Recipe(), section)).model_fields
 
 
+def test_a_removed_key_is_named_as_such(tmp_path: Path) -> None:
+    recipe = tmp_path / "old.toml"
+    recipe.write_text('[train]\nrollouts = "none"\n', encoding="utf-8")
+    with pytest.raises(GattError, match=r"'train\.rollouts': it was removed\. Delete the lines of"):
+        load_recipe(recipe)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
