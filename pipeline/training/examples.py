@@ -178,9 +178,9 @@ def build_example(
         for turn in loss_turns(len(chat.answers), settings.loss)
         if not answer_weights or answer_weights[turn]
     ]
-    learned_index = enclosing_spans(chat.offsets, [chat.answers[turn] for turn in turns])
+    learned_index = _enclosing_spans(chat.offsets, [chat.answers[turn] for turn in turns])
     factors = [answer_weights[turn] if answer_weights else 1.0 for turn in turns]
-    unchanged_index = enclosing_spans(chat.offsets, [(span.start, span.end) for span in unchanged])
+    unchanged_index = _enclosing_spans(chat.offsets, [(span.start, span.end) for span in unchanged])
     unedited_weight = settings.unedited_weight if edited else 1.0
     example = TrainingExample(
         input_ids=chat.ids,
@@ -195,7 +195,7 @@ def build_example(
     )
     if teacher is None or settings.loss != "distill":
         return example
-    alignment = align(chat, teacher, unchanged, unchanged_index)
+    alignment = _align(chat, teacher, unchanged, unchanged_index)
     return replace(example, teacher_ids=teacher.ids, alignment=alignment)
 
 
@@ -246,7 +246,7 @@ def _with_leading_space(text: str, offsets: Sequence[Span], span: Span) -> Span:
     return (token_start if text[token_start:start].isspace() else start), end
 
 
-def enclosing_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
+def _enclosing_spans(offsets: Sequence[Span], spans: Sequence[Span]) -> list[int]:
     """Return for each token the index of the span that contains all of it, or -1.
 
     `spans` are in order and do not overlap. A token without characters is in none of them.
@@ -286,7 +286,7 @@ def _unchanged_spans(
     return spans
 
 
-def align(
+def _align(
     chat: RenderedChat,
     teacher: RenderedChat,
     unchanged: Sequence[UnchangedSpan],

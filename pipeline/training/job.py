@@ -144,12 +144,7 @@ class TrainingResult(NamedTuple):
 
 
 def length_grouped_batches(job: TrainingJob) -> list[TrainingExample]:
-    """Return the dialogues of all steps, one batch after another (see `length_grouped_order`)."""
-    return [job.examples[index] for index in length_grouped_order(job)]
-
-
-def length_grouped_order(job: TrainingJob) -> list[int]:
-    """Return the indices of the dialogues of all steps; each epoch is shuffled anew.
+    """Return the dialogues of all steps, one batch after another; each epoch is shuffled anew.
 
     Dialogues of similar length share a batch, because a batch is padded to its longest one. With
     batches drawn at random, a fifth of what is computed would be padding.
@@ -157,16 +152,16 @@ def length_grouped_order(job: TrainingJob) -> list[int]:
     rng = random.Random(f"order {job.seed}")
     size, examples = job.settings.batch_size, job.examples
     total = job.settings.max_steps * size
-    ordered: list[int] = []
+    ordered: list[TrainingExample] = []
     while len(ordered) < total:
-        epoch = rng.sample(range(len(examples)), len(examples))
-        batches: list[list[int]] = []
+        epoch = rng.sample(examples, len(examples))
+        batches: list[list[TrainingExample]] = []
         for start in range(0, len(epoch), _MEGABATCH * size):
             megabatch = epoch[start : start + _MEGABATCH * size]
-            megabatch.sort(key=lambda index: len(examples[index].input_ids))
+            megabatch.sort(key=lambda example: len(example.input_ids))
             batches += [megabatch[n : n + size] for n in range(0, len(megabatch), size)]
         rng.shuffle(batches)
-        ordered += [index for batch in batches for index in batch]
+        ordered += [example for batch in batches for example in batch]
     return ordered[:total]
 
 

@@ -30,7 +30,7 @@ from pipeline.training.job import (
     TrainingJob,
     interrupted_error,
     last_checkpoint,
-    length_grouped_order,
+    length_grouped_batches,
     mark_complete,
     micro_batches,
     nonfinite_loss_error,
@@ -54,9 +54,9 @@ half a second more."""
 
 
 class Inputs(TypedDict):
-    """The positions, in the order of training, of the examples that this process computes."""
+    """The examples that this process computes."""
 
-    positions: list[int]
+    examples: list[TrainingExample]
 
 
 def train_loop(model: PeftModel, job: TrainingJob, pad_token_id: int) -> list[float]:
@@ -110,7 +110,7 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         super().__init__(
             model=model,
             args=_training_arguments(job),
-            train_dataset=range(job.settings.max_steps * job.settings.batch_size),
+            train_dataset=length_grouped_batches(job),
             data_collator=_collect,
         )
         self.remove_callback(transformers.PrinterCallback)
@@ -120,7 +120,6 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         self.seconds = 0.0
         self.loss_scale = _FIRST_LOSS_SCALE if model.dtype == torch.float16 else 1.0
         self._job, self._pad_token_id = job, pad_token_id
-        self._order = length_grouped_order(job)
         self._loss = GattLoss(model, job.settings, job.logits_per_chunk)
         self._adapter = [p for p in model.parameters() if p.requires_grad]
 
@@ -133,7 +132,7 @@ class GattTrainer(transformers.Trainer):  # type: ignore[misc]
         `self.model` is used, which is never wrapped.
         """
         start = time.monotonic()
-        examples = [self._job.examples[self._order[position]] for position in inputs["positions"]]
+        examples = inputs["examples"]
         weight = torch.tensor(sum(sum(e.weights) for e in examples), device=self.model.device)
         all_reduce_sum(weight)
         loss = self._forward_backward(examples, weight)
@@ -290,8 +289,8 @@ class GattCallback(transformers.TrainerCallback):  # type: ignore[misc]
         trim_memory()
 
 
-def _collect(positions: list[int]) -> Inputs:
-    return {"positions": positions}
+def _collect(examples: list[TrainingExample]) -> Inputs:
+    return {"examples": examples}
 
 
 def _training_arguments(job: TrainingJob) -> transformers.TrainingArguments:

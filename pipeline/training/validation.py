@@ -79,12 +79,8 @@ class AdaptableBase:
             self._weights = None
 
     @contextmanager
-    def engine(self, adapter: Path | None, dialogues: int, context: int) -> Iterator[BatchEngine]:
-        """Open the base with the PEFT adapter in a folder, or None, for up to `dialogues`."""
-        if adapter is None:
-            with BatchEngine(self.weights, dialogues, context) as engine:
-                yield engine
-            return
+    def engine(self, adapter: Path, dialogues: int, context: int) -> Iterator[BatchEngine]:
+        """Open the base with the PEFT adapter in the folder `adapter`, for up to `dialogues`."""
         # On the disk of the caches, because a merge may take several gigabytes.
         with tempfile.TemporaryDirectory(dir=cache_path("adapted").parent) as folder:
             gguf = Path(folder) / f"{adapter.name}.gguf"
