@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 
 import peft
@@ -22,12 +23,19 @@ from support.cli import call_gatt
 from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Train
 from pipeline.stages import doctor
+from pipeline.training import unsloth
+from pipeline.training.cpu import precision
 from pipeline.training.cpu.projections import speed_up_projections
 from pipeline.training.cpu.speed import StepTime, estimate_step
 
 
 def _model(
-    alpha: int, *, dora: bool = False, bias: bool = False, in_4bit: bool = True
+    alpha: int,
+    *,
+    dora: bool = False,
+    bias: bool = False,
+    in_4bit: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> peft.PeftModel:
     """Return two projections in a row, with a LoRA that is not zero."""
     from bitsandbytes.nn.modules import Linear4bit as Base
@@ -35,9 +43,9 @@ def _model(
     torch.manual_seed(1)
     base = torch.nn.Sequential()
     for name, inputs, outputs in (("up", 64, 128), ("down", 128, 64)):
-        linear = torch.nn.Linear(inputs, outputs, bias=bias).bfloat16()
+        linear = torch.nn.Linear(inputs, outputs, bias=bias).to(dtype)
         if in_4bit:
-            quantized = Base(inputs, outputs, bias, torch.bfloat16)  # type: ignore[no-untyped-call]
+            quantized = Base(inputs, outputs, bias, dtype)  # type: ignore[no-untyped-call]
             quantized.load_state_dict(linear.state_dict())
             linear = quantized.to("cpu")
         base.add_module(name, linear)
@@ -51,12 +59,14 @@ def _model(
     return model
 
 
-def _outputs_and_gradients(model: peft.PeftModel) -> list[torch.Tensor]:
+def _outputs_and_gradients(model: peft.PeftModel, dtype: torch.dtype) -> list[torch.Tensor]:
     """Return the outputs with and without adapter, and the gradients, as training computes them."""
     torch.manual_seed(2)
-    inputs = torch.randn(2, 5, 64).bfloat16().requires_grad_()
+    inputs = torch.randn(2, 5, 64).to(dtype).requires_grad_()
     layers = [m for m in model.modules() if isinstance(m, Linear4bit | Linear)]
-    with disable_input_dtype_casting(model), torch.autocast("cpu", torch.bfloat16):
+    is_half = dtype is not torch.float32
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=is_half)
+    with disable_input_dtype_casting(model) if is_half else nullcontext(), autocast:
         with torch.no_grad():
             for layer in layers:
                 layer._disable_adapters = True
@@ -72,15 +82,16 @@ def _outputs_and_gradients(model: peft.PeftModel) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize(("in_4bit", "dequantize"), [(True, False), (True, True), (False, False)])
 @pytest.mark.parametrize(("alpha", "bias"), [(8, False), (20, True)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_faster_projections_give_the_same_bits(
-    in_4bit: bool, dequantize: bool, alpha: int, bias: bool
+    in_4bit: bool, dequantize: bool, alpha: int, bias: bool, dtype: torch.dtype
 ) -> None:
-    expected = _outputs_and_gradients(_model(alpha, bias=bias, in_4bit=in_4bit))
-    model = _model(alpha, bias=bias, in_4bit=in_4bit)
+    expected = _outputs_and_gradients(_model(alpha, bias=bias, in_4bit=in_4bit, dtype=dtype), dtype)
+    model = _model(alpha, bias=bias, in_4bit=in_4bit, dtype=dtype)
     speed_up_projections(model, dequantize=dequantize)
     layers = [m for m in model.modules() if isinstance(m, Linear4bit | Linear)]
     assert len(layers) == 2 and all("forward" in vars(layer) for layer in layers)
-    actual = _outputs_and_gradients(model)
+    actual = _outputs_and_gradients(model, dtype)
     assert not torch.equal(expected[0], expected[1]) and len(expected) == 7
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
@@ -97,6 +108,33 @@ def test_dora_keeps_the_forward_pass_of_peft() -> None:
     model = _model(8, dora=True)
     speed_up_projections(model, dequantize=True)
     assert not any("forward" in vars(m) for m in model.modules() if isinstance(m, Linear4bit))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, torch.float32),
+        ({"avx512_f": True, "avx512_bf16": False}, torch.float32),
+        ({"avx512_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"neon": True}, torch.float32),
+        ({"neon": True, "bf16": True}, torch.bfloat16),
+    ],
+)
+def test_a_cpu_computes_in_bfloat16_if_it_has_instructions_for_it(
+    capabilities: dict[str, bool], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(precision, "has_bfloat16", precision.has_bfloat16.__wrapped__)
+    assert unsloth.training_dtype() is dtype
+
+
+@pytest.mark.slow
+def test_unsloth_would_choose_the_same_format() -> None:
+    unsloth.load_unsloth()
+    from unsloth_zoo.cpu.runtime import cpu_bf16_supported
+
+    assert precision.has_bfloat16() == cpu_bf16_supported()
 
 
 def test_the_time_of_a_step_grows_with_the_model_and_the_batch() -> None:

@@ -21,6 +21,7 @@ from pipeline.gpu import NvidiaGpu, NvidiaSmi, build_problem, card_problem
 from pipeline.run_dir import RunDir
 from pipeline.stages.doctor import llama_text
 from pipeline.training import backend, unsloth
+from pipeline.training.cpu.precision import has_bfloat16
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nvidia-smi is a shell script here")
 
@@ -142,6 +143,8 @@ def test_doctor_names_the_card_and_what_is_missing(gatt: Gatt) -> None:
     lines = done.stdout.splitlines()[:12]
     assert "kernels" not in done.stdout
     rows = {line[:10].strip(): line[11:] for line in lines if line[:1].strip()}
+    trains = "bfloat16" if has_bfloat16() else "float32: it has no instructions for bfloat16"
+    assert rows["CPU"].endswith(f" cores, trains in {trains}")
     assert rows["GPU"] == (
         "NVIDIA GeForce RTX 3060, 12.9 GB, 12.5 GB free, driver 550.54.14; PyTorch cannot use it"
     )

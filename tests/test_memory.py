@@ -19,6 +19,7 @@ from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Recipe, Train
 from pipeline.recipe_file import load_recipe
 from pipeline.stages import doctor
+from pipeline.training import memory, mlx
 from pipeline.training.job import LOGITS_PER_CHUNK, loads_in_4bit
 from pipeline.training.memory import (
     GPU_SIZES_GB,
@@ -193,12 +194,14 @@ def test_a_step_is_split_to_fit_in_memory(capsys: pytest.CaptureFixture[str]) ->
         fit_to_memory(recipe, 500, training_memory(SMOLLM2, recipe.train, 400), gpu=False)
 
 
-def test_spare_memory_of_a_cpu_keeps_the_base_in_16_bits(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_spare_memory_of_a_cpu_keeps_the_base_dequantized(
+    bfloat16: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(memory, "has_bfloat16", lambda: bfloat16)
     recipe = Recipe(train=FOUR_DIALOGUES)
     needed = training_memory(SMOLLM2, recipe.train, 800)
-    dequantized = 2 * SMOLLM2.projection_parameters
+    dequantized = (2 if bfloat16 else 4) * SMOLLM2.projection_parameters
     plan = fit_to_memory(recipe, 200, 1.3 * (needed + dequantized), gpu=False)
     assert plan.dequantize
     assert f"about {(needed + dequantized) / 1e9:.1f} GB of" in capsys.readouterr().err
@@ -207,7 +210,19 @@ def test_spare_memory_of_a_cpu_keeps_the_base_in_16_bits(
     assert not fit_to_memory(dora, 200, 64e9, gpu=False).dequantize
 
 
-def test_a_small_model_is_trained_in_16_bits_by_default() -> None:
+def test_a_cpu_without_bfloat16_takes_more_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def predict(*, bfloat16: bool, gpu: bool = False) -> float:
+        monkeypatch.setattr(memory, "has_bfloat16", lambda: bfloat16)
+        return training_memory(SMOLLM2, Train(), 1000, gpu=gpu)
+
+    assert predict(bfloat16=False) > 1.4 * predict(bfloat16=True)
+    assert predict(bfloat16=False, gpu=True) == predict(bfloat16=True, gpu=True)
+    monkeypatch.setattr(mlx, "available", lambda: True)  # which computes in 16 bits
+    assert predict(bfloat16=False) == predict(bfloat16=True)
+
+
+def test_a_small_model_is_trained_in_16_bits_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "has_bfloat16", lambda: True)
     small, large = SMOLLM2, shape_of("qwen3-1.7b")
     assert not loads_in_4bit(Train(), small) and loads_in_4bit(Train(), large)
     assert loads_in_4bit(Train(load_in_4bit=True), small)
@@ -245,7 +260,7 @@ def test_an_8b_model_takes_on_a_gpu_what_unsloth_publishes(card_gib: int, tokens
 
 def _plan_bytes(shape: ModelShape, plan: TrainingPlan, tokens: int) -> float:
     """Count what a plan takes on a GPU: the prediction, stored activations, larger chunks."""
-    activations = plan.stored_layers * tokens * shape.activation_bytes_per_token
+    activations = plan.stored_layers * tokens * shape.activation_bytes_per_token(2)
     logits = 40 * (plan.logits_per_chunk - LOGITS_PER_CHUNK)
     return training_memory(shape, plan.settings, tokens, gpu=True) + activations + logits
 

@@ -693,7 +693,6 @@ def test_the_adapter_is_what_the_recipe_asks_for(dora: bool, tmp_path: Path) -> 
 def test_4_bits_are_rounded_from_the_format_of_the_card(
     capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert unsloth.half_precision() is torch.bfloat16  # on a CPU
     monkeypatch.setattr(unsloth, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert unsloth.half_precision() is dtype
+    assert unsloth.training_dtype() is dtype

@@ -119,14 +119,15 @@ class ModelShape:
         narrower: float = (_LEARNING_RATE_WIDTH / self.hidden_size) ** _WIDTH_EXPONENT
         return _LEARNING_RATE * narrower
 
-    @property
-    def activation_bytes_per_token(self) -> int:
+    def activation_bytes_per_token(self, value_bytes: int) -> int:
         """Return the bytes that one layer saves of a token for the backward pass.
 
-        Norms are in float32. Queries, keys and values of all heads, attention's output, and the
-        inputs and outputs of the feed-forward network are in bfloat16.
+        Of norms, float32 copies. Of `value_bytes` each: the outputs of norms; queries, keys and
+        values of all heads, and attention's output; and the inputs and outputs of the feed-forward
+        network.
         """
-        return 12 * self.hidden_size + 8 * self.q_size + 8 * self.intermediate_size
+        values = 2 * self.hidden_size + 4 * self.q_size + 4 * self.intermediate_size
+        return 8 * self.hidden_size + value_bytes * values
 
 
 class _LayerSizes(NamedTuple):

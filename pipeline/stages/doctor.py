@@ -30,11 +30,14 @@ from pipeline.inference.batch_engine import BatchEngine, system_info
 from pipeline.recipe import Train
 from pipeline.records import Request, Task
 from pipeline.system import GB, available_memory, core_count
-from pipeline.training.cpu.speed import estimate_step
-from pipeline.training.memory import (
+from pipeline.training.cpu.precision import has_bfloat16
+from pipeline.training.cpu.speed import (
     CPU_TOKENS_AT_A_TIME,
-    GPU_SIZES_GB,
     TOKENS_PER_DIALOGUE,
+    estimate_step,
+)
+from pipeline.training.memory import (
+    GPU_SIZES_GB,
     TOKENS_PER_STEP,
     largest_preset,
     tokens_that_fit,
@@ -84,8 +87,8 @@ def speed_text(model: str, settings: Train) -> str:
     step = estimate_step(shape_of(model), settings)
     share = min(1.0, step.product_seconds / step.seconds)
     lines = [
-        "Speed on this CPU, estimated from a test of a few seconds (a step of the 135M model took "
-        "11 % less than estimated; other models were not compared). Other programs slow it down.",
+        "Speed on this CPU, estimated from a test of a few seconds (steps of the 135M model took up to "
+        "11 % less than estimated). Other programs slow it down.",
         f"training    {step.seconds:.1f} s a step ({settings.batch_size} dialogues of "
         f"{TOKENS_PER_DIALOGUE} tokens), {step.learned_tokens / step.seconds:.0f} learned tokens/s."
         f" {share:.0%} are matrix products, the rest reads and writes what lies between them.",
@@ -166,7 +169,7 @@ def _print_machine() -> None:
     if importlib.util.find_spec("unsloth"):
         unsloth = check_nf4("cuda" if gpu else "cpu")
     rows = [
-        ("CPU", f"{platform.processor() or platform.machine()}, {core_count()} cores"),
+        ("CPU", _cpu_text()),
         ("Memory", f"{available_memory() / GB:.1f} GB available"),
         ("Disk", f"{shutil.disk_usage('.').free / GB:.1f} GB free in this folder"),
         ("GPU", _gpu_text(_usable_gpus() if gpu else _listed_gpus(cards))),
@@ -178,6 +181,13 @@ def _print_machine() -> None:
     rows.append(("llama.cpp", llama))
     for name, text in rows:
         print_result(f"{name:<11}" + text.replace("\n", "\n" + " " * 11))
+
+
+def _cpu_text() -> str:
+    """Return what the CPU is, and what it trains in."""
+    trains = "bfloat16" if has_bfloat16() else "float32: it has no instructions for bfloat16"
+    name = platform.processor() or platform.machine()
+    return f"{name}, {core_count()} cores, trains in {trains}"
 
 
 def _usable_gpus() -> list[str]:

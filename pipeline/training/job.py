@@ -92,9 +92,9 @@ class TrainingJob:
     """What to train, and where: the base model in `model_dir`, its adapter to `adapter_dir`.
 
     On a GPU `stored_layers` layers keep their activations, and the others are computed again in the
-    backward pass. On a CPU `dequantize` keeps a base in 4 bits in 16 bits too. `on_step` is called
-    after each step. `should_stop` is called after each checkpoint with its step and its folder, and
-    ends training early.
+    backward pass. On a CPU `dequantize` keeps a base dequantized that is in 4 bits. `on_step` is
+    called after each step. `should_stop` is called after each checkpoint with its step and its
+    folder, and ends training early.
     """
 
     model_dir: Path

@@ -15,6 +15,9 @@ from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Recipe, Train
 from pipeline.system import GB
+from pipeline.training import mlx
+from pipeline.training.cpu.precision import has_bfloat16
+from pipeline.training.cpu.speed import CPU_TOKENS_AT_A_TIME
 from pipeline.training.job import LOGITS_PER_CHUNK, loads_in_4bit, world_size
 
 GPU_SIZES_GB = (6, 8, 12, 16, 24)
@@ -23,15 +26,11 @@ _USABLE_GPU_FRACTION = 0.92
 """Fraction of a graphics card that training can take; the rest is the driver's and the screen's."""
 TOKENS_PER_STEP = 2000
 """Tokens of a usual step: four dialogues."""
-CPU_TOKENS_AT_A_TIME = 1024
-"""On a CPU, micro-batches of more tokens are no faster and take more memory."""
-TOKENS_PER_DIALOGUE = 500
-"""Tokens of a usual dialogue, the least that is computed at a time."""
 
 _NF4_BYTES_PER_WEIGHT = 0.516
 """Half a byte, and the scales of blocks of 64 weights, which are quantized themselves."""
-_BF16_BYTES_PER_WEIGHT = 2
-"""Of weights that are not quantized, and of a matrix that is dequantized to compute with."""
+_BYTES_IN_16_BITS, _BYTES_IN_FLOAT32 = 2, 4
+"""Of activations and weights that are not quantized, and of a matrix that is dequantized."""
 _CPU_ADAPTER_BYTES_PER_WEIGHT = 26
 """Weight, gradient and AdamW's two moments in float32, and copies to compute with."""
 _GPU_ADAPTER_BYTES_PER_WEIGHT = {"adamw": 16, "adamw_8bit": 10}
@@ -56,9 +55,10 @@ _PLANNED_GPU_FRACTION = 0.9
 """Fraction of a GPU's free memory that layers may fill with activations that need not be kept: the
 prediction is an estimate."""
 _PLANNED_CPU_FRACTION = 0.8
-"""Fraction of a computer's free memory up to which the base model is kept in 16 bits too."""
-_ACTIVATION_OVERHEAD = 1.9
-"""On a CPU: heap growth over what autograd saves; steps of many lengths fragment the heap."""
+"""Fraction of a computer's free memory up to which the base model is kept dequantized too."""
+_ACTIVATION_OVERHEAD = {_BYTES_IN_16_BITS: 1.9, _BYTES_IN_FLOAT32: 1.7}
+"""On a CPU: heap growth over what autograd saves; steps of many lengths fragment the heap. Large
+blocks, as of float32 and of wide models, do less."""
 _VALIDATION_BYTES_PER_WEIGHT = 1.1
 """The base model in Q8_0, as llama.cpp holds it to validate checkpoints."""
 _VALIDATION_CELLS = 6 * 1280
@@ -92,12 +92,12 @@ def training_memory(
     """
     adapter = shape.adapter_parameters(settings)
     in_4bit = loads_in_4bit(settings, shape)
-    weights = (
-        (_NF4_BYTES_PER_WEIGHT if in_4bit else _BF16_BYTES_PER_WEIGHT) * shape.projection_parameters
-        + _BF16_BYTES_PER_WEIGHT * shape.embedding_parameters
-        + (_DORA_BYTES_PER_WEIGHT * shape.projection_parameters if settings.dora else 0)
-    )
-    activations = tokens * shape.activation_bytes_per_token
+    value_bytes = _BYTES_IN_16_BITS if gpu else _cpu_value_bytes()
+    per_weight = _NF4_BYTES_PER_WEIGHT if in_4bit else value_bytes
+    if settings.dora:
+        per_weight += _DORA_BYTES_PER_WEIGHT
+    weights = per_weight * shape.projection_parameters + value_bytes * shape.embedding_parameters
+    activations = tokens * shape.activation_bytes_per_token(value_bytes)
     if gpu:
         largest = max(inputs * outputs for inputs, outputs in shape.projection_shapes.values())
         # Unsloth recomputes each layer in the backward pass and offloads what lies between layers.
@@ -105,7 +105,7 @@ def training_memory(
             _CUDA_BYTES
             + weights
             + _GPU_ADAPTER_BYTES_PER_WEIGHT[settings.optimizer] * adapter
-            + (_BF16_BYTES_PER_WEIGHT * largest if in_4bit else 0)
+            + (_BYTES_IN_16_BITS * largest if in_4bit else 0)
             + _BYTES_PER_LOGIT * LOGITS_PER_CHUNK
             + _GPU_ACTIVATION_OVERHEAD * activations
         )
@@ -115,7 +115,7 @@ def training_memory(
         + _CPU_ADAPTER_BYTES_PER_WEIGHT * adapter
         + _LOGITS_BYTES
         + (_validation_memory(shape) if validation else 0)
-        + _ACTIVATION_OVERHEAD * shape.num_hidden_layers * activations
+        + _ACTIVATION_OVERHEAD[value_bytes] * shape.num_hidden_layers * activations
     )
 
 
@@ -125,8 +125,13 @@ def _validation_memory(shape: ModelShape) -> float:
 
 
 def dequantized_bytes(shape: ModelShape) -> float:
-    """Return the bytes of the projections in 16 bits; see `TrainingJob.dequantize`."""
-    return _BF16_BYTES_PER_WEIGHT * shape.projection_parameters
+    """Return the bytes of the projections on a CPU; see `TrainingJob.dequantize`."""
+    return _cpu_value_bytes() * shape.projection_parameters
+
+
+def _cpu_value_bytes() -> int:
+    """Return the bytes of what a CPU computes with; MLX computes in 16 bits everywhere."""
+    return _BYTES_IN_16_BITS if mlx.available() or has_bfloat16() else _BYTES_IN_FLOAT32
 
 
 def usable_bytes(gpu_size_gb: float) -> float:
@@ -208,7 +213,7 @@ def _use_spare_memory(
     ):
         logits_per_chunk *= 2
     plan = plan._replace(logits_per_chunk=logits_per_chunk)
-    per_layer = tokens * shape.activation_bytes_per_token
+    per_layer = _layer_bytes(shape, tokens)
     layers = int((spare - _spare_bytes(plan, shape, tokens)) / per_layer)
     return plan._replace(stored_layers=min(max(layers, 0), shape.num_hidden_layers))
 
@@ -217,7 +222,12 @@ def _spare_bytes(plan: TrainingPlan, shape: ModelShape, tokens: int) -> float:
     """Return the bytes that `plan` takes beyond `training_memory`."""
     weights = dequantized_bytes(shape) if plan.dequantize else 0
     logits = _BYTES_PER_LOGIT * (plan.logits_per_chunk - LOGITS_PER_CHUNK)
-    return weights + logits + plan.stored_layers * tokens * shape.activation_bytes_per_token
+    return weights + logits + plan.stored_layers * _layer_bytes(shape, tokens)
+
+
+def _layer_bytes(shape: ModelShape, tokens: int) -> int:
+    """Return the bytes that a layer keeps of `tokens` on a GPU."""
+    return tokens * shape.activation_bytes_per_token(_BYTES_IN_16_BITS)
 
 
 def largest_preset(memory_bytes: float, tokens: int, settings: Train, *, gpu: bool) -> str:

@@ -20,6 +20,7 @@ from pipeline.gguf.huggingface.chat_template import read_chat_template
 from pipeline.gguf.lora.weights import read_adapter
 from pipeline.inference.logits import Logits
 from pipeline.system import available_memory, cache_path, is_main_process
+from pipeline.training.cpu.precision import cpu_dtype
 from pipeline.training.job import (
     TrainingJob,
     TrainingResult,
@@ -65,14 +66,16 @@ def free_memory() -> int:
     return int(torch.cuda.mem_get_info()[0]) if on_gpu() else available_memory()
 
 
-def half_precision() -> torch.dtype:
-    """Return the 16-bit format that training computes in here.
+def training_dtype() -> torch.dtype:
+    """Return the format that training computes in here, 16 bits where the hardware has them.
 
     As Unsloth does, float16 on a card older than Ampere: it has no bfloat16 (T4, RTX 20xx).
     """
     import torch
 
-    older = on_gpu() and torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8
+    if not on_gpu():
+        return cpu_dtype()
+    older = torch.version.hip is None and torch.cuda.get_device_capability()[0] < 8
     return torch.float16 if older else torch.bfloat16
 
 
@@ -150,6 +153,7 @@ def _load_with_adapter(job: TrainingJob) -> tuple[PeftModel, PreTrainedTokenizer
         str(job.model_dir),
         max_seq_length=sequence_length(job),
         load_in_4bit=job.load_in_4bit,
+        dtype=_unsloth_dtype(),
         local_files_only=True,
     )
     if not on_gpu():
@@ -176,6 +180,11 @@ def _load_with_adapter(job: TrainingJob) -> tuple[PeftModel, PreTrainedTokenizer
 
         speed_up_projections(model, dequantize=job.dequantize)
     return model, tokenizer
+
+
+def _unsloth_dtype() -> torch.dtype | None:
+    """Return what Unsloth gets: on a GPU nothing, as it chooses the same as `training_dtype`."""
+    return None if on_gpu() else training_dtype()
 
 
 def sequence_length(job: TrainingJob, minimum: int = _MIN_OFFLOAD_LENGTH) -> int:
@@ -244,6 +253,7 @@ def predict(
             str(model_dir),
             max_seq_length=_PREDICTED_TOKENS,
             load_in_4bit=True,
+            dtype=_unsloth_dtype(),
             local_files_only=True,
         )
     else:
@@ -291,7 +301,7 @@ def first_tokens(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
 def nf4_round_trip(matrix: Array) -> Array:
     """Round a float32 matrix (outputs, inputs) to NF4 and back, as 4-bit training stores it.
 
-    Before that it is rounded to the 16 bits that this machine trains in.
+    Before that it is rounded to what this machine trains in.
     """
     import torch
     from bitsandbytes import functional
@@ -299,7 +309,7 @@ def nf4_round_trip(matrix: Array) -> Array:
     device = "cuda" if on_gpu() else "cpu"
     torch.set_num_threads(1)  # the merge runs several threads itself
     quantized, state = functional.quantize_4bit(
-        torch.from_numpy(matrix).to(device, half_precision()),
+        torch.from_numpy(matrix).to(device, training_dtype()),
         blocksize=64,
         compress_statistics=True,
         quant_type="nf4",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def speed_up_projections(model: PeftModel, *, dequantize: bool) -> None:
     """Replace the forward pass of all plain LoRA layers while `model` trains.
 
-    With `dequantize` each matrix in 4 bits is dequantized once, here, and stays in 16 bits.
+    With `dequantize` each matrix in 4 bits is dequantized once, here, and stays so.
     """
     from peft.tuners.lora.bnb import Linear4bit
     from peft.tuners.lora.layer import Linear
@@ -35,7 +35,7 @@ def speed_up_projections(model: PeftModel, *, dequantize: bool) -> None:
 
 
 def _dequantized(layer: Linear4bit) -> torch.Tensor:
-    """Return the base weight (outputs, inputs) in the 16 bits that it was quantized from."""
+    """Return the base weight (outputs, inputs) in the format that it was quantized from."""
     from bitsandbytes.functional import dequantize_4bit
 
     weight = layer.get_base_layer().weight

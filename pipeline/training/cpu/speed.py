@@ -1,7 +1,7 @@
 """How long a training step takes here: a few random layers of a model's sizes train for a moment.
 
 The loss is that of training. Not counted are bitsandbytes' dequantization where the base model has
-no room in 16 bits (see `TrainingJob.dequantize`), and the optimizer.
+no room dequantized (see `TrainingJob.dequantize`), and the optimizer.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Train
+from pipeline.training.cpu.precision import cpu_dtype, has_bfloat16
 from pipeline.training.examples import IGNORE_INDEX, TrainingExample
-from pipeline.training.memory import CPU_TOKENS_AT_A_TIME, TOKENS_PER_DIALOGUE
 
 if TYPE_CHECKING:
     import torch
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
     from pipeline.training.loss import Batch, GattLoss
 
+CPU_TOKENS_AT_A_TIME = 1024
+"""On a CPU, micro-batches of more tokens are no faster and take more memory."""
+TOKENS_PER_DIALOGUE = 500
+"""Tokens of a usual dialogue, the least that is computed at a time."""
 _LEARNED, _ALIGNED, _TEACHER = 0.5, 0.4, 0.9
 """Fractions of a dialogue's tokens that are learned and distilled, and length of the teacher's chat
 as a fraction of it; as in the demo's training data."""
@@ -97,9 +101,8 @@ def _usual_dialogue(*, distilled: bool) -> TrainingExample:
 
 
 def _random_model(shape: ModelShape, settings: Train, layers: int, rows: int) -> PeftModel:
-    """Return a Llama of `layers` layers of the model's sizes, in bfloat16, with the adapter."""
+    """Return a Llama of `layers` layers of the model's sizes, with the adapter."""
     import peft
-    import torch
     import transformers
 
     head_dim = next(n for n in _HEAD_SIZES if not (shape.q_size % n or shape.kv_size % n))
@@ -113,7 +116,7 @@ def _random_model(shape: ModelShape, settings: Train, layers: int, rows: int) ->
         vocab_size=rows,
         max_position_embeddings=2 * TOKENS_PER_DIALOGUE,
     )
-    base = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    base = transformers.LlamaForCausalLM(config).to(cpu_dtype())
     lora = peft.LoraConfig(r=settings.rank, target_modules=list(settings.target_modules))
     model = peft.get_peft_model(base, lora)
     assert isinstance(model, peft.PeftModel)
@@ -129,7 +132,7 @@ def _median_seconds(loss: GattLoss, batch: Batch) -> float:
     begin = time.monotonic()
     while len(seconds) <= _RUNS and (len(seconds) < 2 or time.monotonic() - begin < _MAX_SECONDS):
         start = time.monotonic()
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16()):
             value = loss(batch)
         value.backward()
         seconds.append(time.monotonic() - start)
@@ -137,11 +140,11 @@ def _median_seconds(loss: GattLoss, batch: Batch) -> float:
 
 
 def _flops_per_second(shape: ModelShape) -> float:
-    """Return the operations a second of a product with a matrix of the model, in bfloat16."""
+    """Return the operations a second of a product with a matrix of the model."""
     import torch
 
-    inputs = torch.rand(TOKENS_PER_DIALOGUE, shape.hidden_size).bfloat16()
-    weight = torch.rand(shape.intermediate_size, shape.hidden_size).bfloat16()
+    inputs = torch.rand(TOKENS_PER_DIALOGUE, shape.hidden_size).to(cpu_dtype())
+    weight = torch.rand(shape.intermediate_size, shape.hidden_size).to(cpu_dtype())
     seconds: list[float] = []
     for _ in range(_RUNS + 1):
         start = time.monotonic()
