@@ -281,8 +281,18 @@ def _as_trained(plan: MergePlan, tensor: Tensor) -> Tensor:
             'Set export.merge_base = "fp16".'
         )
     order = row_order(base, tensor.name, tensor.rows)
-    rounded = _in_order(tensor.load(0, tensor.rows), order, columns, plan.nf4_round_trip)
+    rounded = _in_order(_as_read(base, tensor), order, columns, plan.nf4_round_trip)
     return Tensor(tensor.name, tensor.shape, lambda first, last: rounded[first:last])
+
+
+def _as_read(base: Base, tensor: Tensor) -> Array:
+    """Return a matrix as training reads it: a checkpoint made of a GGUF is in bfloat16."""
+    from gguf import GGMLQuantizationType, quants
+
+    weights, bfloat16 = tensor.load(0, tensor.rows), GGMLQuantizationType.BF16
+    if isinstance(base, GgufBase):
+        weights = quants.dequantize(quants.quantize(weights, bfloat16), bfloat16)
+    return weights
 
 
 def _in_order(

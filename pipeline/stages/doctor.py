@@ -87,8 +87,9 @@ def speed_text(model: str, settings: Train) -> str:
     step = estimate_step(shape_of(model), settings)
     share = min(1.0, step.product_seconds / step.seconds)
     lines = [
-        "Speed on this CPU, estimated from a test of a few seconds (steps of the 135M model took up to "
-        "11 % less than estimated). Other programs slow it down.",
+        "Speed on this CPU, estimated from a test of a few seconds (steps of the 135M model took "
+        "up to 11 % less than estimated, of a 0.5B model a quarter more). Other programs slow it "
+        "down.",
         f"training    {step.seconds:.1f} s a step ({settings.batch_size} dialogues of "
         f"{TOKENS_PER_DIALOGUE} tokens), {step.learned_tokens / step.seconds:.0f} learned tokens/s."
         f" {share:.0%} are matrix products, the rest reads and writes what lies between them.",

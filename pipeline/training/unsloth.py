@@ -301,7 +301,7 @@ def first_tokens(sequences: Sequence[Sequence[int]]) -> list[list[int]]:
 def nf4_round_trip(matrix: Array) -> Array:
     """Round a float32 matrix (outputs, inputs) to NF4 and back, as 4-bit training stores it.
 
-    Before that it is rounded to what this machine trains in.
+    Before that it is rounded to the format that this machine trains in.
     """
     import torch
     from bitsandbytes import functional
