@@ -10,7 +10,7 @@ import sys
 from typing import NamedTuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.cli import call_gatt
 
@@ -268,6 +268,7 @@ def test_an_edited_answer_passes_and_so_do_its_prefixes(text: str) -> None:
 
 @settings(deadline=None, max_examples=200)
 @given(text=ANSWER)
+@example(text="It it ß.a")
 def test_two_edits_pass_both_checks(text: str) -> None:
     for first, second in PAIRS:
         for pair in ((first, second), (second, first)):

@@ -62,7 +62,9 @@ def lowercase(value: str, text: str) -> str:
 
 def capitalize_words(value: str, text: str) -> str:
     """Begin every word with a capital ("It Is.")."""
-    return WORD.sub(lambda word: word[0][0].upper() + word[0][1:], text)
+    capitalized = WORD.sub(lambda word: word[0][0].upper() + word[0][1:], text)
+    # A letter whose capital is two makes two words of one: "ß.a" becomes "SS" and "a".
+    return capitalized if capitalized == text else capitalize_words(value, capitalized)
 
 
 def remove_commas(value: str, text: str) -> str:
