@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pipeline.console import log
+from pipeline.console import Progress, log, progress
 from pipeline.data.dialogues import load_dialogues
 from pipeline.files import write_json
 from pipeline.folders import lock_file
@@ -18,7 +19,7 @@ from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.generator import GenerationEngine, context_for, open_generator
 from pipeline.inference.remote.address import is_server_url
 from pipeline.recipe import Recipe
-from pipeline.records import Message, Request, Task
+from pipeline.records import Dialogue, Message, Request, Task
 
 _USER_TOKENS = 100
 """Tokens of a user message of the teacher's: the instruction stands in every one of them."""
@@ -70,9 +71,7 @@ def _log_conversion_quality(model: Model, format_name: str) -> None:
     if not measurement.exists():
         with lock_file(measurement):
             if not measurement.exists():  # another process may have measured it in the meantime
-                log(f"synthesize: measuring {model.name} in {format_name} against {before.name}")
-                qualities = {"before": asdict(_measure(before)), "after": asdict(_measure(after))}
-                write_json(measurement, qualities)
+                write_json(measurement, _measure_conversion(model, before, after, format_name))
     saved = json.loads(measurement.read_text(encoding="utf-8"))
     log(
         f"synthesize: {model.name} in {format_name}: perplexity and good first answers "
@@ -80,9 +79,21 @@ def _log_conversion_quality(model: Model, format_name: str) -> None:
     )
 
 
-def _measure(path: Path) -> _Quality:
-    """Measure a GGUF on every second built-in dialogue."""
+def _measure_conversion(
+    model: Model, before: Path, after: Path, format_name: str
+) -> dict[str, dict[str, float]]:
+    """Return the quality before and after the conversion, measured on built-in dialogues."""
     dialogues = load_dialogues("seed")[::2]
+    label = f"synthesize: first answers of {model.name}, as it is and in {format_name}"
+    with progress(label, 2 * len(dialogues)) as bar:
+        return {
+            "before": asdict(_measure(before, dialogues, bar)),
+            "after": asdict(_measure(after, dialogues, bar)),
+        }
+
+
+def _measure(path: Path, dialogues: Sequence[Dialogue], bar: Progress) -> _Quality:
+    """Measure a GGUF on the first turns of `dialogues`."""
     answers: list[str] = []
 
     def ask(question: str) -> Task:
@@ -94,6 +105,7 @@ def _measure(path: Path) -> _Quality:
             stop_when=lambda text: has_sentences(text, 1),
         )
         answers.append(first_sentences(reply.text, 1))
+        bar.advance()
 
     with BatchEngine(path, len(dialogues), 512) as engine:
         engine.run(ask(dialogue.turns[0]) for dialogue in dialogues)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
 import tomlkit
 
-from pipeline.console import log, print_table
+from pipeline.console import Progress, log, print_table, progress
 from pipeline.custom_instructions import with_distinct_names
 from pipeline.data.instruction_files import read_instructions
 from pipeline.data.prompts import read_prompt
@@ -42,7 +42,7 @@ from pipeline.inference.teacher import open_teacher
 from pipeline.inference.thoughts import always_thinks
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.recipe_file import read_toml
-from pipeline.records import Constraint, CustomInstruction, Dialogue
+from pipeline.records import Constraint, CustomInstruction, Dialogue, Task
 from pipeline.run_dir import Input, RunDir
 from pipeline.training.job import loads_in_4bit
 from pipeline.training.projections import require_projections
@@ -334,7 +334,13 @@ def _checked_lists(file: Path) -> dict[str, list[str]]:
 
 def _known_values(kind: str, teacher: GenerationEngine, count: int, seed: int) -> list[str]:
     """Return up to `count` values that the teacher lists and knows."""
-    listed = list_values(kind, teacher.run, seed)
+
+    def run_tasks(tasks: Iterable[Task]) -> None:
+        each = list(tasks)
+        with progress(f"instructions: {kind}: answers", len(each)) as bar:
+            teacher.run(_counted(task, bar) for task in each)
+
+    listed = list_values(kind, run_tasks, seed)
     values = listed.known[:count]
     log(
         f"instructions: {kind}: {listed.candidates} listed, {len(listed.known)} of them known to "
@@ -346,3 +352,9 @@ def _known_values(kind: str, teacher: GenerationEngine, count: int, seed: int) -
             "teacher, or name values in instructions.pool."
         )
     return values
+
+
+def _counted(task: Task, bar: Progress) -> Task:
+    """Return the same task, which advances the bar at its end."""
+    yield from task
+    bar.advance()
