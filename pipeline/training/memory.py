@@ -56,9 +56,8 @@ _PLANNED_GPU_FRACTION = 0.9
 prediction is an estimate."""
 _PLANNED_CPU_FRACTION = 0.8
 """Fraction of a computer's free memory up to which the base model is kept dequantized too."""
-_ACTIVATION_OVERHEAD = {_BYTES_IN_16_BITS: 1.9, _BYTES_IN_FLOAT32: 1.7}
-"""On a CPU: heap growth over what autograd saves; steps of many lengths fragment the heap. Large
-blocks, as of float32 and of wide models, do less."""
+_ACTIVATION_OVERHEAD = 1.9
+"""On a CPU: heap growth over what autograd saves; steps of many lengths fragment the heap."""
 _VALIDATION_BYTES_PER_WEIGHT = 1.1
 """The base model in Q8_0, as llama.cpp holds it to validate checkpoints."""
 _VALIDATION_CELLS = 6 * 1280
@@ -115,7 +114,7 @@ def training_memory(
         + _CPU_ADAPTER_BYTES_PER_WEIGHT * adapter
         + _LOGITS_BYTES
         + (_validation_memory(shape) if validation else 0)
-        + _ACTIVATION_OVERHEAD[value_bytes] * shape.num_hidden_layers * activations
+        + _ACTIVATION_OVERHEAD * shape.num_hidden_layers * activations
     )
 
 
