@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 
+from pipeline.console import Progress
 from pipeline.gatt.seeds import derive_seed
 from pipeline.hub.convert import cached_gguf, runnable_gguf
 from pipeline.hub.models import Model, find_model
@@ -17,7 +18,7 @@ from pipeline.inference.openai_client import OpenAIClient
 from pipeline.inference.remote.address import is_server_url
 from pipeline.inference.teacher import open_teacher
 from pipeline.recipe import Recipe, Synthesize
-from pipeline.records import Task
+from pipeline.records import Dialogue, Task
 
 URL = "http://127.0.0.1:8000/v1"
 
@@ -99,16 +100,20 @@ def test_the_teachers_conversion_is_measured_once(
 ) -> None:
     converted, measured = tmp_path / "teacher-Q4_0.gguf", list[Path]()
 
-    def measure(path: Path) -> teacher._Quality:
+    def measure(path: Path, dialogues: Sequence[Dialogue], bar: Progress) -> teacher._Quality:
+        bar.advance(len(dialogues))
         measured.append(path)
         return teacher._Quality(9.5, 0.25 * len(measured))
 
     monkeypatch.setattr(teacher, "_measure", measure)
     monkeypatch.setattr(teacher, "cached_gguf", lambda model, format_name: converted)
-    for _ in range(2):
+    for count in range(2):
         opened = open_teacher(Recipe(), 7)
         assert opened.name == "smollm2-135m Q4_0"
-        assert capsys.readouterr().err.endswith(
+        shown = capsys.readouterr().err
+        # The bar of both measurements, the first time only.
+        assert ("first answers of smollm2-135m, as it is and in Q4_0: " in shown) == (count == 0)
+        assert shown.endswith(
             "synthesize: smollm2-135m in Q4_0: perplexity and good first answers 9.50 and 50%, "
             "before the conversion 9.50 and 25%\n"
         )
