@@ -144,7 +144,7 @@ def test_doctor_names_the_card_and_what_is_missing(gatt: Gatt) -> None:
     assert "kernels" not in done.stdout
     rows = {line[:10].strip(): line[11:] for line in lines if line[:1].strip()}
     trains = "bfloat16" if has_bfloat16() else "float32: it has no instructions for bfloat16"
-    assert rows["CPU"].endswith(f" cores, trains in {trains}")
+    assert rows["CPU"].endswith(f" cores, PyTorch trains in {trains}")
     assert rows["GPU"] == (
         "NVIDIA GeForce RTX 3060, 12.9 GB, 12.5 GB free, driver 550.54.14; PyTorch cannot use it"
     )

@@ -185,10 +185,10 @@ def _print_machine() -> None:
 
 
 def _cpu_text() -> str:
-    """Return what the CPU is, and what it trains in."""
+    """Return what the CPU is, and what PyTorch trains in on it; MLX does not depend on that."""
     trains = "bfloat16" if has_bfloat16() else "float32: it has no instructions for bfloat16"
     name = platform.processor() or platform.machine()
-    return f"{name}, {core_count()} cores, trains in {trains}"
+    return f"{name}, {core_count()} cores, PyTorch trains in {trains}"
 
 
 def _usable_gpus() -> list[str]:

@@ -1,7 +1,7 @@
 """Predict the memory that training takes from the sizes of a model, before anything is loaded.
 
-The constants for a CPU are fitted to measured peaks (`scripts/bench/memory.py`). Those for a GPU
-are counted, and compared with the table that Unsloth publishes; they were not measured.
+The constants for a CPU are fitted to peaks measured in bfloat16 (`scripts/bench/memory.py`). Those
+for a GPU are counted, and compared with the table that Unsloth publishes; they were not measured.
 """
 
 from __future__ import annotations
