@@ -12,7 +12,7 @@ from pipeline.evaluation.arms import Arm, arms, dialogue_context
 from pipeline.evaluation.replies import generate_replies
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.inference.llama.model import Adapter
-from pipeline.recipe import Evaluate, Recipe
+from pipeline.recipe import Dialogues, Evaluate, Recipe
 from pipeline.records import Dialogue, Instruction
 from pipeline.run_dir import RunDir
 
@@ -72,7 +72,7 @@ def test_a_model_is_not_applied_as_an_adapter(base: Path) -> None:
     arm = Arm(name="tuned", path=base, adapter=Adapter(base))
     dialogues = [AssignedDialogue(dialogue=Dialogue("d", "sea", ("Why?",)))]
     with pytest.raises(GattError, match="is not an adapter"):
-        arm.open(Evaluate(), dialogues)
+        arm.open(Recipe(), dialogues)
 
 
 def _dialogue(message: str, turns: int, instruction: str = "Say Ahoy!") -> AssignedDialogue:
@@ -83,7 +83,7 @@ def _dialogue(message: str, turns: int, instruction: str = "Say Ahoy!") -> Assig
 
 
 def test_a_context_grows_with_long_messages_and_with_reminders() -> None:
-    settings = Evaluate(turns=10, max_tokens=40)
+    settings = Recipe(evaluate=Evaluate(turns=10, max_tokens=40))
     short, long = _dialogue("Why?", 30), _dialogue("Why? " * 120, 30)
     usual = dialogue_context(settings, [short], reminded=True)
     assert usual == 10 * (40 + 60) + 200
@@ -93,6 +93,9 @@ def test_a_context_grows_with_long_messages_and_with_reminders() -> None:
     assert dialogue_context(settings, [wordy], reminded=True) == usual + 10 * 64
     assert dialogue_context(settings, [wordy], reminded=False) == usual + 64
     assert dialogue_context(settings, [], reminded=True) == usual
+    prompt = Dialogues(system="Be kind. " * 100)  # 900 bytes: 300 tokens, 150 more than the room
+    longer = settings.model_copy(update={"dialogues": prompt})
+    assert dialogue_context(longer, [short], reminded=True) == usual + 150
 
 
 def test_a_context_ends_where_the_model_was_made_to_end(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,9 +11,13 @@ import peft
 import pytest
 import torch
 import transformers
+from support.chat_templates import GEMMA3
+from support.converter_families import MINIATURES, config_of
 from support.families import SIZES
 from support.training import loss_of_full_logits, tiny_examples
 
+from pipeline.errors import GattError
+from pipeline.files import write_jsonl
 from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model
 from pipeline.recipe import Recipe, Train
@@ -23,8 +28,10 @@ from pipeline.training.examples import (
     build_example,
     example_from_row,
     random_slips,
+    training_examples,
 )
 from pipeline.training.loss import Batch, GattLoss, collate, gatt_loss, kl_divergence
+from pipeline.training.projections import adaptable_layers, layer_names, own_projections
 from pipeline.training.unsloth import load_tokenizer
 
 if TYPE_CHECKING:
@@ -147,6 +154,30 @@ def test_the_tokens_of_one_character_are_aligned_in_order(
     assert teacher_indices == sorted(set(teacher_indices))
 
 
+@pytest.mark.parametrize("turns", [1, 2])
+def test_turn_1_must_fit_beside_a_system_message(
+    tokenizer: PreTrainedTokenizerBase, turns: int
+) -> None:
+    """Templates such as Gemma's refuse a chat that is only a system message."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = GEMMA3
+    chat = [_CHAT[0], {"role": "user", "content": "Why? " * 100}, *_CHAT[2:]]
+    with pytest.raises(GattError, match=r"Turn 1 of a dialogue is longer than train.max_length"):
+        build_example(tokenizer, chat[: 1 + 2 * turns], Train(max_length=64))
+
+
+def test_chats_of_the_user_that_cannot_be_learned_are_left_out(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chats = [_CHAT, [*_CHAT[:2], {"role": "assistant", "content": "Long. " * 300}], _CHAT]
+    replayed, file = tmp_path / "mine.jsonl", tmp_path / "dialogues.jsonl"
+    write_jsonl(replayed, [{"messages": chat} for chat in chats])
+    write_jsonl(file, [_row("edited")])
+    settings = Train(replay_data=str(replayed), replay_ratio=0.75, max_length=200)
+    assert len(training_examples(tokenizer, Recipe(train=settings), file)) == 3
+    assert "train: 1 chats of" in capsys.readouterr().err
+
+
 def test_both_chats_are_cut_at_the_same_turn(tokenizer: PreTrainedTokenizerBase) -> None:
     """Only the student's chat has a system message here: the two differ in length."""
     chat, teacher_chat = [_CHAT[0], *_CHAT[1:] * 3], _TEACHER_CHAT[1:] * 3
@@ -196,6 +227,21 @@ def test_a_slip_stands_unedited_in_the_history_and_is_not_learned(
     assert tokenizer.decode(learned) == _ANSWERS[1]
     weighted = [pair for pair in example.alignment if example.weights[pair[0]]]
     assert weighted and all(example.labels[n] != IGNORE_INDEX for n, _ in weighted)
+
+
+def test_a_dialogue_that_is_cut_to_its_slips_learns_the_edited_answers(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    question: Message = {"role": "user", "content": "Why? " * 30}
+    row = _row("edited")
+    row["messages"], row["asked"] = (
+        [chat[0], question, *chat[2:]] for chat in (_CHAT, _TEACHER_CHAT)
+    )
+    turn_1 = len(build_example(tokenizer, row["messages"][:3], Train()).input_ids)
+    recipe = Recipe(train=Train(max_length=turn_1))
+    example = example_from_row(tokenizer, row, recipe, slips=[0])
+    learned = [token for token in example.labels if token != IGNORE_INDEX]
+    assert tokenizer.decode(learned) == _ANSWERS[0]
 
 
 def test_slips_are_drawn_among_the_edited_answers_before_the_last() -> None:
@@ -318,6 +364,7 @@ def _with_small_ids(example: TrainingExample) -> TrainingExample:
         ("Gemma2", {"final_logit_softcapping": 1.5, "head_dim": 16}),
         ("Cohere", {"logit_scale": 0.25}),
         ("Granite", {"logits_scaling": 4.0}),
+        ("FalconH1", {**MINIATURES["FalconH1"].settings, "lm_head_multiplier": 0.25}),
     ],
 )
 @pytest.mark.parametrize("is_distilled", [False, True])
@@ -350,6 +397,19 @@ def test_logits_are_capped_and_scaled_as_the_family_does(
     assert _gradients(actual, model) == pytest.approx(
         _gradients(expected, model), rel=1e-3, abs=1e-7
     )
+
+
+@pytest.mark.parametrize("name", ["Bloom", "Falcon", "FalconMamba", "GPTBigCode", "GPTNeoX"])
+def test_the_decoder_may_have_any_name(name: str) -> None:
+    torch.manual_seed(1)
+    base = getattr(transformers, f"{name}ForCausalLM")(config_of(name, 300))
+    layers = own_projections(Train().target_modules, layer_names(adaptable_layers(base)))
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=sorted(layers)))
+    assert isinstance(model, peft.PeftModel)
+    model.eval()
+    examples = tiny_examples()[:2]
+    actual = GattLoss(model, Train())(collate(examples, pad_token_id=0))
+    assert actual.item() == pytest.approx(loss_of_full_logits(model, examples).item(), rel=1e-4)
 
 
 def _gradients(loss: torch.Tensor, model: peft.PeftModel) -> list[float]:

@@ -23,11 +23,8 @@ from pipeline.inference.generator import (
 )
 from pipeline.inference.llama.model import Adapter, LoadedModel
 from pipeline.inference.remote.address import is_server_url, served_name
-from pipeline.recipe import Evaluate, Recipe
+from pipeline.recipe import Recipe
 from pipeline.run_dir import RunDir
-
-_BYTES_PER_TOKEN = 3
-"""Of a text; few tokens have less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +49,7 @@ class Arm:
 
     def open(
         self,
-        settings: Evaluate,
+        recipe: Recipe,
         dialogues: Sequence[AssignedDialogue],
         weights: LoadedModel | None = None,
     ) -> GenerationEngine:
@@ -63,7 +60,8 @@ class Arm:
         Raises:
             GattError: as `open_generator`.
         """
-        context = dialogue_context(settings, dialogues, reminded=self.repeats_instruction)
+        settings = recipe.evaluate
+        context = dialogue_context(recipe, dialogues, reminded=self.repeats_instruction)
         source = weights or self.path
         if source is None:
             return open_generator(
@@ -89,27 +87,18 @@ class Arm:
 
 
 def dialogue_context(
-    settings: Evaluate, dialogues: Sequence[AssignedDialogue], *, reminded: bool
+    recipe: Recipe, dialogues: Sequence[AssignedDialogue], *, reminded: bool
 ) -> int:
     """Return the tokens of a context in which all turns of each dialogue fit, without thoughts.
 
     If `reminded`, the instruction stands in every turn.
     """
-    turns = settings.turns
+    turns, system = recipe.evaluate.turns, recipe.dialogues.system
     further = (
-        dialogue.further_tokens(turns if reminded else 1) + _long_messages(dialogue, turns)
+        dialogue.further_tokens(turns, reminders=turns if reminded else 1, system=system)
         for dialogue in dialogues
     )
-    return context_for(turns, settings.max_tokens) + max(further, default=0)
-
-
-def _long_messages(dialogue: AssignedDialogue, turns: int) -> int:
-    """Return about how many tokens its messages need beyond the room that a context has for them.
-
-    That is 60 tokens for each, a third of which are the markers of the chat template.
-    """
-    messages = dialogue.dialogue.turns[:turns]
-    return max(0, sum(len(text.encode()) // _BYTES_PER_TOKEN - 40 for text in messages))
+    return context_for(turns, recipe.evaluate.max_tokens) + max(further, default=0)
 
 
 def arms(recipe: Recipe, run_dir: RunDir) -> list[Arm]:

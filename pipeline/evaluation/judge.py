@@ -23,8 +23,10 @@ from pipeline.records import MAX_THOUGHT_TOKENS, Message, Reply, Request, Task
 
 T = TypeVar("T")
 
-JUDGE_CONTEXT = 2048
-"""Tokens of a judge's context."""
+_CONTEXT, _QUESTION_TOKENS = 2048, 1500
+"""Tokens of a judge's context, and of a question that it has room for."""
+_BYTES_PER_TOKEN = 3
+"""Of a text; few tokens have less."""
 RELIABLE_AGREEMENT = 0.8
 """Agreement with the exact checks below which verdicts are marked as not reliable."""
 _RUBRIC = """A user gave an assistant this instruction at the beginning of a chat:
@@ -126,21 +128,18 @@ def _verdicts(
             _Key(r["arm"], r["dialogue"], r["turn"]): r["verdict"] for r in verdict_log.records
         }
         missing = [r for r in replies if _Key.of(r) not in verdicts]
+        prompts = {_Key.of(r): _question_about(r, dialogues[r.dialogue]) for r in missing}
         with progress("evaluate: verdicts", len(replies), len(replies) - len(missing)) as bar:
 
             def ask(reply: Reply) -> Task:
-                dialogue, turn = dialogues[reply.dialogue], reply.turn - 1
-                prompt = question(
-                    dialogue.criterion(turn), dialogue.dialogue.turns[turn], reply.text
-                )
+                key = _Key.of(reply)
                 completion = yield Request(
-                    messages=prompt,
+                    messages=prompts[key],
                     seed=0,
                     max_tokens=_MAX_TOKENS,
                     temperature=0.0,
                     max_thought_tokens=max_thought_tokens,
                 )
-                key = _Key.of(reply)
                 unfinished = completion.finish == "thinking"
                 verdicts[key] = None if unfinished else verdict(completion.text)
                 thoughts = {"thoughts": completion.thoughts} if completion.thoughts else {}
@@ -151,12 +150,27 @@ def _verdicts(
                 with open_generator(
                     name,
                     dialogues=len(missing),
-                    context=JUDGE_CONTEXT,
+                    context=judge_context(prompts.values()),
                     max_thought_tokens=max_thought_tokens,
                 ) as model:
                     model.run(map(ask, missing))
                 note(model.name, model.changes)
     return verdicts
+
+
+def _question_about(reply: Reply, dialogue: AssignedDialogue) -> tuple[Message, ...]:
+    turn = reply.turn - 1
+    return question(dialogue.criterion(turn), dialogue.dialogue.turns[turn], reply.text)
+
+
+def judge_context(questions: Iterable[Sequence[Message]], further_tokens: int = 0) -> int:
+    """Return the tokens of a context for each of `questions` and its verdict, without thoughts.
+
+    Each may grow by `further_tokens`.
+    """
+    sizes = (sum(len(message["content"].encode()) for message in q) for q in questions)
+    longest = max(sizes, default=0) // _BYTES_PER_TOKEN + further_tokens
+    return _CONTEXT + max(0, longest - _QUESTION_TOKENS)
 
 
 def question(instruction: str, user: str, reply: str) -> tuple[Message, ...]:

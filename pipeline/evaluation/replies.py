@@ -60,7 +60,7 @@ def generate_replies(
                     record=record,
                     recorded=replies,
                 )
-                with arm.open(recipe.evaluate, dialogues, weights) as model:
+                with arm.open(recipe, dialogues, weights) as model:
                     model.run(map(rollout.run, dialogues))
                 note(model.name, model.changes)
     _log_full_contexts(replies.values())

@@ -25,8 +25,8 @@ from pipeline.records import (
 
 _BYTES_PER_TOKEN = 3
 """Of a text; few tokens have less."""
-_SHORT_TOKENS = 64
-"""A short instruction, counted in this way."""
+_SHORT_TOKENS, _MESSAGE_TOKENS, _SYSTEM_TOKENS = 64, 40, 150
+"""A short instruction, user message and system message, counted in this way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,19 +159,26 @@ class AssignedDialogue:
             return augment(turns, answers, [""] * len(turns), self.instruction.text)
         return augment(self.dialogue.turns, answers, self.student_instructions, system)
 
-    def further_tokens(self, turns: int) -> int:
-        """Return about how many tokens a long instruction takes that stands in `turns` messages.
+    def further_tokens(self, turns: int, *, reminders: int = 1, system: str = "") -> int:
+        """Return about how many tokens `turns` turns take beyond the room that a context has.
 
-        The contexts of generation have room for a short one in each turn.
+        It has room for short user messages, a short system message, and a short instruction in each
+        of `reminders` turns. A baked instruction counts in full.
         """
-        longest = max((len(i.text.encode()) for i in self._instructions), default=0)
-        tokens = longest // _BYTES_PER_TOKEN
-        return tokens if self.baked else turns * max(0, tokens - _SHORT_TOKENS)
+        longest = max((_tokens(i.text) for i in self._instructions), default=0)
+        instructions = longest if self.baked else reminders * max(0, longest - _SHORT_TOKENS)
+        messages = sum(_tokens(text) - _MESSAGE_TOKENS for text in self.dialogue.turns[:turns])
+        return instructions + max(0, messages) + max(0, _tokens(system) - _SYSTEM_TOKENS)
 
     def with_question(self, turn: int, question: str) -> AssignedDialogue:
         """Return the dialogue up to `turn` (from 1), with `question` as its user message."""
         turns = (*self.dialogue.turns[: turn - 1], question)
         return replace(self, dialogue=replace(self.dialogue, turns=turns))
+
+
+def _tokens(text: str) -> int:
+    """Return about how many tokens a text has."""
+    return len(text.encode()) // _BYTES_PER_TOKEN
 
 
 Splits = Mapping[str, Sequence[AssignedDialogue]]

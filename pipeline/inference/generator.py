@@ -131,7 +131,8 @@ def open_generator(
             "http://host:port/v1" for its first model, or "http://host:port/v1#model"; several
             servers of one model are separated by commas.
         dialogues: how many dialogues there are; no more sequences than this are made.
-        context: tokens of each sequence. A server has its own limit.
+        context: tokens of each sequence, as far as the model was made for that many. A server has
+            its own limit.
         format_name: llama.cpp format to run a model in; "" as for `runnable_gguf`. A server has
             its own.
         max_parallel: dialogues in parallel; 0 uses what the machine allows.
@@ -145,6 +146,7 @@ def open_generator(
     model = find_model(name)
     gguf = runnable_gguf(model, format_name)
     context += thought_room(gguf, max_thought_tokens)
+    context = min(context, open_gguf(gguf).context_length)
     options = EngineOptions(dialogues=dialogues, context=context, max_parallel=max_parallel)
     engine = open_engine(gguf, options)
     engine.name = f"{model.name} {format_name}".strip()

@@ -6,13 +6,13 @@ The rules are in `pipeline/gatt/synthesis.py`; here are the files, the statistic
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 from pipeline.console import log, print_result, print_table, progress
 from pipeline.errors import GattError
-from pipeline.evaluation.judge import JUDGE_CONTEXT, question, verdict
+from pipeline.evaluation.judge import judge_context, question, verdict
 from pipeline.files import JsonlLog, read_json, write_json, write_jsonl, write_text
 from pipeline.gatt.acceptance import (
     ACCEPTED,
@@ -84,7 +84,8 @@ def _answer(
 ) -> tuple[Synthesis, str]:
     """Run the synthesis, and return it with the teacher's name."""
     turns = sum(len(d.dialogue.turns) for d in dialogues)
-    longer = max(d.further_tokens(recipe.dialogues.turns) for d in dialogues)
+    each, system = recipe.dialogues.turns, recipe.dialogues.system
+    longer = max(d.further_tokens(each, reminders=each, system=system) for d in dialogues)
     with (
         JsonlLog(run_dir.answers) as answers,
         open_teacher(recipe, len(dialogues), longer) as teacher,
@@ -97,7 +98,7 @@ def _answer(
                 answers.append(answer)
                 bar.advance(int(answer.verdict == ACCEPTED))
 
-            with _open_judge(recipe, len(dialogues)) as judge:
+            with _open_judge(recipe, dialogues) as judge:
                 synthesis = Synthesis(recipe, record, recorded, judge)
                 _log_given_up(synthesis.run(teacher.run, dialogues))
         run_dir.note("synthesize", teacher.name, teacher.changes)
@@ -105,16 +106,22 @@ def _answer(
 
 
 @contextmanager
-def _open_judge(recipe: Recipe, dialogues: int) -> Iterator[Judge | None]:
+def _open_judge(recipe: Recipe, dialogues: Sequence[AssignedDialogue]) -> Iterator[Judge | None]:
     """Open the judge of answers that no program can check, if the recipe names one."""
     settings = recipe.synthesize
     if not settings.judge:
         yield None
         return
+    questions = (
+        question(dialogue.criterion(turn), user, "")
+        for dialogue in dialogues
+        for turn, user in enumerate(dialogue.dialogue.turns)
+        if dialogue.needs_judge(turn)
+    )
     with open_generator(
         settings.judge,
-        dialogues=dialogues,
-        context=JUDGE_CONTEXT,
+        dialogues=len(dialogues),
+        context=judge_context(questions, settings.max_tokens),
         max_thought_tokens=settings.max_thought_tokens,
     ) as model:
         yield Judge(model.run, question, verdict)

@@ -20,12 +20,14 @@ from pipeline.hub.convert import cached_checkpoint, cached_gguf
 from pipeline.hub.llama_converter import converter_for
 from pipeline.hub.models import find_model, shape_of
 from pipeline.recipe import Recipe
+from pipeline.records import SynthesizedDialogue
 from pipeline.run_dir import Input, RunDir
 from pipeline.system import GB, is_main_process, require_disk, trim_memory
 from pipeline.training.backend import Backend, choose_backend
 from pipeline.training.examples import (
     example_from_row,
     mark_learned,
+    random_slips,
     training_examples,
 )
 from pipeline.training.job import (
@@ -262,7 +264,7 @@ class ValidationHook:
         adherent, answers = sum(reply.adherent for reply in replies), len(replies)
         self._log.append({"step": step, "adherent": adherent, "answers": answers})
         self.last_note = f", {adherent} of {answers} validation answers adherent at step {step}"
-        return bool(self._threshold) and adherent >= self._threshold * answers
+        return bool(self._threshold and answers) and adherent >= self._threshold * answers
 
     def close(self) -> None:
         """Close the log."""
@@ -282,6 +284,7 @@ def format_step(step: Step) -> str:
 def show_labels(recipe: Recipe, run_dir: RunDir) -> None:
     """Print the first dialogue, its learned tokens in green, or in brackets off a terminal."""
     tokenizer = load_tokenizer(cached_checkpoint(find_model(recipe.model)))
-    example = example_from_row(tokenizer, next(read_jsonl(run_dir.examples))[1], recipe)
+    row: SynthesizedDialogue = next(read_jsonl(run_dir.examples))[1]
+    example = example_from_row(tokenizer, row, recipe, random_slips(row, recipe))
     start, end = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("[", "]")
     print_result(mark_learned(tokenizer, example, start, end))

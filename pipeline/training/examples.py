@@ -86,18 +86,27 @@ def training_examples(
     if recipe.train.replay_data:
         chats = replay_chats(recipe, len(examples))
         replayed = [
-            build_example(tokenizer, chat.messages, recipe.train, (), chat.answer_weights)
-            for chat in chats
+            example for chat in chats if (example := _replayed(tokenizer, chat, recipe.train))
         ]
-        learned = [example for example in replayed if example.learned_tokens]
-        if len(learned) < len(replayed):
+        if left_out := len(chats) - len(replayed):
             log(
-                f"train: {len(replayed) - len(learned)} chats of {recipe.train.replay_data} are "
-                "left out: they have no answer with a weight within train.max_length = "
-                f"{recipe.train.max_length} tokens."
+                f"train: {left_out} chats of {recipe.train.replay_data} are left out: they have no "
+                f"answer with a weight within train.max_length = {recipe.train.max_length} tokens, "
+                "or the model's chat template refuses them."
             )
-        examples += learned
+        examples += replayed
     return examples
+
+
+def _replayed(
+    tokenizer: PreTrainedTokenizerBase, chat: Chat, settings: Train
+) -> TrainingExample | None:
+    """Return a chat of the user's, labeled; None if it cannot be learned."""
+    try:
+        example = build_example(tokenizer, chat.messages, settings, (), chat.answer_weights)
+    except GattError:
+        return None
+    return example if example.learned_tokens else None
 
 
 def example_from_row(
@@ -122,7 +131,9 @@ def example_from_row(
     for turn in slips:
         messages[answers[turn]] = {"role": "assistant", "content": raw[turn]}
     weights = [float(turn not in slips) for turn in range(len(answers))]
-    return build_example(tokenizer, messages, recipe.train, teacher_messages, weights)
+    example = build_example(tokenizer, messages, recipe.train, teacher_messages, weights)
+    # Where `max_length` cuts a dialogue, only slips may be left of what it would learn.
+    return example if example.learned_tokens else example_from_row(tokenizer, row, recipe)
 
 
 def random_slips(row: SynthesizedDialogue, recipe: Recipe) -> list[int]:
@@ -203,9 +214,9 @@ def _truncate(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int
 ) -> tuple[Sequence[Message], RenderedChat]:
     """Drop turns from the end until the chat has at most `max_length` tokens."""
-    while messages:
+    while any(message["role"] == "assistant" for message in messages):
         chat = render_chat(tokenizer, messages)
-        if chat.answers and len(chat.ids) <= max_length:
+        if len(chat.ids) <= max_length:
             return messages, chat
         messages = messages[:-2]
     raise GattError(

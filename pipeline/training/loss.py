@@ -89,7 +89,9 @@ class GattLoss:
         self, model: PeftModel, settings: Train, logits_per_chunk: int = LOGITS_PER_CHUNK
     ) -> None:
         base = model.get_base_model()
-        self._decoder, self._head, self._settings = base.model, OutputHead(base), settings
+        # Some families call their decoder `transformer`, `backbone` or `gpt_neox`.
+        self._decoder = getattr(base, "model", base.base_model)
+        self._head, self._settings = OutputHead(base), settings
         self._chunk_tokens = max(1, logits_per_chunk // base.lm_head.weight.shape[0])
         # PEFT's `disable_adapter` walks through all modules twice: 25 ms at 32 layers.
         self._adapters = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
@@ -191,7 +193,7 @@ class OutputHead:
     """A model's output layer, with what its family does to the logits afterwards.
 
     Gemma 2 caps them softly (`final_logit_softcapping`), Cohere multiplies them by `logit_scale`,
-    and Granite divides them by `logits_scaling`.
+    Falcon-H1 by `lm_head_multiplier`, and Granite divides them by `logits_scaling`.
     """
 
     def __init__(self, base: PreTrainedModel) -> None:
@@ -199,6 +201,7 @@ class OutputHead:
         self._lm_head = base.lm_head
         self._softcap = getattr(config, "final_logit_softcapping", None)
         self._scale = getattr(config, "logit_scale", None) or 1.0
+        self._scale *= getattr(config, "lm_head_multiplier", None) or 1.0
         self._scale /= getattr(config, "logits_scaling", None) or 1.0
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:

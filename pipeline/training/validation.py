@@ -80,7 +80,11 @@ class AdaptableBase:
 
     @contextmanager
     def engine(self, adapter: Path, dialogues: int, context: int) -> Iterator[BatchEngine]:
-        """Open the base with the PEFT adapter in the folder `adapter`, for up to `dialogues`."""
+        """Open the base with the PEFT adapter in the folder `adapter`, for up to `dialogues`.
+
+        Each has `context` tokens, as far as the model was made for that many.
+        """
+        context = min(context, open_gguf(self.file).context_length)
         # On the disk of the caches, because a merge may take several gigabytes.
         with tempfile.TemporaryDirectory(dir=cache_path("adapted").parent) as folder:
             gguf = Path(folder) / f"{adapter.name}.gguf"
@@ -142,7 +146,9 @@ class Validation:
             make_request=self._request,
             record=replies.append,
         )
-        context = context_for(self._max_turns, _MAX_TOKENS)
+        turns, system = self._max_turns, self._recipe.dialogues.system
+        further = [d.further_tokens(turns, system=system) for d in self._dialogues]
+        context = context_for(turns, _MAX_TOKENS) + max(further, default=0)
         with self._base.engine(checkpoint, len(self._dialogues), context) as engine:
             engine.run(map(rollout.run, self._dialogues))
         return [reply for reply in replies if reply.finish != "context"]

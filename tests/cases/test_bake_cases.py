@@ -212,6 +212,6 @@ def test_a_long_instruction_gets_a_longer_context() -> None:
     dialogue = Dialogue("d", "sea", ("Hi?", "Why?"))
     short = AssignedDialogue(dialogue=dialogue, instruction=baked_instruction("Be a pirate."))
     long = replace(short, instruction=baked_instruction("Be a pirate. " * 60))  # 780 bytes
-    assert short.further_tokens(20) == 0
-    assert long.further_tokens(20) == 20 * (260 - 64)
+    assert short.further_tokens(20, reminders=20) == 0
+    assert long.further_tokens(20, reminders=20) == 20 * (260 - 64)
     assert with_prompt(dialogue, baked_instruction("Be a pirate. " * 60)).further_tokens(20) == 260
