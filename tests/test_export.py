@@ -500,3 +500,19 @@ def test_a_summary_of_another_version_is_refused() -> None:
     assert summary.formats["F16"] == FormatSummary(bytes=3)
     with pytest.raises(GattError, match="Run `gatt export` again"):
         ExportSummary.from_json(text.replace("merge_base", "merge_onto"))
+
+
+def test_a_conversion_needs_the_disk_of_its_format_only(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model("tiny", tiny_llama)
+    write_formats(model, None, {"Q8_0": tmp_path / "free.gguf"})
+    size = (tmp_path / "free.gguf").stat().st_size
+    disk = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk._replace(free=size))
+    write_formats(model, None, {"Q8_0": tmp_path / "tiny.gguf"})
+    with pytest.raises(
+        GattError, match=r"to convert tiny: .*needed.* XDG_CACHE_HOME for the cache"
+    ):
+        write_formats(model, None, {"F32": tmp_path / "large.gguf"})
+    assert not (tmp_path / "large.gguf").exists()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,6 +36,8 @@ from support.go_template import GoTemplate
 
 from pipeline.errors import GattError
 from pipeline.export.modelfile import choose_template, modelfile, write_modelfiles
+from pipeline.gguf.formats import KeyValue
+from pipeline.gguf.merge import plan_merge, write_skeleton
 from pipeline.gguf.reader import Field, GgufInfo, open_gguf
 from pipeline.inference.chat_template import ChatTemplate
 from pipeline.records import Message
@@ -151,7 +154,8 @@ def _comments(text: str) -> str:
 
 def _written(model: Model, system: str = "", **keys: Any) -> str:
     info = model.info(**keys)
-    return modelfile(info, choose_template(info), "tuned.gguf", 0.7, system)
+    template = choose_template(info, adds_bos=bool(model.added_bos))
+    return modelfile(info, template, "tuned.gguf", 0.7, system)
 
 
 def _prompt(text: str, messages: Sequence[Message]) -> str:
@@ -172,7 +176,8 @@ def test_ollama_renders_chats_as_the_model_s_own_template_does(name: str) -> Non
 
 def test_the_embedded_model_s_modelfile_is_complete(base: Path) -> None:
     info = open_gguf(base)
-    written = modelfile(info, choose_template(info), "tuned-Q8_0.gguf", 0.7, 'Be a "friend".')
+    template = choose_template(info, adds_bos=False)
+    written = modelfile(info, template, "tuned-Q8_0.gguf", 0.7, 'Be a "friend".')
     assert [c for c in _commands(written) if c.name != "TEMPLATE"] == [
         ("FROM", "./tuned-Q8_0.gguf"),
         ("SYSTEM", 'Be a "friend".'),
@@ -240,7 +245,7 @@ def test_every_format_gets_a_modelfile_and_a_missing_template_is_reported(
     assert _values((tmp_path / "Modelfile").read_text(), "FROM") == ["./tuned-Q8_0.gguf"]
     assert _values((tmp_path / "Modelfile-F16").read_text(), "FROM") == ["./tuned-F16.gguf"]
     assert capsys.readouterr().err == ""
-    unknown = Model(SQUEEZES).info()
+    unknown = replace(Model(SQUEEZES).info(), path=base)
     monkeypatch.setattr("pipeline.export.modelfile.open_gguf", lambda path: unknown)
     write_modelfiles(files, 0.5, "")
     assert capsys.readouterr().err.count("the Modelfile has no TEMPLATE") == 1
@@ -269,6 +274,21 @@ def test_bos_is_left_to_ollama_where_it_adds_one(case: BosCase, template: str) -
     for chat in _chats():
         prompt = _prompt(written, chat)
         assert prompt.count(bos) == prompt.startswith(bos) == case.times
+
+
+@pytest.mark.parametrize(("rule", "times"), [("llama-bpe", 0), ("qwen2", 1)])
+def test_whether_ollama_adds_bos_is_read_from_llama_cpp(
+    rule: str, times: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """Without `add_bos_token`, which many files lack, the rule for splitting texts decides."""
+    file = tmp_path / "tuned-Q8_0.gguf"
+    keys: dict[str, KeyValue] = {"tokenizer.ggml.pre": rule, "tokenizer.chat_template": LLAMA3}
+    write_skeleton(plan_merge(tiny_llama, keys=keys), file)
+    file.write_bytes(file.read_bytes().replace(_ADD_BOS.encode(), b"x" * len(_ADD_BOS)))
+    assert open_gguf(file).field(_ADD_BOS) is None and open_gguf(file).bos
+    write_modelfiles([file], 0.5, "")
+    prompt = _prompt((tmp_path / "Modelfile").read_text(), _chats()[0])
+    assert prompt.count(open_gguf(file).bos) == times
 
 
 def test_stop_texts_are_eos_eot_and_the_closing_token() -> None:

@@ -382,6 +382,16 @@ def test_it_stops_early_when_the_job_says_so(
     assert validated == [1, 2]
 
 
+def test_a_training_without_steps_left_has_the_adapter_of_its_last_checkpoint(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    """So ends one that was interrupted while it was found that it may end early."""
+    job = replace(tiny_job(tiny_llama, tmp_path), should_stop=lambda step, checkpoint: step == 2)
+    stopped = train_tiny(job)
+    settings = job.settings.model_copy(update={"max_steps": 2})
+    _assert_same(train_tiny(replace(job, settings=settings)), stopped, tolerance=0)
+
+
 def test_tokens_time_and_memory_are_counted(tiny_llama: Path, tmp_path: Path) -> None:
     steps: list[Step] = []
     settings = MICRO_BATCH_SETTINGS.model_copy(update={"max_steps": 2})
@@ -580,6 +590,23 @@ def test_validation_is_logged_and_stops_when_enough_answers_are_adherent(
     assert hook.last_note == ", 2 of 3 validation answers adherent at step 2"
     rows = [row for _, row in read_jsonl(run_dir.validation)]
     assert rows == [{"step": step, "adherent": step, "answers": 3} for step in (1, 2)]
+    with closing(train_stage.ValidationHook(recipe, run_dir, AdaptableBase(lambda: base))) as hook:
+        assert not hook.has_reached(1, Path("checkpoint-1"))
+        assert hook.has_reached(2, Path("checkpoint-2"))  # both are in the log
+        assert len(run_dir.validation.read_text().splitlines()) == 2
+        assert hook.has_reached(3, Path("checkpoint-3"))  # interrupted before it was measured
+    assert len(run_dir.validation.read_text().splitlines()) == 3
+
+
+def test_without_early_stopping_a_resumed_training_goes_on(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_stage, "Validation", _FakeValidation)
+    monkeypatch.setattr(train_stage, "read_split", lambda *_: ["a dialogue"])
+    weights, run_dir = AdaptableBase(lambda: base), RunDir(tmp_path)
+    with closing(train_stage.ValidationHook(Recipe(), run_dir, weights)) as hook:
+        assert not hook.has_reached(3, Path("checkpoint-3"))
+    assert not run_dir.validation.read_text()
 
 
 def test_early_stopping_needs_validation_dialogues(

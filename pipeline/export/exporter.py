@@ -26,7 +26,7 @@ from pipeline.hub.models import Model
 from pipeline.inference.chat_template import template_of
 from pipeline.inference.logits import Logits
 from pipeline.records import Message
-from pipeline.system import available_memory
+from pipeline.system import available_memory, cache_path
 from pipeline.training.backend import choose_backend
 from pipeline.training.unsloth import load_tokenizer
 
@@ -92,7 +92,7 @@ def predict_reference(
     if 3 * size > available_memory():  # float32 of bfloat16, and activations
         log("export: too little memory for the model in float32; predictions are not compared.")
         return None
-    with capture_output(Path(tempfile.gettempdir()) / "gatt-export.log"):
+    with capture_output(cache_path("export.log")):
         template = template_of(tokenizer)
         token_ids = [
             list(tokenizer(template.render(chat), add_special_tokens=False)["input_ids"])

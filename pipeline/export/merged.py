@@ -4,7 +4,6 @@ converter.
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 from pipeline.console import capture_output, log, print_result, progress
@@ -17,7 +16,7 @@ from pipeline.hub.llama_converter import converter_for
 from pipeline.hub.models import Model
 from pipeline.inference.logits import Logits
 from pipeline.recipe import Export
-from pipeline.system import available_memory
+from pipeline.system import available_memory, cache_path
 from pipeline.training.backend import choose_backend
 
 
@@ -75,7 +74,7 @@ def _verify(checkpoint: Path, reference: Logits, limit: float) -> None:
     if 1.5 * size > available_memory():  # weights and activations
         log("export: too little memory for the merged model; predictions are not compared.")
         return
-    with capture_output(Path(tempfile.gettempdir()) / "gatt-export.log"):
+    with capture_output(cache_path("export.log")):
         logits = choose_backend().predict(checkpoint, None, reference.sequences, load_in_4bit=False)
     kl = require_close(str(checkpoint), reference, logits, limit)
     print_result(f"{checkpoint}: {kl:.4f} nats a token from the trained model")

@@ -13,6 +13,7 @@ from pipeline.export.ollama_template import OllamaTemplate, find_template
 from pipeline.files import write_text
 from pipeline.gguf.reader import GgufInfo, open_gguf
 from pipeline.inference.chat_template import ChatTemplate
+from pipeline.inference.llama.model import LoadedModel
 from pipeline.records import Message
 
 _CONTEXT_TOKENS = 4096
@@ -24,7 +25,10 @@ def write_modelfiles(files: Sequence[Path], temperature: float, system: str) -> 
     The first has the name that Ollama expects; the names of the others end with their formats.
     """
     info = open_gguf(files[0])
-    template = choose_template(info)
+    vocabulary = LoadedModel(info, vocab_only=True)
+    adds_bos, _ = vocabulary.added_tokens
+    vocabulary.close()
+    template = choose_template(info, adds_bos=adds_bos)
     if isinstance(template, str):
         log(f"export: the Modelfile has no TEMPLATE. {template}")
     for file in files:
@@ -33,14 +37,12 @@ def write_modelfiles(files: Sequence[Path], temperature: float, system: str) -> 
         write_text(file.parent / f"Modelfile{suffix}", text)
 
 
-def choose_template(info: GgufInfo) -> OllamaTemplate | str:
+def choose_template(info: GgufInfo, *, adds_bos: bool) -> OllamaTemplate | str:
     """Return the template for Ollama, or the reason why there is none.
 
-    It has no BOS where Ollama adds one, as llama.cpp does: by default only for SentencePiece.
+    It has no BOS where Ollama adds one, as llama.cpp does (`adds_bos`).
     """
-    sentencepiece = info.field("tokenizer.ggml.model") == "llama"
-    bos = info.bos if info.field("tokenizer.ggml.add_bos_token", sentencepiece) else ""
-
+    bos = info.bos if adds_bos else ""
     today = datetime.now()
 
     def render(messages: Sequence[Message]) -> str:

@@ -27,7 +27,7 @@ from pipeline.gguf.formats import (
 )
 from pipeline.gguf.gguf_base import GgufBase
 from pipeline.gguf.imatrix import ImportanceMatrix
-from pipeline.gguf.merge import MergePlan, plan_merge, write, write_skeleton
+from pipeline.gguf.merge import MergePlan, file_size, plan_merge, write, write_skeleton
 from pipeline.gguf.reader import open_gguf
 from pipeline.hub.gguf_checkpoint import write_gguf_checkpoint
 from pipeline.hub.llama_converter import convert, converter_for
@@ -68,7 +68,6 @@ def cached_gguf(model: Model, format_name: str) -> Path:
         return target
     with lock_file(target):
         if not target.exists():  # another process may have made it in the meantime
-            require_disk(target.parent, 4 * model.bytes, f"convert {model.name}")
             with whole_file(target) as draft:
                 if converter := converter_for(model.path):
                     _convert_folder(converter, model, format_name, draft)
@@ -80,6 +79,7 @@ def cached_gguf(model: Model, format_name: str) -> Path:
 def _convert_folder(converter: Path, model: Model, format_name: str, target: Path) -> None:
     """Convert a folder by llama.cpp's own converter, once; other formats are made of its F16."""
     if format_name == "F16":
+        require_disk(target.parent, model.bytes, f"convert {model.name}")
         log(f"{model.name}: converted by llama.cpp's own converter, once.")
         convert(converter, cached_checkpoint(model), target, "F16")
     else:
@@ -87,10 +87,16 @@ def _convert_folder(converter: Path, model: Model, format_name: str, target: Pat
 
 
 def write_formats(model: Model, adapter: Path | None, targets: dict[str, Path]) -> None:
-    """Write `model`, merged with `adapter` if there is one, to one GGUF per format name."""
+    """Write `model`, merged with `adapter` if there is one, to one GGUF per format name.
+
+    Raises:
+        GattError: too little disk, or a model that cannot be converted.
+    """
     plan = plan_merge(model.path, adapter)
     with TemporaryDirectory(dir=next(iter(targets.values())).parent) as scratch:
         formats = {path: plan_format(plan, name, Path(scratch)) for name, path in targets.items()}
+        sizes = [file_size(plan, file_format) for file_format in formats.values()]
+        require_disk(Path(scratch), sum(sizes), f"convert {model.name}")
     write(plan, formats)
 
 

@@ -35,6 +35,7 @@ from pipeline.training.job import (
     TrainingJob,
     TrainingResult,
     check_init_adapter,
+    from_main_process,
     last_checkpoint,
     main_process_first,
 )
@@ -49,6 +50,9 @@ from pipeline.training.validation import (
 
 SECTIONS = ("train",)
 """Sections of the recipe that the result depends on."""
+
+_DISK_BYTES_PER_WEIGHT = 3 * 12
+"""Of an adapter: three checkpoints in float32, each with two moments of the optimizer."""
 
 
 def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
@@ -124,8 +128,8 @@ def train_here(
     """
     with main_process_first(), capture_output(run_dir.training_log):
         model_dir = cached_checkpoint(find_model(recipe.model))
-    size = sum(file.stat().st_size for file in model_dir.glob("*.safetensors"))
-    require_disk(run_dir.path, size, "keep checkpoints")
+    adapter = shape_of(recipe.model).adapter_parameters(recipe.train)
+    require_disk(run_dir.path, _DISK_BYTES_PER_WEIGHT * adapter, "keep checkpoints")
     backend = choose_backend()  # outside of `capture_output`: it may have something to say
     tokenizer = load_tokenizer(model_dir)
     if recipe.train.init_adapter:
@@ -146,6 +150,7 @@ def train_here(
         adapter_dir=run_dir.adapter,
     )
     if not is_main_process():
+        job = _last_checkpoint_only(job) if from_main_process(flag=False) else job
         with capture_output(run_dir.training_log):
             backend.train(_reporting(job, on_checkpoint))
         return
@@ -158,6 +163,9 @@ def train_here(
         closing(adaptable_base(recipe, gpu=gpu)) as base,
         closing(ValidationHook(recipe, run_dir, base)) as hook,
     ):
+        done = last_checkpoint(run_dir.checkpoints)
+        reached = bool(done) and hook.has_reached(done, run_dir.checkpoints / f"checkpoint-{done}")
+        job = _last_checkpoint_only(job) if from_main_process(flag=reached) else job
         job = _reporting(replace(job, should_stop=hook.should_stop), on_checkpoint)
         result, steps = _train(backend, job, run_dir, lambda: hook.last_note)
     trim_memory()
@@ -165,6 +173,12 @@ def train_here(
     write_json(run_dir.losses, result.losses)
     if steps:
         write_json(run_dir.speed, _speed(steps[-1]))
+
+
+def _last_checkpoint_only(job: TrainingJob) -> TrainingJob:
+    """Return the job without any steps after its last checkpoint."""
+    steps = last_checkpoint(job.checkpoint_dir)
+    return replace(job, settings=job.settings.model_copy(update={"max_steps": steps}))
 
 
 def _reporting(job: TrainingJob, on_checkpoint: Callable[[int], None]) -> TrainingJob:
@@ -264,6 +278,21 @@ class ValidationHook:
         adherent, answers = sum(reply.adherent for reply in replies), len(replies)
         self._log.append({"step": step, "adherent": adherent, "answers": answers})
         self.last_note = f", {adherent} of {answers} validation answers adherent at step {step}"
+        return self._is_enough(adherent, answers)
+
+    def has_reached(self, step: int, checkpoint: Path) -> bool:
+        """Return whether training ends at a checkpoint of an earlier attempt.
+
+        It may have been interrupted in the validation, or after it.
+        """
+        if not self._threshold:
+            return False
+        for row in reversed(self._log.records):
+            if row["step"] == step:
+                return self._is_enough(row["adherent"], row["answers"])
+        return self.should_stop(step, checkpoint)
+
+    def _is_enough(self, adherent: int, answers: int) -> bool:
         return bool(self._threshold and answers) and adherent >= self._threshold * answers
 
     def close(self) -> None:

@@ -201,6 +201,16 @@ def main_process_first() -> Iterator[None]:
         yield
 
 
+def from_main_process(*, flag: bool) -> bool:
+    """Return the main process's `flag` in each of those that share the steps."""
+    if world_size() == 1:
+        return flag
+    from accelerate.utils import broadcast_object_list
+
+    flags: list[bool] = broadcast_object_list([flag])
+    return flags[0]
+
+
 def last_checkpoint(checkpoint_dir: Path) -> int:
     """Return the step of the last complete checkpoint; 0 if there is none."""
     complete = checkpoint_dir.glob(f"checkpoint-*/{_COMPLETE}")
