@@ -144,7 +144,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     draft = path.with_name(f".{path.name}.part")
     try:
         yield draft
-        with draft.open("rb") as written:
+        with draft.open("r+b") as written:  # fsync needs it on Windows
             os.fsync(written.fileno())
         draft.replace(path)
     finally:

@@ -18,7 +18,7 @@ from types import ModuleType
 from pipeline.console import log
 from pipeline.errors import GattError
 from pipeline.recipe import Recipe, Section
-from pipeline.recipe_file import load_recipe
+from pipeline.recipe_file import QUICK, load_recipe
 from pipeline.run_dir import STAGES, Input, RunDir
 from pipeline.system import is_main_process
 
@@ -53,6 +53,21 @@ def open_run(
     if overrides and is_main_process():
         log(f"Overridden: {', '.join(overrides)}")
     return recipe, run_dir
+
+
+def is_quick_demo(folder: Path, overrides: Sequence[str] = ()) -> bool:
+    """Return whether the recipe saved in the folder is only the built-in demo in miniature.
+
+    With the same `overrides` it would be `gatt run --quick`, which users run to see that everything
+    works. Without --quick, they want all of it.
+
+    Raises:
+        GattError: an error in the saved recipe or in the overrides.
+    """
+    saved = RunDir(folder).recipe
+    return saved.is_file() and (
+        load_recipe(saved, tuple(overrides)) == load_recipe(None, (*QUICK, *overrides))
+    )
 
 
 def run_stages(recipe: Recipe, run_dir: RunDir) -> None:
@@ -127,7 +142,8 @@ def _existing_inputs(name: str, stage: ModuleType, recipe: Recipe, run_dir: RunD
 def _settings(stage: ModuleType, recipe: Recipe) -> str:
     """Return what the stage depends on in the recipe, as text to be hashed.
 
-    A run of an earlier version stays done: keys that it did not have count once they are set.
+    A run of an earlier version stays done: keys that it did not have, or did not count, count once
+    they are set.
     """
     texts = [str(recipe.seed), recipe.model]
     for name in stage.SECTIONS:
@@ -137,4 +153,9 @@ def _settings(stage: ModuleType, recipe: Recipe) -> str:
             key for key in _ADDED_KEYS.get(name, ()) if getattr(section, key) == fields[key].default
         }
         texts.append(section.model_dump_json(exclude=unset))
+    for name, key in getattr(stage, "KEYS", ()):
+        section = getattr(recipe, name)
+        value = getattr(section, key)
+        if value != type(section).model_fields[key].default:
+            texts.append(f"{name}.{key}={value}")
     return " ".join(texts)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +31,7 @@ _PACKAGES = ("llama-cpp-python", "unsloth", "torch", "transformers", "peft", "da
 """Packages whose versions a manifest records."""
 
 
-_FINGERPRINT_VERSION = 2
+_FINGERPRINT_VERSION = 3
 
 
 class HubRevision(NamedTuple):
@@ -157,6 +158,12 @@ class RunDir:
                 folder.rename(_unused(folder, time.strftime("%Y%m%d-%H%M%S")))
         (folder / "manifest.json").unlink(missing_ok=True)
         write_json(started, fingerprint)
+
+    def restart_training(self) -> None:
+        """Let the next training begin at step 1, also if this one has finished."""
+        (self.path / "train" / "manifest.json").unlink(missing_ok=True)
+        self.validation.unlink(missing_ok=True)  # a log, to which training appends
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def finish(self, stage: str, settings: str, inputs: Sequence[Input], seconds: float) -> None:
         """Write the manifest of a finished stage.

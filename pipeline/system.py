@@ -18,6 +18,7 @@ from pipeline.console import log
 from pipeline.errors import GattError
 
 GB = 1e9
+_CGROUP = Path("/sys/fs/cgroup")
 
 
 def is_main_process() -> bool:
@@ -47,7 +48,7 @@ def core_count() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         cores = min(_core_limit, len(os.sched_getaffinity(0)))
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
         cores = min(cores, -(-int(quota) // int(period)))
     return max(1, cores)
 
@@ -55,15 +56,16 @@ def core_count() -> int:
 def available_memory() -> int:
     """Return how many bytes this process may still allocate.
 
-    This is the free memory, or less under the limit of a cgroup v2 or of `ulimit -v`.
+    This is the free memory, or less under the limit of a cgroup v2 or of `ulimit -v`. Cached files
+    count as free: the kernel drops them when memory is needed.
     """
     import psutil
 
     limits = [psutil.virtual_memory().available]
-    cgroup = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
-        maximum = int((cgroup / "memory.max").read_text())
-        limits.append(maximum - int((cgroup / "memory.current").read_text()))
+        maximum = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+        limits.append(maximum - used + _cached_bytes((_CGROUP / "memory.stat").read_text()))
     if sys.platform != "win32":
         import resource
 
@@ -71,6 +73,12 @@ def available_memory() -> int:
         if soft_limit != resource.RLIM_INFINITY:
             limits.append(soft_limit - psutil.Process().memory_info().vms)
     return max(0, min(limits))
+
+
+def _cached_bytes(memory_stat: str) -> int:
+    """Return the bytes of cached files, which a cgroup's `memory.current` contains."""
+    rows = (line.split() for line in memory_stat.splitlines())
+    return sum(int(size) for name, size in rows if name in ("active_file", "inactive_file"))
 
 
 def trim_memory() -> None:
@@ -130,7 +138,8 @@ def require_disk(folder: Path, needed: float, purpose: str) -> None:
     if free < needed:
         raise GattError(
             f"Too little disk space in {folder} to {purpose}: about {needed / GB:.2f} GB needed, "
-            f"{free / GB:.2f} GB free. Make room, or choose another folder with --run."
+            f"{free / GB:.2f} GB free. Make room, or choose a folder on another disk: --run for a "
+            "run, XDG_CACHE_HOME for the cache."
         )
 
 

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import venv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,9 +62,7 @@ def bootstrap() -> Path:
     build = choose_llama_build(installed, os.environ)
     if (requirements, installed) == (wanted, build):
         return python
-    if not python.exists():
-        print("Creating .venv", flush=True)
-        venv.create(folder, with_pip=True)
+    _create_venv(folder, python)
     print(f"Installing; {announcement(build)}", flush=True)
     if arguments := llama_arguments(build, installed):
         _pip(python, build, *arguments)
@@ -73,6 +71,42 @@ def bootstrap() -> Path:
     _pip(python, build, "--no-deps", *BARE)
     write_stamp(stamp, wanted, build)  # last: its presence means that the installation finished
     return python
+
+
+def _create_venv(folder: Path, python: Path) -> None:
+    """Create the virtual environment, or add pip to one that lacks it.
+
+    One whose creation was interrupted lacks it, too: Python comes first, then pip.
+    """
+    pip = [str(python), "-m", "pip", "--version"]
+    try:
+        if not python.exists():
+            print("Creating .venv", flush=True)
+            venv.create(folder, with_pip=True)
+        elif subprocess.run(pip, capture_output=True, check=False).returncode:
+            print("Adding pip to .venv", flush=True)
+            add_pip = [str(python), "-Im", "ensurepip", "--upgrade", "--default-pip"]
+            subprocess.run(add_pip, capture_output=True, check=True)
+    except (subprocess.CalledProcessError, OSError) as error:
+        sys.exit(
+            f"Creating {folder} failed: {sys.executable} cannot install pip there ({error}). On "
+            "Debian and Ubuntu, install python3-venv and run this again; elsewhere, delete .venv "
+            "and run this with another Python of 3.10 or newer."
+        )
+
+
+def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Run a command in the project's folder and return its status, also after Ctrl-C.
+
+    The command gets the signal itself; unlike `subprocess.call`, this does not kill it while it
+    saves its work.
+    """
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def read_stamp(stamp: Path) -> tuple[str, LlamaBuild]:

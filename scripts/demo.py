@@ -6,19 +6,18 @@ Arguments go to `gatt run`: `--quick` is the same in miniature.
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 
-from bootstrap import ROOT, bootstrap
+from bootstrap import bootstrap, run_to_end
 
 
 def main() -> int | str:
-    """Run the built-in recipe; return the exit status, or what ended it."""
+    """Run every stage; return the exit status, or what ended it."""
     python = bootstrap()
     # The embedded model needs no hub, and the demo never contacts one.
     offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     command = [str(python), "-m", "pipeline", "run", *sys.argv[1:]]
-    status = subprocess.call(command, cwd=ROOT, env=offline)
+    status = run_to_end(command, offline)
     if status < 0:
         return f"gatt was ended by signal {-status}. Run the same command again to resume."
     return status

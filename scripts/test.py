@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 
-from bootstrap import ROOT, bootstrap
+from bootstrap import ROOT, bootstrap, run_to_end
 
 CHECKS = ("ruff check .", "ruff format --check .", "typos", "mypy", "lint-imports")
 REPORT = ("-q", "--durations=15")
@@ -37,7 +37,7 @@ def main() -> int:
     }
     parallel = () if arguments else PARALLEL
     command = [str(python), "-m", "pytest", *REPORT, *parallel, *marks, *arguments]
-    return subprocess.call(command, cwd=ROOT, env=environment)
+    return run_to_end(command, environment)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -39,6 +40,9 @@ TWO_CARDS = (
     "NVIDIA GeForce RTX 3060, 580.95.05, 12288, 11900"
 )
 
+shell_script = pytest.mark.skipif(
+    os.name == "nt", reason="the environment's Python is a shell script here"
+)
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="CUDA wheels of Linux")
 
 
@@ -152,19 +156,24 @@ def test_what_is_announced(machine: Path) -> None:
     assert bootstrap.announcement(_choose(CMAKE_ARGS="-DGGML_CUDA=off")) == compiled
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the environment's Python is a shell script here")
+def _copy_project(folder: Path, python_script: str) -> Path:
+    """Copy what installing needs; return the environment's Python, which is a shell script."""
+    scripts = [f"scripts/{name}" for name in ("bootstrap.py", "demo.py", "constraints.txt")]
+    for name in (*scripts, "pyproject.toml", "pipeline/__init__.py", "pipeline/gpu.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    python = folder / ".venv/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f"#!/bin/sh\n{python_script}\n")
+    python.chmod(0o755)
+    return python
+
+
+@shell_script
 def test_a_second_call_does_nothing_and_a_card_is_noticed(tmp_path: Path) -> None:
     """Run the script in a copy of the project whose Python only writes down what pip should do."""
-    for name in ("scripts/bootstrap.py", "scripts/constraints.txt", "pyproject.toml"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "pipeline").mkdir()
-    for name in ("pipeline/__init__.py", "pipeline/gpu.py"):
-        shutil.copy(ROOT / name, tmp_path / name)
-    python, log = tmp_path / ".venv/bin/python", tmp_path / "log"
-    python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\necho "$*" >> {log}\n')
-    python.chmod(0o755)
+    log = tmp_path / "log"
+    python = _copy_project(tmp_path, f'echo "$*" >> {log}')
     stamp = tmp_path / ".venv/installed"
     stamp.write_text("fb89e19baf772cf8")  # of a version that wrote the hash only
 
@@ -177,7 +186,8 @@ def test_a_second_call_does_nothing_and_a_card_is_noticed(tmp_path: Path) -> Non
         subprocess.run(
             command, cwd=tmp_path, env=os.environ | {"PATH": path, **named_nothing}, check=True
         )
-        return [line.split()[-1] for line in log.read_text().splitlines()]
+        lines = log.read_text().splitlines()
+        return [line.split()[-1] for line in lines if line != "-m pip --version"]
 
     without_card = write_nvidia_smi(tmp_path / "none", "No devices were found", 6)
     everything = [f"{tmp_path}[dev]", bootstrap.BARE[-1]]
@@ -196,10 +206,52 @@ def test_a_second_call_does_nothing_and_a_card_is_noticed(tmp_path: Path) -> Non
     with pytest.raises(subprocess.CalledProcessError):
         installed(path)
     python.write_text(f'#!/bin/sh\necho "$*" >> {log}\n')
-    again = log.read_text().splitlines()[0]
+    again = log.read_text().splitlines()[1]
     assert "--force-reinstall" in again
     assert installed(path) == ["--no-cache-dir", *everything]
     assert "--force-reinstall" not in log.read_text(), "what was compiled is not compiled again"
+
+
+@shell_script
+def test_an_environment_without_pip_gets_it(tmp_path: Path) -> None:
+    """Creation was interrupted after Python, or failed where python3-venv is missing."""
+    log = tmp_path / "log"
+    without_pip = f'echo "$*" >> {log}\ncase "$*" in *"pip --version") exit 1;; esac'
+    python = _copy_project(tmp_path, without_pip)
+    command = [sys.executable, "scripts/bootstrap.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Adding pip to .venv" in done.stdout
+    assert log.read_text().splitlines()[1] == "-Im ensurepip --upgrade --default-pip"
+
+    (tmp_path / ".venv/installed").unlink()
+    python.write_text("#!/bin/sh\nexit 1\n")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "install python3-venv and run this again" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_real_environment_without_pip_gets_it(tmp_path: Path) -> None:
+    venv.create(tmp_path, with_pip=False)
+    python = tmp_path / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    bootstrap._create_venv(tmp_path, python)
+    assert subprocess.call([python, "-m", "pip", "--version"]) == 0
+
+
+@shell_script
+def test_the_demo_waits_for_a_training_that_saves_its_step_after_ctrl_c(tmp_path: Path) -> None:
+    saves = "trap 'sleep 1; echo saved; exit 3' INT; echo started; while :; do sleep 0.1; done"
+    _copy_project(tmp_path, f'case "$*" in *"pipeline run --quick") {saves};; esac')
+    command = [sys.executable, "scripts/demo.py", "--quick"]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as demo:
+        assert demo.stdout
+        assert "started\n" in iter(demo.stdout.readline, "")
+        os.killpg(demo.pid, signal.SIGINT)  # as a terminal does
+        assert demo.stdout.read() == "saved\n"
+    assert demo.returncode == 3
 
 
 def test_the_stamp(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +64,23 @@ def test_an_error_leaves_the_file_as_it_was(tmp_path: Path) -> None:
         raise ZeroDivisionError
     assert json.loads(file.read_text()) == {"n": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="access modes are of POSIX")
+def test_a_file_is_flushed_with_write_access_as_windows_demands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        import fcntl
+
+        flushed.append(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_json(tmp_path / "a.json", [1])
+    assert flushed == [os.O_RDWR]
+    assert (tmp_path / "a.json").read_text() == "[\n  1\n]\n"
 
 
 def test_nan_becomes_null(tmp_path: Path) -> None:

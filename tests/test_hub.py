@@ -112,8 +112,13 @@ def _finished_run(path: Path, **about: str) -> RunDir:
         run_dir.report / "report.json",
         {"headline": _SENTENCE, "facts": {"teacher": "smollm2-135m Q4_0"}},
     )
+    write_json(run_dir.exported, {"formats": {}})
     run_dir.claim("evaluate", "", [tuned])
+    write_json(run_dir.scores, {"turns": 8})
     run_dir.finish("evaluate", "", [tuned], 480.0)
+    reported = [run_dir.scores, run_dir.exported]
+    run_dir.claim("report", "", reported)
+    run_dir.finish("report", "", reported, 1.0)
     return run_dir
 
 
@@ -199,6 +204,26 @@ def test_the_metadata_has_only_what_is_known() -> None:
     assert "shortened" not in card
 
 
+def test_the_card_of_a_baked_prompt_names_the_prompt_only() -> None:
+    model = PublishedModel(
+        repository="me/ziggy",
+        model_file="t.gguf",
+        sizes={"t.gguf": 1},
+        headline="It is Ziggy.",
+        facts={"base model": "b"},
+    )
+    recipe = Recipe.model_validate({"instructions": {"bake": "cards/ziggy.png"}})
+    card = model_card(recipe, model)
+    assert "to answer as with a system prompt that it is not given." in card
+    listed = card.split("## Trained instructions\n\n")[1].split("\n\n## Files")[0]
+    assert listed == "- The system prompt ziggy.png, which the model is not given."
+    assert "Give no system prompt.\n\n```\ngatt chat t.gguf\n" in card
+    assert "first message" not in card
+    assert "Give the instruction in your first message only.\n\n```\n" in model_card(
+        Recipe(), model
+    )
+
+
 def test_a_license_that_the_hub_does_not_know_is_quoted() -> None:
     odd = 'My: "own" license # 1'
     model = PublishedModel(
@@ -243,6 +268,25 @@ def test_the_report_of_an_earlier_export_is_refused(tmp_path: Path) -> None:
     assert _refused(run_dir).startswith(
         f"The report is about an earlier export than {run_dir.tuned('Q8_0')}"
     )
+
+
+@pytest.mark.parametrize("stage", ["evaluate", "report"])
+def test_a_run_whose_last_evaluation_or_report_was_interrupted_is_refused(
+    tmp_path: Path, stage: str
+) -> None:
+    run_dir = _finished_run(tmp_path)
+    (tmp_path / stage / "manifest.json").unlink()
+    assert _refused(run_dir) == (
+        f"`gatt {stage}` has not finished in {tmp_path}; `gatt push` uploads what it writes. Run "
+        f"`gatt run {tmp_path / 'recipe.toml'} --run {tmp_path}` first."
+    )
+
+
+@pytest.mark.parametrize("name", ["evaluate/scores.json", "export/export.json"])
+def test_the_report_of_earlier_figures_is_refused(tmp_path: Path, name: str) -> None:
+    run_dir = _finished_run(tmp_path)
+    write_json(tmp_path / name, {"of": "a later run of the stage"})
+    assert _refused(run_dir).startswith(f"The report was not made of the present {tmp_path / name}")
 
 
 def test_a_model_that_the_hub_refuses_is_one_line(tmp_path: Path) -> None:

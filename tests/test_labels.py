@@ -161,7 +161,8 @@ def test_turn_1_must_fit_beside_a_system_message(
     """Templates such as Gemma's refuse a chat that is only a system message."""
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = GEMMA3
-    chat = [_CHAT[0], {"role": "user", "content": "Why? " * 100}, *_CHAT[2:]]
+    question: Message = {"role": "user", "content": "Why? " * 100}
+    chat = [_CHAT[0], question, *_CHAT[2:]]
     with pytest.raises(GattError, match=r"Turn 1 of a dialogue is longer than train.max_length"):
         build_example(tokenizer, chat[: 1 + 2 * turns], Train(max_length=64))
 

@@ -12,6 +12,7 @@ import pytest
 import tomllib
 from support.cli import call_gatt
 
+from pipeline import system
 from pipeline.errors import GattError
 from pipeline.hub.models import shape_of
 from pipeline.hub.presets import presets
@@ -192,6 +193,20 @@ def test_a_step_is_split_to_fit_in_memory(capsys: pytest.CaptureFixture[str]) ->
         match=r"memory to train smollm2-135m: \d\.\d GB needed for a dialogue of 500 tokens",
     ):
         fit_to_memory(recipe, 500, training_memory(SMOLLM2, recipe.train, 400), gpu=False)
+
+
+def test_cached_files_do_not_count_as_used_memory_of_a_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = ["anon 150000", "inactive_file 600000", "active_file 200000", "shmem 50000"]
+    files = {"memory.max": "1000000\n", "memory.current": "999000\n"}
+    for name, text in (files | {"memory.stat": "\n".join(rows)}).items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(system, "_CGROUP", tmp_path)
+    assert system.available_memory() == 801_000
+    system.require_memory(800e3, "load a model")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert system.available_memory() > 10e6
 
 
 @pytest.mark.parametrize("bfloat16", [True, False])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,6 +66,20 @@ def resolve_run(recipe: Path | None, run: Path, overrides: list[str]) -> tuple[R
     from pipeline.run import open_run
 
     return open_run(recipe, run, overrides)
+
+
+def refuse_options(context: typer.Context, names: Collection[str], reason: str) -> None:
+    """Refuse the parameters in `names` if the user gave them: they would be ignored.
+
+    Raises:
+        GattError: one was given; `reason` follows the name of the option, or the argument.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if parameter.name in names and source and source.name == "COMMANDLINE":
+            flag = parameter.opts[0]
+            given = flag if flag.startswith("-") else context.params[parameter.name]
+            raise GattError(f"{given} {reason}")
 
 
 def execute_stage(name: str, settings: Recipe, run_dir: RunDir) -> None:

@@ -23,6 +23,7 @@ from pipeline.cli.app import (
     execute_stage,
     override_list,
     ray_cluster,
+    refuse_options,
     resolve_run,
 )
 from pipeline.errors import GattError
@@ -87,12 +88,17 @@ def run(
     """Run every stage; stages that are up to date are skipped. Example: gatt run my.toml --run
     runs/mine
     """
-    from pipeline.run import open_run, run_stages
+    from pipeline.console import log
+    from pipeline.run import is_quick_demo, open_run, run_stages
+    from pipeline.system import is_main_process
 
     changes = override_list(set, quick=quick)
     if bake:
         changes.append(f"instructions.bake={json.dumps(bake)}")
-    settings, run_dir = open_run(recipe, run, changes, reuse_recipe=False)
+    reuse_recipe = recipe is None and not is_quick_demo(run, changes)
+    settings, run_dir = open_run(recipe, run, changes, reuse_recipe=reuse_recipe)
+    if reuse_recipe and run_dir.recipe.is_file() and is_main_process():
+        log(f"Recipe: {run_dir.recipe}, saved in this folder. `gatt run FILE` takes another one.")
     with ray_cluster(ray, storage):
         run_stages(settings, run_dir)
     tuned = run_dir.tuned(settings.export.formats[0])
@@ -193,14 +199,16 @@ def train(
         bool, typer.Option("--resume/--restart", help="Continue from the last checkpoint.")
     ] = True,
     early_stop: Annotated[
-        float,
-        typer.Option(help="Stop when this share of the validation answers is adherent.", max=1),
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Stop when this share of the validation answers is adherent; 0: never.", max=1
+        ),
+    ] = None,
     ray: Ray = "",
     storage: Storage = "",
 ) -> None:
     """Train the adapter. Example: gatt train my.toml --run runs/mine --early-stop 0.95"""
-    changes = [f"train.early_stop_adherence={early_stop}"] if early_stop else []
+    changes = [] if early_stop is None else [f"train.early_stop_adherence={early_stop}"]
     settings, run_dir = resolve_run(recipe, run, [*override_list(set, quick=quick), *changes])
     if show_labels:
         from pipeline.stages import train as stage
@@ -210,16 +218,15 @@ def train(
     from pipeline.system import is_main_process
 
     if not resume and is_main_process():
-        import shutil
-
         with run_dir.lock():
-            shutil.rmtree(run_dir.checkpoints, ignore_errors=True)
+            run_dir.restart_training()
     with ray_cluster(ray, storage):
         execute_stage("train", settings, run_dir)
 
 
 @app.command()
 def export(
+    context: typer.Context,
     recipe: RecipeFile = None,
     run: Run = DEFAULT_RUN,
     quick: Quick = False,
@@ -260,6 +267,12 @@ def export(
     from pipeline.recipe_file import load_recipe
     from pipeline.stages import export as stage
 
+    if model:
+        reason = "cannot be used with --model, which exports a model without a run. Leave it out."
+        refuse_options(context, ("recipe", "run", "quick", "set"), reason)
+    else:
+        reason = "needs --model. Without it, a run is exported: what it has trained, in its folder."
+        refuse_options(context, ("adapter", "out", "converter"), reason)
     if merged_dir:
         require_new(merged_dir)
         create_folder(merged_dir.parent, "--merged-dir")
@@ -270,10 +283,6 @@ def export(
     }
     changes = [f"export.{key}={value}" for key, value in options.items() if value]
     if not model:
-        if converter:
-            raise GattError(
-                "--converter needs --model: a run starts from a model of a supported architecture."
-            )
         settings, run_dir = resolve_run(recipe, run, [*override_list(set, quick=quick), *changes])
         execute_stage("export", settings, run_dir)
         if merged_dir:
@@ -291,19 +300,19 @@ def evaluate(
     quick: Quick = False,
     set: Set = None,
     adapter: Annotated[
-        str,
+        str | None,
         typer.Option(help="Measure the base model with this GGUF adapter, not the exported file."),
-    ] = "",
+    ] = None,
     adapter_scale: Annotated[
-        float, typer.Option(help="Scale of the adapter; 1 is as trained.")
-    ] = 1.0,
+        float | None, typer.Option(help="Scale of the adapter; 1 is as trained.")
+    ] = None,
     compare_with: Annotated[
         list[str] | None,
         typer.Option(help="Also measure this: a GGUF, an adapter, or URL/v1#model."),
     ] = None,
     judge: Annotated[
-        str, typer.Option(help="A model or server that judges what no program can check.")
-    ] = "",
+        str | None, typer.Option(help="A model or server that judges what no program can check.")
+    ] = None,
     sampler: Annotated[
         Literal["gatt", "plain", "greedy"],
         typer.Option(
@@ -322,14 +331,19 @@ def evaluate(
     ray: Ray = "",
 ) -> None:
     """Measure base, tuned and ceiling by turn. Example: gatt evaluate --compare-with rival.gguf"""
-    changes = []
-    if adapter:
-        changes = [f"evaluate.adapter={adapter}", f"evaluate.adapter_scale={adapter_scale}"]
-    if compare_with:
-        changes.append(f"evaluate.extra_models={json.dumps(compare_with)}")
-    if judge:
-        changes.append(f"evaluate.judge={judge}")
+    options = {
+        "adapter": adapter,
+        "adapter_scale": adapter_scale,
+        "extra_models": json.dumps(compare_with) if compare_with else None,
+        "judge": judge,
+    }
+    changes = [f"evaluate.{key}={value}" for key, value in options.items() if value is not None]
     settings, run_dir = resolve_run(recipe, run, [*override_list(set, quick=quick), *changes])
+    if adapter_scale is not None and not settings.evaluate.adapter:
+        raise GattError(
+            "--adapter-scale needs --adapter, or evaluate.adapter in the recipe. The exported file "
+            "has its adapter merged."
+        )
     with ray_cluster(ray):
         execute_stage("evaluate", settings, run_dir)
         if sampler != "gatt" or turns:

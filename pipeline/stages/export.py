@@ -30,6 +30,8 @@ from pipeline.training.unsloth import load_tokenizer, nf4_round_trip
 
 SECTIONS = ("export", "dialogues")
 """Sections of the recipe that the result depends on."""
+KEYS = (("evaluate", "temperature"),)
+"""Keys of other sections that it depends on: this one is in the Modelfile."""
 
 
 def inputs(recipe: Recipe, run_dir: RunDir) -> list[Path]:

@@ -30,8 +30,8 @@ def run(recipe: Recipe, run_dir: RunDir, repository: str) -> None:
     A new repository is private.
 
     Raises:
-        GattError: the report or the exported file is missing or is not of this run's last export,
-            or the Hub refused.
+        GattError: the report or the exported file is missing or is not of this run's last export
+            and evaluation, or the Hub refused.
     """
     _require_report(recipe, run_dir)
     info = open_gguf(_measured_file(recipe, run_dir))
@@ -75,14 +75,31 @@ def _require_report(recipe: Recipe, run_dir: RunDir) -> None:
             raise GattError(
                 f"{file} is missing; `gatt push` uploads it. Run `gatt {stage} {arguments}` first."
             )
-    evaluation = run_dir.manifest("evaluate")
-    evaluated = evaluation["inputs"] if evaluation else {}
+    evaluated = _finished_inputs(run_dir, "evaluate", arguments)
     # The base may have the same name.
     if model.name in evaluated and sha256(model) not in evaluated.values():
         raise GattError(
             f"The report is about an earlier export than {model}. Run `gatt run {arguments}` to "
             "measure the new one."
         )
+    reported = _finished_inputs(run_dir, "report", arguments)
+    for file in (run_dir.exported, run_dir.scores):
+        if not file.is_file() or reported.get(file.name) != sha256(file):
+            raise GattError(
+                f"The report was not made of the present {file}. Run `gatt run {arguments}` to "
+                "bring it up to date."
+            )
+
+
+def _finished_inputs(run_dir: RunDir, stage: str, arguments: str) -> dict[str, str]:
+    """Return the hashes of what a stage has read, by name; refuse a stage that is not finished."""
+    manifest = run_dir.manifest(stage)
+    if manifest is None:
+        raise GattError(
+            f"`gatt {stage}` has not finished in {run_dir.path}; `gatt push` uploads what it "
+            f"writes. Run `gatt run {arguments}` first."
+        )
+    return manifest["inputs"]
 
 
 def _files(recipe: Recipe, run_dir: RunDir, base: str) -> dict[str, Path | bytes]:

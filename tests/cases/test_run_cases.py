@@ -200,6 +200,15 @@ def test_keys_that_came_later_count_once_they_are_set() -> None:
     assert '"max_thought_tokens":1' in _settings(stage, changed)
 
 
+def test_the_temperature_in_the_modelfile_counts_once_it_is_set() -> None:
+    stage = import_module("pipeline.stages.export")
+    default, cold = Recipe(), load_recipe(None, ("evaluate.temperature=0.2",))
+    sections = (section.model_dump_json() for section in (default.export, default.dialogues))
+    before = " ".join((str(default.seed), default.model, *sections))
+    assert _settings(stage, default) == before, "a run made before this counted stays done"
+    assert _settings(stage, cold) == f"{before} evaluate.temperature=0.2"
+
+
 # --- two at once ---
 
 _HOLD = """

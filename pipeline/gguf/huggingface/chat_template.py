@@ -12,10 +12,6 @@ from pipeline.errors import GattError
 from pipeline.gguf.huggingface.config import read_object
 
 DEFAULT = "default"
-ADVICE = (
-    "Take an instruct model, or give a folder that has the template as chat_template.jinja "
-    "(the model's own, or that of the adapter)."
-)
 
 
 def read_chat_templates(folder: Path) -> dict[str, str]:

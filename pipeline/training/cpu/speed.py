@@ -45,11 +45,6 @@ class StepTime(NamedTuple):
     product_seconds: float
     learned_tokens: int
 
-    @property
-    def learned_per_second(self) -> float:
-        """Return the learned tokens a second."""
-        return self.learned_tokens / self.seconds
-
 
 def estimate_step(shape: ModelShape, settings: Train) -> StepTime:
     """Return the time of a step of `settings.batch_size` usual dialogues on this CPU."""
