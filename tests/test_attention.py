@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pytest
+from support.cli import call_gatt, override_flags
 
 from pipeline.errors import GattError
 from pipeline.evaluation.attention import BIN, attention_map, read_attention_maps
 from pipeline.files import write_json
+from pipeline.gguf.adapter import write_adapter
+from pipeline.gguf.merge import open_base
 from pipeline.records import Message
 from pipeline.training.unsloth import nf4_round_trip
 
@@ -94,6 +97,25 @@ def test_a_map_is_read_back_as_it_was_written(tiny_llama: Path, tmp_path: Path) 
     write_json(tmp_path / "attention.json", maps)
     text = (tmp_path / "attention.json").read_text(encoding="utf-8")
     assert read_attention_maps(text) == maps
+
+
+def test_a_run_that_measures_another_adapter_has_no_map(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
+) -> None:
+    """This run has not trained, so that it has no adapter of its own."""
+    run, adapter = tmp_path / "run", tmp_path / "adapter.gguf"
+    write_adapter(open_base(tiny_llama), tiny_adapter, adapter)
+    overrides = (
+        *(f"model={tiny_llama}", "dialogues.train=4", "dialogues.system=", "evaluate.max_tokens=8"),
+        *("evaluate.turns=2", "evaluate.dialogues=1", "evaluate.suite_dialogues=0"),
+    )
+    flags = override_flags(overrides)
+    for words in (("instructions",), ("evaluate", "--adapter", adapter)):
+        done = call_gatt(*words, "--run", run, *flags)
+        assert done.returncode == 0, done.stderr
+    assert "no map of attention, which is of this run's own adapter" in done.stderr
+    assert (run / "evaluate" / "scores.json").is_file()
+    assert not (run / "evaluate" / "attention.json").exists()
 
 
 def test_an_instruction_that_is_not_there_is_refused(tiny_llama: Path) -> None:

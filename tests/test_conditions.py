@@ -69,6 +69,19 @@ def main(arms: list[Arm], tmp_path_factory: pytest.TempPathFactory) -> list[Repl
     return generate_replies(arms, {"evaluation": _dialogues()}, _RECIPE, log)
 
 
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[Request]:
+    """Record the requests for replies."""
+    made: list[Request] = []
+
+    def recorded(**fields: object) -> Request:
+        made.append(Request(**fields))  # type: ignore[arg-type]
+        return made[-1]
+
+    monkeypatch.setattr("pipeline.evaluation.replies.Request", recorded)
+    return made
+
+
 def _logged(file: Path) -> list[Reply]:
     return [Reply(**row) for _, row in read_jsonl(file)]
 
@@ -108,16 +121,31 @@ def test_longer_dialogues_go_on_from_the_replies_of_the_evaluation(
     assert _logged(log) == replies  # nothing is generated twice
 
 
-def test_the_plain_sampler_draws_other_tokens_in_the_same_dialogues(
-    arms: list[Arm], main: list[Reply], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_dialogue_that_goes_on_keeps_the_messages_that_it_repeats(
+    arms: list[Arm], tmp_path: Path, requests: list[Request]
 ) -> None:
-    requests: list[Request] = []
+    sources = [("1?", "on", "on"), ("2?", "on", "3?", "4?")]
+    dialogues = [
+        replace(assigned, dialogue=replace(assigned.dialogue, turns=turns))
+        for assigned, turns in zip(_dialogues(), sources, strict=True)
+    ]
+    main = generate_replies(arms[:1], {"evaluation": dialogues}, _RECIPE, tmp_path / "main.jsonl")
+    requests.clear()
+    log = tmp_path / "gatt-5.jsonl"
+    measure_condition(Condition("gatt", 5), arms[:1], dialogues, main, _RECIPE, log)
+    sent = [[m["content"] for m in r.messages if m["role"] == "user"] for r in requests]
+    # The instruction stands before the first message.
+    assert sorted(tuple(messages[1:]) for messages in sent) == [
+        ("on", "3?", "4?"),
+        ("on", "3?", "4?", "1?"),
+        ("on", "on", "2?"),
+        ("on", "on", "2?", "3?"),
+    ]
 
-    def recorded(**fields: object) -> Request:
-        requests.append(Request(**fields))  # type: ignore[arg-type]
-        return requests[-1]
 
-    monkeypatch.setattr("pipeline.evaluation.replies.Request", recorded)
+def test_the_plain_sampler_draws_other_tokens_in_the_same_dialogues(
+    arms: list[Arm], main: list[Reply], tmp_path: Path, requests: list[Request]
+) -> None:
     log = tmp_path / "plain-3.jsonl"
     scores = measure_condition(Condition("plain", 3), arms, _dialogues(), main, _RECIPE, log)
     assert {(r.temperature, r.top_p, r.sampler) for r in requests} == {SAMPLERS["plain"]}

@@ -6,10 +6,11 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
-from support.cli import call_gatt
+from support.cli import TINY_RECIPE, call_gatt, override_flags
 from support.teachers import Teacher, serve
 
 from pipeline.chat.conversation import Conversation, StandingInstruction
@@ -43,6 +44,7 @@ from pipeline.records import (
 from pipeline.report.figures import adherence_curve
 from pipeline.report.sections.headline import headline
 from pipeline.report.tables import overview
+from pipeline.run_dir import RunDir
 
 DATA = Path(__file__).parent / "data"
 PROMPTS = DATA / "system_prompts.toml"
@@ -459,6 +461,27 @@ def test_the_stage_refuses_checks_that_cannot_be_made(
     assert len(shown.stderr.strip().splitlines()) <= 2  # "Overridden: ..." comes first
     with pytest.raises(GattError, match=problem):
         raise GattError(shown.stderr)
+
+
+def test_each_stage_that_a_function_decides_about_runs_again_if_it_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    rule = tmp_path / "manners.py"
+    rule.write_text("def polite(reply, dialogue): return True\n")
+    overrides = (
+        *TINY_RECIPE,
+        'instructions.pool=[{text = "Be polite.", checks = [{function = "manners:polite"}]}]',
+        "train.early_stop_adherence=0.9",
+    )
+    run = RunDir(tmp_path / "run")
+    assert call_gatt("instructions", "--run", run.path, *override_flags(overrides)).returncode == 0
+    recipe = load_recipe(None, overrides)
+    for name in ("instructions", "synthesize", "train", "evaluate"):
+        assert rule in import_module(f"pipeline.stages.{name}").inputs(recipe, run), name
+    rule.write_text("def polite(reply, dialogue): return 'please' in reply\n")
+    again = call_gatt("instructions", "--run", run.path, *override_flags(overrides)).stderr
+    assert "instructions: runs again, because this has changed: manners.py" in again
 
 
 # Synthesis

@@ -60,10 +60,12 @@ def test_a_json_array_and_a_parquet_file(tmp_path: Path) -> None:
 
 
 def test_a_chat_ends_with_its_last_answer(tmp_path: Path) -> None:
-    rows = ({"messages": _MESSAGES}, {"conversations": _CONVERSATIONS})
-    assert (
-        load_chats(_write(tmp_path / "c.jsonl", *rows)) == [Chat(tuple(_MESSAGES[:3]), (1.0,))] * 2
+    source = _write(
+        tmp_path / "c.jsonl", {"messages": _MESSAGES}, {"conversations": _CONVERSATIONS}
     )
+    assert load_chats(source) == [
+        Chat(tuple(_MESSAGES[:3]), (1.0,), f"{source}, line {number}") for number in (1, 2)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -101,3 +103,5 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
         load_dialogues(str(tmp_path / "array.json"))
     with pytest.raises(GattError, match="No dialogues at /no/such/folder"):
         load_dialogues("/no/such/folder")
+    with pytest.raises(GattError, match=r"No dialogues at NONE\.CSV"):
+        load_dialogues("NONE.CSV")

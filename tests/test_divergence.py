@@ -105,6 +105,17 @@ def test_one_model_at_a_time_gives_the_numbers_of_two(
         assert result.tokens == sum(len(engine.tokenize(answer)) for answer in answers)
 
 
+@pytest.mark.parametrize("roles", [("user",), ("user", "assistant")])
+def test_a_base_without_an_answer_has_no_perplexity(
+    roles: tuple[str, ...], arms: list[Arm]
+) -> None:
+    """A base that thinks may be cut in each of its thoughts: its answers are empty."""
+    texts = {"user": "It's 1", "assistant": ""}
+    chats: list[list[Message]] = [[{"role": role, "content": texts[role]} for role in roles]]  # type: ignore[typeddict-item]
+    result = measure_degradation(arms[:2], chats, 256)
+    assert (result.tokens, result.perplexity, result.kl) == (0, {}, {"base": 0.0})
+
+
 def test_a_model_with_another_vocabulary_is_left_out(arms: list[Arm], base: Path) -> None:
     result = measure_degradation([*arms[:2], Arm(name="other", path=base)], _CHATS, 256)
     assert result.perplexity.keys() == {"base", "tuned"}

@@ -238,6 +238,46 @@ def test_what_a_server_refused_stays_in_the_result(
     assert any("top_p: left out" in text for text in warnings_about([read_result(file)]))
 
 
+def test_replies_of_another_model_at_the_same_address_are_not_taken(tmp_path: Path) -> None:
+    stream = _streamed("Let me see: yes.")
+    options = replace(_OPTIONS, turns="2", arms=("once",), dialogues=1)
+    with in_thread(FakeOpenAIServer()) as server:
+        server.responses = [lambda handler, _: handler.send(200, "text/event-stream", stream)]
+        run([server.url], options, tmp_path)
+        requests = len(server.bodies)
+        run([server.url], options, tmp_path)
+        assert len(server.bodies) == requests  # the same model, and nothing left to ask
+        server.models = send_json(200, {"data": [{"id": "second"}]})
+        with pytest.raises(GattError, match=r"served_model first → second.*--out"):
+            run([server.url], options, tmp_path)
+
+
+def test_a_log_that_does_not_name_the_served_model_is_read(tmp_path: Path) -> None:
+    """Earlier versions have written such logs."""
+    stream = _streamed("Let me see: yes.")
+    options = replace(_OPTIONS, turns="2", arms=("once",), dialogues=1)
+    with in_thread(FakeOpenAIServer()) as server:
+        server.responses = [lambda handler, _: handler.send(200, "text/event-stream", stream)]
+        run([server.url], options, tmp_path)
+        (file,) = tmp_path.glob("*.replies.jsonl")
+        text = file.read_text(encoding="utf-8")
+        assert text.count(', "served_model": "first"') == 1
+        file.write_text(text.replace(', "served_model": "first"', ""), encoding="utf-8")
+        requests = len(server.bodies)
+        run([server.url], options, tmp_path)
+        assert len(server.bodies) == requests
+
+
+def test_quick_gives_way_to_what_is_named(model: Path, tmp_path: Path) -> None:
+    quick = replace(_OPTIONS, quick=True, turns=None, dialogues=1, arms=("once",), max_tokens=None)
+    run([str(model)], quick, tmp_path / "quick")
+    result = _result(tmp_path / "quick")
+    assert (result.exam.turns, result.settings.max_tokens) == (8, 64)
+    run([str(model)], replace(quick, turns="9", max_tokens=72), tmp_path / "named")
+    result = _result(tmp_path / "named")
+    assert (result.exam.turns, result.settings.max_tokens) == (9, 72)
+
+
 def test_results_are_compared(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,10 +36,17 @@ from pipeline.evaluation.suites import SuiteSettings, build_suites
 from pipeline.export.summary import ExportSummary, FormatSummary, MergeBase, MergeTrial
 from pipeline.files import write_json, write_jsonl
 from pipeline.gatt.acceptance import Acceptance, AcceptanceRow
-from pipeline.gatt.assign import ConstraintPool
+from pipeline.gatt.assign import ConstraintPool, assign_evaluation
 from pipeline.gatt.assignment import AssignedDialogue, Splits, write_splits
 from pipeline.recipe import Evaluate, Recipe
-from pipeline.records import SAMPLERS, Constraint, Dialogue, Reply
+from pipeline.records import (
+    SAMPLERS,
+    Constraint,
+    CustomInstruction,
+    Dialogue,
+    FinishReason,
+    Reply,
+)
 from pipeline.report.axes import turn_ticks
 from pipeline.report.figures import adherence_curve, change_curve, fidelity_curve, mean_rates
 from pipeline.report.results import read_results
@@ -739,6 +746,45 @@ def test_other_samplers_and_lengths_stand_beside_the_evaluation(
     assert line["points from the evaluation"] == "+25 (-10 to +50)"
     markdown = (run_dir.report / "report.md").read_text(encoding="utf-8")
     assert "| turns 36 to 40 | 75% (9 of 12) | 50% (6 of 12) | +25 (-10 to +50) |" in markdown
+
+
+def test_marks_side_by_side_are_those_of_the_judge_and_none_where_nothing_checks(
+    full: RunDir, tmp_path: Path
+) -> None:
+    shutil.copytree(full.path, tmp_path, dirs_exist_ok=True)
+    run_dir = RunDir(tmp_path)
+    judged, blunt = assign_evaluation(
+        [Dialogue(f"d{n}", "sea", ("Why?", "And then?", "Who?")) for n in range(2)],
+        [Constraint("style", "shout")],
+        [CustomInstruction(text="Be blunt.")],
+    )
+    write_splits(run_dir.assignments, {"train": [], "evaluation": [judged, blunt]})
+    finishes: list[FinishReason] = ["stop", "stop", "context"]
+    replies = [
+        replace(reply, obeys=None if assigned is blunt else True, defect="", finish=finish)
+        for arm in ("base", "tuned")
+        for assigned in (judged, blunt)
+        for reply, finish in zip(_replies(arm, [assigned], 1), finishes, strict=True)
+    ]
+    write_jsonl(run_dir.replies, replies)
+
+    run(_recipe(run_dir), run_dir)
+    shown = _page(run_dir).split("<h2>Side by side</h2>")[1].split("<details")[2]
+    strips = re.findall('<i class="(.*?)" title="turn .">(.?)</i>', shown)
+    assert strips == [("", "")] * 6
+    assert 'data-mark="" class=""' in shown and "✓" not in shown and "✗" not in shown
+
+    key = {"dialogue": "d0", "turn": 1}
+    verdicts = [
+        {"arm": "base", **key, "verdict": False},
+        {"arm": "base", **key, "turn": 2, "verdict": None},
+        {"arm": "tuned", **key, "verdict": True},
+        {"arm": "tuned", **key, "turn": 2, "verdict": False},
+    ]
+    write_jsonl(run_dir.judged, verdicts)
+    first = read_results(_recipe(run_dir), run_dir).dialogues[0]
+    marks = [[reply.adherent for reply in turn.replies] for turn in first.turns[:2]]
+    assert marks == [[False, True], [False, False]]
 
 
 def test_a_baked_prompt_has_its_own_section(full: RunDir, tmp_path: Path) -> None:

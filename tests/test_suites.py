@@ -13,7 +13,7 @@ import pytest
 from pipeline.errors import GattError
 from pipeline.evaluation.aggregate import compute_scores
 from pipeline.evaluation.judge import balanced, question, verdict
-from pipeline.evaluation.scores import Leakage, Scores
+from pipeline.evaluation.scores import Leakage, ReplyCounts, Scores
 from pipeline.evaluation.scoring.leakage import measure_leakage
 from pipeline.evaluation.suites import SuiteSettings, build_suites
 from pipeline.files import write_json
@@ -23,6 +23,7 @@ from pipeline.gatt.constraints.registry import KINDS, compatible
 from pipeline.gatt.rollout import RECALL_TURNS
 from pipeline.recipe import Recipe
 from pipeline.records import Constraint, Dialogue, Instruction, Reply
+from pipeline.report.tables import format_cell, overview
 
 POOL = (
     Constraint("opening", "Ahoy!"),
@@ -97,6 +98,16 @@ def test_the_user_ends_the_instruction_or_contradicts_the_system_message() -> No
             message["content"].endswith(assigned.contradiction)
             for message in assigned.student_prompt(["a"] * 9, "")
         )
+
+
+def test_what_only_a_judge_can_see_is_not_changed_ended_or_contradicted() -> None:
+    """The judge is asked about the instruction that holds, not about an earlier one."""
+    style = Constraint("style", "talk like a pirate")
+    suites = build_suites(DIALOGUES, replace(_SETTINGS, trained=(style, *POOL)))
+    for name in ("change", "stop", "contradiction"):
+        assert suites[name]
+        assert not any(assigned.needs_judge(0) for assigned in suites[name])
+        assert not any(assigned.needs_judge(9) for assigned in suites[name])
 
 
 def test_two_instructions_at_once_are_compatible() -> None:
@@ -225,6 +236,27 @@ def test_unfiltered_adherence_counts_replies_with_a_defect() -> None:
     assert [row.value for row in scores.last_five] == [0, 0]
     assert [row.value for row in scores.last_five_unfiltered] == [1, 1]
     assert scores.replies["base"].no_answer == 40
+
+
+def test_a_reply_whose_turn_1_has_left_the_context_is_only_counted_as_left_out() -> None:
+    trained = _trained()
+    replies = [
+        replace(reply, obeys=reply.turn == 1, finish="length")
+        if reply.turn <= 15
+        else replace(reply, text="", obeys=False, defect="empty", finish="context")
+        for reply in _replies(trained)
+    ]
+    scores = compute_scores(replies, {"evaluation": trained}, POOL)
+    assert scores.replies["base"] == ReplyCounts(
+        all=60, obey=4, no_answer=0, cut=60, left_out=20, unchecked=0
+    )
+    shares = {str(row[0]): format_cell(row[1]) for row in overview(scores, ["base"]).rows}
+    assert shares["all turns: obey, valid answer or not"] == "7% (4 of 60)"
+    assert shares["all turns: not a valid answer (loop, repeat, empty)"] == "0% (0 of 60)"
+    assert shares["all turns: cut at the maximum length"] == "100% (60 of 60)"
+    assert (
+        shares["all turns: left out (turn 1 no longer in the context window)"] == "25% (20 of 80)"
+    )
 
 
 _OBEDIENT_TEXTS = {

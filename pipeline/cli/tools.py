@@ -80,8 +80,11 @@ def exam(
         ),
     ] = "drop",
     max_tokens: Annotated[
-        int, typer.Option(help="Maximum tokens of an answer; long ones: four times.", min=8)
-    ] = 256,
+        int | None,
+        typer.Option(
+            help="Maximum tokens of an answer; long ones: four times. Default: 256.", min=8
+        ),
+    ] = None,
     context: Annotated[
         int, typer.Option(help="Context in tokens; 0: 4096, for more than 20 turns 8192.", min=0)
     ] = 0,

@@ -34,7 +34,7 @@ def split_dialogues(recipe: Recipe) -> DialogueSplits:
     dialogues = load_dialogues(source)
     random.Random(f"split {recipe.seed}").shuffle(dialogues)
     held_out = _held_out(dialogues, turns, count)
-    evaluation = joined(held_out, turns, count)
+    evaluation = _joined(held_out, turns, count)
     rest = _without_copies(dialogues, held_out)
     validation = rest[: min(recipe.dialogues.validation, len(rest) // 4)]
     training = _without_copies(rest, validation)
@@ -75,7 +75,7 @@ def _held_out(dialogues: list[Dialogue], turns: int, count: int) -> list[Dialogu
     return ordered[:size]
 
 
-def joined(held_out: list[Dialogue], turns: int, count: int) -> list[Dialogue]:
+def _joined(held_out: list[Dialogue], turns: int, count: int) -> list[Dialogue]:
     """Return `count` dialogues of at least `turns` turns, or none if there are too few messages.
 
     The n-th has the n-th of `held_out` first. A shorter one goes on with those after it, which

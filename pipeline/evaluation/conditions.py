@@ -11,7 +11,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.data.splits import joined
 from pipeline.errors import GattError
 from pipeline.evaluation.arms import Arm
 from pipeline.evaluation.replies import generate_replies
@@ -86,19 +85,35 @@ def measure_condition(
 
 
 def _lengthened(dialogues: Sequence[AssignedDialogue], turns: int) -> list[AssignedDialogue]:
-    """Return the dialogues with at least `turns` turns; short ones go on with those of others."""
+    """Return the dialogues with at least `turns` turns; short ones go on with those of others.
+
+    Each keeps its own messages, repeated ones too: their replies are those of the main evaluation.
+    """
     if not dialogues:
         raise GattError(
             "No program can check the instructions of this run, so that there is no adherence to "
             "measure. Add checks to them."
         )
-    longer = joined([d.dialogue for d in dialogues], turns, len(dialogues))
-    if not longer:
+    longer = [
+        _prolonged(assigned, [*dialogues[n + 1 :], *dialogues[:n]], turns)
+        for n, assigned in enumerate(dialogues)
+    ]
+    if any(len(assigned.dialogue.turns) < turns for assigned in longer):
         raise GattError(
             f"--turns {turns}: the {len(dialogues)} evaluation dialogues do not have so many "
             "different messages to be joined. Lower --turns, or raise evaluate.dialogues."
         )
-    return [replace(d, dialogue=dialogue) for d, dialogue in zip(dialogues, longer, strict=True)]
+    return longer
+
+
+def _prolonged(
+    assigned: AssignedDialogue, others: Sequence[AssignedDialogue], turns: int
+) -> AssignedDialogue:
+    """Return a dialogue that goes on up to `turns` turns with messages that it does not have."""
+    own = assigned.dialogue.turns
+    messages = dict.fromkeys(turn for other in others for turn in other.dialogue.turns)
+    further = [message for message in messages if message not in own][: max(0, turns - len(own))]
+    return replace(assigned, dialogue=replace(assigned.dialogue, turns=(*own, *further)))
 
 
 def compare_with_main(

@@ -82,6 +82,8 @@ def measure_degradation(
     perplexity: dict[str, float] = {}
     kl, tokens = {base.name: 0.0}, 0
     for name, rows in scores.items():
+        if not rows:  # the base has no answer
+            continue
         base_nll, model_nll, divergence = np.mean(rows, axis=0)
         perplexity[base.name], perplexity[name] = float(np.exp(base_nll)), float(np.exp(model_nll))
         kl[name], tokens = float(divergence), len(rows)

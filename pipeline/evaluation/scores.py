@@ -57,9 +57,9 @@ class Leakage:
 class ReplyCounts:
     """Replies of one arm by what they are; they overlap.
 
-    `obey` counts answers that obey, good or not, and `no_answer` loops, repeats and empty ones.
-    `cut` counts those at `max_tokens`, `left_out` those whose turn 1 had left the context window.
-    `unchecked` counts those whose instruction nothing checks.
+    `left_out` counts those whose turn 1 had left the context window, `all` the others. Of these,
+    `obey` counts answers that obey, good or not, `no_answer` loops, repeats and empty ones, `cut`
+    those at `max_tokens`, and `unchecked` those whose instruction nothing checks.
     """
 
     all: int

@@ -76,8 +76,10 @@ def build_suites(
     """
     new_values = unseen_values(settings.pool.vocabulary_kinds, len(dialogues), settings.seed)
     new = [c for c in settings.unseen if c not in settings.trained]
-    # Where a plain answer obeys as well, nothing can be seen of what the user has ended.
-    visible = spread([c for c in settings.trained if shows_obedience(c)])
+    shown = spread([c for c in settings.trained if shows_obedience(c)])
+    # Where a plain answer obeys as well, nothing can be seen of what the user has ended. A judge
+    # is only asked about the instruction that holds.
+    visible = [c for c in shown if not is_judged((c,))]
     entries = {
         place: _in_turn(visible, [c for c in settings.custom if c.place == place and _shows(c)])
         for place in ("first", "system")
@@ -85,7 +87,7 @@ def build_suites(
     suites = {
         "unseen_values": assign_evaluation(dialogues, new_values) if new_values else [],
         "unseen": assign_evaluation(dialogues, new) if new else [],
-        "combined": _combined(dialogues, [*new_values, *visible]),
+        "combined": _combined(dialogues, [*new_values, *shown]),
         "change": _changing(dialogues, entries["first"], settings.turns),
         "stop": _stopping(dialogues, entries["first"], settings.turns),
         "contradiction": _contradicting(dialogues, entries["system"], settings.turns),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -27,7 +28,8 @@ from pipeline.inference.generator import (
     thought_room,
 )
 from pipeline.inference.llama.model import Adapter
-from pipeline.inference.remote.address import is_server_url, served_name
+from pipeline.inference.openai_client import OpenAIClient
+from pipeline.inference.remote.address import is_server_url, parse_servers, served_name
 from pipeline.records import Message
 from pipeline.system import cache_path
 
@@ -87,6 +89,18 @@ class ExamModel:
             return "QXSYSTEMXQ" in template.render(messages)
         except GattError:
             return False
+
+    def served_model(self) -> str:
+        """Return the model that the server lists first, which it is asked for.
+
+        "" where the address names a model, nobody answers, or there is no server.
+        """
+        if not self.server or parse_servers(self.server).model:
+            return ""
+        client = OpenAIClient(self.server)
+        with suppress(GattError):  # a finished exam is read without its server
+            client.run(())
+        return client.name
 
     def open(
         self, dialogues: int, context: int, max_parallel: int, max_thought_tokens: int

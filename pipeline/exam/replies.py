@@ -91,7 +91,8 @@ def _is_planned(key: ReplyKey, plan: ExamPlan) -> bool:
 def _read(reply_log: JsonlLog, plan: ExamPlan, log_file: Path) -> dict[ReplyKey, ExamReply]:
     """Return what the log has; what its replies depend on stands before them.
 
-    Of a run that ended before its first reply only that is there, and it binds no other run.
+    Of a run that ended before its first reply only that is there, and it binds no other run. The
+    model that a server lists is compared as far as it is known.
     """
     header = {
         "exam": f"{plan.exam.name} {plan.exam.version}",
@@ -100,12 +101,14 @@ def _read(reply_log: JsonlLog, plan: ExamPlan, log_file: Path) -> dict[ReplyKey,
         "adapter": plan.model.adapter_sha256,
         **asdict(plan.settings),
     }
+    if served := plan.model.served_model():
+        header["served_model"] = served
     headers = [row for row in reply_log.records if "exam" in row]
     rows = [row for row in reply_log.records if "exam" not in row]
     if not rows:
         reply_log.append(header)
         return {}
-    before = headers[-1] if headers else {}
+    before = {"served_model": served, **headers[-1]} if headers else {}
     other = [name for name, value in header.items() if before.get(name) != value]
     if other:
         changes = ", ".join(f"{name} {before.get(name)} → {header[name]}" for name in other)

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import PurePath
 
 from pipeline.gatt.instructions import instruction_of
-from pipeline.recipe import Recipe
+from pipeline.recipe import Instructions, Recipe
 from pipeline.report.facts import shortened_warning
 
 _MEANINGS = {
@@ -60,13 +60,6 @@ def model_card(recipe: Recipe, model: PublishedModel) -> str:
     from huggingface_hub import ModelCard, ModelCardData
 
     base = f"[{model.base_id}](https://huggingface.co/{model.base_id})"
-    instructions = [instruction_of(entry).text for entry in recipe.instructions.pool]
-    if file := recipe.instructions.file:
-        instructions.append(f"and those of {PurePath(file).name}")
-    if values := recipe.instructions.vocabulary_kinds:
-        instructions.append(f"and any value of the kinds {', '.join(values)}: a new one each time")
-    if kinds := recipe.instructions.generate:
-        instructions.append(f"and values that the teacher listed for: {', '.join(kinds)}")
     card = ModelCard.from_template(
         ModelCardData(**_model_metadata(model)),
         template_str=_template("model_card.md"),
@@ -74,7 +67,8 @@ def model_card(recipe: Recipe, model: PublishedModel) -> str:
         base=base if model.base_id else model.facts["base model"],
         headline=model.headline,
         warning=shortened_warning(recipe.evaluate),
-        instructions=instructions,
+        instructions=_trained_instructions(recipe.instructions),
+        is_baked=bool(recipe.instructions.bake),
         files=[
             _FileRow(name, f"{size / 1e6:.1f}" if size >= 50_000 else "< 0.1", _meaning(name))
             for name, size in model.sizes.items()
@@ -114,6 +108,20 @@ def dataset_card(
 
 def _template(name: str) -> str:
     return (resources.files("pipeline.report") / name).read_text(encoding="utf-8")
+
+
+def _trained_instructions(settings: Instructions) -> list[str]:
+    """Return what was trained, as items of a list; a baked prompt takes the place of all others."""
+    if settings.bake:
+        return [f"The system prompt {PurePath(settings.bake).name}, which the model is not given."]
+    instructions = [instruction_of(entry).text for entry in settings.pool]
+    if settings.file:
+        instructions.append(f"and those of {PurePath(settings.file).name}")
+    if values := settings.vocabulary_kinds:
+        instructions.append(f"and any value of the kinds {', '.join(values)}: a new one each time")
+    if kinds := settings.generate:
+        instructions.append(f"and values that the teacher listed for: {', '.join(kinds)}")
+    return instructions
 
 
 def _model_metadata(model: PublishedModel) -> dict[str, str | list[str]]:

@@ -15,9 +15,9 @@ from pipeline.files import read_json, read_jsonl
 from pipeline.gatt.acceptance import Acceptance
 from pipeline.gatt.assignment import read_split
 from pipeline.recipe import Recipe
-from pipeline.records import Reply
 from pipeline.report.facts import file_facts, run_facts
 from pipeline.report.page import ComparedDialogue, ComparedTurn
+from pipeline.report.replies import judged_replies
 from pipeline.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -143,13 +143,10 @@ def _read_conditions(run_dir: RunDir) -> list[ConditionScores]:
 
 def _read_dialogues(run_dir: RunDir) -> list[ComparedDialogue]:
     """Return the first dialogues as far as both base and tuned have replied."""
-    replies = {
-        (reply.arm, reply.dialogue, reply.turn): reply
-        for reply in (Reply(**row) for _, row in read_jsonl(run_dir.replies))
-        if not reply.recall_attribute
-    }
+    dialogues = read_split(run_dir.assignments, "evaluation")[:_COMPARED_DIALOGUES]
+    replies = {(r.arm, r.dialogue, r.turn): r for r in judged_replies(run_dir, dialogues)}
     compared = []
-    for assigned in read_split(run_dir.assignments, "evaluation")[:_COMPARED_DIALOGUES]:
+    for assigned in dialogues:
         dialogue = assigned.dialogue
         turns = [
             ComparedTurn(

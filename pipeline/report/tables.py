@@ -61,7 +61,11 @@ def overview(scores: Scores, arms: Sequence[str]) -> Table:
 
 
 def _share(counts: ReplyCounts, field: str) -> Rate:
-    n = counts.all - counts.unchecked if field == "obey" else counts.all
+    n = counts.all
+    if field == "obey":
+        n -= counts.unchecked
+    elif field == "left_out":
+        n += counts.left_out
     return wilson(getattr(counts, field), n)
 
 

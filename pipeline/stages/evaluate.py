@@ -70,7 +70,9 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     measured = arms(recipe, run_dir)
     note = partial(run_dir.note, "evaluate")
     replies = generate_replies(measured, suites, recipe, run_dir.replies, note)
-    if settings.attention and not recipe.instructions.bake:
+    if settings.adapter and settings.attention:
+        log("evaluate: no map of attention, which is of this run's own adapter as trained.")
+    elif settings.attention and not recipe.instructions.bake:
         _map_attention(recipe, run_dir, suites["evaluation"][0], replies)
     judgment = None
     if settings.judge:
@@ -82,7 +84,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     scores = replace(scores, primary=settings.primary, judge=judgment)
     if plain := suites.get("plain"):
         chats = [chat_of(dialogue, "base", replies, system) for dialogue in plain]
-        context = dialogue_context(settings, plain, reminded=False)
+        context = dialogue_context(recipe, plain, reminded=False)
         scores = replace(scores, degradation=measure_degradation(measured, chats, context))
     fidelity = measure_fidelity(measured, suites["evaluation"], replies, recipe)
     scores = replace(scores, fidelity=fidelity)

@@ -51,7 +51,7 @@ from pipeline.inference.llama.gpu import describe_gpus, gpu_devices
 from pipeline.records import MAX_THOUGHT_TOKENS, SamplerName
 from pipeline.system import core_count
 
-_DEFAULT_TURNS = "20"
+_DEFAULT_TURNS, _DEFAULT_TOKENS = "20", 256
 _QUICK_TURNS, _QUICK_TOKENS, _QUICK_ARMS = "8", 64, ("once", "every")
 _BENCHMARK_VERSION = 1
 """Of the reading of benchmarks' files; another one may give other checks."""
@@ -61,8 +61,9 @@ _BENCHMARK_VERSION = 1
 class ExamOptions:
     """The options of the command; without arms or regimes, all of them.
 
-    `turns` is a number or "context", None for the default; `dialogues` those of each regime, 0 for
-    all. With a `benchmark`, its dialogues in `benchmark_file` take the place of the exam's.
+    `turns` is a number or "context"; None takes the default, as of `max_tokens`, or that of
+    `quick`. `dialogues` are those of each regime, 0 for all. With a `benchmark`, its dialogues in
+    `benchmark_file` take the place of the exam's.
     """
 
     turns: str | None
@@ -71,7 +72,7 @@ class ExamOptions:
     dialogues: int
     sampler: SamplerName
     window: WindowPolicy
-    max_tokens: int
+    max_tokens: int | None
     context: int
     training_minutes: float | None
     max_parallel: int
@@ -99,7 +100,7 @@ def run(names: Sequence[str], options: ExamOptions, folder: Path) -> None:
         GattError: no such model, arm or regime, a context that is too large or too small, or
             `folder` has replies of other settings.
     """
-    turns = parse_turns(_QUICK_TURNS if options.quick else options.turns or _DEFAULT_TURNS)
+    turns = parse_turns(options.turns or (_QUICK_TURNS if options.quick else _DEFAULT_TURNS))
     arms = find_arms(_arm_names(options))
     benchmark = _benchmark(options)
     if options.ifeval:
@@ -189,7 +190,7 @@ def _plan(
     context = model.context(asked_of(0).turns, options.context)
     questions = asked_of(context)
     settings = ExamSettings(
-        max_tokens=min(options.max_tokens, _QUICK_TOKENS) if options.quick else options.max_tokens,
+        max_tokens=options.max_tokens or (_QUICK_TOKENS if options.quick else _DEFAULT_TOKENS),
         max_thought_tokens=MAX_THOUGHT_TOKENS,
         context=context,
         window=options.window,

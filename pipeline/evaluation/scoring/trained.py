@@ -113,11 +113,12 @@ def _families(dialogue: AssignedDialogue) -> str:
 
 
 def _count(replies: Sequence[Reply]) -> ReplyCounts:
+    measured = [r for r in replies if r.finish != "context"]
     return ReplyCounts(
-        all=len(replies),
-        obey=sum(bool(r.obeys) for r in replies),
-        no_answer=sum(bool(r.defect) for r in replies),
-        cut=sum(r.finish == "length" for r in replies),
-        left_out=sum(r.finish == "context" for r in replies),
-        unchecked=sum(r.obeys is None for r in replies),
+        all=len(measured),
+        obey=sum(bool(r.obeys) for r in measured),
+        no_answer=sum(bool(r.defect) for r in measured),
+        cut=sum(r.finish == "length" for r in measured),
+        left_out=len(replies) - len(measured),
+        unchecked=sum(r.obeys is None for r in measured),
     )

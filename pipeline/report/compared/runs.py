@@ -9,11 +9,11 @@ from pathlib import Path
 from pipeline.errors import GattError
 from pipeline.evaluation.scores import Scores
 from pipeline.export.summary import ExportSummary
-from pipeline.files import read_jsonl
 from pipeline.gatt.assignment import AssignedDialogue, read_split
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.records import Dialogue, Reply
+from pipeline.report.replies import judged_replies
 from pipeline.run_dir import RunDir
 
 EvaluationTask = tuple[Dialogue, tuple[str, ...]]
@@ -73,7 +73,7 @@ def read_run(path: Path) -> ComparedRun:
         settings=dict(_dotted(recipe.model_dump(mode="json"))),
         scores=Scores.from_json(run_dir.scores.read_text(encoding="utf-8")),
         tasks=frozenset((d.dialogue, tuple(d.student_instructions)) for d in dialogues),
-        replies=_judged_replies(run_dir, dialogues, recipe.seed),
+        replies=_checked_replies(run_dir, dialogues, recipe.seed),
         file_bytes=_file_bytes(run_dir),
         training_seconds=trained["seconds"] if trained else None,
     )
@@ -97,25 +97,15 @@ def _file_bytes(run_dir: RunDir) -> dict[str, int]:
     return {name: file.bytes for name, file in summary.formats.items()}
 
 
-def _judged_replies(
+def _checked_replies(
     run_dir: RunDir, dialogues: Sequence[AssignedDialogue], seed: int
 ) -> list[Reply]:
-    """Return the replies to `dialogues`, with the judge's verdict where no program can check."""
-    by_id = {dialogue.dialogue.id: dialogue for dialogue in dialogues}
-    log = read_jsonl(run_dir.judged) if run_dir.judged.exists() else ()
-    verdicts = {(row["arm"], row["dialogue"], row["turn"]): bool(row["verdict"]) for _, row in log}
-    replies = []
-    for _, row in read_jsonl(run_dir.replies):
-        reply = Reply(**row)
-        if reply.recall_attribute or reply.dialogue not in by_id:
-            continue
-        if by_id[reply.dialogue].needs_judge(reply.turn - 1):
-            if not verdicts and reply.obeys is None:  # nothing has checked it
-                continue
-            verdict = verdicts.get((reply.arm, reply.dialogue, reply.turn), False)
-            reply = by_id[reply.dialogue].with_verdict(reply, verdict=verdict)
-        replies.append(replace(reply, dialogue=f"{seed}:{reply.dialogue}"))
-    return replies
+    """Return the replies to `dialogues` but those that nothing has checked."""
+    return [
+        replace(reply, dialogue=f"{seed}:{reply.dialogue}")
+        for reply in judged_replies(run_dir, dialogues)
+        if reply.obeys is not None
+    ]
 
 
 def _dotted(section: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
