@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -247,6 +248,18 @@ def test_a_full_context_loses_nothing_and_offers_more() -> None:
     assert any("No summary was generated" in text for text in screens[-1].shown)
 
 
+def test_a_message_that_was_not_sent_is_not_a_command_when_it_comes_back() -> None:
+    message = "//undo does what?"
+    screen = ScriptedScreen((message,), "q")
+    run_chat(ScriptedEngine(context=180), screen, LONG_CHAT)
+    assert screen.drafts[-1] == message
+    answers = iter(("Ahoy! It goes back.", ""))
+    stopped = ScriptedEngine(lambda request: next(answers), finish="cancelled")
+    screen = ScriptedScreen((message, "/retry"))
+    run_chat(stopped, screen)
+    assert screen.drafts == ["", "", message]
+
+
 def test_a_summary_is_not_offered_twice_in_a_row() -> None:
     short = LONG_CHAT.with_summaries(3, ["In short."])
     screen = ScriptedScreen(("word " * 90,), "q")
@@ -304,6 +317,20 @@ def test_mistakes_are_explained_and_change_nothing(tmp_path: Path) -> None:
     overwrite = ScriptedScreen(("Hello there", f"/save! {tmp_path / 'existing.json'}"))
     saved = run_chat(ScriptedEngine(), overwrite)
     assert saved.messages(0) == read_chat(tmp_path / "existing.json")
+
+
+def test_half_of_an_emoji_in_a_loaded_chat_is_replaced(tmp_path: Path) -> None:
+    """JSON can have it, and neither a tokenizer nor a file in UTF-8 accepts it."""
+    file = tmp_path / "chat.json"
+    messages = [
+        {"role": "user", "content": "Hi \ud83d"},
+        {"role": "assistant", "content": "Ahoy! \ude00"},
+    ]
+    file.write_text(json.dumps(messages))
+    screen = ScriptedScreen((f"/load {file}",))
+    chat = run_chat(ScriptedEngine(), screen)
+    contents = [message["content"] for message in chat.messages(0)]
+    assert contents == ["Hi \ufffd", "Ahoy! \ufffd"]
 
 
 @pytest.mark.parametrize("command", ["/retry", "/undo", "/edit", "/save x", "/export x"])

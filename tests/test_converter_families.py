@@ -133,7 +133,9 @@ and what is said."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["Olmo", "FalconH1", "Qwen2Moe", "Gemma3n"])
+@pytest.mark.parametrize(
+    "name", ["Olmo", "FalconH1", "Qwen2Moe", "Gemma3n", "Bloom", "GPTNeoX", "FalconMamba"]
+)
 def test_a_run_goes_through_on_such_a_family(name: str, tmp_path: Path) -> None:
     """Teach, validate in training, export, evaluate.
 

@@ -14,7 +14,7 @@ from support.gpu import install_fake_gpu, sizes_of
 
 from pipeline.errors import GattError
 from pipeline.gguf.formats import silence
-from pipeline.gguf.reader import GgufInfo, open_gguf
+from pipeline.gguf.reader import Field, GgufInfo, open_gguf
 from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 from pipeline.inference.batch_engine import BatchEngine, system_info
@@ -115,6 +115,22 @@ def test_a_server_divides_the_free_memory_and_a_loaded_model_counts_once(
     model.close()
     # Weights of 3.4 GB, and 0.32 GB for each sequence.
     assert (alone, shared, fresh) == (64, 29, 50)
+
+
+@pytest.mark.parametrize("vram_gb", [0, 6])
+def test_a_model_without_attention_has_no_kv_cache(
+    vram_gb: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp's converter writes 0 heads for Mamba."""
+    info = sizes_of(_SHAPES["135M"], "Q8_0")
+    info.fields["llama.attention.head_count"] = Field(0, 4)
+    for name in ("head_count_kv", "key_length"):
+        del info.fields[f"llama.attention.{name}"]
+    install_fake_gpu(monkeypatch, vram_gb)
+    plan = plan_contexts(info, ContextSettings(_CONTEXT), dialogues=8)
+    assert info.kv_bytes_per_token == 0
+    assert bool(plan.gpu_layers) == bool(vram_gb)
+    assert sum(plan.sequences) == 8
 
 
 def test_an_explicit_number_of_sequences_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from pipeline.inference.llama.mixed_batch import MixedBatchContext
 from pipeline.inference.llama.sampler import Sampler
 from pipeline.inference.request import GenerationRequest
 from pipeline.inference.scheduler import Limits, Slot
-from pipeline.records import Completion, Message, Request, Task
+from pipeline.records import Completion, Message, Request, SamplerSettings, Task
 
 _CONTEXT = 256
 _QUESTIONS = tuple(f"It's 2,0{n} and I'll pay {'€35.50! ' * (1 + n % 5)}" for n in range(20))
@@ -201,3 +202,27 @@ def test_the_server_decodes_prompts_together(
     rows_of = [Counter(row.sequence for row in rows) for rows in batches]
     assert max(sum(count > 1 for count in counts.values()) for counts in rows_of) > 1
     assert max(len(counts) for counts in rows_of) > 8
+
+
+def test_a_request_that_waits_gets_the_slot_of_a_canceled_answer(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It starts in the step after; the answers that go on are not disturbed."""
+    install_fake_gpu(monkeypatch, 6)
+    sampling = replace(_request("Hi", 180), sampler=SamplerSettings(ignore_eos=True))
+
+    async def ask(engine: AsyncEngine) -> list[str]:
+        tokens, _ = engine.chat_prompt("m", sampling.messages)
+        request = GenerationRequest(tokens=tokens, sampling=sampling)
+        running, canceled, waiting = (engine.generate("m", request) for _ in range(3))
+        await anext(canceled)
+        canceled.cancel()
+        answers = (running, canceled, waiting)
+        return [(await answer.wait()).finish for answer in answers]
+
+    limits = Limits(context=_CONTEXT, max_sequences=2)
+    engine = AsyncEngine({"m": ModelSource(tiny_gguf)}, limits)
+    try:
+        assert asyncio.run(ask(engine)) == ["length", "cancelled", "length"]
+    finally:
+        engine.close()

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from support.engines import ScriptedAsyncEngine, generation_result
 
 from pipeline.errors import GattError
+from pipeline.inference.logits import TokenLogprob
 from pipeline.inference.request import EngineClosedError, Prompt, QueueFullError, TextPiece
 from pipeline.records import DEFAULT_SAMPLER, Request
 from pipeline.server.errors import ApiError, from_engine, from_validation
@@ -82,6 +83,22 @@ def test_text_completions_have_texts() -> None:
         for text, reason in (("Hi.", None), ("", "stop"), ("Hi.", "stop"))
     ] + [[]]
     assert [("usage" in body) for body in bodies] == [False, False, True, True]
+
+
+def test_offsets_in_a_streamed_text_count_from_the_beginning_of_each_choice() -> None:
+    entries = [TokenLogprob(token, -0.5, ()) for token in (b"Hi", b" there", b".")]
+    builder = TextResponseBuilder("m", logprobs=True)
+    pieces = [(0, entries[:2]), (1, entries[:1]), (0, entries[2:]), (1, entries[1:])]
+    offsets: dict[int, list[int]] = {0: [], 1: []}
+    for index, part in pieces:
+        chunk: Any = builder.piece_chunk(index, TextPiece("", logprobs=tuple(part)))
+        offsets[index] += chunk["choices"][0]["logprobs"]["text_offset"]
+    piece = TextPiece("Hi there.", logprobs=tuple(entries))
+    body: Any = TextResponseBuilder("m", logprobs=True).completion(
+        [Answer(piece, generation_result())] * 2
+    )
+    unstreamed = [choice["logprobs"]["text_offset"] for choice in body["choices"]]
+    assert [offsets[0], offsets[1]] == unstreamed == [[0, 2, 8]] * 2
 
 
 def _sampling(**fields: object) -> Request:

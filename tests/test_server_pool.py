@@ -132,6 +132,34 @@ def test_a_server_that_fails_is_left_out_and_used_again(
     assert len(questions) > 4
 
 
+def test_a_server_that_cannot_be_used_does_not_end_the_trials_of_others(
+    servers: list[FakeOpenAIServer],
+    expected: dict[tuple[int, int], str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One has no list of models at first, then an empty one, then answers without a message."""
+    monkeypatch.setattr(pool, "_SECONDS_LEFT_OUT", 0.05)
+    lists = [_DOWN, send_json(403, {}), send_json(200, {"data": []}), servers[1].models]
+    teacher = Teacher()
+
+    def waiting(handler: Handler, body: dict[str, Any]) -> None:
+        if len(servers[1].bodies) < 3:  # until the other works
+            time.sleep(0.02)
+        teacher(handler, body)
+
+    def list_models(handler: Handler, body: dict[str, Any]) -> None:
+        (lists.pop(0) if len(lists) > 1 else lists[0])(handler, body)
+
+    servers[0].responses, servers[1].models = [waiting], list_models
+    servers[1].responses = [send_json(200, {"choices": [{}]}), teacher]
+    client = OpenAIClient(_address(servers[:2]), max_parallel=2)
+    assert _ask(client, 20) == expected
+    left_out, again = capsys.readouterr().err.strip().splitlines()
+    assert "keeps failing (500: CUDA error)" in left_out and len(lists) == 1
+    assert again == f"The server at {servers[1].url} answers again, and is used."
+
+
 def test_a_server_that_is_not_there_is_left_out(
     servers: list[FakeOpenAIServer],
     expected: dict[tuple[int, int], str],

@@ -64,6 +64,8 @@ def test_deleted_and_unreadable_chats_do_not_come_back() -> None:
     store.delete(chat.id)
     store.save(chat)  # its answer was still being generated
     assert list(store.titles()) == ["old"]
+    ChatStore(engine, storage).save(chat)  # or in another tab
+    assert list(store.titles()) == ["old"]
     engine.names.remove("a")
     assert not chat.is_served
 

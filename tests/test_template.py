@@ -8,7 +8,7 @@ from support.family_templates import FAMILIES
 from support.golden import Golden
 
 from pipeline.errors import GattError
-from pipeline.inference.chat_template import ChatTemplate, answer_spans
+from pipeline.inference.chat_template import ChatTemplate, answer_spans, render_unfinished
 from pipeline.inference.thoughts import thinks
 from pipeline.records import Message
 
@@ -41,6 +41,12 @@ _STRIPPING = (
 _TWO_ENDS = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}<|endoftext|>"
 )
+_OWN_THOUGHTS = (
+    "{% for m in messages %}<|{{ m.role }}|>"
+    "{% if '</think>' not in m.content %}<think>\n\n</think>\n\n{% endif %}"
+    "{{ m.content }}<|end|>{% endfor %}"
+)
+"""Writes an empty thought before an answer that has none."""
 
 
 def _answers(source: str, chat: list[Message]) -> list[str]:
@@ -74,6 +80,52 @@ def test_the_prompt_of_a_reasoning_model_asks_for_the_answer_at_once() -> None:
 def test_a_template_that_changes_words_is_refused() -> None:
     with pytest.raises(GattError, match="changes the words"):
         _answers("{% for m in messages %}{{ m.content | upper }}{% endfor %}", _CHAT)
+
+
+@pytest.mark.parametrize(
+    ("source", "content", "end"),
+    [
+        (_STRIPPING, "The answer is ", "</s>"),
+        (_STRIPPING, " ", "</s>"),
+        (_TWO_ENDS, "The answer is ", "<|end|>\n<|endoftext|>"),
+        (_TWO_ENDS, "|", "<|end|>\n<|endoftext|>"),
+        (_TWO_ENDS, "", "<|end|>\n<|endoftext|>"),
+        (_REASONING, "<think>\nI", "<|im_end|>\n"),
+        (_OWN_THOUGHTS, "<think>\nI\n</think>\n\nThe", "<|end|>"),
+        (_OWN_THOUGHTS, "The", "<|end|>"),
+    ],
+)
+def test_an_unfinished_answer_is_rendered_up_to_its_end(
+    source: str, content: str, end: str
+) -> None:
+    """The words also stand in an earlier answer, or in the text that the template writes."""
+    template = ChatTemplate(source, "<s>", "</s>")
+    chat: list[Message] = [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "content": "The answer is 5."},
+        {"role": "user", "content": "And 3 + 3?"},
+        {"role": "assistant", "content": content},
+    ]
+    before, written = render_unfinished(template, chat)
+    assert written.strip() == content.strip()
+    assert before + written + end == template.render(chat, add_generation_prompt=False)
+
+
+@pytest.mark.parametrize(
+    ("source", "content"),
+    [
+        ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", "The"),
+        ("{% for m in messages if m.content %}{{ m.role }}: {{ m.content }}\n{% endfor %}", ""),
+        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", ""),
+    ],
+    ids=["changed", "omitted if empty", "omitted"],
+)
+def test_an_answer_that_is_not_in_the_rendered_chat_is_not_continued(
+    source: str, content: str
+) -> None:
+    chat: list[Message] = [*_CHAT[:1], {"role": "assistant", "content": content}]
+    with pytest.raises(GattError, match="Send it without continue_final_message"):
+        render_unfinished(ChatTemplate(source, "", ""), chat)
 
 
 def test_invalid_templates_and_refused_chats_are_errors_for_the_user() -> None:

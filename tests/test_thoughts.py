@@ -94,6 +94,12 @@ def test_every_marker_opens_a_thought_that_its_end_closes(marker: str) -> None:
 def test_a_prompt_that_opens_a_thought_makes_the_text_begin_within_it() -> None:
     assert opened_thought("<|im_start|>assistant\n<think>\n") == "<think>"
     assert opened_thought("<|im_start|>assistant\n<think>\n\n</think>\n\n") == ""
+    # The prompt may go on with the beginning of the answer.
+    assert opened_thought("<|im_start|>assistant\n", "<think>\na b") == "<think>"
+    assert opened_thought("<|im_start|>assistant\n", "<think>\na b\n</think>\n\nHi") == ""
+    assert opened_thought("<|im_start|>assistant\n<think>\n", "a b</think>Hi") == ""
+    assert opened_thought("<|im_start|>assistant\n<think>\n", "a b") == "<think>"
+    assert opened_thought("<|im_start|>assistant\n", "Write <think>") == ""
     assert split_thoughts("a b\n</think>\n\nHi.", "<think>") == Split("a b", "Hi.")
     assert split_thoughts("a b", "<think>") == _CUT
     splitter = ThoughtSplitter("<think>")

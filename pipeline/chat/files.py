@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from pipeline.errors import GattError
-from pipeline.files import json_line, read_jsonl, write_json
+from pipeline.files import json_line, read_jsonl, without_surrogates, write_json
 from pipeline.records import Message
 
 
@@ -30,8 +30,8 @@ def read_chat(path: Path) -> tuple[Message, ...]:
 def parse_chat(content: str | bytes, name: str) -> tuple[Message, ...]:
     """Return the messages of a chat in JSON.
 
-    `content` is a list of {"role", "content"}, or an object with such a list as `messages`. Error
-    messages call it `name`.
+    `content` is a list of {"role", "content"}, or an object with such a list as `messages`. Half of
+    a surrogate pair becomes U+FFFD. Error messages call it `name`.
 
     Raises:
         GattError: not such a list, or not (system,) user, assistant, user, assistant, ...
@@ -48,7 +48,9 @@ def parse_chat(content: str | bytes, name: str) -> tuple[Message, ...]:
             f"{name} is not a chat. Expected a list such as "
             '[{"role": "user", "content": "Hello"}, ...].'
         )
-    messages: list[Message] = [{"role": row["role"], "content": row["content"]} for row in rows]
+    messages: list[Message] = [
+        {"role": row["role"], "content": without_surrogates(row["content"])} for row in rows
+    ]
     _check_roles([message["role"] for message in messages], name)
     return tuple(messages)
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from pipeline.chat.backend import LocalBackend
 from pipeline.chat.conversation import LAST_TURNS
 from pipeline.chat.rich_screen import RichScreen
-from pipeline.chat.screen import PlainScreen, Screen
+from pipeline.chat.screen import PlainScreen, Screen, as_message
 from pipeline.chat.session import ChatSession, OnText, Room, cut_note, pluralize, tally
 from pipeline.console import log
 from pipeline.errors import GattError
@@ -51,7 +51,7 @@ class TerminalChat:
     def __init__(self, screen: Screen, session: ChatSession, backend: LocalBackend) -> None:
         self.screen, self.session, self.backend = screen, session, backend
         self.draft = ""
-        """What the user typed and was not sent."""
+        """What the user typed and was not sent, as `chat_loop` reads it."""
         self.saved = session.conversation
         self._speed = ""
 
@@ -68,7 +68,7 @@ class TerminalChat:
             GattError: there is no room and nobody to choose what to do, or no answer. The
                 conversation is unchanged.
         """
-        self.draft = user  # to be sent again, should anything go wrong
+        self.draft = as_message(user)  # to be sent again, should anything go wrong
         if not await self._make_room(user):
             return
         max_tokens = self.session.sampling.max_tokens

@@ -124,8 +124,10 @@ class GgufInfo:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes of keys and values of one token in F16."""
+        """Bytes of keys and values of one token in F16; 0 for a model without attention."""
         heads = self.hyperparameter("attention.head_count", 1)
+        if heads == 0:
+            return 0
         key_heads = self.hyperparameter("attention.head_count_kv", heads)
         if isinstance(key_heads, list):  # one number per layer
             key_heads = max(key_heads)

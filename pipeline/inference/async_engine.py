@@ -19,6 +19,7 @@ import psutil
 
 from pipeline.errors import GattError
 from pipeline.gguf.reader import open_gguf
+from pipeline.inference.chat_template import render_unfinished
 from pipeline.inference.llama.model import Adapter, LoadedModel
 from pipeline.inference.request import (
     PROMPT_OPTIONS,
@@ -164,14 +165,12 @@ class AsyncEngine:
                     f"The chat template of {name} has no variable {variable!r}; it has {names}. "
                     "Omit it.",
                 )
-        text = model.template.render(
-            messages,
-            add_generation_prompt=not options.continue_final,
-            variables=options.template_variables,
-        )
+        variables = options.template_variables
         if options.continue_final:
-            text = _until_final_content(text, messages[-1]["content"])
-        return Prompt(model.tokenize(text), opened_thought(text))
+            text, answer = render_unfinished(model.template, messages, variables)
+        else:
+            text, answer = model.template.render(messages, variables=variables), ""
+        return Prompt(model.tokenize(text + answer), opened_thought(text, answer))
 
     def check(self, name: str, sampler: SamplerSettings) -> None:
         """Refuse settings that the model cannot follow; `generate` relies on it.
@@ -236,17 +235,6 @@ class AsyncEngine:
         """Return how many threads each busy context may use: they share the free cores."""
         busy = sum(thread.active for thread in self._decode_threads)
         return max(1, self._cpu.free_cores // max(1, busy))
-
-
-def _until_final_content(text: str, content: str) -> str:
-    """Return a rendered chat without what its template writes behind the last message."""
-    for form in (content, content.strip()):
-        if (start := text.rfind(form)) >= 0:
-            return text[: start + len(form)]
-    raise GattError(
-        "The model's chat template changes the words of the last message, so it cannot be "
-        "continued. Send it without continue_final_message."
-    )
 
 
 class CpuTimes(NamedTuple):

@@ -106,16 +106,14 @@ class BatchEngine:
             finally:
                 queue.stopped = True  # after an error in one worker, the others end, too
 
-    def complete(
-        self, request: Request, on_text: Callable[[str], None] | None = None
-    ) -> Completion:
+    def complete(self, request: Request) -> Completion:
         """Return the completion of a single request."""
         completions: list[Completion] = []
 
         def single_request() -> Task:
             completions.append((yield request))
 
-        self.run([single_request()], on_text)
+        self.run([single_request()])
         return completions[0]
 
     def layer_reader(self) -> LayerReader:

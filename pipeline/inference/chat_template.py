@@ -210,6 +210,36 @@ def _source_line(source: str, number: int | None) -> str:
     return f" (line {number}: {line if len(line) <= 80 else line[:80] + '…'})"
 
 
+def render_unfinished(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    variables: Mapping[str, object] | None = None,
+) -> tuple[str, str]:
+    """Return the chat up to the content of its last message, and this content as it is written.
+
+    What the template writes behind the content is left out, so that it can be continued.
+
+    Raises:
+        GattError: the template refuses the chat, or changes the words of this message.
+    """
+    *earlier, last = messages
+    marked: list[Message] = [*earlier, {"role": last["role"], "content": "QX0XQ"}]
+    now = datetime.now()  # the two renderings must not fall on different days
+    text, marked_text = (
+        template.render(chat, add_generation_prompt=False, now=now, variables=variables)
+        for chat in (messages, marked)
+    )
+    before, mark, after = marked_text.rpartition("QX0XQ")
+    for written in _written_forms(last["content"]) if mark else ():
+        # What is before it may differ: some templates write thoughts in a form of their own.
+        if text.endswith(written + after) and (written or text == before + after):
+            return text[: len(text) - len(written + after)], written
+    raise GattError(
+        "The model's chat template changes the words of the last message, so it cannot be "
+        "continued. Send it without continue_final_message."
+    )
+
+
 def answer_spans(template: ChatTemplate, messages: Sequence[Message]) -> tuple[str, list[Span]]:
     """Return the rendered chat, and where each answer stands in it with its end-of-turn token.
 
@@ -264,19 +294,21 @@ def _fixed_texts(template: ChatTemplate, messages: Sequence[Message], now: datet
 
 
 def _content_spans(text: str, fixed: Sequence[str], contents: Sequence[str]) -> list[Span]:
-    """Return where `contents` stand in `text`; [] if it is not made of `fixed` and `contents`.
-
-    Many templates strip contents, some those of one role only.
-    """
+    """Return where `contents` stand in `text`; [] if it is not made of `fixed` and `contents`."""
     if len(fixed) != len(contents) + 1 or not text.startswith(fixed[0]):
         return []
     spans: list[Span] = []
     end = len(fixed[0])
     for content, after in zip(contents, fixed[1:], strict=True):
-        forms = (content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"))
+        forms = _written_forms(content)
         written = next((form for form in forms if text.startswith(form + after, end)), None)
         if written is None:
             return []
         spans.append((end, end + len(written)))
         end += len(written) + len(after)
     return spans if end == len(text) else []
+
+
+def _written_forms(content: str) -> tuple[str, ...]:
+    """Return how a template may write a content: many strip it, some that of one role only."""
+    return (content, content.strip(), content.lstrip(), content.rstrip(), content.strip("\n"))

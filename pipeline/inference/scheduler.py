@@ -124,7 +124,8 @@ class DecodeThread(threading.Thread):
                 self._finish(slot, slot.job, "cancelled")
             elif slot.job and not slot.job.started:
                 self._start(slot, slot.job)
-        active = [(slot, slot.job) for slot in slots if slot.job]
+        # The slot of a cancelled job may have another one by now, which starts in the next step.
+        active = [(slot, slot.job) for slot in slots if slot.job and slot.job.started]
         if self._mixed and active:
             by_age = sorted(active, key=lambda pair: pair[1].arrived)
             jobs = {slot.id: job for slot, job in active}

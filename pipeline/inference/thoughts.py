@@ -105,10 +105,15 @@ def lost_marker(text: str) -> str:
     return "" if marker in text[: end.start()] else marker
 
 
-def opened_thought(prompt: str) -> str:
-    """Return the marker with which a rendered prompt leaves a thought open, or ""."""
+def opened_thought(prompt: str, answer: str = "") -> str:
+    """Return the marker of the thought that a rendered prompt leaves open, or "".
+
+    `answer` is the beginning of the answer, if the prompt goes on with one.
+    """
     prompt = prompt.rstrip()
-    return next((marker for marker in MARKERS if prompt.endswith(marker)), "")
+    splitter = ThoughtSplitter(next((m for m in MARKERS if prompt.endswith(m)), ""))
+    splitter.feed(answer)
+    return splitter.opened
 
 
 def is_reasoning_template(source: str) -> bool:
@@ -144,13 +149,12 @@ def always_thinks(template: ChatTemplate) -> bool:
 class ThoughtSplitter:
     """Divides a text that arrives in pieces; what may be part of a marker is held back.
 
-    `opened` is as for `split_thoughts`, but has to be known. `has_thoughts` tells whether there
-    was a thought so far.
+    `opened` is as for `split_thoughts`, but has to be known; the attribute is the marker of the
+    thought that is open now. `has_thoughts` tells whether there was a thought so far.
     """
 
     def __init__(self, opened: str = "") -> None:
-        self.has_thoughts = bool(opened)
-        self._ends = MARKERS[opened] if opened else ()
+        self.opened, self.has_thoughts = opened, bool(opened)
         self._held = ""
         self._answer = ""
         self._at_start = True  # of the text, or of what follows a thought
@@ -158,7 +162,7 @@ class ThoughtSplitter:
     @property
     def thinking(self) -> bool:
         """Return whether a thought is open."""
-        return bool(self._ends)
+        return bool(self.opened)
 
     def feed(self, piece: str) -> Split:
         """Return the thoughts and the answer that are certain now, but for those before."""
@@ -172,24 +176,25 @@ class ThoughtSplitter:
     def _take(self, *, last: bool) -> Split:
         thoughts, answer, changed = "", "", True
         while changed:
-            if self._ends:
+            if self.opened:
                 piece, changed = self._take_thought(last=last)
                 thoughts += piece
             else:
                 piece, changed = self._take_answer(last=last)
                 answer += piece
                 self._answer += piece
-        return Split(thoughts, answer, not self._ends)
+        return Split(thoughts, answer, not self.opened)
 
     def _take_thought(self, *, last: bool) -> tuple[str, bool]:
         """Return a piece of a thought, and whether its end was found."""
-        starts = [(self._held.find(end), end) for end in self._ends if end in self._held]
+        ends = MARKERS[self.opened]
+        starts = [(self._held.find(end), end) for end in ends if end in self._held]
         if starts:
             start, end = min(starts)
             piece, self._held = self._held[:start], self._held[start + len(end) :]
-            self._ends, self._at_start = (), True
+            self.opened, self._at_start = "", True
             return piece, True
-        size = 0 if last else _partial(self._held, self._ends)
+        size = 0 if last else _partial(self._held, ends)
         return self._release(len(self._held) - size), False
 
     def _take_answer(self, *, last: bool) -> tuple[str, bool]:
@@ -202,7 +207,7 @@ class ThoughtSplitter:
             piece = self._held[: match.start() + 1]
             if (self._answer + piece).count("```") % 2 == 0:  # not in a block of code
                 self._held = self._held[match.end() :]
-                self._ends = MARKERS[match[1]]
+                self.opened = match[1]
                 return piece, True
         line = self._held.rfind("\n")
         begins = line >= 0 and _may_become(self._held[line:].strip(), tuple(MARKERS))
@@ -211,9 +216,9 @@ class ThoughtSplitter:
     def _take_start(self, *, last: bool) -> tuple[str, bool]:
         """Do the same at the start of an answer, where spaces and a marker may stand."""
         text = self._held.lstrip()
-        for marker, ends in MARKERS.items():
+        for marker in MARKERS:
             if text.startswith(marker):
-                self._held, self._ends, self.has_thoughts = text[len(marker) :], ends, True
+                self._held, self.opened, self.has_thoughts = text[len(marker) :], marker, True
                 return "", True
         dropped = (*_ANSWER_STARTS, *_ENDS) if self.has_thoughts else _ANSWER_STARTS
         for marker in dropped:

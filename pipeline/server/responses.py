@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -119,6 +120,11 @@ class TextResponseBuilder(ResponseBuilder):
 
     prefix = "cmpl"
 
+    def __init__(self, model: str, *, logprobs: bool = False) -> None:
+        super().__init__(model, logprobs=logprobs)
+        self._characters: Counter[int] = Counter()
+        """Of the tokens of each choice so far, from which a stream's next offsets count."""
+
     def completion(self, answers: Sequence[Answer]) -> Json:
         """Return the body of a response that is not streamed."""
         choices = [
@@ -150,9 +156,26 @@ class TextResponseBuilder(ResponseBuilder):
         return CompletionChoice.model_construct(
             index=index,
             text=piece.text,
-            logprobs=_text_logprobs(piece.logprobs) if self._logprobs else None,
+            logprobs=self._text_logprobs(index, piece.logprobs) if self._logprobs else None,
             finish_reason=finish_reason,
         )
+
+    def _text_logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> Json:
+        """Return the log-probabilities of a choice's next tokens in the older form."""
+        tokens = [entry.token.decode(errors="replace") for entry in entries]
+        offsets: list[int] = []
+        for token in tokens:
+            offsets.append(self._characters[index])
+            self._characters[index] += len(token)
+        return {
+            "tokens": tokens,
+            "token_logprobs": [entry.logprob for entry in entries],
+            "top_logprobs": [
+                {token.decode(errors="replace"): logprob for token, logprob in entry.top}
+                for entry in entries
+            ],
+            "text_offset": offsets,
+        }
 
     def _text(self, choices: list[CompletionChoice], **usage: CompletionUsage) -> Json:
         return _dump(
@@ -170,20 +193,6 @@ def _thoughts(piece: TextPiece) -> dict[str, str]:
 def _token_logprob(token: bytes, logprob: float) -> Json:
     text = token.decode(errors="replace")
     return {"token": text, "bytes": list(token), "logprob": logprob}
-
-
-def _text_logprobs(entries: Sequence[TokenLogprob]) -> Json:
-    """Return log-probabilities in the older form of text completions."""
-    tokens = [entry.token.decode(errors="replace") for entry in entries]
-    return {
-        "tokens": tokens,
-        "token_logprobs": [entry.logprob for entry in entries],
-        "top_logprobs": [
-            {token.decode(errors="replace"): logprob for token, logprob in entry.top}
-            for entry in entries
-        ],
-        "text_offset": [len("".join(tokens[:index])) for index in range(len(tokens))],
-    }
 
 
 def _usage(results: Sequence[GenerationResult]) -> CompletionUsage:

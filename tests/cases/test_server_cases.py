@@ -173,6 +173,10 @@ def test_streams_and_text_completions_have_log_probabilities(api: Api) -> None:
     assert "".join(body["logprobs"]["tokens"]) == body["text"]
     assert [len(top) for top in body["logprobs"]["top_logprobs"]] == [2] * 16
     assert body["logprobs"]["text_offset"][1] == len(body["logprobs"]["tokens"][0])
+    events = api.events(path="/v1/completions", logprobs=2)
+    parts = [event["choices"][0]["logprobs"] for event in events]
+    for name in ("tokens", "text_offset"):
+        assert [value for part in parts for value in part[name]] == body["logprobs"][name]
 
 
 def test_n_choices_have_seeds_of_their_own_and_one_prompt(api: Api) -> None:
@@ -424,6 +428,17 @@ def test_an_answer_that_ends_within_a_thought_is_unfinished(thinking: Api) -> No
         assert choice["finish_reason"] == "length"
         assert choice["message"]["content"] == ""
         assert choice["message"]["reasoning_content"].startswith("Hmm")
+
+
+def test_a_thought_in_the_last_message_is_continued_as_a_thought(thinking: Api) -> None:
+    begun: Message = {"role": "assistant", "content": "<think>Hmm"}
+    for model in ("own", "opened"):
+        body = thinking.chat(
+            model=model, messages=[*MESSAGES, begun], continue_final_message=True, max_tokens=2
+        )
+        (choice,) = body["choices"]
+        assert choice["message"]["reasoning_content"] == ", well"
+        assert choice["message"]["content"] == "Yes!"
 
 
 def test_thoughts_do_not_go_back_into_the_chat(thinking: Api) -> None:

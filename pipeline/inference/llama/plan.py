@@ -96,7 +96,8 @@ def _cache_bytes(info: GgufInfo, settings: ContextSettings) -> int:
 def _fitting_sequences(info: GgufInfo, bytes_each: int, cores: int) -> int:
     """Return how many sequences with a KV cache of `bytes_each` the cores run."""
     cache_bytes = (available_memory() - info.bytes) / 2
-    return max(1, min(_SEQUENCES_PER_CORE * cores, int(cache_bytes / bytes_each) - cores))
+    fitting = int(cache_bytes / max(1, bytes_each))  # a model without attention has no KV cache
+    return max(1, min(_SEQUENCES_PER_CORE * cores, fitting - cores))
 
 
 def _plan_gpu(

@@ -98,7 +98,7 @@ class ServerPool:
 
     def _check_model(self, server: Server) -> None:
         """Check that a server runs the model of the others; where it is named, the user has."""
-        if not self._model.is_named and self._model.name not in (server.listed_models or [""]):
+        if not self._model.is_named and self._model.name not in server.listed_models:
             raise GattError(
                 f"The server at {server.url} runs {server.listed_models[0]}, and others run "
                 f"{self._model.name}. Start all with the same model under one name, or name it, as "
@@ -119,6 +119,10 @@ class ServerPool:
             await server.answer(_PROBE, FEW_RETRIES)
         except GattError as error:
             server.problem = str(error)
+            return
+        except Exception as error:  # nothing that one server sends may end the trials of all
+            kind = type(error).__name__
+            server.problem = f"The server at {server.url} cannot be used ({kind}: {error})."
             return
         server.problem = ""
         log(f"The server at {server.url} answers again, and is used.")

@@ -92,8 +92,8 @@ class Server:
     async def list_models(self) -> None:
         """List the models of the server; a wrong address shows here.
 
-        Some gateways have no list, or refuse it to a key that may chat: then the model has to be
-        named.
+        Some gateways have no list, or refuse it to a key that may chat: then the user has to name
+        the model. A list of before counts if there is none now.
 
         Raises:
             GattError: nobody answers there, or the server has no model.
@@ -107,14 +107,14 @@ class Server:
             except json.JSONDecodeError as error:
                 raise self._incompatible("broken JSON") from error
             except openai.APIStatusError:
-                if self._model.name:
+                if self._model.is_named or self.listed_models:
                     return
                 raise
         try:
             self.listed_models = [str(model["id"]) for model in response["data"]]
         except (TypeError, KeyError) as error:
             raise self._incompatible(response) from error
-        if not self._model.name and not self.listed_models:
+        if not self._model.is_named and not self.listed_models:
             raise GattError(
                 f"The server at {self.url} offers no model. Load one there, and run again."
             )

@@ -54,7 +54,13 @@ class ChatPage:
         self._client.on_disconnect(lambda: self._chat.stop())
 
     async def _catch_up(self) -> bool:
-        """Show what another tab, or this one before a reload, has added; return whether it has."""
+        """Show what another tab, or this one before a reload, has changed; return whether it has.
+
+        If it has deleted the chat, show a new one.
+        """
+        if self._store.is_deleted(self._chat) and not self._chat.is_answering:
+            await self.begin()
+            return True
         newer = None if self._chat.is_answering else self._store.load_newer(self._chat)
         if newer:
             self._chat = newer
@@ -67,6 +73,9 @@ class ChatPage:
         """Store the chat, and update the browser's other tabs."""
         self._store.save(chat)
         self._list_chats()
+        self._update_other_tabs()
+
+    def _update_other_tabs(self) -> None:
         for tab in list(_TABS):
             is_same_browser = tab._store.storage is self._store.storage
             if tab is not self and is_same_browser and not tab._client.is_deleted:
@@ -95,18 +104,19 @@ class ChatPage:
     async def send(self, event: events.GenericEventArguments) -> None:
         """Send the message in the box."""
         text = str(event.args or "").strip()
-        if not text or self._chat.is_answering or not self._chat.is_served:
+        if not text or self._chat.is_busy or not self._chat.is_served:
             return
-        if await self._catch_up():
-            self._view.warn(
-                "This chat continued in another tab. Your message is still in its box: send it "
-                "again if it fits."
-            )
-            return
-        self.instruct(self._layout.instruction.value or "")
         max_tokens = 0
-        with self._view.warning():  # the chat template may refuse the chat, or fail
-            max_tokens = await self._make_room(text)
+        with self._chat.preparing():
+            if await self._catch_up():
+                self._view.warn(
+                    "This chat was continued or deleted in another tab. Your message is still in "
+                    "its box: send it again if it fits."
+                )
+                return
+            self.instruct(self._layout.instruction.value or "")
+            with self._view.warning():  # the chat template may refuse the chat, or fail
+                max_tokens = await self._make_room(text)
         if max_tokens:
             box = self._layout.message
             box.set_value("")
@@ -146,12 +156,14 @@ class ChatPage:
     async def retry(self) -> None:
         """Answer the last message again, with another seed."""
         chat, conversation = self._chat, self._chat.conversation
-        if chat.is_answering or not conversation.turns or not chat.is_served:
+        if chat.is_busy or not conversation.turns or not chat.is_served:
             return
         self._view.remove_last_turn()
         with self._view.warning(), chat.resume_from(conversation.without_last_turn()):
             user = conversation.turns[-1].user
-            if max_tokens := await self._make_room(user):
+            with chat.preparing():
+                max_tokens = await self._make_room(user)
+            if max_tokens:
                 await self._answer(user, max_tokens)
         if self._chat is chat and chat.conversation is conversation:
             self._save(chat)
@@ -159,7 +171,7 @@ class ChatPage:
 
     async def undo(self) -> None:
         """Remove the last turn and put its message in the box."""
-        if self._chat.is_answering or not self._chat.conversation.turns:
+        if self._chat.is_busy or not self._chat.conversation.turns:
             return
         self._layout.message.set_value(self._chat.undo())
         self._save(self._chat)
@@ -225,6 +237,7 @@ class ChatPage:
         if chat_id == self._chat.id:
             await self.begin()
         self._list_chats()
+        self._update_other_tabs()
 
     def download(self, model_index: int) -> None:
         """Download the chat with one model as `messages`."""

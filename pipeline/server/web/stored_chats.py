@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -15,6 +15,9 @@ from pipeline.inference.async_engine import AsyncEngine
 from pipeline.server.web.backend import ServedBackend
 
 _MAX_TITLE_CHARACTERS = 48
+
+_DELETED: set[str] = set()
+"""The ids of chats that were deleted since the server started, in whichever tab."""
 
 
 class StoredChat(TypedDict):
@@ -45,7 +48,22 @@ class PageChat(ChatSession):
         self.models = tuple(models)
         self.id = secrets.token_hex(8)
         self.saved_at = 0.0
+        self._is_preparing = False
         self._engine = engine
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a turn is being prepared or answered."""
+        return self._is_preparing or self.is_answering
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Be busy while a turn is prepared: the events of a tab are handled concurrently."""
+        self._is_preparing = True
+        try:
+            yield
+        finally:
+            self._is_preparing = False
 
     @property
     def is_served(self) -> bool:
@@ -109,7 +127,6 @@ class ChatStore:
         self.storage = storage
         self._engine = engine
         self._chats: dict[str, StoredChat] = storage.setdefault("chats", {})
-        self._deleted: set[str] = set()
 
     def titles(self) -> Mapping[str, str]:
         """Return the titles by id, the latest chat first."""
@@ -144,11 +161,15 @@ class ChatStore:
     def save(self, chat: PageChat) -> None:
         """Store the chat as the latest, unless it is empty or was deleted."""
         self._chats.pop(chat.id, None)
-        if chat.conversation.turns and chat.id not in self._deleted:
+        if chat.conversation.turns and not self.is_deleted(chat):
             chat.saved_at = time.time()
             self._chats[chat.id] = chat.to_json()
 
     def delete(self, chat_id: str) -> None:
         """Delete a chat; an answer that is still generated does not bring it back."""
-        self._deleted.add(chat_id)
+        _DELETED.add(chat_id)
         self._chats.pop(chat_id, None)
+
+    def is_deleted(self, chat: PageChat) -> bool:
+        """Return whether a tab has deleted the chat."""
+        return chat.id in _DELETED
