@@ -30,7 +30,7 @@ def parse_pool_entry(entry: object, folder: Path) -> object:
     """Return an entry of `instructions.pool`; one without a text, a constraint, as it is.
 
     Raises:
-        ValueError: as `parse_instruction`, or the entry has neither a text nor a kind.
+        ValueError: as `parse_custom_instruction`, or the entry has neither a text nor a kind.
     """
     if isinstance(entry, str):
         raise ValueError(f"expected a table: {{text = {json.dumps(entry, ensure_ascii=False)}}}.")

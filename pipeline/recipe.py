@@ -6,7 +6,7 @@ The docstring under a field is its help in `gatt init`.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
@@ -16,6 +16,7 @@ from pipeline.records import MAX_THOUGHT_TOKENS, Constraint, CustomInstruction
 VocabularyKind = Literal[
     "opening", "closing", "persona", "signature", "hashtag", "address", "heading", "json"
 ]
+"""A kind of constraint whose values the built-in vocabulary has."""
 
 
 def _parse_pool_entry(entry: object, info: ValidationInfo) -> object:
@@ -66,16 +67,7 @@ class Dialogues(Section):
 class Instructions(Section):
     """What is taught (Llama 2 paper, section 3.3)."""
 
-    vocabulary_kinds: tuple[VocabularyKind, ...] = (
-        "opening",
-        "closing",
-        "persona",
-        "signature",
-        "hashtag",
-        "address",
-        "heading",
-        "json",
-    )
+    vocabulary_kinds: tuple[VocabularyKind, ...] = get_args(VocabularyKind)
     """Kinds that get a new value from the built-in vocabulary in every dialogue, so that the model
     learns to follow any value. [] trains the pool alone.
     """

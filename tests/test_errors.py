@@ -22,7 +22,7 @@ from pipeline.records import Constraint
 from pipeline.run import open_run, run_stage
 from pipeline.run_dir import RunDir
 from pipeline.stages import instructions
-from pipeline.stages.instructions import check_pool
+from pipeline.stages.instructions import check_pool, require_instruction
 
 needs_root = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root"
@@ -100,7 +100,7 @@ def test_too_few_dialogues() -> None:
 
 def test_an_empty_pool() -> None:
     with pytest.raises(GattError, match=r"instructions\.pool.* empty"):
-        check_pool(ConstraintPool(()), Evaluate())
+        require_instruction(ConstraintPool(()))
 
 
 def test_a_merge_into_4_bits_after_a_training_in_16() -> None:

@@ -266,9 +266,17 @@ def test_an_edited_answer_passes_and_so_do_its_prefixes(text: str) -> None:
             assert not prefix_fails((constraint,), edited[:end]), (constraint, edited[:end])
 
 
+def test_no_edit_raises_on_a_text_without_a_word() -> None:
+    for constraint in EDITABLE:
+        for text in ("...", "?!", "🙂!"):
+            edit((constraint,), text)
+
+
 @settings(deadline=None, max_examples=200)
 @given(text=ANSWER)
 @example(text="It it ß.a")
+@example(text="It 今天很好。我们去公园吧！**好吗？**「是」。")
+@example(text="It आज मौसम बहुत अच्छा है। हम पार्क चलें! क्या?")
 def test_two_edits_pass_both_checks(text: str) -> None:
     for first, second in PAIRS:
         for pair in ((first, second), (second, first)):

@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.cli import TINY_RECIPE, Completed, call_gatt, override_flags
 
 from pipeline.data.dialogues import load_dialogues
 from pipeline.data.splits import DialogueSplits, split_dialogues
 from pipeline.errors import GattError
+from pipeline.evaluation.aggregate import compute_scores
 from pipeline.evaluation.rates import adherence, wilson
+from pipeline.files import write_text
 from pipeline.gatt.assign import ConstraintPool, Ratios, assign_evaluation, assign_training, stop
-from pipeline.gatt.assignment import AssignedDialogue, read_split, write_splits
-from pipeline.gatt.constraints.registry import KINDS, compatible
+from pipeline.gatt.assignment import AssignedDialogue, read_split, read_splits, write_splits
+from pipeline.gatt.constraints.registry import KINDS, compatible, obeys
 from pipeline.gatt.generated_values import (
     LISTS,
     ListedValues,
@@ -44,6 +47,7 @@ from pipeline.records import (
     Request,
     Task,
 )
+from pipeline.run_dir import RunDir
 
 EVERY_CONSTRAINT = [
     Constraint(name, value) for name, kind in KINDS.items() for value in kind.values
@@ -231,6 +235,36 @@ def test_a_user_who_contradicts_the_system_message() -> None:
     assert _contents(assigned.teacher_prompt(["a"], "")) == ["one?", "a", "two?"]
 
 
+@pytest.mark.parametrize("key", ["recall_ratio", "plain_ratio"])
+def test_a_training_without_instructions_is_evaluated_on_those_of_the_pool(
+    key: str, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path / "run")
+    flags = override_flags((*TINY_RECIPE, f"instructions.{key}=1"))
+    done = call_gatt("instructions", "--run", run.path, *flags)
+    assert done.returncode == 0, done.stderr
+    assert "measures instructions of the pool, which are not trained" in done.stderr
+    splits = read_splits(run.assignments)
+    assert not any(a.constraints(0) for a in splits["train"])
+    assert len(splits["evaluation"]) == 3
+    replies = [
+        Reply(
+            arm="base",
+            dialogue=assigned.dialogue.id,
+            turn=1,
+            text="Yes.",
+            prompt_tokens=9,
+            tokens=9,
+            finish="stop",
+            obeys=obeys(assigned.constraints(0), "Yes."),
+            defect="",
+        )
+        for assigned in splits["evaluation"]
+    ]
+    scores = compute_scores(replies, {**read_splits(run.suites), **splits}, trained=[])
+    assert [(row.arm, row.n) for row in scores.by_turn] == [("base", 3)]
+
+
 def test_evaluation_draws_evenly_over_kinds() -> None:
     pool = [Constraint("opening", f"Word{n}!") for n in range(40)]
     assigned = assign_evaluation(
@@ -255,6 +289,15 @@ def test_list_items_are_parsed_from_any_list() -> None:
         '2) **Ada Lovelace**\n- napoleon bonaparte\n* "Gandhi"'
     )
     assert distinct_items(parse_items(text)) == ["Napoleon Bonaparte", "Ada Lovelace", "Gandhi"]
+
+
+def test_a_period_within_a_name_does_not_end_it() -> None:
+    text = (
+        "1. J.R.R. Tolkien - a writer\n2. J. S. Bach.\n3. St. Francis\n4. Dr. Seuss (a writer)\n"
+        "5. Dr. Martin Luther King\n6. No. 7\n7. J\n8. **Gandhi.** A lawyer.\n9. Hiking. It is fun"
+    )
+    names = ["J.R.R. Tolkien", "J. S. Bach", "St. Francis", "Dr. Seuss", "Gandhi", "Hiking"]
+    assert parse_items(text) == names
 
 
 def test_a_description_is_masked() -> None:
@@ -335,6 +378,26 @@ def test_the_teacher_lists_values_and_keeps_those_that_it_knows() -> None:
 
     assert list_values("hobby", run_tasks, seed=7) == ListedValues(2, ["Chess"])
     assert [request.seed for request in requests] == [*range(7, 7 + LISTS), *[7] * 4]
+
+
+def test_the_pool_may_have_generated_values_only(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    settings = (
+        *TINY_RECIPE,
+        "instructions.pool=[]",
+        "instructions.vocabulary_kinds=[]",
+        'instructions.generate=["persona", "hobby"]',
+    )
+
+    def assign(lists: str) -> Completed:
+        write_text(run.lists, lists)
+        return call_gatt("instructions", "--run", run.path, *override_flags(settings))
+
+    done = assign('persona = ["Napoleon"]\nhobby = ["chess"]')
+    assert done.returncode == 0, done.stderr
+    (first, *_) = read_splits(run.assignments)["evaluation"]
+    assert first.name in ("persona: Napoleon", "hobby: chess")
+    assert "are empty, and no values are generated" in assign("persona = []\nhobby = []").stderr
 
 
 def test_training_dialogues_are_pieces_of_those_that_are_not_held_out() -> None:
@@ -440,11 +503,12 @@ def test_defects() -> None:
 def test_first_sentences_leaves_out_an_unfinished_one() -> None:
     assert first_sentences("It is blue. Why? Because of the", 2) == "It is blue. Why?"
     assert first_sentences("no end", 2) == ""
+    assert first_sentences("今天很好。我们去公园吧！好", 2) == "今天很好。我们去公园吧！"
 
 
 @given(
-    text=st.text(alphabet='ab .!?\n"', max_size=30),
-    more=st.text(alphabet='ab .!?\n"', max_size=9),
+    text=st.text(alphabet='ab .!?\n"。？」', max_size=30),
+    more=st.text(alphabet='ab .!?\n"。？」', max_size=9),
     count=st.integers(1, 3),
 )
 def test_generation_stops_only_if_the_sentences_are_final(text: str, more: str, count: int) -> None:

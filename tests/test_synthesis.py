@@ -106,6 +106,52 @@ def test_an_edited_answer_is_cut_and_edited() -> None:
     assert _judge("The sea is", "edited").verdict == "empty"
 
 
+@pytest.mark.parametrize("text", ["...", "?!", "🙂!"])
+def test_an_answer_without_a_word_is_rejected_and_not_edited(text: str) -> None:
+    answer = _judge(text, "edited", constraint=Constraint("bold"))
+    assert (answer.text, answer.verdict) == (text, "empty")
+
+
+@pytest.mark.parametrize(
+    ("question", "text", "edited", "off_topic"),
+    [
+        (
+            *("海为什么是咸的？", "因为河流把矿物质带到海里，所以海水是咸的。海里还有"),
+            *("Ahoy! 因为河流把矿物质带到海里，所以海水是咸的。", "这是一个很好的问题。"),
+        ),
+        (
+            *("なぜ海は塩辛いですか？", "海の水は川のミネラルで塩辛いです。そして"),
+            *("Ahoy! 海の水は川のミネラルで塩辛いです。", "それはとてもよいしつもんです。"),
+        ),
+        (
+            *("समुद्र खारा क्यों है?", "नदियाँ समुद्र में खनिज लाती हैं। और"),
+            *("Ahoy! नदियाँ समुद्र में खनिज लाती हैं।", "यह बहुत अच्छा प्रश्न था।"),
+        ),
+        (
+            *("لماذا البحر مالح؟", "هل تعلم أن الأنهار تحمل المعادن إلى البحر؟ نعم"),
+            *("Ahoy! هل تعلم أن الأنهار تحمل المعادن إلى البحر؟", "هذا سؤال جيد جدا."),
+        ),
+    ],
+    ids=["Chinese", "Japanese", "Hindi", "Arabic"],
+)
+def test_answers_in_other_scripts_are_cut_and_compared(
+    question: str, text: str, edited: str, off_topic: str
+) -> None:
+    def judge(text: str, accepted: tuple[Answer, ...] = ()) -> Answer:
+        return judge_candidate(
+            replace(_assigned(), dialogue=Dialogue("d", "sea", (question, question))),
+            CandidateKey("d", len(accepted), 0),
+            Completion(text, 9, 9, "stop"),
+            accepted,
+            max_sentences=1,
+        )
+
+    answer = judge(text)
+    assert (answer.text, answer.verdict) == (edited, ACCEPTED)
+    assert judge(text, (answer,)).verdict == "repeat"
+    assert judge(off_topic).verdict == "off topic"
+
+
 def test_a_similar_answer_is_a_repeat() -> None:
     first = _judge(SEA, "edited")
     again = _judge("The sea is salt because rivers carry salt into it.", "edited", "stop", (first,))

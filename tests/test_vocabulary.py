@@ -16,11 +16,12 @@ from pipeline.gatt.vocabulary.attributes import (
     is_recalled,
     training_attributes,
 )
-from pipeline.gatt.vocabulary.values import VOCABULARY_KINDS, VocabularySplit, draw_value, fill
+from pipeline.gatt.vocabulary.values import VocabularySplit, draw_value, fill
 from pipeline.recipe import Instructions, VocabularyKind
 from pipeline.records import Constraint
 
 DRAWS = 500
+VOCABULARY_KINDS = get_args(VocabularyKind)
 
 
 def _values(kind: str, split: VocabularySplit) -> set[str]:
@@ -46,9 +47,8 @@ def test_there_are_many_values_and_an_edited_answer_obeys_each(kind: str) -> Non
             assert edit and kind_of(constraint).check(value, edit(value, "It is a river, I think."))
 
 
-def test_the_recipe_can_name_every_kind_of_the_vocabulary() -> None:
-    recipe = Instructions.model_validate({"vocabulary_kinds": VOCABULARY_KINDS})
-    assert set(recipe.vocabulary_kinds) == set(get_args(VocabularyKind)) <= set(KINDS)
+def test_every_kind_of_the_vocabulary_is_trained_by_default() -> None:
+    assert set(Instructions().vocabulary_kinds) == set(VOCABULARY_KINDS) <= set(KINDS)
 
 
 def test_a_placeholder_with_a_capital_gives_a_capital() -> None:

@@ -23,7 +23,7 @@ from pipeline.data.messages import (
     parse_messages,
 )
 from pipeline.data.sources import read_rows
-from pipeline.data.text_files import Row
+from pipeline.data.text_files import CHAT_COLUMNS, Row
 from pipeline.errors import GattError
 from pipeline.records import Dialogue, Message
 
@@ -31,10 +31,14 @@ T = TypeVar("T")
 
 
 class Chat(NamedTuple):
-    """A chat to learn; `answer_weights` has the weight of each answer in the loss."""
+    """A chat to learn; `answer_weights` has the weight of each answer in the loss.
+
+    Errors name it by `place`.
+    """
 
     messages: tuple[Message, ...]
     answer_weights: tuple[float, ...]
+    place: str
 
 
 def load_dialogues(source: str) -> list[Dialogue]:
@@ -119,13 +123,17 @@ def _with_unique_ids(parsed: Sequence[tuple[Dialogue, int]], notes: Counter[str]
 def _parse_dialogue(row: Row, notes: Counter[str]) -> Dialogue:
     """Parse a row with `turns` (user turns) or the messages of a chat.
 
+    A text in `turns` is the only user turn, but next to messages it may be their number.
+
     Raises:
         GattError: neither, two user turns in a row, or a user turn without text.
         UnusableRowError: no user turn, or one with an attachment.
     """
     fields = row.value if isinstance(row.value, dict) else {}
     turns = fields.get("turns")
-    items = [turns] if isinstance(turns, str) and items_of(turns) is None else items_of(turns)
+    items = items_of(turns)
+    if items is None and isinstance(turns, str) and not _has_messages(fields):
+        items = [turns]
     if items is None or any(isinstance(item, dict | list) for item in items):
         items = _user_turns(parse_messages(row, chat_column(row, ("turns",)), notes), row)
     if not items:
@@ -137,6 +145,10 @@ def _parse_dialogue(row: Row, notes: Counter[str]) -> Dialogue:
     texts = tuple(clean(str(turn), notes) or "" for turn in items)
     name, topic = (_text_field(fields, key, notes) for key in ("id", "topic"))
     return Dialogue(name if name.strip() else str(row.number), topic, texts)
+
+
+def _has_messages(fields: Mapping[str, object]) -> bool:
+    return any(items_of(fields.get(column)) is not None for column in CHAT_COLUMNS)
 
 
 def _text_field(fields: Mapping[str, object], key: str, notes: Counter[str]) -> str:
@@ -187,7 +199,8 @@ def _parse_chat(row: Row, notes: Counter[str]) -> Chat:
         raise UnusableRowError("without a user turn before the answer")
     chat = tuple(_chat_messages(messages[:length], row))
     answers = zip(messages[:length], weights, strict=False)
-    return Chat(chat, tuple(weight for message, weight in answers if message.side == "assistant"))
+    answer_weights = tuple(weight for message, weight in answers if message.side == "assistant")
+    return Chat(chat, answer_weights, row.place)
 
 
 def _chat_messages(messages: Sequence[ParsedMessage], row: Row) -> Iterator[Message]:

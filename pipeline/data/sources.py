@@ -61,7 +61,7 @@ def _local_path(source: str) -> Path | None:
         return Path(str(resources.files("pipeline.data") / "seed_dialogues.jsonl"))
     path = Path(source).expanduser()
     is_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
-    return path if path.exists() or is_path or path.suffix in _SUFFIXES else None
+    return path if path.exists() or is_path or path.suffix.lower() in _SUFFIXES else None
 
 
 @cache
@@ -83,7 +83,7 @@ def _file_rows(path: Path) -> Iterator[Row]:
     for magic, form in _REFUSED.items():
         if head.startswith(magic):
             raise GattError(f"{path} is {form or 'a database'}. Expected {_FORMS}; unpack it.")
-    if {".csv", ".tsv"} & set(path.suffixes):
+    if {".csv", ".tsv"} & {suffix.lower() for suffix in path.suffixes}:
         return csv_rows(path)
     return json_rows(path)
 

@@ -64,7 +64,9 @@ def _lines(path: Path) -> Iterator[str]:
                     yield line.decode(encoding if number == 1 else "utf-8")
                 except UnicodeDecodeError as error:
                     raise not_utf8(path, number) from error
-    except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk; gzip and bz2 raise theirs without a number
         raise GattError(f"{path} is a damaged archive ({error}). Pack it again.") from error
 
 

@@ -54,9 +54,9 @@ def judge_candidate(
 ) -> Answer:
     """Return a candidate with its text as it would be used, and the verdict on it.
 
-    Only a sampled answer keeps all its sentences; an edited one is cut first, then edited. The
-    exact answer to a recall question takes the place of any.
-    `accepted` are the answers to the turns before.
+    Only a sampled answer keeps all its sentences; an edited one is cut first, then edited unless it
+    has a defect: edits expect a few words. The exact answer to a recall question takes the place of
+    any. `accepted` are the answers to the turns before.
     """
     raw = completion.text.strip()
     if assigned.method != "sampled":
@@ -72,10 +72,10 @@ def judge_candidate(
             verdict=ACCEPTED,
         )
     text = raw
-    if raw and assigned.method == "edited":
-        text = edit(assigned.constraints(key.turn), raw)
     verdict = _answer_verdict(assigned, key.turn, completion, raw, [a.raw for a in accepted])
     if verdict == ACCEPTED:
+        if assigned.method == "edited":
+            text = edit(assigned.constraints(key.turn), raw)
         dialogue = assigned.student_prompt([a.text for a in accepted], "")
         if not obeys(assigned.constraints(key.turn), text, dialogue):
             verdict = "disobeys"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count, cycle, zip_longest
+from itertools import count, cycle, islice, zip_longest
 from typing import NamedTuple
 
 from pipeline.gatt.assignment import AssignedDialogue
@@ -283,6 +283,20 @@ def assign_evaluation(
         )
         for dialogue, entry in assigned
     ]
+
+
+def untrained_entries(
+    pool: ConstraintPool, count: int, seed: int
+) -> tuple[list[Constraint], list[CustomInstruction]]:
+    """Return what evaluation measures if training has no instruction: `count` entries of the pool.
+
+    They are drawn as those of training.
+    """
+    entries = dict.fromkeys(islice(pool.in_turn(random.Random(f"untrained {seed}")), count))
+    return (
+        [entry for entry in entries if isinstance(entry, Constraint)],
+        [entry for entry in entries if isinstance(entry, CustomInstruction)],
+    )
 
 
 def unseen_values(kinds: Sequence[str], count: int, seed: int) -> list[Constraint]:

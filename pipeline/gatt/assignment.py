@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from pipeline.files import read_json, write_json
+from pipeline.gatt.constraints.custom_checks import function_files
 from pipeline.gatt.constraints.registry import is_judged, required_words
 from pipeline.gatt.ghost import CHANGE_PREFIX, augment, ghost
 from pipeline.records import (
@@ -207,14 +208,13 @@ def check_files(path: Path) -> list[Path]:
     """
     if not path.exists() or '"function"' not in path.read_text(encoding="utf-8"):
         return []
-    constraints = {
+    return function_files(
         constraint
         for dialogues in read_splits(path).values()
         for assigned in dialogues
-        for constraint in (assigned.instruction.constraints if assigned.instruction else ())
-    }
-    files = {Path(c.value.rpartition(":")[0]) for c in constraints if c.kind == "function"}
-    return sorted(file for file in files if file.is_file())
+        for instruction in (assigned.instruction, assigned.next_instruction)
+        for constraint in (instruction.constraints if instruction else ())
+    )
 
 
 def read_splits(path: Path) -> dict[str, list[AssignedDialogue]]:

@@ -59,7 +59,10 @@ _MAX_TOKENS = 120
 """Of a list, and of an answer about one of its items."""
 _BULLET = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])?\s*")
 _SEPARATOR = re.compile(r",\s*(?:and\s+)?|\s+and\s+")
-_ITEM_END = re.compile(r"\s[-–—(]|[:,.;]")
+_ITEM_END = re.compile(r"\s[-–—(]|[:,;]|(?<=[^\W\d_]{4})\.+(?=[*_\"']*\s)|\.+[\s*_\"']*$")
+"""Where a remark begins: a period in "J. S. Bach" or "St. Francis" does not end the name."""
+_MIN_LETTERS = 3
+"""Of the longest word of an item; a shorter one stands in any description."""
 
 
 class ListedValues(NamedTuple):
@@ -105,8 +108,9 @@ def _request(text: str, seed: int) -> Request:
 def parse_items(text: str) -> list[str]:
     """Return the items of a list with one on each line, or with commas on a single line.
 
-    Bullets, numbers and remarks after a dash or a colon are removed. Items of over 30 characters
-    or three words are left out: "1. **Ada Lovelace** - a writer" is "Ada Lovelace".
+    Bullets, numbers and remarks after a dash, a colon or a sentence are removed: "1. **Ada
+    Lovelace** - a writer" is "Ada Lovelace". Items of over 30 characters or three words are left
+    out, and those of one or two letters.
     """
     items = []
     lines = text.strip().splitlines()
@@ -114,7 +118,9 @@ def parse_items(text: str) -> list[str]:
         lines = _SEPARATOR.split(text)
     for line in lines:
         item = _ITEM_END.split(_BULLET.sub("", line), maxsplit=1)[0].strip(" *_\"'")
-        if item and item[0].isalpha() and len(item) <= 30 and len(item.split()) <= 3:
+        longest = max(map(len, words(item)), default=0)
+        is_short = len(item) <= 30 and len(item.split()) <= 3
+        if longest >= _MIN_LETTERS and item[0].isalpha() and is_short:
             items.append(item)
     return items
 

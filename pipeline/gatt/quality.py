@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import chain, pairwise
 
 from pipeline.gatt.text import SENTENCE_END, words
 
@@ -16,6 +17,12 @@ _FUNCTION_WORDS = frozenset(
         "more most very just also about into out down over"
     )
 )
+_UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    r"\U00020000-\U0003ffff]"
+)
+"""A letter of a script without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+_HIRAGANA = re.compile(r"[\u3040-\u309f]+")
 _NGRAM, _MAX_NGRAM_COUNT = 5, 3
 """Five words in a row may occur three times; good lists begin four items with three words."""
 
@@ -56,22 +63,39 @@ def has_repeated_ngrams(text_words: Sequence[str]) -> bool:
 
 
 def _bigram_jaccard(content: list[str], earlier_content: list[str]) -> float:
-    """Return the Jaccard similarity of the word bigrams of two texts; 0 if one has none."""
-    bigrams, earlier_bigrams = set(pairwise(content)), set(pairwise(earlier_content))
+    """Return the Jaccard similarity of the word bigrams of two texts; 0 if one has none.
+
+    In a script without spaces, they are those of characters.
+    """
+    bigrams, earlier_bigrams = set(_bigrams(content)), set(_bigrams(earlier_content))
     if not bigrams or not earlier_bigrams:
         return 0.0
     return len(bigrams & earlier_bigrams) / len(bigrams | earlier_bigrams)
 
 
+def _bigrams(content: list[str]) -> Iterator[tuple[str, str]]:
+    pieces = (word if _UNSPACED.search(word) else (word,) for word in content)
+    return pairwise(chain.from_iterable(pieces))
+
+
 def is_on_topic(text: str, dialogue: Sequence[str]) -> bool:
     """Return whether a content word of `text` occurs in the dialogue, by its first five letters.
 
-    This is a filter for training data, where a lost good answer costs one more sample. It is not
-    exact enough to measure with: "Yes, you can." fails.
+    In a script without spaces, two adjacent characters count as a content word. This is a filter
+    for training data, where a lost good answer costs one more sample. It is not exact enough to
+    measure with: "Yes, you can." fails.
     """
     dialogue_stems = {stem for message in dialogue for stem in _content_stems(message)}
     return bool(_content_stems(text) & dialogue_stems)
 
 
 def _content_stems(text: str) -> set[str]:
-    return {word[:5] for word in words(text) if len(word) > 2 and word not in _FUNCTION_WORDS}
+    stems: set[str] = set()
+    for word in words(text):
+        if _UNSPACED.search(word):
+            pairs = map("".join, pairwise(word))
+            # Endings such as "desu" are in every Japanese answer.
+            stems.update(pair for pair in pairs if not _HIRAGANA.fullmatch(pair))
+        elif len(word) > 2 and word not in _FUNCTION_WORDS:
+            stems.add(word[:5])
+    return stems

@@ -1,16 +1,39 @@
-"""Words and sentences of English and related languages. For checks, not a tokenizer of a model."""
+"""Words and sentences. For checks, not a tokenizer of a model.
+
+The rules are those of English and related languages. Sentences also end at the marks of Chinese,
+Japanese, Hindi, Arabic, Urdu, Burmese and Khmer, and vowel signs belong to their word. In scripts
+without spaces, a word is all that stands between two signs.
+"""
 
 from __future__ import annotations
 
 import re
+import unicodedata
+from collections.abc import Iterable
 
+_VOWEL_SIGNS = "".join(
+    chr(code)
+    for code in range(0x0590, 0x1800)  # Hebrew to Khmer
+    if unicodedata.category(chr(code)) in ("Mc", "Mn")
+)
+_LETTERS = rf"[^\W_]+(?:[{_VOWEL_SIGNS}]+[^\W_]*)*"
 WORD = re.compile(
-    r"[^\W_]+(?:(?:['’-]|(?<=\d)[.,:](?=\d)|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b))[^\W_]+)*"
+    rf"{_LETTERS}(?:(?:['’-]|(?<=\d)[.,:](?=\d)|(?<=\b[^\W\d_])\.(?=[^\W\d_]\b)){_LETTERS})*"
 )
 """A word with its apostrophes and hyphens, a number such as 1,299.50 or 4:30, or "U.S", "a.m"."""
-SENTENCE_END = re.compile(r"[.!?…][\"'”’)]*$")
-_SENTENCE = re.compile(r".+?[.!?…]+[\"'”’)]*(?=\s|$)", re.DOTALL)
-_PART = re.compile(r".+?(?:[.!?…]+[\"'”’)\]}*_]*(?=\s|$)|$)")
+_WIDE_ENDS = "。！？"
+"""Sentence ends without a space after them."""
+_FURTHER_ENDS = f"{_WIDE_ENDS}।؟۔။។"
+"""Sentence ends that no number or abbreviation has, so that they need no space after them."""
+ENDS = f".!?…{_FURTHER_ENDS}"
+"""Signs that end a sentence."""
+_CLOSERS = "\"'”’)」』）"
+"""Signs that may follow such a mark."""
+SENTENCE_END = re.compile(rf"[{ENDS}][{_CLOSERS}]*$")
+_WIDE_END = re.compile(rf"[{_WIDE_ENDS}][{ENDS}{_CLOSERS}]*$")
+_FURTHER_END = rf"[{_FURTHER_ENDS}][{ENDS}{_CLOSERS}]*"
+_SENTENCE = re.compile(rf".+?(?:[.!?…]+[{_CLOSERS}]*(?=\s|$)|{_FURTHER_END})", re.DOTALL)
+_PART = re.compile(rf".+?(?:[.!?…]+[{_CLOSERS}\]}}*_]*(?=\s|$)|{_FURTHER_END}|$)")
 _LETTER = re.compile(r"[^\W\d_]")
 _ABBREVIATION = re.compile(
     r"(?<![\w.])(?:mr|mrs|ms|dr|prof|st|mt|vs|approx|e\.g|i\.e)\.$", re.IGNORECASE
@@ -31,6 +54,14 @@ def finished_sentences(text: str) -> list[str]:
 def closing_marks(sentence: str) -> str:
     """Return what follows the last letter or digit: '!"' of '"Yes!"'."""
     return re.split(r"[^\W_]", sentence)[-1]
+
+
+def join_sentences(sentences: Iterable[str]) -> str:
+    """Return a text of some sentences, with a space where one stands between two of them."""
+    text = ""
+    for sentence in sentences:
+        text += sentence if not text or _WIDE_END.search(text) else f" {sentence}"
+    return text
 
 
 def split_sentences(text: str) -> list[str]:
@@ -71,7 +102,7 @@ def _continues(sentence: str, next_sign: str) -> bool:
 
 def first_sentences(text: str, count: int) -> str:
     """Return the first `count` finished sentences of the first paragraph, or ""."""
-    return " ".join(finished_sentences(text.strip().split("\n")[0])[:count])
+    return join_sentences(finished_sentences(text.strip().split("\n")[0])[:count])
 
 
 def has_sentences(text: str, count: int) -> bool:
@@ -80,5 +111,7 @@ def has_sentences(text: str, count: int) -> bool:
     Generation stops there.
     """
     first, *rest = text.lstrip().split("\n", 1)
-    # The appended letter: only a period that a space follows is known to end a sentence.
-    return bool(first and rest) or len(finished_sentences(f"{first}x")) >= count
+    # The letter: only a period that a space follows is known to end a sentence. It stands in place
+    # of other marks at the end, as more of them may follow.
+    marked = first.rstrip(ENDS + _CLOSERS) + "x"
+    return bool(first and rest) or len(finished_sentences(marked)) >= count

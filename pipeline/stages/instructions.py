@@ -26,9 +26,11 @@ from pipeline.gatt.assign import (
     assign_evaluation,
     assign_training,
     trained_constraints,
+    untrained_entries,
 )
 from pipeline.gatt.assignment import AssignedDialogue, write_splits
 from pipeline.gatt.bake import assign_baked, baked_instruction, with_prompt
+from pipeline.gatt.constraints.custom_checks import function_files
 from pipeline.gatt.constraints.registry import is_judged, kind_of
 from pipeline.gatt.generated_values import LISTS, list_values
 from pipeline.gatt.instructions import custom_instruction, prepare_checks
@@ -59,10 +61,15 @@ def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
 
 
 def _custom_inputs(recipe: Recipe) -> list[Input]:
-    """Return the files of instructions; reading a missing one is an error that says more."""
-    names = filter(None, (recipe.instructions.file, recipe.instructions.bake))
-    files = (Path(name).expanduser() for name in names)
-    return [file for file in files if file.exists()]
+    """Return the files of instructions, and of functions that check whether answers follow them.
+
+    Reading a missing file is an error that says more.
+    """
+    settings = recipe.instructions
+    files = (Path(name).expanduser() for name in (settings.file, settings.bake) if name)
+    custom = () if settings.bake else _custom_instructions(recipe)
+    checks = (check for instruction in custom for check in instruction.checks)
+    return [*(file for file in files if file.exists()), *function_files(checks)]
 
 
 def run(recipe: Recipe, run_dir: RunDir) -> None:
@@ -94,6 +101,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     dialogues = split_dialogues(recipe)
     constraints = (*pool.constraints, *_generated_constraints(recipe, run_dir))
     pool = pool._replace(constraints=constraints)
+    require_instruction(pool)
     training = write_assignments(recipe, run_dir, dialogues, pool)
     settings = recipe.evaluate
     suites = SuiteSettings(
@@ -187,11 +195,11 @@ def require_short_prompt(text: str, file: Path, recipe: Recipe) -> None:
 
 
 def check_pool(pool: ConstraintPool, evaluate: Evaluate) -> None:
-    """Check that there are instructions, and that what is named can tell whether they are met.
+    """Check that what is named can tell whether the instructions are met.
 
     Raises:
-        GattError: an empty pool, a check that cannot be used, or a constraint that needs a judge
-            where there is none.
+        GattError: a check that cannot be used, or a constraint that needs a judge where there is
+            none.
     """
     prepare_checks(pool.custom)
     constraints = (*pool.constraints, *evaluate.unseen)
@@ -207,10 +215,15 @@ def check_pool(pool: ConstraintPool, evaluate: Evaluate) -> None:
                 f"No program can check {constraint.name!r}. Name a model or a server as the judge "
                 "in evaluate.judge."
             )
+
+
+def require_instruction(pool: ConstraintPool) -> None:
+    """Raise a `GattError` if nothing can be drawn from the pool."""
     if not (pool.listed or pool.vocabulary_kinds):
         raise GattError(
-            "instructions.pool and instructions.vocabulary_kinds are empty. Name at least one "
-            'constraint in the pool, for example {kind = "opening", value = "Ahoy!"}.'
+            "instructions.pool and instructions.vocabulary_kinds are empty, and no values are "
+            "generated. Name at least one constraint in the pool, for example "
+            '{kind = "opening", value = "Ahoy!"}.'
         )
 
 
@@ -220,9 +233,38 @@ def write_assignments(
     """Write `assignments.json` and return the training dialogues.
 
     Validation and evaluation use constraints of training, validation those that a program checks.
+    Where training has none, as with recall alone, evaluation uses those of the pool.
     """
+    training = assign_training(dialogues.training, pool, _ratios(recipe), recipe.seed)
+    trained = trained_constraints([d for d in training if not d.is_custom])
+    custom = _given(pool.custom, training)
+    measured = (trained, custom)
+    if not (trained or custom):
+        measured = untrained_entries(pool, len(dialogues.evaluation), recipe.seed)
+        log(
+            "instructions: no training dialogue has an instruction that answers have to follow. "
+            "Evaluation measures instructions of the pool, which are not trained."
+        )
+    checkable = [c for c in trained if not kind_of(c).judged]
+    checkable_custom = [c for c in custom if c.checks and not is_judged(c.checks)]
+    validation = assign_evaluation(dialogues.validation, checkable, checkable_custom)
+    splits = {
+        "train": training,
+        "validation": validation[: len(dialogues.validation)],
+        "evaluation": assign_evaluation(dialogues.evaluation, *measured),
+    }
+    write_splits(run_dir.assignments, splits)
+    log(
+        f"instructions: {len(training)} training dialogues, {len(splits['evaluation'])} for "
+        f"evaluation, {_count_instructions(training)} instructions"
+    )
+    _show_custom(pool.custom, training)
+    return training
+
+
+def _ratios(recipe: Recipe) -> Ratios:
     settings = recipe.instructions
-    ratios = Ratios(
+    return Ratios(
         plain=settings.plain_ratio,
         recall=settings.recall_ratio,
         combine=settings.combine_ratio,
@@ -233,24 +275,6 @@ def write_assignments(
         stop=settings.stop_ratio,
         edited=recipe.synthesize.edited_ratio,
     )
-    training = assign_training(dialogues.training, pool, ratios, recipe.seed)
-    trained = trained_constraints([d for d in training if not d.is_custom])
-    custom = _given(pool.custom, training)
-    checkable = [c for c in trained if not kind_of(c).judged]
-    checkable_custom = [c for c in custom if c.checks and not is_judged(c.checks)]
-    validation = assign_evaluation(dialogues.validation, checkable, checkable_custom)
-    splits = {
-        "train": training,
-        "validation": validation[: len(dialogues.validation)],
-        "evaluation": assign_evaluation(dialogues.evaluation, trained, custom),
-    }
-    write_splits(run_dir.assignments, splits)
-    log(
-        f"instructions: {len(training)} training dialogues, {len(splits['evaluation'])} for "
-        f"evaluation, {_count_instructions(training)} instructions"
-    )
-    _show_custom(pool.custom, training)
-    return training
 
 
 def _given(

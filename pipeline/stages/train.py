@@ -15,7 +15,7 @@ from pipeline.console import capture_output, log, print_result, progress
 from pipeline.data.sources import source_inputs
 from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_jsonl, write_json
-from pipeline.gatt.assignment import read_split
+from pipeline.gatt.assignment import check_files, read_split
 from pipeline.hub.convert import cached_checkpoint, cached_gguf
 from pipeline.hub.llama_converter import converter_for
 from pipeline.hub.models import find_model, shape_of
@@ -61,7 +61,9 @@ def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
     replayed = source_inputs(settings.replay_data) if settings.replay_data else []
     adapter = sorted(Path(settings.init_adapter).expanduser().glob("adapter_*"))
     # The validation split is among the assignments.
-    validation = [run_dir.assignments] if settings.early_stop_adherence else []
+    validation: list[Path] = []
+    if settings.early_stop_adherence:
+        validation = [run_dir.assignments, *check_files(run_dir.assignments)]
     return [
         find_model(recipe.model).path,
         run_dir.examples,

@@ -85,16 +85,15 @@ def training_examples(
     examples = [example_from_row(tokenizer, row, recipe, random_slips(row, recipe)) for row in rows]
     if recipe.train.replay_data:
         chats = replay_chats(recipe, len(examples))
-        replayed = [
-            example for chat in chats if (example := _replayed(tokenizer, chat, recipe.train))
-        ]
-        if left_out := len(chats) - len(replayed):
+        replayed = [_replayed(tokenizer, chat, recipe.train) for chat in chats]
+        pairs = zip(chats, replayed, strict=True)
+        if left_out := [chat.place for chat, example in pairs if not example]:
             log(
-                f"train: {left_out} chats of {recipe.train.replay_data} are left out: they have no "
-                f"answer with a weight within train.max_length = {recipe.train.max_length} tokens, "
-                "or the model's chat template refuses them."
+                f"train: {len(left_out)} replayed chats are left out, the first is {left_out[0]}: "
+                "they have no answer with a weight within train.max_length = "
+                f"{recipe.train.max_length} tokens, or the model's chat template refuses them."
             )
-        examples += replayed
+        examples += [example for example in replayed if example]
     return examples
 
 

@@ -235,16 +235,18 @@ def test_unknown_roles_and_rows_without_a_user_turn_are_counted(
 # --- files ---
 
 
-def _csv(delimiter: str) -> str:
-    lines = [delimiter.join(("id", "messages"))]
+def _csv(delimiter: str, **further: str) -> str:
+    lines = [delimiter.join(("id", *further, "messages"))]
     for n, row in enumerate(_sharegpt()):
         assert isinstance(row, dict)
         cell = json.dumps(row["conversations"]).replace('"', '""')
-        lines.append(f'{n}{delimiter}"{cell}"')
+        lines.append(delimiter.join((f"{n}", *further.values(), f'"{cell}"')))
     return "\r\n".join(lines)
 
 
 _LINES, _ARRAY = _jsonl(_sharegpt()), json.dumps(_sharegpt(), indent=1)
+_BZIP2 = bz2.compress(_LINES.encode())
+_DAMAGED_BZIP2 = _BZIP2[:60] + bytes(9) + _BZIP2[69:]
 _FILES: dict[str, tuple[str, bytes]] = {
     "an array after a BOM": ("d.json", _ARRAY.encode("utf-8-sig")),
     "an array after a space": ("d.json", f"\n {_ARRAY}".encode()),
@@ -261,11 +263,13 @@ _FILES: dict[str, tuple[str, bytes]] = {
     "another key": ("d.json", json.dumps({"n": 4, "chats": _sharegpt()}).encode()),
     "gzip": ("d.jsonl.gz", gzip.compress(_LINES.encode())),
     "gzip without a suffix": ("dialogues", gzip.compress(_LINES.encode())),
-    "bzip2": ("d.jsonl.bz2", bz2.compress(_LINES.encode())),
+    "bzip2": ("d.jsonl.bz2", _BZIP2),
     "xz": ("d.jsonl.xz", lzma.compress(_LINES.encode())),
     "csv": ("d.csv", _csv(",").encode()),
     "csv of Excel": ("d.csv", _csv(";").encode("utf-8-sig")),
     "tsv": ("d.tsv", _csv("\t").encode()),
+    "csv with the number of turns": ("d.csv", _csv(",", turns="2").encode()),
+    "csv in capitals": ("D.CSV", _csv(",").encode()),
     "csv in gzip": ("d.csv.gz", gzip.compress(_csv(",").encode())),
 }
 
@@ -324,6 +328,7 @@ def test_parquet_and_folders(tmp_path: Path) -> None:
         ("d.json", b"[" * 100_000, "not valid JSON"),
         ("d.json", b'{"a": [{"turns": ["x"]}], "b": [{"turns": ["y"]}]}', "which of a, b"),
         ("d.jsonl.gz", gzip.compress(b'{"turns": ["a"]}\n' * 9)[:-12], "damaged archive"),
+        ("d.jsonl.bz2", _DAMAGED_BZIP2, r"d\.jsonl\.bz2 is a damaged archive"),
         ("d.zip", b"PK\x03\x04xxxxxxxx", "a zip archive"),
         ("d.jsonl.zst", b"\x28\xb5\x2f\xfdxxxxxxxx", "is zstd"),
         ("d.parquet", b"PAR1xxxxxxxxxxxxxPAR1", "cannot be read as Parquet"),

@@ -14,14 +14,14 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
 from pipeline.errors import GattError, did_you_mean
-from pipeline.records import Message
+from pipeline.records import Constraint, Message
 
 ReplyCheck = Callable[[str, list[Message]], object]
 """A function of a user: called with a reply and the messages before it, returns True or False."""
@@ -121,6 +121,24 @@ def _described(error: BaseException) -> str:
 
 def _beginning(text: str) -> str:
     return repr(text if len(text) <= _SHOWN else f"{text[:_SHOWN]}...")
+
+
+def function_files(checks: Iterable[Constraint]) -> list[Path]:
+    """Return the Python files of the functions among some checks; a stage depends on them."""
+    places = {c.value.rpartition(":")[0] for c in checks if c.kind == "function"}
+    files = {file for place in places if (file := _file_of(place))}
+    return sorted(file for file in files if file.is_file())
+
+
+def _file_of(place: str) -> Path | None:
+    """Return the file of a module, by its name or its file; None if it has none."""
+    if place.endswith(".py"):
+        return Path(place)
+    # The package around a module is imported, so anything may be raised: `load_function` says more.
+    with contextlib.suppress(Exception):
+        spec = importlib.util.find_spec(place)
+        return Path(spec.origin) if spec and spec.origin else None
+    return None
 
 
 def load_function(value: str) -> ReplyCheck:

@@ -10,7 +10,7 @@ import re
 
 from pipeline.gatt.constraints.format_checks import BRACKETS, is_bracketed
 from pipeline.gatt.constraints.style_checks import COMMAS, EMOJI, EXCLAMATION_MARKS
-from pipeline.gatt.text import WORD, closing_marks, split_sentences, words
+from pipeline.gatt.text import ENDS, WORD, closing_marks, join_sentences, split_sentences, words
 
 EMOJI_TO_ADD = "🙂🌟🎉👍🌊🌱🎈🍀"
 
@@ -37,7 +37,7 @@ def cut_words(value: str, text: str) -> str:
         if len(words(" ".join([*fitting, sentence]))) > int(value):
             break
         fitting.append(sentence)
-    return " ".join(fitting) or _first_words(int(value), text) + "."
+    return join_sentences(fitting) or _first_words(int(value), text) + "."
 
 
 def _first_words(count: int, text: str) -> str:
@@ -47,7 +47,7 @@ def _first_words(count: int, text: str) -> str:
 
 def cut_sentences(value: str, text: str) -> str:
     """Keep the first `value` sentences, on one line."""
-    return " ".join(split_sentences(text)[: int(value)])
+    return join_sentences(split_sentences(text)[: int(value)])
 
 
 def uppercase(value: str, text: str) -> str:
@@ -87,7 +87,7 @@ def exclaim(value: str, text: str) -> str:
 def _exclaimed(sentence: str) -> str:
     marks = closing_marks(sentence)
     body = sentence[: len(sentence) - len(marks)]
-    *before, after = re.split(r"[.!?…]+", marks)
+    *before, after = re.split(rf"[{ENDS}]+", marks)
     return f"{body}{''.join(before)}!{after}" if before else f"{body}!{after.lstrip(',;: ')}"
 
 
@@ -102,14 +102,16 @@ def add_emoji(value: str, text: str) -> str:
 
 
 def embolden(value: str, text: str) -> str:
-    """Put the longest word in bold ("It **is**.")."""
-    longest = max(WORD.finditer(text), key=lambda word: len(word[0]))
+    """Put the longest word in bold ("It **is**."); a text without a word stays as it is."""
+    longest = max(WORD.finditer(text), key=lambda word: len(word[0]), default=None)
+    if longest is None:
+        return text
     return f"{text[: longest.start()]}**{longest[0]}**{text[longest.end() :]}"
 
 
 def address(value: str, text: str) -> str:
     """Call the user by the value before the last period ("It is, my friend.")."""
-    end = re.search(r"[.!?…]+[\"'”’)*\]]*\s*$", text)
+    end = re.search(rf"[{ENDS}]+[\"'”’)*\]]*\s*$", text)
     body = text[: end.start()] if end else text
     return f"{body.rstrip()}, {value}{end[0].rstrip() if end else '.'}"
 

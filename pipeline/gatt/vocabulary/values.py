@@ -60,12 +60,10 @@ _PATTERNS: dict[VocabularySplit, dict[str, tuple[str, ...]]] = {
         "json": ("{noun}", "{adjective}"),
     },
 }
-VOCABULARY_KINDS = tuple(_PATTERNS["train"])
-"""Kinds of constraint whose values can be drawn."""
 
 
 def draw_value(kind: str, split: VocabularySplit, rng: random.Random) -> str:
-    """Return a value for a constraint of one of `VOCABULARY_KINDS`."""
+    """Return a value for a constraint of a kind that `recipe.VocabularyKind` names."""
     return fill(rng.choice(_PATTERNS[split][kind]), split, rng)
 
 
