@@ -1,16 +1,21 @@
-"""The teacher: the model or server whose answers become training data."""
+"""The teacher: the model or server whose answers, and lists of values, become training data."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import tomlkit
+
 from pipeline.console import Progress, log, progress
 from pipeline.data.dialogues import load_dialogues
-from pipeline.files import write_json
+from pipeline.errors import GattError
+from pipeline.files import write_json, write_text
 from pipeline.folders import lock_file
+from pipeline.gatt.constraints.registry import kind_of
+from pipeline.gatt.generated_values import LISTS, list_values
 from pipeline.gatt.quality import find_defect
 from pipeline.gatt.text import first_sentences, has_sentences
 from pipeline.hub.convert import cached_gguf, runnable_gguf
@@ -19,7 +24,9 @@ from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.generator import GenerationEngine, context_for, open_generator
 from pipeline.inference.remote.address import is_server_url
 from pipeline.recipe import Recipe
-from pipeline.records import Dialogue, Message, Request, Task
+from pipeline.recipe_file import read_toml
+from pipeline.records import Constraint, Dialogue, Message, Request, Task
+from pipeline.run_dir import RunDir
 
 _USER_TOKENS = 100
 """Tokens of a user message of the teacher's: the instruction stands in every one of them."""
@@ -112,3 +119,66 @@ def _measure(path: Path, dialogues: Sequence[Dialogue], bar: Progress) -> _Quali
         perplexity = engine.perplexity([" ".join(d.turns) for d in dialogues[:4]])
     good = sum(not find_defect(answer, (), require_ending=True) for answer in answers)
     return _Quality(perplexity, good / len(answers))
+
+
+def generated_constraints(recipe: Recipe, run_dir: RunDir) -> list[Constraint]:
+    """Return the values in `lists.toml`, after the teacher has listed the kinds that are missing.
+
+    Raises:
+        GattError: an edited list has a value that its kind does not take.
+    """
+    settings = recipe.instructions
+    lists: dict[str, list[str]] = {}
+    if run_dir.lists.exists():
+        lists = _checked_lists(run_dir.lists)
+    missing = [kind for kind in settings.generate if kind not in lists]
+    if missing:
+        with open_teacher(recipe, LISTS) as teacher:
+            for kind in missing:
+                lists[kind] = _known_values(kind, teacher, settings.generate_count, recipe.seed)
+        run_dir.note("instructions", teacher.name, teacher.changes)
+        comment = "# Edit these lists if you like; the next run uses them.\n"
+        write_text(run_dir.lists, comment + tomlkit.dumps(lists))
+    constraints = [Constraint(kind, value) for kind in settings.generate for value in lists[kind]]
+    for constraint in constraints:
+        kind_of(constraint)
+    return constraints
+
+
+def _checked_lists(file: Path) -> dict[str, list[str]]:
+    lists = read_toml(file)
+    for kind, values in lists.items():
+        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+            raise GattError(
+                f"{file}: {kind} = {values!r}; expected a list of texts. Correct it, or delete "
+                "the file to have it made again."
+            )
+    return lists
+
+
+def _known_values(kind: str, teacher: GenerationEngine, count: int, seed: int) -> list[str]:
+    """Return up to `count` values that the teacher lists and knows."""
+
+    def run_tasks(tasks: Iterable[Task]) -> None:
+        each = list(tasks)
+        with progress(f"instructions: {kind}: answers", len(each)) as bar:
+            teacher.run(_counted(task, bar) for task in each)
+
+    listed = list_values(kind, run_tasks, seed)
+    values = listed.known[:count]
+    log(
+        f"instructions: {kind}: {listed.candidates} listed, {len(listed.known)} of them known to "
+        f"the teacher: {', '.join(values)}"
+    )
+    if not values:
+        raise GattError(
+            f"The teacher knows none of the values that it listed for {kind!r}. Choose a larger "
+            "teacher, or name values in instructions.pool."
+        )
+    return values
+
+
+def _counted(task: Task, bar: Progress) -> Task:
+    """Return the same task, which advances the bar at its end."""
+    yield from task
+    bar.advance()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import cycle, islice
 from pathlib import Path
 
-import tomlkit
-
-from pipeline.console import Progress, log, print_table, progress
+from pipeline.console import log, print_table
 from pipeline.custom_instructions import with_distinct_names
 from pipeline.data.instruction_files import read_instructions
 from pipeline.data.prompts import read_prompt
@@ -19,7 +17,6 @@ from pipeline.errors import GattError
 from pipeline.evaluation.suites import SuiteSettings, build_baked_suites, build_suites
 from pipeline.export.merged import require_merge_base
 from pipeline.export.tokens import check_tokens
-from pipeline.files import write_text
 from pipeline.gatt.assign import (
     ConstraintPool,
     Ratios,
@@ -32,19 +29,17 @@ from pipeline.gatt.assignment import AssignedDialogue, write_splits
 from pipeline.gatt.bake import assign_baked, baked_instruction, with_prompt
 from pipeline.gatt.constraints.custom_checks import function_files
 from pipeline.gatt.constraints.registry import is_judged, kind_of
-from pipeline.gatt.generated_values import LISTS, list_values
 from pipeline.gatt.instructions import custom_instruction, prepare_checks
 from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import runnable_gguf
 from pipeline.hub.models import Model, find_model, require_exportable, shape_of
 from pipeline.inference.chat_template import template_in
-from pipeline.inference.generator import GenerationEngine, context_for
+from pipeline.inference.generator import context_for
 from pipeline.inference.llama.model import LoadedModel
-from pipeline.inference.teacher import open_teacher
+from pipeline.inference.teacher import generated_constraints
 from pipeline.inference.thoughts import always_thinks
 from pipeline.recipe import Evaluate, Recipe
-from pipeline.recipe_file import read_toml
-from pipeline.records import Constraint, CustomInstruction, Dialogue, Task
+from pipeline.records import Constraint, CustomInstruction, Dialogue
 from pipeline.run_dir import Input, RunDir
 from pipeline.training.job import loads_in_4bit
 from pipeline.training.projections import require_projections
@@ -99,7 +94,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     )
     check_pool(pool, recipe.evaluate)
     dialogues = split_dialogues(recipe)
-    constraints = (*pool.constraints, *_generated_constraints(recipe, run_dir))
+    constraints = (*pool.constraints, *generated_constraints(recipe, run_dir))
     pool = pool._replace(constraints=constraints)
     require_instruction(pool)
     training = write_assignments(recipe, run_dir, dialogues, pool)
@@ -319,66 +314,3 @@ def _check_name(check: Constraint) -> str:
 def _count_instructions(dialogues: list[AssignedDialogue]) -> int:
     instructions = {i for a in dialogues for i in (a.instruction, a.next_instruction) if i}
     return len(instructions)
-
-
-def _generated_constraints(recipe: Recipe, run_dir: RunDir) -> list[Constraint]:
-    """Return the values in `lists.toml`, after the teacher has listed the kinds that are missing.
-
-    Raises:
-        GattError: an edited list has a value that its kind does not take.
-    """
-    settings = recipe.instructions
-    lists: dict[str, list[str]] = {}
-    if run_dir.lists.exists():
-        lists = _checked_lists(run_dir.lists)
-    missing = [kind for kind in settings.generate if kind not in lists]
-    if missing:
-        with open_teacher(recipe, LISTS) as teacher:
-            for kind in missing:
-                lists[kind] = _known_values(kind, teacher, settings.generate_count, recipe.seed)
-        run_dir.note("instructions", teacher.name, teacher.changes)
-        comment = "# Edit these lists if you like; the next run uses them.\n"
-        write_text(run_dir.lists, comment + tomlkit.dumps(lists))
-    constraints = [Constraint(kind, value) for kind in settings.generate for value in lists[kind]]
-    for constraint in constraints:
-        kind_of(constraint)
-    return constraints
-
-
-def _checked_lists(file: Path) -> dict[str, list[str]]:
-    lists = read_toml(file)
-    for kind, values in lists.items():
-        if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-            raise GattError(
-                f"{file}: {kind} = {values!r}; expected a list of texts. Correct it, or delete "
-                "the file to have it made again."
-            )
-    return lists
-
-
-def _known_values(kind: str, teacher: GenerationEngine, count: int, seed: int) -> list[str]:
-    """Return up to `count` values that the teacher lists and knows."""
-
-    def run_tasks(tasks: Iterable[Task]) -> None:
-        each = list(tasks)
-        with progress(f"instructions: {kind}: answers", len(each)) as bar:
-            teacher.run(_counted(task, bar) for task in each)
-
-    listed = list_values(kind, run_tasks, seed)
-    values = listed.known[:count]
-    log(
-        f"instructions: {kind}: {listed.candidates} listed, {len(listed.known)} of them known to "
-        f"the teacher: {', '.join(values)}"
-    )
-    if not values:
-        raise GattError(
-            f"The teacher knows none of the values that it listed for {kind!r}. Choose a larger "
-            "teacher, or name values in instructions.pool."
-        )
-    return values
-
-
-def _counted(task: Task, bar: Progress) -> Task:
-    """Return the same task, which advances the bar at its end."""
-    yield from task
-    bar.advance()
