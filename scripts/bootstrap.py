@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -98,15 +99,13 @@ def _create_venv(folder: Path, python: Path) -> None:
 def run_to_end(command: Sequence[str], environment: Mapping[str, str]) -> int:
     """Run a command in the project's folder and return its status, also after Ctrl-C.
 
-    The command gets the signal itself; unlike `subprocess.call`, this does not kill it while it
-    saves its work.
+    The command gets the signal itself, and is not killed while it saves its work.
     """
-    process = subprocess.Popen(command, cwd=ROOT, env=environment)
-    while True:
-        try:
-            return process.wait()
-        except KeyboardInterrupt:
-            continue
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        return subprocess.call(command, cwd=ROOT, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def read_stamp(stamp: Path) -> tuple[str, LlamaBuild]:
