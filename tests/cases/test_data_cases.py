@@ -327,7 +327,7 @@ def test_parquet_and_folders(tmp_path: Path) -> None:
         ("d.json", b'{\n "turns": ["a",\n}', "line 3: not a line of JSON"),
         ("d.json", b"[" * 100_000, "not valid JSON"),
         ("d.json", b'{"a": [{"turns": ["x"]}], "b": [{"turns": ["y"]}]}', "which of a, b"),
-        ("d.jsonl.gz", gzip.compress(b'{"turns": ["a"]}\n' * 9)[:-12], "damaged archive"),
+        ("d.jsonl.gz", gzip.compress(b'{"turns": ["a"]}\n' * 9, mtime=0)[:-12], "damaged archive"),
         ("d.jsonl.bz2", _DAMAGED_BZIP2, r"d\.jsonl\.bz2 is a damaged archive"),
         ("d.zip", b"PK\x03\x04xxxxxxxx", "a zip archive"),
         ("d.jsonl.zst", b"\x28\xb5\x2f\xfdxxxxxxxx", "is zstd"),
