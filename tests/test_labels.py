@@ -177,7 +177,7 @@ def test_chats_of_the_user_that_cannot_be_learned_are_left_out(
     settings = Train(replay_data=str(replayed), replay_ratio=0.75, max_length=200)
     assert len(training_examples(tokenizer, Recipe(train=settings), file)) == 3
     place = f"{replayed}, line 2"
-    assert f"train: 1 replayed chats are left out, the first is {place}:" in capsys.readouterr().err
+    assert f"train: replayed chats left out: 1, the first is {place}." in capsys.readouterr().err
 
 
 def test_both_chats_are_cut_at_the_same_turn(tokenizer: PreTrainedTokenizerBase) -> None:

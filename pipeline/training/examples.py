@@ -89,8 +89,8 @@ def training_examples(
         pairs = zip(chats, replayed, strict=True)
         if left_out := [chat.place for chat, example in pairs if not example]:
             log(
-                f"train: {len(left_out)} replayed chats are left out, the first is {left_out[0]}: "
-                "they have no answer with a weight within train.max_length = "
+                f"train: replayed chats left out: {len(left_out)}, the first is {left_out[0]}. "
+                "They have no answer with a weight within train.max_length = "
                 f"{recipe.train.max_length} tokens, or the model's chat template refuses them."
             )
         examples += [example for example in replayed if example]

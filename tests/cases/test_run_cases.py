@@ -356,7 +356,7 @@ def test_answers_without_weight_are_not_learned(
         (weights,) = learned(**present)
         assert weights == {0.0: "", 0.5: f"Sorry: two.{end}", 1.0: f"Wrong: seven.{end}"}
     assert learned(weight=0, max_length=64) == []  # the second answer does not fit
-    assert "1 replayed chats are left out" in capsys.readouterr().err
+    assert "replayed chats left out: 1" in capsys.readouterr().err
 
 
 # --- homes ---
