@@ -121,6 +121,9 @@ def test_the_scale_of_no_adapter_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "--adapter-scale needs --adapter, or evaluate.adapter" in done.stderr
     assert not list(tmp_path.iterdir())
+    done = call_gatt("chat", "smollm2-135m", "--adapter-scale", 0.8)
+    assert done.returncode == 1
+    assert "--adapter-scale needs --adapter." in done.stderr
 
 
 def test_a_finished_training_that_is_restarted_begins_at_step_1(

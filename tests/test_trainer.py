@@ -537,6 +537,22 @@ def test_batches_have_similar_lengths_and_every_epoch_all_dialogues(tmp_path: Pa
     assert ordered != [len(e.input_ids) for e in other_seed]
 
 
+@pytest.mark.parametrize("count", [1, 3, 33, 35])
+def test_batches_stay_full_where_dialogues_do_not_divide_by_their_size(
+    tmp_path: Path, count: int
+) -> None:
+    lengths = [10 * n for n in range(1, count + 1)]
+    settings = Train(max_steps=20, batch_size=4)
+    job = replace(tiny_job(tmp_path, tmp_path, settings), examples=list(map(_example, lengths)))
+    ordered = [len(e.input_ids) for e in length_grouped_batches(job)]
+    uses = [ordered.count(length) for length in lengths]
+    assert len(ordered) == 80 and max(uses) - min(uses) <= (1 if count < 4 else 2)
+    if count > 30:
+        # A batch of each epoch may mix what was left of the one before; the others are grouped.
+        spread = [max(ordered[n : n + 4]) - min(ordered[n : n + 4]) for n in range(0, 80, 4)]
+        assert sum(spread) / len(spread) < 60
+
+
 def test_only_complete_checkpoints_count(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) == 0
     for step in (2, 10, 12):

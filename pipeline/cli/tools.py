@@ -174,8 +174,8 @@ def chat(
         Path | None, typer.Option(help="A GGUF LoRA adapter, applied at run time.")
     ] = None,
     adapter_scale: Annotated[
-        float, typer.Option(help="Scale of the adapter; 1 is as trained.")
-    ] = 1.0,
+        float | None, typer.Option(help="Scale of the adapter; 1 is as trained.")
+    ] = None,
     instruction: Annotated[
         str, typer.Option(help="Instruction appended to your first message.")
     ] = "",
@@ -204,7 +204,10 @@ def chat(
     from pipeline.inference.llama.model import Adapter
     from pipeline.stages import chat as stage
 
-    models = [(model, Adapter(adapter, adapter_scale) if adapter else None)]
+    if adapter_scale is not None and not adapter:
+        raise GattError("--adapter-scale needs --adapter. Without one there is nothing to scale.")
+    scale = 1.0 if adapter_scale is None else adapter_scale
+    models = [(model, Adapter(adapter, scale) if adapter else None)]
     if compare:
         models.append((compare, None))
     start = stage.start_conversation(instruction, check or (), system)

@@ -147,14 +147,18 @@ def length_grouped_batches(job: TrainingJob) -> list[TrainingExample]:
     """Return the dialogues of all steps, one batch after another; each epoch is shuffled anew.
 
     Dialogues of similar length share a batch, because a batch is padded to its longest one. With
-    batches drawn at random, a fifth of what is computed would be padding.
+    batches drawn at random, a fifth of what is computed would be padding. Every batch is full:
+    dialogues that do not fill one come first in the next epoch.
     """
     rng = random.Random(f"order {job.seed}")
     size, examples = job.settings.batch_size, job.examples
     total = job.settings.max_steps * size
     ordered: list[TrainingExample] = []
+    left: list[TrainingExample] = []
     while len(ordered) < total:
-        epoch = rng.sample(examples, len(examples))
+        drawn = left + rng.sample(examples, len(examples))
+        full = len(drawn) - len(drawn) % size
+        epoch, left = drawn[:full], drawn[full:]
         batches: list[list[TrainingExample]] = []
         for start in range(0, len(epoch), _MEGABATCH * size):
             megabatch = epoch[start : start + _MEGABATCH * size]
