@@ -273,7 +273,7 @@ def test_evaluation_draws_evenly_over_kinds() -> None:
     names = [a.name for a in assigned]
     assert names == [
         *("opening: Word0!", "closing: The end.", "bold"),
-        *("opening: Word1!", "opening: Word2!", "opening: Word3!"),
+        *("opening: Word1!", "closing: The end.", "bold"),
     ]
 
 

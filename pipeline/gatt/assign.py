@@ -246,11 +246,15 @@ def trained_constraints(training: Sequence[AssignedDialogue]) -> list[Constraint
 
 def spread(constraints: Sequence[Constraint]) -> list[Constraint]:
     """Return the constraints with their kinds in turn, so that a beginning has all kinds."""
+    rounds = zip_longest(*_by_kind(constraints))
+    return [constraint for row in rounds for constraint in row if constraint]
+
+
+def _by_kind(constraints: Sequence[Constraint]) -> list[list[Constraint]]:
     by_kind: dict[str, list[Constraint]] = {}
     for constraint in dict.fromkeys(constraints):
         by_kind.setdefault(constraint.kind, []).append(constraint)
-    rounds = zip_longest(*by_kind.values())
-    return [constraint for row in rounds for constraint in row if constraint]
+    return list(by_kind.values())
 
 
 def assign_evaluation(
@@ -260,12 +264,14 @@ def assign_evaluation(
 ) -> list[AssignedDialogue]:
     """Assign the constraints, one to each dialogue, evenly over kinds and then over values.
 
-    Custom instructions and constraints come by turns. The custom ones that are left get copies of
-    the dialogues, so that each is measured.
+    A custom instruction is a kind of its own; these and the others come by turns. The custom ones
+    that are left get copies of the dialogues, so that each is measured.
     """
-    pairs = zip_longest(spread(constraints), custom)
-    entries: list[PoolEntry] = [entry for pair in pairs for entry in pair if entry]
-    assigned = list(zip(dialogues, cycle(entries), strict=False))
+    pairs = zip_longest(_by_kind(constraints), [[entry] for entry in custom])
+    kinds: list[Iterator[PoolEntry]] = [cycle(kind) for pair in pairs for kind in pair if kind]
+    assigned = [
+        (dialogue, next(kind)) for dialogue, kind in zip(dialogues, cycle(kinds), strict=False)
+    ]
     present = [entry for _, entry in assigned]
     copies = (
         replace(dialogue, id=f"{dialogue.id}.{number}")
