@@ -20,13 +20,14 @@ from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.layer import Linear
 from support.cli import call_gatt
 
+from pipeline.hub.models import presets, shape_of
 from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Train
 from pipeline.stages import doctor
 from pipeline.training import unsloth
 from pipeline.training.cpu import precision
 from pipeline.training.cpu.projections import speed_up_projections
-from pipeline.training.cpu.speed import StepTime, estimate_step
+from pipeline.training.cpu.speed import StepTime, attention_heads, estimate_step
 
 
 def _model(
@@ -151,6 +152,15 @@ def test_the_time_of_a_step_grows_with_the_model_and_the_batch() -> None:
     assert step.learned_tokens == 250 and step.product_seconds > 0
     deep = replace(small, num_hidden_layers=40)
     assert estimate_step(deep, Train(batch_size=2, rank=4)).seconds > 10 * step.seconds
+
+
+@pytest.mark.parametrize("name", presets())
+def test_the_timed_layers_have_nearly_the_heads_of_every_preset(name: str) -> None:
+    shape = shape_of(name)
+    head_dim, heads, kv_heads = attention_heads(shape)
+    assert heads % kv_heads == 0
+    assert head_dim * heads == pytest.approx(shape.q_size, rel=0.15)
+    assert head_dim * kv_heads == pytest.approx(shape.kv_size, rel=0.15)
 
 
 @pytest.mark.slow

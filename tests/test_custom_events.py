@@ -27,6 +27,7 @@ from pipeline.records import (
     Constraint,
     CustomInstruction,
     Dialogue,
+    Instruction,
     Reply,
     Request,
     Task,
@@ -249,24 +250,33 @@ def test_leakage_takes_patterns_and_leaves_functions_out(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("custom", "late", "verdicts"),
+    ("instruction", "late", "verdicts"),
     [
-        (ZIGGY, stop("Stop."), [ACCEPTED, OBEYS_OLD, ACCEPTED]),
-        (ZIGGY, render_instruction((Constraint("bold"),)), [ACCEPTED, "disobeys", "disobeys"]),
+        (custom_instruction(ZIGGY), stop("Stop."), [ACCEPTED, OBEYS_OLD, ACCEPTED]),
+        (
+            custom_instruction(ZIGGY),
+            render_instruction((Constraint("bold"),)),
+            [ACCEPTED, "disobeys", "disobeys"],
+        ),
+        (
+            render_instruction((Constraint("opening", "Ziggy"),)),
+            stop("Stop."),
+            [ACCEPTED, OBEYS_OLD, ACCEPTED],
+        ),
         # An answer without a price says nothing about what is followed.
-        (CHEAP, stop("Stop."), [ACCEPTED, ACCEPTED]),
-        (BLUNT, stop("Stop."), [ACCEPTED, ACCEPTED]),
+        (custom_instruction(CHEAP), stop("Stop."), [ACCEPTED, ACCEPTED]),
+        (custom_instruction(BLUNT), stop("Stop."), [ACCEPTED, ACCEPTED]),
     ],
 )
 def test_training_answers_after_a_stop_do_not_go_on_to_obey(
-    custom: CustomInstruction, late: object, verdicts: list[str]
+    instruction: Instruction, late: Instruction, verdicts: list[str]
 ) -> None:
     questions = ("Why is the sea salt?", "Who measures the salt?")
     assigned = AssignedDialogue(
         dialogue=Dialogue("d", "sea", questions),
-        instruction=custom_instruction(custom),
+        instruction=instruction,
         method="sampled",
-        next_instruction=late,  # type: ignore[arg-type]
+        next_instruction=late,
         change_turn=1,
     )
     texts = iter(

@@ -327,6 +327,22 @@ def test_items_with_commas_on_a_single_line_are_a_list() -> None:
         *("Ada Lovelace", "Gandhi")
     ]
     assert parse_items("Chess, a game") == ["Chess"]
+    assert parse_items("Sure, here are hobbies: reading, hiking, and golf") == [
+        *("reading", "hiking", "golf")
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Rulers:\n1. Napoleon\n2. Elizabeth I\nScientists:\n3. Newton",
+        "## Rulers\n- Napoleon\n- Elizabeth I\n\n**Scientists**\n- Newton\nEnjoy!",
+        "Sure, here they are:\nNapoleon\nElizabeth I\n**Scientists:**\nNewton",
+        "Great question\n* Napoleon\n* Elizabeth I\n* Newton",
+    ],
+)
+def test_headings_and_prefaces_are_no_items(text: str) -> None:
+    assert parse_items(text) == ["Napoleon", "Elizabeth I", "Newton"]
 
 
 def test_what_several_lists_have_is_known_without_a_test_but_no_language_is() -> None:

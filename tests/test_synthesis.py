@@ -106,6 +106,14 @@ def test_an_edited_answer_is_cut_and_edited() -> None:
     assert _judge("The sea is", "edited").verdict == "empty"
 
 
+def test_an_exact_answer_counts_as_edited_also_where_the_teacher_wrote_no_sentence() -> None:
+    assigned = replace(_assigned("edited"), exact_answers={0: "Your name is Ada."})
+    answer = judge_candidate(
+        assigned, CandidateKey("d", 0, 0), Completion("Chloe", 9, 9, "stop"), (), max_sentences=1
+    )
+    assert (answer.raw, answer.text) == ("Chloe", "Your name is Ada.")
+
+
 @pytest.mark.parametrize("text", ["...", "?!", "🙂!"])
 def test_an_answer_without_a_word_is_rejected_and_not_edited(text: str) -> None:
     answer = _judge(text, "edited", constraint=Constraint("bold"))

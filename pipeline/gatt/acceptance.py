@@ -58,15 +58,16 @@ def judge_candidate(
     has a defect: edits expect a few words. The exact answer to a recall question takes the place of
     any. `accepted` are the answers to the turns before.
     """
-    raw = completion.text.strip()
+    written = completion.text.strip()
+    raw = written
     if assigned.method != "sampled":
-        raw = first_sentences(raw, max_sentences)
+        raw = first_sentences(written, max_sentences)
     if exact := assigned.exact_answers.get(key.turn):
         return Answer(
             dialogue=key.dialogue,
             turn=key.turn,
             candidate=key.candidate,
-            raw=raw or exact,
+            raw=raw or written or exact,  # "Chloe" has no end of a sentence
             text=exact,
             tokens=completion.tokens,
             verdict=ACCEPTED,
@@ -138,12 +139,12 @@ def _keeps_to_topic(assigned: AssignedDialogue, turn: int, raw: str, earlier: li
 def _obeys_old(
     assigned: AssignedDialogue, turn: int, text: str, dialogue: Sequence[Message]
 ) -> bool:
-    """Return whether an answer still follows the user's own instruction that no longer holds.
+    """Return whether an answer still follows the instruction that no longer holds.
 
     A teacher that has obeyed in all earlier answers goes on by itself. Only checks that a plain
     answer does not pass can tell.
     """
-    if not assigned.is_custom or assigned.active_instruction(turn) is assigned.instruction:
+    if assigned.active_instruction(turn) is assigned.instruction:
         return False
     old, new = assigned.constraints(0), assigned.constraints(turn)
     if is_judged(old) or set(old) & set(new):

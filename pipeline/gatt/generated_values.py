@@ -57,7 +57,8 @@ _KNOWN_LISTS = 2
 """Lists with the same person or hobby that show that the teacher knows it."""
 _MAX_TOKENS = 120
 """Of a list, and of an answer about one of its items."""
-_BULLET = re.compile(r"^\s*(?:[-*•]|\(?\d+[.):])?\s*")
+_BULLET = re.compile(r"^\s*(?:[-*•](?!\*)|\(?\d+[.):])\s*")
+_HEADING = re.compile(r"^\s*#|:[\s*_]*$")
 _SEPARATOR = re.compile(r",\s*(?:and\s+)?|\s+and\s+")
 _ITEM_END = re.compile(r"\s[-–—(]|[:,;]|(?<=[^\W\d_]{4})\.+(?=[*_\"']*\s)|\.+[\s*_\"']*$")
 """Where a remark begins: a period in "J. S. Bach" or "St. Francis" does not end the name."""
@@ -110,13 +111,18 @@ def parse_items(text: str) -> list[str]:
 
     Bullets, numbers and remarks after a dash, a colon or a sentence are removed: "1. **Ada
     Lovelace** - a writer" is "Ada Lovelace". Items of over 30 characters or three words are left
-    out, and those of one or two letters.
+    out, and those of one or two letters; so are headings, and what stands around a list with
+    bullets or numbers.
     """
     items = []
-    lines = text.strip().splitlines()
+    lines = [line for line in text.strip().splitlines() if line.strip()]
     if len(lines) == 1 and text.count(",") > 1:
-        lines = _SEPARATOR.split(text)
+        lines = _SEPARATOR.split(text.rpartition(":")[2])
+    elif len(marked := [line for line in lines if _BULLET.match(line)]) >= max(2, len(lines) / 2):
+        lines = marked
     for line in lines:
+        if _HEADING.search(line):
+            continue
         item = _ITEM_END.split(_BULLET.sub("", line), maxsplit=1)[0].strip(" *_\"'")
         longest = max(map(len, words(item)), default=0)
         is_short = len(item) <= 30 and len(item.split()) <= 3

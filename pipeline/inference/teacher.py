@@ -14,6 +14,7 @@ from pipeline.data.dialogues import load_dialogues
 from pipeline.errors import GattError
 from pipeline.files import write_json, write_text
 from pipeline.folders import lock_file
+from pipeline.gatt.constraints.language import language_of
 from pipeline.gatt.constraints.registry import kind_of
 from pipeline.gatt.generated_values import LISTS, list_values
 from pipeline.gatt.quality import find_defect
@@ -121,8 +122,12 @@ def _measure(path: Path, dialogues: Sequence[Dialogue], bar: Progress) -> _Quali
     return _Quality(perplexity, good / len(answers))
 
 
-def generated_constraints(recipe: Recipe, run_dir: RunDir) -> list[Constraint]:
+def generated_constraints(
+    recipe: Recipe, run_dir: RunDir, dialogues: Sequence[Dialogue]
+) -> list[Constraint]:
     """Return the values in `lists.toml`, after the teacher has listed the kinds that are missing.
+
+    The language of the `dialogues` is no value: a plain answer is written in it, too.
 
     Raises:
         GattError: an edited list has a value that its kind does not take.
@@ -131,11 +136,14 @@ def generated_constraints(recipe: Recipe, run_dir: RunDir) -> list[Constraint]:
     lists: dict[str, list[str]] = {}
     if run_dir.lists.exists():
         lists = _checked_lists(run_dir.lists)
+        log(f"instructions: the values in {run_dir.lists} are used; delete it to list them again")
     missing = [kind for kind in settings.generate if kind not in lists]
     if missing:
+        spoken = language_of(" ".join(turn for d in dialogues[:100] for turn in d.turns))
         with open_teacher(recipe, LISTS) as teacher:
             for kind in missing:
-                lists[kind] = _known_values(kind, teacher, settings.generate_count, recipe.seed)
+                values = _known_values(kind, teacher, recipe.seed, spoken)
+                lists[kind] = values[: settings.generate_count]
         run_dir.note("instructions", teacher.name, teacher.changes)
         comment = "# Edit these lists if you like; the next run uses them.\n"
         write_text(run_dir.lists, comment + tomlkit.dumps(lists))
@@ -156,8 +164,8 @@ def _checked_lists(file: Path) -> dict[str, list[str]]:
     return lists
 
 
-def _known_values(kind: str, teacher: GenerationEngine, count: int, seed: int) -> list[str]:
-    """Return up to `count` values that the teacher lists and knows."""
+def _known_values(kind: str, teacher: GenerationEngine, seed: int, spoken: str) -> list[str]:
+    """Return the values that the teacher lists and knows, without the language `spoken`."""
 
     def run_tasks(tasks: Iterable[Task]) -> None:
         each = list(tasks)
@@ -165,9 +173,9 @@ def _known_values(kind: str, teacher: GenerationEngine, count: int, seed: int) -
             teacher.run(_counted(task, bar) for task in each)
 
     listed = list_values(kind, run_tasks, seed)
-    values = listed.known[:count]
+    values = [value for value in listed.known if value != spoken]
     log(
-        f"instructions: {kind}: {listed.candidates} listed, {len(listed.known)} of them known to "
+        f"instructions: {kind}: {listed.candidates} listed, {len(values)} of them known to "
         f"the teacher: {', '.join(values)}"
     )
     if not values:

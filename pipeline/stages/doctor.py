@@ -126,7 +126,10 @@ def _generate(engine: BatchEngine, numbers: Sequence[int], max_tokens: int) -> t
         nonlocal tokens
         text = f"Write a long story about the number {number}."
         completion = yield Request(
-            messages=({"role": "user", "content": text},), seed=number, max_tokens=max_tokens
+            messages=({"role": "user", "content": text},),
+            seed=number,
+            max_tokens=max_tokens,
+            max_thought_tokens=0,
         )
         tokens += completion.tokens
 

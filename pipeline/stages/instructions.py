@@ -94,7 +94,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     )
     check_pool(pool, recipe.evaluate)
     dialogues = split_dialogues(recipe)
-    constraints = (*pool.constraints, *generated_constraints(recipe, run_dir))
+    constraints = (*pool.constraints, *generated_constraints(recipe, run_dir, dialogues.training))
     pool = pool._replace(constraints=constraints)
     require_instruction(pool)
     training = write_assignments(recipe, run_dir, dialogues, pool)

@@ -95,18 +95,31 @@ def _usual_dialogue(*, distilled: bool) -> TrainingExample:
     )
 
 
+def attention_heads(shape: ModelShape) -> tuple[int, int, int]:
+    """Return the size of a head, and the numbers of query and of key-value heads.
+
+    They come near the sizes of a model whose layers differ, as those of Gemma 4: its mean sizes
+    have no common divisor.
+    """
+    divisors = (n for n in _HEAD_SIZES if not (shape.q_size % n or shape.kv_size % n))
+    head_dim = next(divisors, _HEAD_SIZES[0])
+    kv_heads = max(1, round(shape.kv_size / head_dim))
+    groups = max(1, round(shape.q_size / head_dim / kv_heads))
+    return head_dim, groups * kv_heads, kv_heads
+
+
 def _random_model(shape: ModelShape, settings: Train, layers: int, rows: int) -> PeftModel:
     """Return a Llama of `layers` layers of the model's sizes, with the adapter."""
     import peft
     import transformers
 
-    head_dim = next(n for n in _HEAD_SIZES if not (shape.q_size % n or shape.kv_size % n))
+    head_dim, heads, kv_heads = attention_heads(shape)
     config = transformers.LlamaConfig(
         num_hidden_layers=layers,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
-        num_attention_heads=shape.q_size // head_dim,
-        num_key_value_heads=shape.kv_size // head_dim,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
         vocab_size=rows,
         max_position_embeddings=2 * TOKENS_PER_DIALOGUE,
