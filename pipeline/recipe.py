@@ -315,7 +315,8 @@ class Evaluate(Section):
     suite_dialogues: int = Field(default=6, ge=0)
     """Dialogues of each further suite, in all arms but the ceiling and the other formats: `unseen`
     instructions, a change of instruction halfway, no instruction (leakage, degradation), and
-    recall of attributes (Table 30). 0 skips them."""
+    recall of attributes (Table 30). Kinds that are not trained, or have new values, get at least
+    one dialogue each, as far as `dialogues` goes. 0 skips all of these."""
     recall_dialogues: int = Field(default=0, ge=0)
     """Dialogues of the recall suite; 0: as many as of the other suites. Each asks for a name and a
     hobby, so 30 give 60 answers for each turn."""

@@ -9,8 +9,10 @@ import pytest
 from support.cli import Completed, call_gatt
 
 from pipeline.files import write_text
+from pipeline.gatt.assignment import AssignedDialogue, write_splits
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import QUICK, load_recipe, recipe_toml
+from pipeline.records import Dialogue
 from pipeline.run import _settings
 from pipeline.run_dir import RunDir
 
@@ -124,6 +126,17 @@ def test_the_scale_of_no_adapter_is_refused(tmp_path: Path) -> None:
     done = call_gatt("chat", "smollm2-135m", "--adapter-scale", 0.8)
     assert done.returncode == 1
     assert "--adapter-scale needs --adapter." in done.stderr
+
+
+def test_longer_dialogues_than_the_run_has_are_refused_and_not_saved(tmp_path: Path) -> None:
+    run_dir = _save_recipe(tmp_path)
+    dialogue = AssignedDialogue(dialogue=Dialogue("d", "sea", ("Why?",) * 21))
+    write_splits(run_dir.assignments, {"train": [], "evaluation": [dialogue]})
+    before = run_dir.recipe.read_bytes()
+    done = call_gatt("evaluate", "--run", tmp_path, "--set", "evaluate.turns=60")
+    assert done.returncode == 1
+    assert "have 21 turns. `gatt evaluate --run" in done.stderr
+    assert run_dir.recipe.read_bytes() == before
 
 
 def test_a_finished_training_that_is_restarted_begins_at_step_1(

@@ -35,7 +35,7 @@ from pipeline.evaluation.statistics import Difference
 from pipeline.evaluation.suites import SuiteSettings, build_suites
 from pipeline.export.summary import ExportSummary, FormatSummary, MergeBase, MergeTrial
 from pipeline.files import write_json, write_jsonl
-from pipeline.gatt.acceptance import Acceptance, AcceptanceRow
+from pipeline.gatt.acceptance import SEVERAL, Acceptance, AcceptanceRow
 from pipeline.gatt.assign import ConstraintPool, assign_evaluation
 from pipeline.gatt.assignment import AssignedDialogue, Splits, write_splits
 from pipeline.recipe import Evaluate, Recipe
@@ -253,7 +253,7 @@ def test_page_has_every_section_and_leaves_out_what_was_not_measured(
     assert set(re.findall("<h2>(.*?)</h2>", _page(full))) == {
         *always,
         "Recall",
-        "Instructions that were not trained",
+        "New values, new kinds, two at once",
         "When the instruction changes",
         "Reminder fidelity",
         "Leakage and damage",
@@ -349,7 +349,7 @@ def test_lengths_of_prompts_are_a_table_beside_the_length_of_training(tmp_path: 
     rows = _csv(run_dir, "by_length")
     assert [row["tokens of the prompt, up to"] for row in rows] == ["512", "2048"]
     assert [row["base hits"] for row in rows] == ["3", "1"]
-    assert "Training dialogues have up to 1024." in _page(run_dir)
+    assert "Training dialogues have up to 1024 (train.max_length)." in _page(run_dir)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +403,29 @@ def test_the_report_says_what_was_not_measured(full: RunDir, bare: RunDir) -> No
         "Measured: 2 of the 5 trained constraints, of 2 of 3 kinds; nothing of the kinds persona. "
         "Raise evaluate.dialogues to measure more."
     ]
+
+
+def test_the_report_says_which_kinds_have_no_training_answer(bare: RunDir) -> None:
+    def row(kind: str, accepted: int) -> AcceptanceRow:
+        return AcceptanceRow(
+            instruction=kind,
+            method="sampled",
+            candidates=9,
+            accepted=accepted,
+            rejected={},
+            words=None,
+            example="",
+            kind=kind,
+        )
+
+    rows = [row("heading", 0), row("json", 0), row("json", 2), row(SEVERAL, 0), row("none", 0)]
+    results = replace(read_results(_recipe(bare), bare), acceptance=Acceptance(rows, 0))
+    section = by_instruction(results)
+    assert section
+    assert section.notes[0] == (
+        "No answer of the teacher that follows one of these alone was accepted, so they were "
+        "hardly trained: heading."
+    )
 
 
 def test_the_report_says_why_a_kind_loses_its_replies(bare: RunDir) -> None:

@@ -17,7 +17,7 @@ from pipeline.evaluation.scores import Leakage, ReplyCounts, Scores
 from pipeline.evaluation.scoring.leakage import measure_leakage
 from pipeline.evaluation.suites import SuiteSettings, build_suites
 from pipeline.files import write_json
-from pipeline.gatt.assign import ConstraintPool, assign_evaluation
+from pipeline.gatt.assign import ConstraintPool, assign_evaluation, unseen_values
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import KINDS, compatible
 from pipeline.gatt.rollout import RECALL_TURNS
@@ -490,6 +490,38 @@ def test_replies_that_obey_and_are_no_answer_or_are_cut_before_are_counted_by_ki
     spotless = [replace(reply, defect="", finish="stop") for reply in replies]
     clean = compute_scores(spotless, {"evaluation": trained}, POOL)
     assert not (clean.obey_no_answer or clean.cut_before_obeying)
+
+
+def test_kinds_that_are_not_trained_get_a_dialogue_each() -> None:
+    kinds = ("opening", "hashtag", "closing")
+    pool = ConstraintPool((Constraint("opening", "Chess, by any name:"),), kinds)
+    unseen = (Constraint("opening", "chess, by any name:"), Constraint("bold"), *UNSEEN)
+    settings = replace(_SETTINGS, pool=pool, trained=pool.constraints, unseen=unseen)
+    suites = build_suites(DIALOGUES[:1], settings, further=DIALOGUES[1:])
+    assert [d.constraints(0)[0].kind for d in suites["unseen_values"]] == list(kinds)
+    assert [d.constraints(0)[0].name for d in suites["unseen"]] == [
+        *("bold", "opening: Hark!", "uppercase")
+    ]
+    few = build_suites(DIALOGUES[:1], settings, further=DIALOGUES[1:2])
+    assert len(few["unseen_values"]) == 2
+    assert not build_suites([], settings, further=DIALOGUES)["unseen_values"]
+
+
+def test_two_at_once_are_trained_ones() -> None:
+    combined = {c for d in _suites()["combined"] for c in d.constraints(0)}
+    assert combined <= set(POOL)
+
+
+def test_new_values_share_no_word_with_the_users_own() -> None:
+    names = [c.value for c in unseen_values(["persona"], 40, seed=1)]
+    first = names[0].split()[0]
+    trained = (Constraint("persona", first.upper()),)
+    settings = replace(_SETTINGS, pool=ConstraintPool(trained, ("persona",)), trained=trained)
+    suites = build_suites([replace(DIALOGUES[0], id=str(n)) for n in range(40)], settings)
+    assert any(first in name.split() for name in names)
+    values = [c.value for d in suites["unseen_values"] for c in d.constraints(0)]
+    values += [q.value for d in suites["recall"] for q in d.recall_questions]
+    assert len(values) == 160 and not any(first in value.split() for value in values)
 
 
 def test_a_short_evaluation_measures_every_kind_of_a_long_pool_before_a_second_value() -> None:

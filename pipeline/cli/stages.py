@@ -344,11 +344,13 @@ def evaluate(
             "--adapter-scale needs --adapter, or evaluate.adapter in the recipe. The exported file "
             "has its adapter merged."
         )
+    from pipeline.stages import evaluate as stage
+
+    stage.require_turns(settings, run_dir)
     with ray_cluster(ray):
         execute_stage("evaluate", settings, run_dir)
         if sampler != "gatt" or turns:
             from pipeline.evaluation.conditions import Condition
-            from pipeline.stages import evaluate as stage
 
             condition = Condition(sampler, turns or settings.evaluate.turns)
             stage.run_condition(settings, run_dir, condition)

@@ -1,20 +1,20 @@
 """Suites that measure more than the trained instructions; each is a list of assigned dialogues.
 
 `unseen_values`: trained kinds with values that are held out. `unseen`: the recipe's instructions
-that are not trained. `combined`: two constraints at once. `change`: another instruction replaces
-the first halfway, which the paper leaves open. `stop`: the user ends it halfway. `contradiction`:
-the user contradicts the system message halfway. In these three, instructions in the user's own
-words take turns with the others, if a plain answer does not pass their checks. `plain`: no
-instruction, where no trained trait may show. `recall`: attributes are set in turn 1 and asked for
-later (Table 30 of the paper). `single`: one question with one instruction, as in IFEval (Zhou et
-al. 2023), to see what training has degraded.
+that are not trained. `combined`: two trained constraints at once. `change`: another instruction
+replaces the first halfway, which the paper leaves open. `stop`: the user ends it halfway.
+`contradiction`: the user contradicts the system message halfway. In these three, instructions in
+the user's own words take turns with the others, if a plain answer does not pass their checks.
+`plain`: no instruction, where no trained trait may show. `recall`: attributes are set in turn 1 and
+asked for later (Table 30 of the paper). `single`: one question with one instruction, as in IFEval
+(Zhou et al. 2023), to see what training has degraded.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle, zip_longest
 from typing import NamedTuple
@@ -33,6 +33,7 @@ from pipeline.gatt.bake import with_prompt
 from pipeline.gatt.constraints.registry import KINDS, compatible, is_judged, shows_obedience
 from pipeline.gatt.ghost import CHANGE_PREFIX
 from pipeline.gatt.instructions import instruction_of, render_instruction
+from pipeline.gatt.text import words
 from pipeline.gatt.vocabulary.attributes import evaluation_attributes
 from pipeline.records import Constraint, CustomInstruction, Dialogue, Instruction
 
@@ -67,15 +68,21 @@ def build_suites(
     dialogues: Sequence[Dialogue],
     settings: SuiteSettings,
     recall: Sequence[Dialogue] | None = None,
+    further: Sequence[Dialogue] = (),
 ) -> dict[str, list[AssignedDialogue]]:
     """Return the further suites over `dialogues`, and that of recall over `recall`, if given.
+
+    Where there are more kinds that are not trained, or with new values, than `dialogues`, some of
+    `further` are added, so that each is measured. No new value has a word of a trained one.
 
     Of `settings.unseen`, what is trained is left out. The ids of dialogues end with the suite's
     name, so that replies of different suites have different keys. `recall` may have a dialogue
     several times; each gets other attributes.
     """
-    new_values = unseen_values(settings.pool.vocabulary_kinds, len(dialogues), settings.seed)
-    new = [c for c in settings.unseen if c not in settings.trained]
+    kinds, trained = settings.pool.vocabulary_kinds, set(map(_folded, settings.trained))
+    avoided = {word for constraint in settings.trained for word in words(constraint.value)}
+    new_values = unseen_values(kinds, max(len(dialogues), len(kinds)), settings.seed, avoided)
+    new = [c for c in settings.unseen if _folded(c) not in trained]
     shown = spread([c for c in settings.trained if shows_obedience(c)])
     # Where a plain answer obeys as well, nothing can be seen of what the user has ended. A judge
     # is only asked about the instruction that holds.
@@ -85,14 +92,14 @@ def build_suites(
         for place in ("first", "system")
     }
     suites = {
-        "unseen_values": assign_evaluation(dialogues, new_values) if new_values else [],
-        "unseen": assign_evaluation(dialogues, new) if new else [],
-        "combined": _combined(dialogues, [*new_values, *shown]),
+        "unseen_values": _each(new_values, dialogues, further),
+        "unseen": _each(new, dialogues, further),
+        "combined": _combined(dialogues, shown),
         "change": _changing(dialogues, entries["first"], settings.turns),
         "stop": _stopping(dialogues, entries["first"], settings.turns),
         "contradiction": _contradicting(dialogues, entries["system"], settings.turns),
         "plain": [AssignedDialogue(dialogue=dialogue) for dialogue in dialogues],
-        "recall": _recall(dialogues if recall is None else recall, settings.seed),
+        "recall": _recall(dialogues if recall is None else recall, settings.seed, avoided),
         "single": _single(dialogues),
     }
     full = settings.full_turns
@@ -142,7 +149,24 @@ def _every_kind() -> list[Constraint]:
     return [Constraint(name, kind.values[0]) for name, kind in KINDS.items() if not kind.judged]
 
 
-def _recall(dialogues: Sequence[Dialogue], seed: int) -> list[AssignedDialogue]:
+def _folded(constraint: Constraint) -> tuple[str, str]:
+    return constraint.kind, constraint.value.casefold()
+
+
+def _each(
+    constraints: Sequence[Constraint], dialogues: Sequence[Dialogue], further: Sequence[Dialogue]
+) -> list[AssignedDialogue]:
+    """Assign the constraints, to as many dialogues as they have kinds where that is more."""
+    kinds = {constraint.kind for constraint in constraints}
+    if not (kinds and dialogues):
+        return []
+    size = max(len(dialogues), len(kinds))
+    return assign_evaluation([*dialogues, *further][:size], constraints)
+
+
+def _recall(
+    dialogues: Sequence[Dialogue], seed: int, avoided: Collection[str]
+) -> list[AssignedDialogue]:
     """Return dialogues with the paper's attributes and a further one, in wordings by turns."""
     return [
         AssignedDialogue(
@@ -151,6 +175,7 @@ def _recall(dialogues: Sequence[Dialogue], seed: int) -> list[AssignedDialogue]:
                 (*PAPER_ATTRIBUTES, _FURTHER_ATTRIBUTES[n % len(_FURTHER_ATTRIBUTES)]),
                 seed=f"recall {seed} {n}",
                 wording=n,
+                avoided=avoided,
             ),
         )
         for n, dialogue in enumerate(dialogues)

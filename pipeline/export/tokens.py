@@ -131,8 +131,8 @@ def _compare(file: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[
 def _mismatch(text: str) -> GattError:
     return GattError(
         f"llama.cpp would tokenize a chat differently from the training tokenizer ({text}). "
-        "Nothing was written. To export it nevertheless, set export.verify_tokenizer = false "
-        "(or --allow-tokenizer-mismatch)."
+        "Nothing was written. To export it nevertheless, set export.verify_tokenizer = false in "
+        "the recipe (gatt export: --allow-tokenizer-mismatch)."
     )
 
 

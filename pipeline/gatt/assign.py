@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, cycle, islice, zip_longest
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from pipeline.gatt.constraints.registry import compatible, editable
 from pipeline.gatt.ghost import CHANGE_PREFIX
 from pipeline.gatt.instructions import custom_instruction, instruction_of, render_instruction
 from pipeline.gatt.vocabulary.attributes import training_attributes
-from pipeline.gatt.vocabulary.values import draw_value
+from pipeline.gatt.vocabulary.values import draw_value, without_words
 from pipeline.records import Constraint, CustomInstruction, Dialogue, Instruction
 
 _STOPS = (
@@ -305,10 +306,15 @@ def untrained_entries(
     )
 
 
-def unseen_values(kinds: Sequence[str], count: int, seed: int) -> list[Constraint]:
-    """Return `count` constraints, evenly over `kinds`, with values held out from training."""
+def unseen_values(
+    kinds: Sequence[str], count: int, seed: int, avoided: Collection[str] = ()
+) -> list[Constraint]:
+    """Return `count` constraints, evenly over `kinds`, with values held out from training.
+
+    No value has one of the words `avoided`.
+    """
     rng = random.Random(f"unseen {seed}")
     return [
-        Constraint(kind, draw_value(kind, "evaluation", rng))
+        Constraint(kind, without_words(partial(draw_value, kind, "evaluation", rng), avoided))
         for kind, _ in zip(cycle(kinds), range(count), strict=False)
     ]

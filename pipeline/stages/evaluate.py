@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeline.console import capture_output, log, print_result
+from pipeline.errors import GattError
 from pipeline.evaluation.aggregate import compute_scores
 from pipeline.evaluation.arms import arms, dialogue_context
 from pipeline.evaluation.attention import attention_map
@@ -89,6 +90,20 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     fidelity = measure_fidelity(measured, suites["evaluation"], replies, recipe)
     scores = replace(scores, fidelity=fidelity)
     write_json(run_dir.scores, scores)
+
+
+def require_turns(recipe: Recipe, run_dir: RunDir) -> None:
+    """Raise a `GattError` if the run's evaluation dialogues are shorter than `evaluate.turns`."""
+    if not run_dir.assignments.exists():
+        return
+    dialogues = read_splits(run_dir.assignments)["evaluation"]
+    longest = max((len(assigned.dialogue.turns) for assigned in dialogues), default=0)
+    if longest < (turns := recipe.evaluate.turns):
+        raise GattError(
+            f"evaluate.turns = {turns}, but the evaluation dialogues of {run_dir.path} have "
+            f"{longest} turns. `gatt evaluate --run {run_dir.path} --turns {turns}` prolongs them; "
+            "`gatt run` with another --run draws longer ones, which takes new training."
+        )
 
 
 def run_condition(recipe: Recipe, run_dir: RunDir, condition: Condition) -> None:

@@ -109,8 +109,9 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         custom=_given(custom, training),
     )
     held_out = dialogues.evaluation[: settings.suite_dialogues]
+    further = dialogues.evaluation[settings.suite_dialogues :]
     recall = _recall_dialogues(dialogues, settings)
-    write_splits(run_dir.suites, build_suites(held_out, suites, recall))
+    write_splits(run_dir.suites, build_suites(held_out, suites, recall, further))
 
 
 def _log_thinking(model: Model) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from pipeline.gatt.constraints.content_checks import mentions
-from pipeline.gatt.vocabulary.values import VocabularySplit, fill
+from pipeline.gatt.vocabulary.values import VocabularySplit, fill, without_words
 from pipeline.records import Instruction, RecallQuestion
 
 
@@ -167,17 +167,21 @@ def training_attributes(
     return _instruction(statements, recall), tuple(questions)
 
 
-def evaluation_attributes(names: Sequence[str], seed: str, wording: int = 0) -> Instruction:
+def evaluation_attributes(
+    names: Sequence[str], seed: str, wording: int = 0, avoided: Collection[str] = ()
+) -> Instruction:
     """Return an instruction that sets the attributes `names`, with the questions about them.
 
-    `wording` counts through the wordings of the questions, and begins again after the last.
+    `wording` counts through the wordings of the questions, and begins again after the last. No
+    value has one of the words `avoided`.
     """
     rng = random.Random(seed)
     split: VocabularySplit = "evaluation"
     statements, recall = [], []
     for name in names:
         attribute = (ATTRIBUTES | UNSEEN_ATTRIBUTES)[name]
-        value = fill(rng.choice(attribute.patterns), split, rng)
+        patterns = attribute.patterns
+        value = without_words(lambda p=patterns: fill(rng.choice(p), split, rng), avoided)
         statements.append(_filled(attribute.evaluation_statement, value))
         questions = attribute.evaluation_questions
         recall.append(RecallQuestion(name, questions[wording % len(questions)], value))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Callable, Collection
 from functools import cache
 from importlib.resources import files
 from typing import Literal
@@ -20,6 +21,7 @@ VocabularySplit = Literal["train", "evaluation"]
 
 _HELD_OUT = 3
 """One of so many entries is held out for evaluation."""
+_MAX_DRAWS = 100
 _PLACEHOLDER = re.compile(r"\{([\w ]+)\}")
 
 _NAMES = ("{first name}", "{first name} {last name}", "{title} {last name}")
@@ -60,6 +62,15 @@ _PATTERNS: dict[VocabularySplit, dict[str, tuple[str, ...]]] = {
         "json": ("{noun}", "{adjective}"),
     },
 }
+
+
+def without_words(draw: Callable[[], str], avoided: Collection[str]) -> str:
+    """Return the first drawn value that has none of the words `avoided`, or else the last one."""
+    for _ in range(_MAX_DRAWS):
+        value = draw()
+        if not set(words(value)) & set(avoided):
+            break
+    return value
 
 
 def draw_value(kind: str, split: VocabularySplit, rng: random.Random) -> str:

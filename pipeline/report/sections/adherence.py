@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from pipeline.evaluation.scores import ChangeScores, EventScores, RateRow
+from pipeline.gatt.acceptance import Acceptance
+from pipeline.gatt.constraints.registry import KINDS
 from pipeline.report.figures import change_curve, survival_curve
 from pipeline.report.page import ReportSection
 from pipeline.report.results import RunResults
@@ -56,7 +59,7 @@ def several_turns(results: RunResults) -> ReportSection:
         tables.append(by_arm("by_length", "tokens of the prompt, up to", lengths, results.arms))
         notes.append(
             "By tokens: all turns but the first. Training dialogues have up to "
-            f"{results.recipe.train.max_length}."
+            f"{results.recipe.train.max_length} (train.max_length)."
         )
     return ReportSection(
         title="Over several turns",
@@ -108,6 +111,7 @@ def by_instruction(results: RunResults) -> ReportSection | None:
         caption="Instructions of training, all turns.",
         tables=tables,
         notes=[
+            *_not_accepted(results.acceptance),
             *_not_measured(scores.coverage),
             *_often(
                 scores.obey_no_answer,
@@ -131,6 +135,21 @@ def _often(rows: Sequence[RateRow], meaning: str) -> list[str]:
     return [f"{meaning}: {kinds}."] if kinds else []
 
 
+def _not_accepted(acceptance: Acceptance | None) -> list[str]:
+    """Return a note of the kinds that training lacks, as no answer of the teacher followed them."""
+    accepted: Counter[str] = Counter()
+    for row in acceptance.rows if acceptance else ():
+        if row.kind in KINDS:
+            accepted[row.kind] += row.accepted
+    kinds = [kind for kind, count in accepted.items() if not count]
+    if not kinds:
+        return []
+    return [
+        f"No answer of the teacher that follows one of these alone was accepted, so they were "
+        f"hardly trained: {', '.join(kinds)}."
+    ]
+
+
 def _not_measured(coverage: Mapping[str, tuple[int, int]]) -> list[str]:
     """Return a note about the trained constraints that no evaluation dialogue has."""
     measured, trained = (sum(row[n] for row in coverage.values()) for n in (0, 1))
@@ -146,16 +165,16 @@ def _not_measured(coverage: Mapping[str, tuple[int, int]]) -> list[str]:
 
 
 def generalization(results: RunResults) -> ReportSection | None:
-    """Return adherence to instructions that were not trained, and to two at once."""
+    """Return adherence to instructions that were not trained, and to two trained ones at once."""
     scores = results.scores
     if not scores.generalization:
         return None
     rows = [replace(row, at=f"{row.at} ({row.group})") for row in scores.by_unseen]
     return ReportSection(
-        title="Instructions that were not trained",
+        title="New values, new kinds, two at once",
         caption=(
             "Values that share no word with those of training, kinds that are new altogether, and "
-            "two instructions at once."
+            "two trained instructions at once."
         ),
         tables=[
             by_arm("generalization", "", [*scores.generalization, *scores.combined], results.arms),

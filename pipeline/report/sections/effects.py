@@ -49,7 +49,8 @@ def leakage_and_damage(results: RunResults) -> ReportSection | None:
             "Dialogues with another system message: the model should answer as before."
             if baked
             else "Dialogues without an instruction: what was trained should not show, and the "
-            "model should answer as before. What the base does unasked is no leakage."
+            "model should answer as before. What the base does unasked is no leakage. A trait is "
+            "an instruction with its trained value: other values of its kind do not count."
         ),
         tables=tables,
         notes=notes,
