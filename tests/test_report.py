@@ -52,9 +52,10 @@ from pipeline.report.figures import adherence_curve, change_curve, fidelity_curv
 from pipeline.report.results import read_results
 from pipeline.report.sections.adherence import by_instruction
 from pipeline.report.sections.headline import headline
+from pipeline.report.styles import arm_label
 from pipeline.report.tables import Table, markdown, sort_key
 from pipeline.run_dir import RunDir
-from pipeline.stages.report import run
+from pipeline.stages.report import report_page, run
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -403,6 +404,23 @@ def test_the_report_says_what_was_not_measured(full: RunDir, bare: RunDir) -> No
         "Measured: 2 of the 5 trained constraints, of 2 of 3 kinds; nothing of the kinds persona. "
         "Raise evaluate.dialogues to measure more."
     ]
+
+
+def test_the_first_chart_has_what_was_not_trained_and_says_what_the_base_is(
+    full: RunDir, bare: RunDir
+) -> None:
+    page = report_page(read_results(_recipe(full), full))
+    labels = re.findall(">([^<>]+)</text>", page.chart.standalone_svg)
+    text = " ".join(labels)
+    for arm in ("base", "tuned", "ceiling", "tuned, unseen values", "tuned, unseen kinds"):
+        assert arm_label(arm) in text, labels
+    assert page.caption.endswith(
+        "Base: the model before training; ceiling: the base, reminded in every turn."
+    )
+    results = read_results(_recipe(bare), bare)
+    replies = results.scores.replies | {"base": replace(results.scores.replies["base"], cut=30)}
+    cut = replace(results, scores=replace(results.scores, replies=replies))
+    assert "30 of 80 replies of the base are cut at 64 tokens" in report_page(cut).caption
 
 
 def test_the_report_says_which_kinds_have_no_training_answer(bare: RunDir) -> None:

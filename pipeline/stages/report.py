@@ -24,6 +24,8 @@ from pipeline.run_dir import RunDir
 
 _PRINTED = ("Over several turns", "Recall")
 """Sections that are printed, too."""
+_OFTEN_CUT = 0.05
+"""Share of the base's replies from which the caption says that they are cut."""
 
 SECTIONS = ("evaluate",)
 """Sections of the recipe that the result depends on."""
@@ -66,6 +68,7 @@ def report_page(results: RunResults) -> ReportPage:
         f"{settings.dialogues} dialogues that were not in the training data; bands are 95 % Wilson "
         "intervals. A reply counts if it obeys and is a valid answer (not a loop, a repeat or "
         "empty). Small type in the tables: the 95 % interval and the counts."
+        f"{_base_text(scores, settings.max_tokens)}"
     )
     if len(plotted) < len(results.arms):
         caption += f" Figures show {len(plotted)} of {len(results.arms)} models, tables all."
@@ -80,6 +83,19 @@ def report_page(results: RunResults) -> ReportPage:
         dialogues=results.dialogues,
         subject=results.subject,
     )
+
+
+def _base_text(scores: Scores, max_tokens: int) -> str:
+    """Return what the base and the ceiling are, and whether the limit may hide what they obey."""
+    ceiling = "; ceiling: the base, reminded in every turn" if "ceiling" in scores.replies else ""
+    text = f" Base: the model before training{ceiling}."
+    base = scores.replies.get("base")
+    if base and base.cut > _OFTEN_CUT * base.all:
+        text += (
+            f" {base.cut} of {base.all} replies of the base are cut at {max_tokens} tokens, "
+            "which can hide an ending."
+        )
+    return text
 
 
 def _curves(scores: Scores, arms: Sequence[str]) -> list[RateRow]:
