@@ -1,4 +1,4 @@
-"""The GPU bench without a GPU: its parts, its figures, and its packing.
+"""The GPU bench without a GPU: its parts, its figures, and its packing; the benches' recipes.
 
 `gpu.py --quick` runs all of its code on a CPU; only its training part is run here.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -23,6 +24,7 @@ import pytest
 from gpu_report import figures, lengths, table
 from gpu_rows import NOT_A_RESULT, Row, append_row, read_rows
 
+from pipeline.recipe_file import load_recipe
 from pipeline.training.examples import IGNORE_INDEX
 
 MACHINE = {
@@ -33,6 +35,17 @@ MACHINE = {
     "cuda": "13.0",
     "python": "3.12.1",
 }
+
+
+_FOLDER = Path(gpu.__file__).parent
+
+
+@pytest.mark.parametrize("file", sorted(_FOLDER.glob("*.toml")), ids=lambda file: file.name)
+def test_the_recipes_of_the_benches_can_be_used(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe.evaluate.dialogues >= 24
+    command = re.search(r"^# \.venv/bin/gatt run (\S+)", file.read_text(encoding="utf-8"), re.M)
+    assert command and Path(command[1]) == Path("scripts/bench") / file.name
 
 
 def _runner(tmp_path: Path, *flags: str) -> gpu.Runner:
