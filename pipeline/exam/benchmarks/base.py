@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -135,6 +136,12 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield Row(value, f"{path}, item {number}", number)
 
 
+@cache
+def type_adapter(form: Any) -> TypeAdapter[Any]:
+    """Return what validates a value as `form`; it is slow to make, so each is made once."""
+    return TypeAdapter(form)
+
+
 def parsed(row: Row, form: type[T], expected: str) -> T:
     """Return a row as `form`, a dataclass or typed dictionary.
 
@@ -142,13 +149,14 @@ def parsed(row: Row, form: type[T], expected: str) -> T:
         GattError: it is something else.
     """
     try:
-        return TypeAdapter(form).validate_python(row.value)
+        value: T = type_adapter(form).validate_python(row.value)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the row"
         raise GattError(
             f"{row.place}: {place}: {first['msg'].lower()}. Expected {expected}."
         ) from error
+    return value
 
 
 def verifier(name: str, arguments: Mapping[str, object]) -> Constraint:
