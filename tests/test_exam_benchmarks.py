@@ -562,6 +562,17 @@ def test_a_benchmark_is_asked(
         run([str(model)], options, tmp_path / "out")
 
 
+def test_parts_are_in_the_order_of_the_file(model: Path, tmp_path: Path) -> None:
+    file = _struct_flow(tmp_path / "flow.json")
+    (row,) = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps([row, row | {"conv_task": "Advice"}]), encoding="utf-8")
+    options = replace(_OPTIONS, benchmark="struct-flow", benchmark_file=file)
+    options = replace(options, regimes=("Advice", "Creative Writing"))
+    run([str(model)], options, tmp_path / "out")
+    result = read_result(tmp_path / "out" / "scripted.json")
+    assert result.exam.regimes == ("Creative Writing", "Advice")
+
+
 def test_probes_leave_no_trace(model: Path, tmp_path: Path) -> None:
     file = tmp_path / "prompts.py"
     file.write_text(

@@ -125,6 +125,20 @@ def test_a_log_is_a_result_that_is_compared(
     assert "+0 (+0 to +0)" in capsys.readouterr().out
 
 
+def test_what_another_provider_makes_of_the_sampler_is_not_known(tmp_path: Path) -> None:
+    parameters = {**_OPTIONS, "arms": "once", "regimes": "first", "dialogues": 1}
+    (log,) = inspect_ai.eval(
+        "gatt/exam",
+        model="mockllm/model",
+        task_args=parameters,
+        log_dir=str(tmp_path),
+        display="none",
+    )
+    result = read_log(_file(log))
+    assert (result.settings.sampler, result.sampler) == ("greedy", {})
+    assert result.notes == {"sampler": "what mockllm takes of it is not known"}
+
+
 @pytest.mark.slow
 def test_a_full_context_is_told_from_forgetting(served: str, tmp_path: Path) -> None:
     options = {**_OPTIONS, "turns": "12", "regimes": ("first",), "dialogues": 1, "arms": ("once",)}

@@ -65,7 +65,7 @@ class BenchmarkTask(ExamTask):
             return None
         return reply.finish != "thinking" and obeys(constraints, reply.text)
 
-    def counts(self, turn: int, last: int, *, recall: bool) -> bool:
+    def counts(self, turn: int, last: int, *, recall: bool, is_full: bool = False) -> bool:
         """Return whether an answer counts: that of every turn with a check does."""
         return turn in self.checks and recall == self.probed
 

@@ -159,14 +159,17 @@ def _any_of(each: ast.GeneratorExp) -> tuple[Constraint, ...]:
 
 
 def _known(node: ast.expr) -> tuple[Constraint, ...]:
-    """Return the checks of a measure that is known by its whole text; none for an open list."""
+    """Return the checks of a measure that is known by its whole text.
+
+    There are none if a list in it has more than literals.
+    """
     source = ast.unparse(node)
     for pattern, make in _MEASURES.items():
         match = re.fullmatch(pattern, source)
         if match:
             try:
                 return make(match)
-            except (ValueError, SyntaxError):  # a list of more than literals
+            except (ValueError, SyntaxError):
                 return ()
     return ()
 
