@@ -50,12 +50,17 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _inspect(
-    url: str, folder: Path, model: str = "scripted", epochs: int | None = None, **parameters: Any
+    url: str,
+    folder: Path,
+    model: str = "scripted",
+    epochs: int | None = None,
+    provider: str = "openai-api/local",
+    **parameters: Any,
 ) -> Any:
     """Run `inspect eval gatt/exam` in this process; return the log."""
     (log,) = inspect_ai.eval(
         "gatt/exam",
-        model=f"openai-api/local/{model}",
+        model=f"{provider}/{model}",
         model_base_url=url,
         model_args={"api_key": "any"},
         task_args=parameters,
@@ -125,18 +130,13 @@ def test_a_log_is_a_result_that_is_compared(
     assert "+0 (+0 to +0)" in capsys.readouterr().out
 
 
-def test_what_another_provider_makes_of_the_sampler_is_not_known(tmp_path: Path) -> None:
+def test_what_another_provider_makes_of_the_sampler_is_not_known(
+    served: str, tmp_path: Path
+) -> None:
     parameters = {**_OPTIONS, "arms": "once", "regimes": "first", "dialogues": 1}
-    (log,) = inspect_ai.eval(
-        "gatt/exam",
-        model="mockllm/model",
-        task_args=parameters,
-        log_dir=str(tmp_path),
-        display="none",
-    )
-    result = read_log(_file(log))
+    result = read_log(_file(_inspect(served, tmp_path, provider="ollama", **parameters)))
     assert (result.settings.sampler, result.sampler) == ("greedy", {})
-    assert result.notes == {"sampler": "what mockllm takes of it is not known"}
+    assert result.notes == {"sampler": "what ollama takes of it is not known"}
 
 
 @pytest.mark.slow
