@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import TypeAdapter
@@ -502,12 +503,11 @@ def test_a_form_is_prepared_once_for_all_rows(
 ) -> None:
     made: list[object] = []
 
-    class Counted(TypeAdapter[object]):
-        def __init__(self, form: object) -> None:
-            made.append(form)
-            super().__init__(form)
+    def counted(form: Any) -> TypeAdapter[Any]:
+        made.append(form)
+        return TypeAdapter(form)
 
-    monkeypatch.setattr(base, "TypeAdapter", Counted)
+    monkeypatch.setattr(base, "TypeAdapter", counted)
     turn = {"user": "Name one.", "sys": "art", "id": "1", "do_inference": True}
     _read("mt-eval", _write(tmp_path / "cls.jsonl", [{"conv": [turn], "id": "1"}] * 3))
     assert len(made) <= 1

@@ -24,6 +24,7 @@ from pipeline.exam.result import (
     sampler_values,
 )
 from pipeline.exam.scores import score_arms
+from pipeline.exam.settings import WindowPolicy
 from pipeline.exam.tasks import exam_tasks, frozen_exam
 from pipeline.files import write_json
 from pipeline.records import Reply
@@ -146,7 +147,7 @@ def test_a_sampler_that_is_not_known_is_not_taken_for_equal() -> None:
     assert sampler == "plain (the server's own)"
 
 
-def _windows(*names: str, **fields: Any) -> list[ExamResult]:
+def _windows(*names: WindowPolicy, **fields: Any) -> list[ExamResult]:
     settings = [replace(SETTINGS, window=name) for name in names]
     return [_result(dropped=(0, 0, 1), settings=s, **fields) for s in settings]
 

@@ -137,9 +137,20 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 @cache
-def type_adapter(form: Any) -> TypeAdapter[Any]:
-    """Return what validates a value as `form`; it is slow to make, so each is made once."""
+def _adapter(form: Any) -> TypeAdapter[Any]:
+    """Return what validates values as `form`; it is slow to make, so each is made once."""
     return TypeAdapter(form)
+
+
+def validated(value: object, form: type[T]) -> T:
+    """Return a value as `form`.
+
+    Raises:
+        ValidationError: it is something else.
+    """
+    hashable_form: Any = form
+    result: T = _adapter(hashable_form).validate_python(value)
+    return result
 
 
 def parsed(row: Row, form: type[T], expected: str) -> T:
@@ -149,14 +160,13 @@ def parsed(row: Row, form: type[T], expected: str) -> T:
         GattError: it is something else.
     """
     try:
-        value: T = type_adapter(form).validate_python(row.value)
+        return validated(row.value, form)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the row"
         raise GattError(
             f"{row.place}: {place}: {first['msg'].lower()}. Expected {expected}."
         ) from error
-    return value
 
 
 def verifier(name: str, arguments: Mapping[str, object]) -> Constraint:

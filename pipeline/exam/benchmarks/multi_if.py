@@ -21,7 +21,7 @@ from pipeline.exam.benchmarks.base import (
     TurnChecks,
     dialogue_task,
     rows_of,
-    type_adapter,
+    validated,
     verifiers,
 )
 
@@ -104,7 +104,6 @@ def _object(row: Row, number: int, text: str) -> dict[str, object]:
 def _cell(row: Row, name: str, fields: Mapping[str, object], form: type[T]) -> T:
     cell = fields.get(name)
     try:
-        value: T = type_adapter(form).validate_python(_parsed_cell(cell))
+        return validated(_parsed_cell(cell), form)
     except ValidationError as error:
         raise GattError(f"{row.place}: {name} is {cell!r}. Expected {_FORM}.") from error
-    return value
