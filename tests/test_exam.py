@@ -16,6 +16,7 @@ from pipeline.exam import result as results
 from pipeline.exam.arms import DEFAULT_ARMS, Arm, find_arms
 from pipeline.exam.dialogue_run import ExamReply
 from pipeline.exam.ifeval import agreement_table, agreements
+from pipeline.exam.inspect_eval.options import tasks_of
 from pipeline.exam.report.rows import turns_to_pay
 from pipeline.exam.result import counted_replies, json_schema, verdict_reply
 from pipeline.exam.scores import clustered, score_arms
@@ -106,6 +107,24 @@ def test_attributes_are_asked_for_in_the_turns_that_count() -> None:
     assert counted == [2, 4, 6, 20, 40, 50]
 
 
+def test_attributes_count_in_a_full_context_wherever_they_are_asked_for() -> None:
+    task = exam_tasks(("attributes",), 1, 90)[0]
+    answers = [
+        _answer(task, 60, attribute="name"),
+        _answer(task, 80, attribute="name", dropped=3),
+        _answer(task, 85, obeyed=None),
+    ]
+    (arm,) = score_arms(answers, [task])
+    assert (arm.adherence.n, arm.full_window.hits, arm.full_window.n) == (0, 1, 1)
+    assert [d.marks.strip(".") for d in arm.dialogues if d.attribute] == ["+"]
+
+
+def test_a_regime_that_is_named_twice_is_one() -> None:
+    once = exam_tasks(("first", "system"), 2, 3)
+    assert exam_tasks(("system", "first", "system"), 2, 3) == once
+    assert tasks_of("system,first,system", 2, 3) == once
+
+
 def test_reminders_stand_where_the_arm_says() -> None:
     answers = ["Ahoy! A.", "No.", "Ahoy! B.", "No."]
     every, third, depth, failed, once = find_arms(("every", "every-3", "depth-2", "failed", "once"))
@@ -150,7 +169,7 @@ def test_a_note_at_a_depth_says_what_holds_now() -> None:
 
 @pytest.mark.parametrize("name", ["never", "every-0", "depth-3", "every-", "Every"])
 def test_an_unknown_arm_is_refused(name: str) -> None:
-    with pytest.raises(GattError, match=r"Expected once|even"):
+    with pytest.raises(GattError, match=r"every-K \(in turns K\+1, 2K\+1, \.\.\.\)|even"):
         find_arms((name,))
 
 
@@ -263,6 +282,14 @@ def test_numbers_of_an_arm() -> None:
     assert arm.milliseconds_per_kept == 1000
     assert len(counted_replies(arm.dialogues)) == 2
     assert len(counted_replies(arm.dialogues, from_turn_1=True)) == 3
+
+
+def test_an_answer_that_ends_within_a_thought_is_cut() -> None:
+    task = exam_tasks(("first",), 1, 6)[0]
+    answers = [_answer(task, 2), _answer(task, 3, "", obeyed=False, finish="thinking")]
+    (arm,) = score_arms(answers, [task])
+    assert (arm.cut.hits, arm.cut.n, arm.cut_loops.hits) == (1, 2, 0)
+    assert [score.cut.hits for score in arm.regimes] == [1]
 
 
 def test_no_kept_answer_has_no_cost() -> None:

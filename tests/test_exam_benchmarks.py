@@ -7,14 +7,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 from support.cli import call_gatt
 from support.exam import OPTIONS
 from support.scripted_model import write_scripted_gguf
 from support.shared import make_once
 
 from pipeline.errors import GattError
+from pipeline.exam.benchmarks import base
 from pipeline.exam.benchmarks.base import BenchmarkTask, TurnChecks, criteria
 from pipeline.exam.benchmarks.criteria import checks_of_questions, checks_of_requests
 from pipeline.exam.benchmarks.registry import BENCHMARKS, read_benchmark
@@ -157,6 +160,26 @@ def test_mt_eval_has_labels(tmp_path: Path) -> None:
     assert task.is_kept(_reply(task, "art", 2)) is False
 
 
+_OTHER_TASKS = {
+    "refinement": [("Is green a color?", "Yes, of course."), ("Sum it up.", "A chef seeks a pie.")],
+    "expansion": [("Classify the document.", "art"), ("Name its nouns.", "chef")],
+    "one turn": [("Sum it up.", "A chef seeks a moonberry and meets a gryphon on a mountain.")],
+    "lines": [("Name its nouns.", "chef\npie")],
+}
+
+
+@pytest.mark.parametrize("name", _OTHER_TASKS)
+def test_other_tasks_of_mt_eval_are_refused(name: str, tmp_path: Path) -> None:
+    turns = [
+        {"user": user, "sys": answer, "id": f"1_{n}", "do_inference": True}
+        for n, (user, answer) in enumerate(_OTHER_TASKS[name])
+    ]
+    turns[0]["do_inference"] = name != "refinement"
+    file = _write(tmp_path / "other.jsonl", [{"conv": turns, "id": "1"}])
+    with pytest.raises(GattError, match=r"line 1: neither inst_name nor an instruction with a la"):
+        read_benchmark("mt-eval", file)
+
+
 def _sysbench(file: Path) -> Path:
     criterion = {"criteria_id": 1, "criteria_content": "是否用诗句回答", "criteria_type": "format"}
     turns = ["你好", "再见"]
@@ -275,6 +298,14 @@ def test_real_guardrails_and_its_ifeval(tmp_path: Path) -> None:
     assert criteria([banned, two_turns, distracted, ifeval]) == (2, 4)
 
 
+def test_ifeval_without_a_system_message_is_another_form(tmp_path: Path) -> None:
+    user = {"role": "user", "content": "Name a tree. Use no commas."}
+    row = {"messages": [user], "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+    file = _write(tmp_path / "ifeval.jsonl", [row])
+    with pytest.raises(GattError, match=r"line 1: instruction_id_list without a system message"):
+        read_benchmark("real-guardrails", file)
+
+
 _PERSONAS = """
 raise SystemExit("a reader does not run this")
 pattern_system_prompts = [
@@ -325,9 +356,28 @@ def test_persona_drift_is_probed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "measure",
+    [
+        "does_not_contain(x, [*WORDS])",
+        "1 - fraction_of_target_words_hit(x, ['oak', WORD])",
+        "does_not_contain(x, ['oak'], y=['elm'])",
+        "any(word in x.lower() for word in ['oak', WORD])",
+    ],
+)
+def test_a_measure_with_a_list_of_more_than_literals_is_not_checked(
+    measure: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.py"
+    entry = f'("No oak.", "Name a tree.", lambda x: {measure})'
+    file.write_text(f"one_system_prompts = [{entry}]", encoding="utf-8")
+    assert criteria(_read("persona-drift", file)) == (0, 1)
+
+
+@pytest.mark.parametrize(
     ("text", "good", "bad"),
     [
         ("Keep the word count under 200 words", "a " * 199, "a " * 200),
+        ("Write more than 3 words", "a b c d", "a b c"),
         ("Write a text of maximum 3 words", "a b c", "a b c d"),
         ("10-character or less", "0123456789", "01234567890"),
         ("Answer in only one sentence", "It is so.", "It is. So."),
@@ -431,6 +481,38 @@ def test_an_unknown_instruction_of_mt_eval_is_refused(tmp_path: Path) -> None:
         read_benchmark("mt-eval", _write(tmp_path / "x.jsonl", [row]))
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("startend:start_char", {"letter": None}),
+        ("startend:end_phrase", {"end_phrase": None}),
+        ("keywords:existence", {"keywords": ["oak", None]}),
+    ],
+)
+def test_an_argument_of_mt_eval_that_is_null_is_refused(
+    name: str, arguments: dict[str, object], tmp_path: Path
+) -> None:
+    turn = {"user": "Hello", "sys": "", "id": "1", "do_inference": True}
+    row = {"conv": [turn], "id": "1", "inst_name": name, "inst_args": arguments}
+    with pytest.raises(GattError, match=rf"{name} has the arguments .*None.*\(expected a text\)"):
+        read_benchmark("mt-eval", _write(tmp_path / "x.jsonl", [row]))
+
+
+def test_a_form_is_prepared_once_for_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+
+    def counted(form: Any) -> TypeAdapter[Any]:
+        made.append(form)
+        return TypeAdapter(form)
+
+    monkeypatch.setattr(base, "TypeAdapter", counted)
+    turn = {"user": "Name one.", "sys": "art", "id": "1", "do_inference": True}
+    _read("mt-eval", _write(tmp_path / "cls.jsonl", [{"conv": [turn], "id": "1"}] * 3))
+    assert len(made) <= 1
+
+
 def test_dialogues_of_one_id_are_two(tmp_path: Path) -> None:
     turn = {"user": "Name one.", "sys": "art", "id": "1", "do_inference": True}
     file = _write(tmp_path / "cls.jsonl", [{"conv": [turn], "id": "1_30"}] * 2)
@@ -478,6 +560,17 @@ def test_a_benchmark_is_asked(
     file.write_text(file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     with pytest.raises(GattError, match=r"replies of another exam \(set"):
         run([str(model)], options, tmp_path / "out")
+
+
+def test_parts_are_in_the_order_of_the_file(model: Path, tmp_path: Path) -> None:
+    file = _struct_flow(tmp_path / "flow.json")
+    (row,) = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps([row, row | {"conv_task": "Advice"}]), encoding="utf-8")
+    options = replace(_OPTIONS, benchmark="struct-flow", benchmark_file=file)
+    options = replace(options, regimes=("Advice", "Creative Writing"))
+    run([str(model)], options, tmp_path / "out")
+    result = read_result(tmp_path / "out" / "scripted.json")
+    assert result.exam.regimes == ("Creative Writing", "Advice")
 
 
 def test_probes_leave_no_trace(model: Path, tmp_path: Path) -> None:

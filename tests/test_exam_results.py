@@ -13,8 +13,8 @@ from support.exam import SETTINGS
 
 from pipeline.errors import GattError
 from pipeline.exam.dialogue_run import ExamReply
-from pipeline.exam.report.rows import comparable, warnings_about
-from pipeline.exam.report.tables import facts_table
+from pipeline.exam.report.rows import comparable, model_names, warnings_about
+from pipeline.exam.report.tables import facts_table, main_table, terminal_table
 from pipeline.exam.result import (
     ExaminedModel,
     ExamResult,
@@ -24,6 +24,7 @@ from pipeline.exam.result import (
     sampler_values,
 )
 from pipeline.exam.scores import score_arms
+from pipeline.exam.settings import WindowPolicy
 from pipeline.exam.tasks import exam_tasks, frozen_exam
 from pipeline.files import write_json
 from pipeline.records import Reply
@@ -101,6 +102,9 @@ def test_a_result_of_a_later_format_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "m.json", _result(format=2, gatt="9.9"))
     with pytest.raises(GattError, match=r"version 2 of the format, written by gatt 9\.9"):
         read_result(tmp_path / "m.json")
+    (tmp_path / "m.json").write_text('{"format": 2, "gatt": "9.9", "models": []}')
+    with pytest.raises(GattError, match=r"version 2 of the format, written by gatt 9\.9"):
+        read_result(tmp_path / "m.json")
 
 
 def test_the_sampler_of_a_result_is_what_was_asked_for() -> None:
@@ -132,6 +136,54 @@ def test_samplers_of_one_name_are_compared_by_their_values() -> None:
     )
     assert not comparable(results)
     assert not any("top_k" in text for text in warnings_about(results))
+
+
+def test_a_sampler_that_is_not_known_is_not_taken_for_equal() -> None:
+    unknown = _result(model=_SERVED, sampler={}, notes={"sampler": "what x takes is not known"})
+    warnings = warnings_about([_result(), unknown])
+    assert "temperature is not known of all: no differences are computed." in warnings
+    assert not comparable([_result(), unknown])
+    (sampler,) = [row[1] for row in facts_table([unknown]).rows if row[0] == "sampler"]
+    assert sampler == "plain (the server's own)"
+
+
+def _windows(*names: WindowPolicy, **fields: Any) -> list[ExamResult]:
+    settings = [replace(SETTINGS, window=name) for name in names]
+    return [_result(dropped=(0, 0, 1), settings=s, **fields) for s in settings]
+
+
+def test_window_policies_of_one_model_are_compared() -> None:
+    results = _windows("drop", "pin")
+    assert model_names(results) == ["m (drop)", "m (pin)"]
+    assert comparable(results)
+    columns, rows = terminal_table(results)
+    cells = dict(zip(columns, rows[1], strict=True))
+    assert (cells["model"], cells["vs first row"]) == ("m (pin)", "+0 (+0 to +0)")
+    assert cells["full vs first row"] == "+0 (+0 to +0)"
+    assert "points above the first row, context full (95 %)" in main_table(results).columns
+    assert model_names(_windows("drop", "pin", "pin")) == ["m (drop)", "m (pin) (1)", "m (pin) (2)"]
+    same = _windows("drop", "drop")
+    assert model_names(same) == ["m (1)", "m (2)"]
+    assert "full vs first row" not in terminal_table(same)[0]
+
+
+def test_window_policies_of_different_models_are_not_compared() -> None:
+    results = [*_windows("drop"), *_windows("pin", model=_SERVED)]
+    assert not comparable(results)
+    warning = "Models and window policies differ: no differences are computed."
+    assert warning in warnings_about(results)
+
+
+def test_training_pays_only_against_times_of_one_machine() -> None:
+    base = _result(model=replace(_LOCAL, name="b", training_minutes=None))
+    (arm,) = base.arms
+    base = replace(base, arms=(arm, replace(arm, name="every")))
+    (row, *_), column = terminal_table([base, _result()])[1], "m pays from turn"
+    assert column in terminal_table([base, _result()])[0] and row[-1] == ""
+    other = replace(base, machine="another")
+    assert column not in terminal_table([other, _result()])[0]
+    assert column not in main_table([other, _result()]).columns
+    assert "The times were taken on different machines." in warnings_about([other, _result()])
 
 
 def test_other_versions_may_have_other_checks() -> None:

@@ -93,6 +93,24 @@ def test_a_longer_exam_goes_on_where_the_shorter_one_ended(
     assert {d.marks for d in _result(tmp_path).arms[0].dialogues} == {"111", "000"}
 
 
+def test_replies_stay_those_of_the_version_that_made_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(_OPTIONS, arms=("once",), dialogues=1)
+    monkeypatch.setattr("pipeline.exam.replies.__version__", "1.0")
+    run([str(model)], options, tmp_path)
+    monkeypatch.setattr("pipeline.exam.replies.__version__", "2.0")
+    run([str(model)], options, tmp_path)
+    assert _result(tmp_path).gatt == "1.0"
+    (tmp_path / "scripted.json").unlink()
+    run([str(model)], replace(options, turns="2"), tmp_path)
+    assert _result(tmp_path).gatt == "1.0"
+    run([str(model)], replace(options, turns="4"), tmp_path)
+    assert _result(tmp_path).gatt == "1.0, 2.0"
+    run([str(model)], replace(options, turns="4"), tmp_path)
+    assert _result(tmp_path).gatt == "1.0, 2.0"
+
+
 def test_replies_of_other_settings_are_not_mixed_in(model: Path, tmp_path: Path) -> None:
     run([str(model)], _OPTIONS, tmp_path)
     before = (tmp_path / "scripted.replies.jsonl").read_bytes()
@@ -167,20 +185,20 @@ def test_an_adapter_is_examined_on_the_model_before_it(
     tiny_llama: Path, tiny_adapter: Path, tmp_path: Path
 ) -> None:
     options = replace(_OPTIONS, turns="2", arms=("once",), dialogues=1, max_tokens=8)
-    folder = shutil.copytree(tiny_adapter, tmp_path / "tiny-lora")
+    folder = shutil.copytree(tiny_adapter, tmp_path / "tiny-1.5")
     run(
         [str(tiny_llama), str(folder)],
         replace(options, training_minutes=2.0),
         tmp_path / "out",
     )
     base = _result(tmp_path / "out", "tiny-llama")
-    tuned = _result(tmp_path / "out", "tiny-llama+tiny-lora")
+    tuned = _result(tmp_path / "out", "tiny-llama+tiny-1.5")
     assert (base.model.training_minutes, tuned.model.training_minutes) == (None, 2.0)
     assert base.model.sha256 == tuned.model.sha256
     assert tuned.model.adapter_sha256 and not base.model.adapter_sha256
     texts = [
         [row["reply"]["text"] for row in _rows(tmp_path / "out", name)]
-        for name in ("tiny-llama", "tiny-llama+tiny-lora")
+        for name in ("tiny-llama", "tiny-llama+tiny-1.5")
     ]
     assert texts[0] != texts[1]
 
@@ -196,13 +214,14 @@ def _streamed(text: str) -> str:
     return chunk(text, None) + chunk("", "stop") + "data: [DONE]\n\n"
 
 
-def test_a_server_is_examined(tmp_path: Path) -> None:
+def test_a_server_is_examined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stream = _streamed("Let me see: yes.")
     with in_thread(FakeOpenAIServer()) as server:
         server.responses = [lambda handler, _: handler.send(200, "text/event-stream", stream)]
         options = replace(_OPTIONS, turns="2", arms=("once",), dialogues=1, sampler="plain")
-        run([f"{server.url}#first"], options, tmp_path)
+        run([f"{server.url}#first"], replace(options, context=2048), tmp_path)
         body = server.bodies[-1]
+    assert "--context 2048 is not for first: a server has its own." in capsys.readouterr().err
     assert (body["temperature"], body["top_p"], body["max_tokens"]) == (0.8, 0.95, 16)
     result = _result(tmp_path, "first")
     assert (result.model.name, result.model.sha256) == ("first", "")
@@ -318,6 +337,7 @@ def test_cut_answers_are_told(model: Path, tmp_path: Path) -> None:
         (("--arm", "sometimes"), "No arm 'sometimes'. Expected once"),
         (("--regime", "frist"), "No regime 'frist'. Did you mean 'first'?"),
         (("--training-minutes", "5"), "Name both: `gatt exam BASE TUNED`"),
+        (("--training-minutes", "inf"), "--training-minutes inf: expected what training took"),
         (("--training-minutes", "-5"), "--training-minutes -5: expected what training took"),
         (("--max-tokens", "128"), "may have 512 tokens, and the context of scripted has 512"),
         (("--context", "100000"), "was trained for 512 tokens"),
@@ -338,6 +358,12 @@ def test_an_adapter_alone_or_a_name_twice_is_refused(tiny_adapter: Path, model: 
         find_models([str(tiny_adapter)])
     with pytest.raises(GattError, match="Two models have the name 'scripted'"):
         find_models([str(model), str(model)])
+
+
+def test_servers_whose_models_have_one_name_are_examined_apart() -> None:
+    urls = ["http://127.0.0.1:1/v1#m", "http://127.0.0.1:2/v1#m"]
+    with pytest.raises(GattError, match=r"the name 'm'. Examine them one at a time.*gatt compare"):
+        find_models(urls)
 
 
 def test_another_file_is_no_result(tmp_path: Path) -> None:

@@ -50,12 +50,17 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def _inspect(
-    url: str, folder: Path, model: str = "scripted", epochs: int | None = None, **parameters: Any
+    url: str,
+    folder: Path,
+    model: str = "scripted",
+    epochs: int | None = None,
+    provider: str = "openai-api/local",
+    **parameters: Any,
 ) -> Any:
     """Run `inspect eval gatt/exam` in this process; return the log."""
     (log,) = inspect_ai.eval(
         "gatt/exam",
-        model=f"openai-api/local/{model}",
+        model=f"{provider}/{model}",
         model_base_url=url,
         model_args={"api_key": "any"},
         task_args=parameters,
@@ -123,6 +128,15 @@ def test_a_log_is_a_result_that_is_compared(
     assert result.arms[0].seconds > 0
     compare([tmp_path / "scripted.json", file], tmp_path / "out")
     assert "+0 (+0 to +0)" in capsys.readouterr().out
+
+
+def test_what_another_provider_makes_of_the_sampler_is_not_known(
+    served: str, tmp_path: Path
+) -> None:
+    parameters = {**_OPTIONS, "arms": "once", "regimes": "first", "dialogues": 1}
+    result = read_log(_file(_inspect(served, tmp_path, provider="ollama", **parameters)))
+    assert (result.settings.sampler, result.sampler) == ("greedy", {})
+    assert result.notes == {"sampler": "what ollama takes of it is not known"}
 
 
 @pytest.mark.slow

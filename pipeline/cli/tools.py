@@ -50,9 +50,9 @@ def exam(
     arm: Annotated[
         list[str] | None,
         typer.Option(
-            help="once, every, every-K, depth-D, system, failed, or steer and steer-S: a control "
-            "vector of strength S, for a model on this machine (slow); can be repeated. Default: "
-            "once, every, every-5, depth-4, system, failed."
+            help="once, every, every-K (in turns K+1, 2K+1, ...), depth-D, system, failed, or "
+            "steer and steer-S: a control vector of strength S, for a model on this machine "
+            "(slow); can be repeated. Default: once, every, every-5, depth-4, system, failed."
         ),
     ] = None,
     regime: Annotated[
@@ -86,7 +86,11 @@ def exam(
         ),
     ] = None,
     context: Annotated[
-        int, typer.Option(help="Context in tokens; 0: 4096, for more than 20 turns 8192.", min=0)
+        int,
+        typer.Option(
+            help="Context in tokens; 0: 4096, for more than 20 turns 8192. A server has its own.",
+            min=0,
+        ),
     ] = 0,
     training_minutes: Annotated[
         float | None,

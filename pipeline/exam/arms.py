@@ -1,8 +1,9 @@
 """The arms of the exam: what a user can do without training so that an instruction holds.
 
-A reminder is appended to a user message, after the text. Reminders of `every` turn, every k-th turn
-and after an answer that `failed` stay in the chat, as a user would leave them. A note at `depth` d
-is in the prompt only, always d messages before its end (the "author's note" of role-play programs).
+A reminder is appended to a user message, after the text. Reminders of `every` turn, after every k
+turns and after an answer that `failed` stay in the chat, as a user would leave them. A note at
+`depth` d is in the prompt only, always d messages before its end (the "author's note" of role-play
+programs).
 The arm `steer` adds nothing to a prompt: `steering` has what it does.
 """
 
@@ -107,9 +108,9 @@ def _find_arm(name: str) -> Arm:
     match = _NUMBERED.fullmatch(name)
     if not match:
         raise GattError(
-            f"No arm {name!r}. Expected once, every, every-K (each K-th turn), depth-D (a note D "
-            "messages before the end), system, failed, steer or steer-S (a control vector; S is "
-            "the strength)."
+            f"No arm {name!r}. Expected once, every, every-K (in turns K+1, 2K+1, ...), depth-D "
+            "(a note D messages before the end), system, failed, steer or steer-S (a control "
+            "vector; S is the strength)."
         )
     number = int(match[2])
     if match[1] == "every":

@@ -159,7 +159,14 @@ def find_models(names: Sequence[str]) -> list[ExamModel]:
             models.append(ExamModel(name=model.name, path=base[1], sha256=sha256(model.path)))
     ((name, count), *_) = Counter(model.file_stem for model in models).most_common(1)
     if count > 1:
-        raise GattError(f"Two models have the name {name!r}. Rename one of the files or folders.")
+        is_served = any(model.server for model in models if model.file_stem == name)
+        advice = (
+            "Examine them one at a time, each with its own --out, and compare the result files "
+            "with `gatt compare`."
+            if is_served
+            else "Rename one of the files or folders."
+        )
+        raise GattError(f"Two models have the name {name!r}. {advice}")
     return models
 
 
@@ -176,8 +183,9 @@ def _with_adapter(path: Path, base: tuple[Model, Path] | None) -> ExamModel:
             f"BASE {path}`."
         )
     model, gguf = base
+    resolved = path.resolve()
     return ExamModel(
-        name=f"{model.name}+{path.resolve().stem}",
+        name=f"{model.name}+{resolved.name if resolved.is_dir() else resolved.stem}",
         path=gguf,
         adapter=Adapter(path if path.is_file() else _adapter_gguf(path, model)),
         sha256=sha256(model.path),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from pipeline import __version__
 from pipeline.console import Progress, log, progress
 from pipeline.errors import GattError
 from pipeline.exam.arms import Arm
@@ -57,11 +58,15 @@ def turns_to_answer(task: ExamTask, max_turns: int) -> list[Turn]:
 
 
 class Generated(NamedTuple):
-    """All replies, the name of the model as its server calls it, and what the server refused."""
+    """All replies, the name of the model as its server calls it, and what the server refused.
+
+    `versions` of gatt have made and checked the replies.
+    """
 
     replies: list[ExamReply]
     name: str
     notes: dict[str, str]
+    versions: list[str]
 
 
 def generate(plan: ExamPlan, log_file: Path) -> Generated:
@@ -71,16 +76,22 @@ def generate(plan: ExamPlan, log_file: Path) -> Generated:
         GattError: the log has replies of another model or other settings.
     """
     with JsonlLog(log_file) as reply_log:
-        done = _read(reply_log, plan, log_file)
+        header = _header(plan)
+        done = _read(reply_log, header, log_file)
+        versions = _versions(reply_log.records)
         ids = {task.id for task in plan.tasks}
         resumed = sum(key.dialogue in ids and _is_planned(key, plan) for key in done)
         if resumed:
             log(f"exam: {resumed} replies of {plan.model.name} are in {log_file} already.")
         with progress(f"exam: {plan.model.name}", plan.count, resumed) as bar:
             run = _LoggedRun(plan, reply_log, done, bar)
+            if not run.is_done:
+                if versions and versions[-1] != __version__:
+                    reply_log.append(header)  # the next replies are made by this version
+                versions.append(__version__)
             name, notes = run.run()
     chosen = [r for key, r in done.items() if key.dialogue in ids and _is_planned(key, plan)]
-    return Generated(chosen, name, notes)
+    return Generated(chosen, name, notes, list(dict.fromkeys(versions)))
 
 
 def _is_planned(key: ReplyKey, plan: ExamPlan) -> bool:
@@ -88,13 +99,10 @@ def _is_planned(key: ReplyKey, plan: ExamPlan) -> bool:
     return in_arm and (not plan.turns or key.turn <= plan.turns)
 
 
-def _read(reply_log: JsonlLog, plan: ExamPlan, log_file: Path) -> dict[ReplyKey, ExamReply]:
-    """Return what the log has; what its replies depend on stands before them.
-
-    Of a run that ended before its first reply only that is there, and it binds no other run. The
-    model that a server lists is compared as far as it is known.
-    """
+def _header(plan: ExamPlan) -> dict[str, Any]:
+    """Return what stands in the log before the replies: what they depend on."""
     header = {
+        "gatt": __version__,
         "exam": f"{plan.exam.name} {plan.exam.version}",
         "set": plan.exam.sha256,
         "model": plan.model.sha256 or plan.model.server,
@@ -103,12 +111,34 @@ def _read(reply_log: JsonlLog, plan: ExamPlan, log_file: Path) -> dict[ReplyKey,
     }
     if served := plan.model.served_model():
         header["served_model"] = served
+    return header
+
+
+def _versions(records: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the version of gatt that made each reply of a log; earlier logs do not have it."""
+    version, versions = __version__, []
+    for row in records:
+        if "exam" in row:
+            version = row.get("gatt", __version__)
+        else:
+            versions.append(version)
+    return versions
+
+
+def _read(reply_log: JsonlLog, header: dict[str, Any], log_file: Path) -> dict[ReplyKey, ExamReply]:
+    """Return the replies that the log has, after checking that they depend on the same.
+
+    Of a run that ended before its first reply only the header is there, and it binds no other run.
+    The version of gatt may be another one, and the model that a server lists is compared as far as
+    it is known.
+    """
     headers = [row for row in reply_log.records if "exam" in row]
     rows = [row for row in reply_log.records if "exam" not in row]
     if not rows:
         reply_log.append(header)
         return {}
-    before = {"served_model": served, **headers[-1]} if headers else {}
+    before = headers[-1] if headers else {}
+    before = {"served_model": header.get("served_model"), **before, "gatt": __version__}
     other = [name for name, value in header.items() if before.get(name) != value]
     if other:
         changes = ", ".join(f"{name} {before.get(name)} → {header[name]}" for name in other)
@@ -133,10 +163,15 @@ class _LoggedRun(ExamRun):
         # Long answers first: a dialogue that runs alone at the end leaves cores idle.
         self._tasks = sorted(plan.tasks, key=lambda task: -task.max_tokens_factor)
 
+    @property
+    def is_done(self) -> bool:
+        """Return whether nothing is left to generate."""
+        return all(self._is_done(arm, task) for arm in self._plan.arms for task in self._tasks)
+
     def run(self) -> tuple[str, dict[str, str]]:
         """Run all arms; return the model's name and what its server has refused."""
         plan, settings = self._plan, self.settings
-        if all(self._is_done(arm, task) for arm in plan.arms for task in self._tasks):
+        if self.is_done:
             return plan.model.name, {}  # an old log loads no model
         with plan.model.open(
             len(self._tasks), settings.context, plan.max_parallel, settings.max_thought_tokens

@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.errors import GattError
 from pipeline.evaluation.rates import JsonFloat, Rate
 from pipeline.exam.settings import ExamSettings
 from pipeline.exam.tasks import EXAM_NAME
 from pipeline.records import SAMPLERS, Reply, SamplerName
+
+T = TypeVar("T")
 
 RESULT_VERSION = 1
 KEPT, BROKEN, KEPT_FULL, BROKEN_FULL, UNMEASURED = "10+-."
@@ -105,8 +108,8 @@ class ArmResult:
 
     `last_five` is over the last five turns. `full_window` is over the answers after the first
     messages had left the context. `words` is the mean length of an answer, `cut` the share that
-    ended at the limit of tokens, `cut_loops` the share of those that were loops, which no limit
-    ends, `invalid` the share of loops, repeats and empty answers.
+    ended at the limit of tokens or within a thought, `cut_loops` the share of those that were
+    loops, which no limit ends, `invalid` the share of loops, repeats and empty answers.
     `half_broken` is the turn (regime "first") after which half of the dialogues have had a broken
     answer, None if never. `reminder_tokens` are those that the arm added to a prompt, in the mean;
     those per kept answer divide by the share that is kept. None: no answer was kept.
@@ -139,7 +142,8 @@ class ArmResult:
 class ExamResult:
     """One model's exam; `notes` are what a server refused, `machine` is where it was timed.
 
-    `sampler` has what the model was asked for; of a server, the rest is its own.
+    `gatt` is the version whose checks the verdicts are from; several with commas. `sampler` has
+    what the model was asked for; of a server, the rest is its own.
     """
 
     format: int
@@ -157,6 +161,14 @@ class ExamResult:
     def arm(self, name: str) -> ArmResult | None:
         """Return the arm called `name`, or None."""
         return next((arm for arm in self.arms if arm.name == name), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Version:
+    """What every version of a result file has: the version of the format, and who wrote it."""
+
+    format: int
+    gatt: str
 
 
 def sampler_values(
@@ -181,12 +193,24 @@ def read_result(path: Path) -> ExamResult:
     Raises:
         GattError: there is none, it is another JSON file, or one of a later version.
     """
-    from pydantic import TypeAdapter, ValidationError
-
     if not path.is_file():
         raise GattError(f"No file at {path}. Name a result that `gatt exam` has written.")
+    content = path.read_bytes()
+    # Before the other fields, which another version may have changed.
+    version = _validated(path, content, _Version)
+    if version.format != RESULT_VERSION:
+        raise GattError(
+            f"{path} has version {version.format} of the format, written by gatt {version.gatt}. "
+            f"Expected version {RESULT_VERSION}: take the gatt that wrote it."
+        )
+    return _validated(path, content, ExamResult)
+
+
+def _validated(path: Path, content: bytes, form: type[T]) -> T:
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        result = TypeAdapter(ExamResult).validate_json(path.read_bytes())
+        return TypeAdapter(form).validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
@@ -194,12 +218,6 @@ def read_result(path: Path) -> ExamResult:
             f"{path} is not a result of {EXAM_NAME} that this version reads ({place}: "
             f"{first['msg']}). Name a file that `gatt exam` has written."
         ) from error
-    if result.format != RESULT_VERSION:
-        raise GattError(
-            f"{path} has version {result.format} of the format, written by gatt {result.gatt}. "
-            f"Expected version {RESULT_VERSION}: take the gatt that wrote it."
-        )
-    return result
 
 
 def json_schema() -> dict[str, object]:
@@ -211,19 +229,20 @@ def json_schema() -> dict[str, object]:
 
 
 def counted_replies(
-    dialogues: Sequence[DialogueVerdicts], *, from_turn_1: bool = False
+    dialogues: Sequence[DialogueVerdicts], *, from_turn_1: bool = False, full: bool = False
 ) -> list[Reply]:
     """Return the counted answers in the context as replies, for statistics.
 
-    With `from_turn_1`, those that `is_measured_from_turn_1`, from there on. They have no text; an
-    attribute is a dialogue of its own.
+    With `full`, those in a full context. With `from_turn_1`, those that `is_measured_from_turn_1`,
+    from there on. They have no text; an attribute is a dialogue of its own.
     """
+    marks = (KEPT_FULL, BROKEN_FULL) if full else (KEPT, BROKEN)
     return [
-        verdict_reply(f"{row.id} {row.attribute}".strip(), turn, is_kept=mark == KEPT)
+        verdict_reply(f"{row.id} {row.attribute}".strip(), turn, is_kept=mark == marks[0])
         for row in dialogues
         if not from_turn_1 or is_measured_from_turn_1(row.regime, row.first_counted)
         for turn, mark in enumerate(row.marks, 1)
-        if mark in (KEPT, BROKEN) and (from_turn_1 or turn >= row.first_counted)
+        if mark in marks and (from_turn_1 or turn >= row.first_counted)
     ]
 
 

@@ -124,7 +124,9 @@ def _score(name: str, answers: Sequence[ExamReply], by_id: dict[str, ExamTask]) 
 
 def _row(answer: ExamReply, task: ExamTask, last: int) -> _Row:
     reply, is_kept = answer.reply, task.is_kept(answer.reply)
-    counts = task.counts(reply.turn, last, recall=bool(reply.recall_attribute))
+    counts = task.counts(
+        reply.turn, last, recall=bool(reply.recall_attribute), is_full=answer.is_full
+    )
     counts = counts and is_kept is not None
     is_in_curve = is_measured_from_turn_1(task.regime, task.first_counted)
     return _Row(
@@ -205,7 +207,7 @@ def _cost_by_turn(measured: Sequence[_Row]) -> tuple[TurnCost, ...]:
 
 
 def _is_cut(row: _Row) -> bool:
-    return row.answer.reply.finish == "length"
+    return row.answer.reply.finish in ("length", "thinking")
 
 
 def _share(rows: Sequence[_Row], is_hit: Callable[[_Row], bool]) -> Rate:

@@ -33,7 +33,8 @@ REGIMES = {
     "stopped": "the user ends the instruction (counted from there on: it no longer shows)",
     "contradicted": "the user contradicts the system message (counted from there on: it holds)",
     "long": "one instruction in the first message, and long answers",
-    "attributes": "name, hobby and another fact, asked for later (turns 2, 4, 6, 20, 40, the last)",
+    "attributes": "name, hobby and another fact, asked for later (turns 2, 4, 6, 20, 40, the last; "
+    "in a full context also 60, 80, ...)",
 }
 """What happens in the dialogues, by the name of the regime."""
 _RECALL_TURNS = (2, 4, 6, 20, 40)
@@ -101,10 +102,13 @@ class ExamTask:
             return not reply.defect and not obeys(self.assigned.constraints(0), reply.text)
         return None if reply.obeys is None else reply.adherent
 
-    def counts(self, turn: int, last: int, *, recall: bool) -> bool:
-        """Return whether an answer in `turn` counts in a dialogue of `last` turns."""
+    def counts(self, turn: int, last: int, *, recall: bool, is_full: bool = False) -> bool:
+        """Return whether an answer in `turn` counts in a dialogue of `last` turns.
+
+        Attributes are asked for in more turns; they count there once the context is full.
+        """
         if recall:
-            return turn in (*_RECALL_TURNS, last)
+            return is_full or turn in (*_RECALL_TURNS, last)
         return turn >= self.first_counted
 
 
@@ -141,6 +145,8 @@ def exam_sha256() -> str:
 def exam_tasks(regimes: Sequence[str], per_regime: int, turns: int) -> list[ExamTask]:
     """Return the first `per_regime` dialogues (0: all) of each regime, with `turns` user turns.
 
+    The regimes are in the order of the exam, each once.
+
     Raises:
         GattError: no such regime.
     """
@@ -150,7 +156,7 @@ def exam_tasks(regimes: Sequence[str], per_regime: int, turns: int) -> list[Exam
             raise GattError(f"No regime {regime!r}. {hint} Expected one of {', '.join(REGIMES)}.")
     return [
         task
-        for regime in regimes or REGIMES
+        for regime in ordered_regimes(regimes or REGIMES)
         for task in _of_regime(regime, turns)[: per_regime or None]
     ]
 

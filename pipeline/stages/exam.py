@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pipeline import __version__
 from pipeline.cluster.session import current_cluster
 from pipeline.console import log, print_result, print_table
 from pipeline.errors import GattError, did_you_mean
@@ -108,7 +108,7 @@ def run(names: Sequence[str], options: ExamOptions, folder: Path) -> None:
     if not benchmark:
         exam_tasks(options.regimes, 1, 1)
     minutes = options.training_minutes
-    if minutes is not None and not minutes > 0:
+    if minutes is not None and not 0 < minutes < math.inf:
         raise GattError(f"--training-minutes {minutes:g}: expected what training took, above 0.")
     if minutes is not None and len(names) < 2:
         raise GattError(
@@ -166,7 +166,8 @@ def _questions(
         return _Questions(identity=frozen_exam(), tasks=tasks, turns=turns, is_complete=is_complete)
     chosen = [
         task
-        for part in ordered_regimes(options.regimes or (t.regime for t in benchmark.tasks))
+        for part in ordered_regimes(t.regime for t in benchmark.tasks)
+        if not options.regimes or part in options.regimes
         for task in [t for t in benchmark.tasks if t.regime == part][: per_regime or None]
     ]
     longest = max(len(task.assigned.dialogue.turns) for task in benchmark.tasks)
@@ -187,6 +188,8 @@ def _plan(
     Raises:
         GattError: it was not trained for such a context, or no answer fits in it.
     """
+    if model.server and options.context:
+        log(f"exam: --context {options.context} is not for {model.name}: a server has its own.")
     context = model.context(asked_of(0).turns, options.context)
     questions = asked_of(context)
     settings = ExamSettings(
@@ -221,8 +224,8 @@ def _examine(
 ) -> ExamResult:
     """Return the result of one model, which is written to `folder` with its replies.
 
-    If nothing was left to generate, an earlier result knows when and where the replies were made,
-    and what the server has refused.
+    If nothing was left to generate, an earlier result knows when, where and by which version the
+    replies were made, and what the server has refused.
     """
     model, settings = plan.model, plan.settings
     replies_file, file = (folder / f"{model.file_stem}{s}" for s in (".replies.jsonl", ".json"))
@@ -233,7 +236,7 @@ def _examine(
     machine = "a server" if model.server else _machine()
     result = ExamResult(
         format=RESULT_VERSION,
-        gatt=__version__,
+        gatt=earlier.gatt if earlier else ", ".join(generated.versions),
         exam=_exam_set(questions),
         model=ExaminedModel(
             name=earlier.model.name if earlier else generated.name,

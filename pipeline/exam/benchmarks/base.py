@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -64,7 +65,7 @@ class BenchmarkTask(ExamTask):
             return None
         return reply.finish != "thinking" and obeys(constraints, reply.text)
 
-    def counts(self, turn: int, last: int, *, recall: bool) -> bool:
+    def counts(self, turn: int, last: int, *, recall: bool, is_full: bool = False) -> bool:
         """Return whether an answer counts: that of every turn with a check does."""
         return turn in self.checks and recall == self.probed
 
@@ -135,6 +136,23 @@ def _json_rows(path: Path) -> Iterator[Row]:
         yield Row(value, f"{path}, item {number}", number)
 
 
+@cache
+def _adapter(form: Any) -> TypeAdapter[Any]:
+    """Return what validates values as `form`; it is slow to make, so each is made once."""
+    return TypeAdapter(form)
+
+
+def validated(value: object, form: type[T]) -> T:
+    """Return a value as `form`.
+
+    Raises:
+        ValidationError: it is something else.
+    """
+    hashable_form: Any = form
+    result: T = _adapter(hashable_form).validate_python(value)
+    return result
+
+
 def parsed(row: Row, form: type[T], expected: str) -> T:
     """Return a row as `form`, a dataclass or typed dictionary.
 
@@ -142,7 +160,7 @@ def parsed(row: Row, form: type[T], expected: str) -> T:
         GattError: it is something else.
     """
     try:
-        return TypeAdapter(form).validate_python(row.value)
+        return validated(row.value, form)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the row"

@@ -92,6 +92,10 @@ def _at_least(match: re.Match[str]) -> Constraints:
     return (Constraint("min_words", number),) if unit == "word" else ()
 
 
+def _more_than(match: re.Match[str]) -> Constraints:
+    return (Constraint("min_words", str(_number(match) + 1)),)
+
+
 def _exactly(match: re.Match[str]) -> Constraints:
     number, unit = str(_number(match)), match["unit"].rstrip("s")
     if unit == "word":
@@ -171,7 +175,8 @@ _REQUESTS = _compiled(
         rf"make (?:{_ANSWER}) (?:be )?{_N} {_UNIT} or (?:less|fewer)": _at_most,
         rf"(?:keep |use |write |be |make )?(?:it |the word count |{_ANSWER} )?"
         rf"{_BELOW} {_N} {_UNIT}": _below,
-        rf"(?:use |write )?(?:{_LEAST}|more than) {_N} (?P<unit>words)": _at_least,
+        rf"(?:use |write )?{_LEAST} {_N} (?P<unit>words)": _at_least,
+        rf"(?:use |write )?more than {_N} words": _more_than,
         r"use a minimum of (?P<low>\d+) words and a maximum of (?P<high>\d+) words": _between,
         rf"(?:have|write|use) (?:exactly )?{_N} (?P<block>paragraphs|lines)": _blocks,
         rf"(?:begin|start|open|prefix) {_ANSWER} with (?:the (?:phrase|word|sentence|string):? )?"

@@ -32,6 +32,8 @@ _FORM = (
     "a dialogue of MT-Eval's recollection (recollection_multi_global-inst.jsonl or "
     "recollection_multi_cls.jsonl)"
 )
+_MAX_LABEL = 40
+"""Characters of the longest label; MT-Eval's are single words."""
 _LANGUAGES = {
     **{"English": "en", "Spanish": "es", "Portuguese": "pt", "Arabic": "ar", "Hindi": "hi"},
     **{"French": "fr", "Russian": "ru", "German": "de", "Japanese": "ja", "Italian": "it"},
@@ -50,6 +52,7 @@ class _Turn:
     user: str
     sys: str
     do_inference: bool
+    id: str | int = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,16 +83,37 @@ def _task(row: Row) -> BenchmarkTask:
         of_all = TurnChecks(_constraints(row, name, dialogue.inst_args or {}), 1)
         checks = {n: of_all for n, _ in turns if n not in given}
     else:
-        checks = {n: TurnChecks((_label(row, turn),), 1) for n, turn in turns if n not in given}
+        _require_labels(row, dialogue)
+        checks = {n: TurnChecks((_label(turn),), 1) for n, turn in turns if n not in given}
     texts = [turn.user for _, turn in turns]
     part = "instruction" if name else "labels"
     return dialogue_task(f"{part}-{dialogue.id}", part, texts, checks, given=given)
 
 
-def _label(row: Row, turn: _Turn) -> Constraint:
+def _require_labels(row: Row, dialogue: _Dialogue) -> None:
+    """Check that answers are to be labels; other tasks have a model's own answers in `sys`.
+
+    The instruction stands in a turn of its own, or with the document (`recollection_single_cls`).
+
+    Raises:
+        GattError: it is another task.
+    """
+    first = dialogue.conv[0]
+    is_instruction = first.id == "instruction" and not first.do_inference
+    labels = [turn.sys.strip() for turn in dialogue.conv if turn.do_inference]
+    if not (is_instruction or len(dialogue.conv) == 1) or not all(map(_is_label, labels)):
+        raise GattError(
+            f"{row.place}: neither inst_name nor an instruction with a label in each sys. "
+            f"Expected {_FORM}."
+        )
+
+
+def _is_label(text: str) -> bool:
+    return bool(text) and len(text) <= _MAX_LABEL and "\n" not in text
+
+
+def _label(turn: _Turn) -> Constraint:
     """Return the check that an answer contains the label, as the authors count it."""
-    if not turn.sys.strip():
-        raise GattError(f"{row.place}: neither inst_name nor a label in sys. Expected {_FORM}.")
     return Constraint("regex", f"(?i){re.escape(turn.sys.strip())}")
 
 
@@ -110,10 +134,16 @@ def _matches(pattern: str) -> tuple[Constraint, ...]:
     return (Constraint("regex", pattern),)
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError("expected a text")
+    return value
+
+
 def _texts(value: object) -> list[str]:
     if not isinstance(value, list) or not value:
         raise TypeError("expected a list of texts")
-    return [str(item) for item in value]
+    return [_text(item) for item in value]
 
 
 def _number(value: object) -> int:
@@ -131,11 +161,11 @@ def _bullets(arguments: Arguments) -> tuple[Constraint, ...]:
 
 
 _KINDS: dict[str, Callable[[Arguments], tuple[Constraint, ...]]] = {
-    "startend:start_char": lambda a: _matches(rf"(?i)\A\s*{re.escape(str(a['letter']))}"),
+    "startend:start_char": lambda a: _matches(rf"(?i)\A\s*{re.escape(_text(a['letter']))}"),
     "startend:start_emoji": lambda a: _matches(rf"\A\s*[{EMOJI}]"),
-    "startend:end_phrase": lambda a: _matches(rf"(?i){re.escape(str(a['end_phrase']))}['\s]*\Z"),
+    "startend:end_phrase": lambda a: _matches(rf"(?i){re.escape(_text(a['end_phrase']))}['\s]*\Z"),
     "language:response_language": lambda a: (
-        verifier("language:response_language", {"language": _LANGUAGES[str(a["lang"])]}),
+        verifier("language:response_language", {"language": _LANGUAGES[_text(a["lang"])]}),
     ),
     "format:json_format": lambda a: (verifier("detectable_format:json_format", {}),),
     "format:bullet_list": _bullets,

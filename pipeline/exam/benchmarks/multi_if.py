@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from pipeline.data.text_files import Row
 from pipeline.errors import GattError
@@ -21,6 +21,7 @@ from pipeline.exam.benchmarks.base import (
     TurnChecks,
     dialogue_task,
     rows_of,
+    validated,
     verifiers,
 )
 
@@ -103,6 +104,6 @@ def _object(row: Row, number: int, text: str) -> dict[str, object]:
 def _cell(row: Row, name: str, fields: Mapping[str, object], form: type[T]) -> T:
     cell = fields.get(name)
     try:
-        return TypeAdapter(form).validate_python(_parsed_cell(cell))
+        return validated(_parsed_cell(cell), form)
     except ValidationError as error:
         raise GattError(f"{row.place}: {name} is {cell!r}. Expected {_FORM}.") from error

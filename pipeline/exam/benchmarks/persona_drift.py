@@ -147,6 +147,8 @@ def _any_of(each: ast.GeneratorExp) -> tuple[Constraint, ...]:
             generators=[ast.comprehension(iter=ast.List(elts=items), ifs=[])],
         ):
             texts = [item.value for item in items if isinstance(item, ast.Constant)]
+            if len(texts) < len(items):
+                return ()
             words = "|".join(re.escape(str(text)) for text in texts)
             match ast.unparse(place):
                 case "x.lower()":
@@ -157,12 +159,18 @@ def _any_of(each: ast.GeneratorExp) -> tuple[Constraint, ...]:
 
 
 def _known(node: ast.expr) -> tuple[Constraint, ...]:
-    """Return the checks of a measure that is known by its whole text."""
+    """Return the checks of a measure that is known by its whole text.
+
+    There are none if a list in it has more than literals.
+    """
     source = ast.unparse(node)
     for pattern, make in _MEASURES.items():
         match = re.fullmatch(pattern, source)
         if match:
-            return make(match)
+            try:
+                return make(match)
+            except (ValueError, SyntaxError):
+                return ()
     return ()
 
 

@@ -25,6 +25,7 @@ from pipeline.exam.benchmarks.base import (
 from pipeline.records import Constraint
 
 _FORM = "a row of RealGuardrails (handwritten.jsonl, distractors.jsonl) or sys_ifeval.jsonl"
+_IFEVAL = "s-ifeval"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,11 @@ def _task(row: Row) -> BenchmarkTask:
     users = [message.content for message in chat[::2]]
     given = {n: message.content for n, message in enumerate(chat[1::2], 1)}
     part, checks = _checks(row, fields)
+    if part == _IFEVAL and not system:
+        raise GattError(
+            f"{row.place}: instruction_id_list without a system message, as in ifeval.jsonl. "
+            f"Expected {_FORM}."
+        )
     name = f"{part}-{row.number:03}"
     return dialogue_task(name, part, users, {len(users): checks}, system=system, given=given)
 
@@ -73,7 +79,7 @@ def _task(row: Row) -> BenchmarkTask:
 def _checks(row: Row, fields: _Row) -> tuple[str, TurnChecks]:
     names, arguments = fields.instruction_id_list, fields.kwargs
     if names and len(names) == len(arguments):
-        return "s-ifeval", verifiers(names, arguments)
+        return _IFEVAL, verifiers(names, arguments)
     if not fields.guardrails:
         raise GattError(
             f"{row.place}: neither guardrails nor instruction_id_list with as many kwargs. "

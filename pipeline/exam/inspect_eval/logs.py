@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from inspect_ai.log import EvalLog, EvalSample
 
 LOG_SUFFIX = ".eval"
+_OPENAI_API = "openai-api"
+"""The provider that passes on the sampler as it is; others leave out what a model does not take."""
 REPLIES = "replies"
 """Where the replies of a dialogue are, in the store of its sample."""
 
@@ -67,6 +69,8 @@ def read_log(path: Path) -> ExamResult:
     settings = ExamSettings(**about["settings"])
     replies = [read_reply(row) for sample in samples for row in sample.store.get(REPLIES, ())]
     tasks = exam_tasks((), 0, most_turns(turns, 0))
+    provider = log.eval.model.partition("/")[0]
+    takes_sampler = provider == _OPENAI_API
     return ExamResult(
         format=RESULT_VERSION,
         gatt=about["gatt"],
@@ -79,10 +83,10 @@ def read_log(path: Path) -> ExamResult:
             training_minutes=None,
         ),
         settings=settings,
-        sampler=sampler_values(settings.sampler, is_server=True),
+        sampler=sampler_values(settings.sampler, is_server=True) if takes_sampler else {},
         machine="a server",
         date=log.eval.created[:10],
-        notes={},
+        notes={} if takes_sampler else {"sampler": f"what {provider} takes of it is not known"},
         replies_sha256=sha256(path),
         arms=score_arms(replies, tasks),
     )

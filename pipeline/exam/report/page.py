@@ -145,10 +145,11 @@ def headline(results: Sequence[ExamResult]) -> str:
 
 def _notes(results: Sequence[ExamResult]) -> list[str]:
     notes = [
-        "once: told once. every-K: a reminder in each K-th turn (every: in each). depth-D: a note "
-        "D messages before the end. system: what holds also stands in the system message. failed: "
-        "a reminder after an answer that failed its check. steer-S: no reminder, but a control "
-        "vector of strength S for what holds (steer: 1); making it is in the milliseconds."
+        "once: told once. every: a reminder in each turn after the first. every-K: in turns "
+        "K+1, 2K+1, ... depth-D: a note D messages before the end. system: what holds also "
+        "stands in the system message. failed: a reminder after an answer that failed its check. "
+        "steer-S: no reminder, but a control vector of strength S for what holds (steer: 1); "
+        "making it is in the milliseconds."
     ]
     notes += [
         f"{name}: every turn with a check counts, from turn 1 on; an answer is kept if it passes "

@@ -16,11 +16,12 @@ from pipeline.exam.result import (
     TurnCost,
     counted_replies,
 )
+from pipeline.records import Reply
 
 MAX_CUT = 0.05
 """Share of cut answers, but for loops, above which an arm gets a warning."""
 _TASK_FIELDS = ("name", "version", "sha256", "turns", "regimes", "dialogues")
-_SETTINGS = ("max_tokens", "sampler", "seed", "window")
+_SETTINGS = ("max_tokens", "sampler", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,13 @@ def exam_rows(results: Sequence[ExamResult]) -> list[ExamRow]:
 
 
 def model_names(results: Sequence[ExamResult]) -> list[str]:
-    """Return the names of the models, numbered where several results are of one."""
+    """Return the names of the models; several of one with their window policy, or numbered."""
     names = [result.model.name for result in results]
+    if _windows_differ(results):
+        names = [
+            f"{name} ({result.settings.window})" if names.count(name) > 1 else name
+            for name, result in zip(names, results, strict=True)
+        ]
     return [
         f"{name} ({names[: n + 1].count(name)})" if names.count(name) > 1 else name
         for n, name in enumerate(names)
@@ -58,10 +64,27 @@ def model_names(results: Sequence[ExamResult]) -> list[str]:
 
 def differences(rows: Sequence[ExamRow]) -> list[Difference | None]:
     """Return each row's adherence minus that of the first row, over common dialogues."""
-    first, *rest = rows
-    reference = counted_replies(first.arm.dialogues)
-    others = [paired_bootstrap(reference, counted_replies(row.arm.dialogues)) for row in rest]
+    return _differences([counted_replies(row.arm.dialogues) for row in rows])
+
+
+def full_differences(rows: Sequence[ExamRow]) -> list[Difference | None]:
+    """Return the same of the answers in a full context, where window policies can differ."""
+    return _differences([counted_replies(row.arm.dialogues, full=True) for row in rows])
+
+
+def _differences(replies: Sequence[Sequence[Reply]]) -> list[Difference | None]:
+    first, *rest = replies
+    others = [paired_bootstrap(first, of_row) for of_row in rest]
     return [None, *(d if d.dialogues > 1 else None for d in others)]
+
+
+def compares_windows(results: Sequence[ExamResult]) -> bool:
+    """Return whether the results are of one model with several window policies."""
+    return _windows_differ(results) and comparable(results)
+
+
+def _windows_differ(results: Sequence[ExamResult]) -> bool:
+    return len({result.settings.window for result in results}) > 1
 
 
 def trained(results: Sequence[ExamResult]) -> list[ExamResult]:
@@ -122,7 +145,8 @@ def warnings_about(results: Sequence[ExamResult]) -> list[str]:
             warnings.append(
                 f"{row.label}: {row.arm.cut.value:.0%} of the answers were cut at "
                 f"{row.result.settings.max_tokens} tokens ({row.arm.cut_loops.value:.0%} were "
-                "loops), so that they cannot show their ending. Raise --max-tokens."
+                "loops) or within their thoughts, so that they cannot show their ending. Raise "
+                "--max-tokens; thoughts have a limit of their own."
             )
         warnings += _never_full(row)
     for result in results:
@@ -190,14 +214,26 @@ def _differing(results: Sequence[ExamResult]) -> list[str]:
         if len(values) > 1:
             shown = " and ".join(sorted(values))
             warnings.append(f"{field} differs ({shown}): no differences are computed.")
+    if _windows_differ(results) and len({_model_identity(result) for result in results}) > 1:
+        warnings.append("Models and window policies differ: no differences are computed.")
     if len({result.settings.sampler for result in results}) == 1:
         warnings += _differing_samplers(results)
     return warnings
 
 
+def _model_identity(result: ExamResult) -> tuple[str, ...]:
+    model = result.model
+    return model.name, model.sha256, model.adapter_sha256, model.server
+
+
 def _differing_samplers(results: Sequence[ExamResult]) -> list[str]:
-    """Return a warning for each value of the sampler that two results give in another way."""
+    """Return a warning for each value of the sampler that two results give in another way.
+
+    What one does not give is a server's own, but the temperature is a part of every sampler.
+    """
     warnings = []
+    if len({"temperature" in result.sampler for result in results}) > 1:
+        warnings.append("temperature is not known of all: no differences are computed.")
     for name in dict.fromkeys(name for result in results for name in result.sampler):
         values = {result.sampler[name] for result in results if name in result.sampler}
         if len(values) > 1:

@@ -10,9 +10,11 @@ from pipeline.evaluation.statistics import Difference
 from pipeline.exam.report.rows import (
     ExamRow,
     comparable,
+    compares_windows,
     cost_in,
     differences,
     exam_rows,
+    full_differences,
     model_names,
     trained,
     turns_to_pay,
@@ -51,6 +53,8 @@ def terminal_table(results: Sequence[ExamResult]) -> tuple[list[str], list[list[
     }
     if any(row.arm.full_window.n for row in rows):
         columns["context full"] = [_percent(row.arm.full_window) for row in rows]
+        if compares_windows(results):
+            columns["full vs first row"] = [_difference(d) for d in full_differences(rows)]
     columns |= _paying(results, rows)
     return list(columns), [list(cells) for cells in zip(*columns.values(), strict=True)]
 
@@ -100,6 +104,10 @@ def main_table(results: Sequence[ExamResult]) -> Table:
     }
     if any(row.arm.full_window.n for row in rows):
         columns["kept, context full"] = [row.arm.full_window for row in rows]
+        if compares_windows(results):
+            columns["points above the first row, context full (95 %)"] = [
+                _difference(d) for d in full_differences(rows)
+            ]
     paying: dict[str, list[Cell]] = {k: list(v) for k, v in _paying(results, rows).items()}
     columns |= paying
     return Table("exam", list(columns), list(zip(*columns.values(), strict=True)))
@@ -169,22 +177,30 @@ def _regime_names(results: Sequence[ExamResult]) -> list[str]:
 
 
 def _paying(results: Sequence[ExamResult], rows: Sequence[ExamRow]) -> dict[str, list[str]]:
-    """Return a column for each trained model: from which turn on it is cheaper than a reminder."""
+    """Return a column for each trained model: from which turn on it is cheaper than a reminder.
+
+    Only times of one machine are compared.
+    """
     columns = {}
     if any(row.is_training_free for row in rows) and comparable(results):
         for result in trained(results):
             once, minutes = result.arm("once"), result.model.training_minutes
             assert once and minutes is not None
-            columns[f"{result.model.name} pays from turn"] = [
-                turns_to_pay(row.arm, once, minutes) if row.is_training_free else "" for row in rows
+            cells = [
+                turns_to_pay(row.arm, once, minutes)
+                if row.is_training_free and row.result.machine == result.machine
+                else ""
+                for row in rows
             ]
+            if any(cells):
+                columns[f"{result.model.name} pays from turn"] = cells
     return columns
 
 
 def _sampler(result: ExamResult) -> str:
     values = [f"{name} {value:g}" for name, value in result.sampler.items()]
     if result.model.server:
-        values.append("the rest is the server's own")
+        values.append("the rest is the server's own" if values else "the server's own")
     return f"{result.settings.sampler} ({', '.join(values)})"
 
 
