@@ -79,7 +79,7 @@ def run(
         str,
         typer.Option(
             help="Train the model to follow this system prompt without being given it: a text "
-            "file, or a character card (PNG or JSON)."
+            "file, or a character card (PNG, JSON or CHARX)."
         ),
     ] = "",
     ray: Ray = "",

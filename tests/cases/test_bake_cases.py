@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import struct
 import subprocess
+import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +60,15 @@ def _encoded(card: object) -> bytes:
     return base64.b64encode(json.dumps(card).encode())
 
 
+def _charx(name: str, content: bytes) -> bytes:
+    """Return an archive as RisuAI writes it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("assets/icon.png", _png())
+        archive.writestr(name, content)
+    return buffer.getvalue()
+
+
 def _renamed(name: str) -> dict[str, object]:
     return {"spec": "chara_card_v3", "data": {**_V2["data"], "name": name}}  # type: ignore[dict-item]
 
@@ -80,6 +91,14 @@ def _renamed(name: str) -> dict[str, object]:
                 (b"tEXt", b"ccv3\0" + _encoded(_V2)),
             ),
         ),
+        (
+            "broken_v3.png",
+            _png((b"tEXt", b"ccv3\0bm8"), (b"tEXt", b"chara\0" + _encoded(_V2))),
+        ),
+        ("empty_v3.png", _png((b"tEXt", b"ccv3\0"), (b"tEXt", b"chara\0" + _encoded(_V2)))),
+        ("padding.png", _png((b"tEXt", b"chara\0" + _encoded(_V2).rstrip(b"=")))),
+        ("null.json", json.dumps({**_V2["data"], "data": None}).encode()),  # type: ignore[dict-item]
+        ("ziggy.charx", _charx("card.json", json.dumps(_V2).encode())),
     ],
 )
 def test_a_card_becomes_one_text_with_its_names(file: str, content: bytes, tmp_path: Path) -> None:
@@ -94,6 +113,47 @@ def test_a_card_without_a_system_prompt_says_who_it_is(tmp_path: Path) -> None:
     file.write_text(json.dumps({"name": "Ada", "description": "A poet."}))
     text, _ = read_prompt(file)
     assert text == "You are Ada. Answer as Ada would, and stay in character.\n\nA poet."
+
+
+def _card_text(path: Path, **fields: object) -> str:
+    """Return the prompt of a card with the name Ada and these fields."""
+    path.write_text(json.dumps({"spec": "chara_card_v2", "data": {"name": "Ada", **fields}}))
+    return read_prompt(path).text
+
+
+def test_what_a_card_says_at_the_end_of_a_chat_ends_the_prompt(tmp_path: Path) -> None:
+    opening = "You are Ada. Answer as Ada would, and stay in character."
+    last = {"post_history_instructions": "{{original}}\nNever leave {{char}}."}
+    depth = {"extensions": {"depth_prompt": {"prompt": "Ada is tired.", "depth": 4}}}
+    card = tmp_path / "card.json"
+    assert _card_text(card, **last) == f"{opening}\n\nNever leave Ada."
+    assert _card_text(card, **depth) == f"{opening}\n\nAda is tired."
+    assert _card_text(card, first_mes="Hi.", **last, **depth).endswith(
+        "Hi.\n\nAda is tired.\n\nNever leave Ada."
+    )
+    for extensions in (None, {"depth_prompt": None}, {"depth_prompt": {"prompt": ""}}):
+        assert _card_text(card, description="A poet.", extensions=extensions).endswith("A poet.")
+
+
+def test_macros_comments_and_halves_of_characters(tmp_path: Path) -> None:
+    card = tmp_path / "card.json"
+    text = "{{ char }} waves {{// to\nnobody}}at {{ user }}.{{comment: why?}} \ud83d"
+    assert _card_text(card, description=text).endswith("\n\nAda waves at User. \ufffd")
+    assert _card_text(card, description="{{char}} waves.", nickname="Countess") == (
+        "You are Countess. Answer as Countess would, and stay in character.\n\nCountess waves."
+    )
+    assert read_prompt(card).name == "Countess"
+    assert "Personality" not in _card_text(card, description="A.", personality="{{// none}}")
+
+
+def test_a_character_book_that_is_left_out_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    book = {"entries": [{"keys": ["sea"], "content": "Salt."}, {"keys": ["sky"], "content": "Air"}]}
+    _card_text(tmp_path / "card.json", description="A poet.", character_book=book)
+    assert "card.json: its character book is left out (2 entries)" in capsys.readouterr().err
+    _card_text(tmp_path / "card.json", description="A poet.", character_book={"entries": []})
+    assert capsys.readouterr().err == ""
 
 
 def test_a_text_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -115,6 +175,10 @@ def test_a_text_is_taken_as_it_is(tmp_path: Path) -> None:
         ("other.json", b'{"model": "x"}', "is not a character card"),
         ("name.json", json.dumps({"data": {"name": "Ziggy"}}).encode(), "has no text"),
         ("name.png", _png((b"tEXt", b"chara\0" + _encoded({"name": "Z"}))), "has no text"),
+        ("both.png", _png((b"tEXt", b"ccv3\0"), (b"tEXt", b"chara\0{")), "'ccv3' or 'chara'"),
+        ("notes.charx", _charx("notes.txt", b"Hi."), "archive without card.json"),
+        ("list.charx", _charx("card.json", b"[1]"), "card.json in .* is not a character card"),
+        ("cut.charx", _charx("card.json", b"{}")[:90], "damaged archive"),
         ("latin.txt", "Sei höflich.".encode("latin-1"), "not UTF-8"),
     ],
 )
