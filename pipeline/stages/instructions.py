@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.console import log, print_table
 from pipeline.custom_instructions import with_distinct_names
-from pipeline.data.instruction_files import read_instructions
+from pipeline.data.instruction_files import count_skipped, read_instructions
 from pipeline.data.prompts import read_prompt
 from pipeline.data.sources import source_inputs
 from pipeline.data.splits import DialogueSplits, split_dialogues
@@ -28,7 +28,7 @@ from pipeline.gatt.assign import (
 from pipeline.gatt.assignment import AssignedDialogue, write_splits
 from pipeline.gatt.bake import assign_baked, baked_instruction, with_prompt
 from pipeline.gatt.constraints.custom_checks import function_files
-from pipeline.gatt.constraints.registry import is_judged, kind_of
+from pipeline.gatt.constraints.registry import KINDS, is_judged, kind_of
 from pipeline.gatt.instructions import custom_instruction, prepare_checks
 from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import runnable_gguf
@@ -44,6 +44,8 @@ from pipeline.run_dir import Input, RunDir
 from pipeline.training.job import loads_in_4bit
 from pipeline.training.projections import require_projections
 
+_TAKEN_NAMES = (*KINDS, "none", "stop")
+"""Names that tables use for something else than an instruction in the user's own words."""
 SECTIONS = ("dialogues", "instructions", "synthesize", "evaluate")
 """Sections of the recipe that the result depends on."""
 
@@ -89,6 +91,8 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         _assign_prompt(recipe, run_dir)
         return
     custom, listed = _custom_instructions(recipe), recipe.instructions
+    if listed.file and (skipped := count_skipped(Path(listed.file))):
+        log(f"instructions: {skipped} entries of {listed.file} are not read: not *.txt or *.md.")
     pool = ConstraintPool(
         listed.constraints, listed.vocabulary_kinds, custom, listed.vocabulary_ratio
     )
@@ -284,7 +288,7 @@ def _custom_instructions(recipe: Recipe) -> tuple[CustomInstruction, ...]:
     """Return the different instructions in the user's own words, of the pool and of the file."""
     settings = recipe.instructions
     listed = read_instructions(Path(settings.file)) if settings.file else []
-    return with_distinct_names([*settings.custom, *listed])
+    return with_distinct_names([*settings.custom, *listed], _TAKEN_NAMES)
 
 
 def _show_custom(custom: Sequence[CustomInstruction], training: Sequence[AssignedDialogue]) -> None:
