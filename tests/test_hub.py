@@ -21,6 +21,7 @@ from pipeline.files import sha256, write_json, write_text
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.report.cards import PublishedModel, model_card
+from pipeline.report.facts import chat_options
 from pipeline.run_dir import RunDir
 from pipeline.stages import push
 
@@ -222,6 +223,24 @@ def test_the_card_of_a_baked_prompt_names_the_prompt_only() -> None:
     assert "Give the instruction in your first message only.\n\n```\n" in model_card(
         Recipe(), model
     )
+
+
+def test_the_chat_command_gives_the_first_instruction_as_training_does(tmp_path: Path) -> None:
+    def options(**instructions: object) -> list[str]:
+        settings = {"dialogues": {"system": "Be kind."}, "instructions": instructions}
+        return chat_options(Recipe.model_validate(settings))
+
+    kind, first = {"kind": "bold"}, {"text": "Be blunt."}
+    system = {"text": "You are Ziggy.", "place": "system"}
+    assert options(pool=[first, kind]) == ["--system", "Be kind.", "--instruction", "Be blunt."]
+    assert options(pool=[system, kind]) == ["--system", "Be kind. You are Ziggy."]
+    assert options(pool=[]) == ["--system", "Be kind."]
+    file = tmp_path / "mine.md"
+    file.write_text("You are Ada.")
+    assert options(pool=[kind], file=str(file)) == ["--system", "Be kind. You are Ada."]
+    file.unlink()
+    assert options(pool=[first], file=str(file))[-1] == "Be blunt."
+    assert options(pool=[first], bake="prompt.txt") == []
 
 
 def test_a_license_that_the_hub_does_not_know_is_quoted() -> None:
