@@ -587,6 +587,27 @@ def test_the_stage_refuses_checks_that_cannot_be_made(
         raise GattError(shown.stderr)
 
 
+@pytest.mark.parametrize(
+    ("override", "advice"),
+    [
+        ('instructions.pool=[{text = "Be blunt."}]', "Give the instructions checks"),
+        ("dialogues.validation=0", r"Raise dialogues\.validation, or set"),
+        ("instructions.bake={prompt}", "write one as in `gatt instructions --kinds`"),
+    ],
+)
+def test_early_stopping_without_checks_is_refused_before_the_synthesis(
+    override: str, advice: str, tmp_path: Path
+) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("You are a pirate.")
+    overrides = ("instructions.vocabulary_kinds=[]", override.replace("{prompt}", str(prompt)))
+    flags = override_flags((*TINY_RECIPE, *overrides, "train.early_stop_adherence=0.9"))
+    done = call_gatt("instructions", "--run", tmp_path / "run", *flags)
+    assert done.returncode == 1
+    with pytest.raises(GattError, match=f"early_stop_adherence needs validation.*{advice}"):
+        raise GattError(done.stderr)
+
+
 def test_each_stage_that_a_function_decides_about_runs_again_if_it_is_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -278,6 +278,19 @@ def test_an_unfinished_run_is_refused_with_the_command(
     )
 
 
+def test_a_run_without_checks_is_pushed_without_a_chart(hub: FakeHub, tmp_path: Path) -> None:
+    run_dir = _finished_run(tmp_path / "run")
+    report = run_dir.report / "report.json"
+    write_json(report, {**json.loads(report.read_text()), "has_chart": False})
+    (run_dir.report / "adherence.svg").unlink()
+    done = _push(run_dir, hub.environment(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    sent = hub.committed("model")
+    assert "adherence.svg" not in sent
+    assert f"**{_SENTENCE}**\n\nA shortened run" in sent["README.md"].decode()
+    assert "adherence.svg" not in sent["README.md"].decode()
+
+
 def test_the_report_of_an_earlier_export_is_refused(tmp_path: Path) -> None:
     run_dir = _finished_run(tmp_path)
     before = sha256(run_dir.tuned("Q8_0"))

@@ -67,6 +67,7 @@ def model_card(recipe: Recipe, model: PublishedModel) -> str:
         base=base if model.base_id else model.facts["base model"],
         headline=model.headline,
         warning=shortened_warning(recipe.evaluate),
+        has_chart="adherence.svg" in model.sizes,
         instructions=_trained_instructions(recipe.instructions),
         is_baked=bool(recipe.instructions.bake),
         files=[

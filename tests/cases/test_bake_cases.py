@@ -18,9 +18,12 @@ from support.cli import call_gatt, override_flags
 
 from pipeline.data.prompts import read_prompt
 from pipeline.errors import GattError
+from pipeline.evaluation.aggregate import compute_scores
+from pipeline.gatt.acceptance import ACCEPTED, CandidateKey, judge_candidate
 from pipeline.gatt.assignment import AssignedDialogue, read_splits
 from pipeline.gatt.bake import IDENTITY_QUESTIONS, baked_instruction, with_prompt
-from pipeline.records import Dialogue
+from pipeline.gatt.rollout import Rollout
+from pipeline.records import Completion, Constraint, Dialogue, Reply, Request
 from pipeline.run_dir import RunDir
 
 _V2 = {
@@ -240,6 +243,68 @@ def test_the_teacher_has_the_prompt_and_the_student_has_none(tmp_path: Path) -> 
     assert _instructions(run.path, *flags).stderr.endswith("instructions: done already\n")
     card.write_text(json.dumps(_renamed("Zaggy")))
     assert "this has changed: card.json" in _instructions(run.path, *flags).stderr
+
+
+def test_the_sentences_of_a_prompt_that_are_checks_are_found() -> None:
+    text = (
+        "You are a pirate. Begin every answer with “Ahoy! Mate”. Be brief.\n"
+        "Rules:\n- Write every answer in French.\n2) Use at most 30 words in every answer.\n"
+        "If you are asked for a list, answer in one sentence. Write every answer in French."
+    )
+    assert baked_instruction(text, "Jack").constraints == (
+        Constraint("opening", "Ahoy! Mate"),
+        Constraint("language", "French"),
+        Constraint("max_words", "30"),
+    )
+    assert baked_instruction("You are a pirate. Act like one.").constraints == ()
+
+
+def test_a_prompt_is_checked_where_its_sentences_are_worded_as_checks(tmp_path: Path) -> None:
+    prompt, run = tmp_path / "prompt.txt", RunDir(tmp_path / "run")
+    prompt.write_text('You are a pirate. Begin every answer with "Ahoy!".')
+    flags = ("--set", f"instructions.bake={prompt}", "--set", "dialogues.validation=2")
+    done = _instructions(run.path, *flags, "--set", "train.early_stop_adherence=0.9")
+    assert "checks of answers, derived from the prompt: opening: Ahoy!\n" in done.stderr
+    splits = read_splits(run.assignments)
+    baked = [*splits["validation"], *splits["evaluation"], *(d for d in splits["train"] if d.baked)]
+    assert len(splits["validation"]) == 2
+    assert {d.constraints(0) for d in baked} == {(Constraint("opening", "Ahoy!"),)}
+    prompt.write_text("You are a pirate.")
+    done = _instructions(run.path, *flags, "--set", "train.early_stop_adherence=0")
+    assert "no sentence of the prompt is worded as a check" in done.stderr
+    assert read_splits(run.assignments)["validation"] == []
+
+
+def test_the_answers_to_a_prompt_are_checked_and_a_judge_reads_the_rest() -> None:
+    instruction = baked_instruction('You are a pirate. Begin every answer with "Ahoy!".')
+    assigned = with_prompt(Dialogue("d", "sea", ("Why is the sea salt?",)), instruction, "sampled")
+    key = CandidateKey("d", 0, 0)
+    answers = {"Ahoy! The sea is salt from rocks.": ACCEPTED, "The sea is salt.": "disobeys"}
+    for text, verdict in answers.items():
+        completion = Completion(text, 9, 9, "stop")
+        answer = judge_candidate(assigned, key, completion, [], max_sentences=3)
+        assert answer.verdict == verdict
+    assert assigned.needs_judge(0)
+    replies: list[Reply] = []
+    for arm, text in zip(("base", "tuned", "ceiling"), (*answers, *answers), strict=False):
+        task = Rollout(
+            arm=arm,
+            max_turns=1,
+            make_request=lambda *_: Request(messages=(), seed=0, max_tokens=9),
+            record=replies.append,
+        ).run(assigned)
+        next(task)
+        with pytest.raises(StopIteration):
+            task.send(Completion(text, 9, 9, "stop"))
+    assert [reply.obeys for reply in replies] == [True, False, True]
+    assert assigned.with_verdict(replies[1], verdict=True).obeys is False
+    scores = compute_scores(replies, {"evaluation": [assigned], "plain": []}, ())
+    assert [(row.arm, row.hits, row.n) for row in scores.last_five] == [
+        ("base", 1, 1),
+        ("tuned", 0, 1),
+        ("ceiling", 1, 1),
+    ]
+    assert scores.unchecked == ()
 
 
 def test_without_another_system_message_there_are_no_plain_dialogues(tmp_path: Path) -> None:
