@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 from support.cli import call_gatt, override_flags
+from support.teachers import Teacher, serve
 
 from pipeline.data.prompts import read_prompt
 from pipeline.errors import GattError
 from pipeline.evaluation.aggregate import compute_scores
+from pipeline.files import read_jsonl
 from pipeline.gatt.acceptance import ACCEPTED, CandidateKey, judge_candidate
 from pipeline.gatt.assignment import AssignedDialogue, read_splits
 from pipeline.gatt.bake import IDENTITY_QUESTIONS, baked_instruction, with_prompt
@@ -305,6 +307,21 @@ def test_the_answers_to_a_prompt_are_checked_and_a_judge_reads_the_rest() -> Non
         ("ceiling", 1, 1),
     ]
     assert scores.unchecked == ()
+
+
+def test_a_teacher_that_never_follows_the_prompt_leaves_nothing_to_train(tmp_path: Path) -> None:
+    prompt, run = tmp_path / "prompt.txt", RunDir(tmp_path / "run")
+    prompt.write_text('You are a pirate. Begin every answer with "Ahoy!".')
+    values = (f"instructions.bake={prompt}", "instructions.plain_ratio=0.5", "dialogues.train=8")
+    flags = [flag for value in values for flag in ("--set", value)]
+    assert _instructions(run.path, *flags).returncode == 0
+    with serve(Teacher()) as server:
+        teacher = ("--set", f"synthesize.teacher={server.url}/v1")
+        done = call_gatt("synthesize", "--run", run.path, *override_flags(), *flags, *teacher)
+    assert done.returncode == 1
+    assert "No answer of the teacher follows the prompt. Choose a larger teacher" in done.stderr
+    verdicts = {row["dialogue"]: row["verdict"] for _, row in read_jsonl(run.answers)}
+    assert ACCEPTED in verdicts.values()  # of plain dialogues
 
 
 def test_without_another_system_message_there_are_no_plain_dialogues(tmp_path: Path) -> None:
