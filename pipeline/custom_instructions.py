@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import chain, count
 from pathlib import Path
 
 from pipeline.errors import did_you_mean
@@ -74,17 +76,20 @@ def parse_custom_instruction(entry: Mapping[str, object], folder: Path) -> Custo
 
 
 def with_distinct_names(
-    instructions: Sequence[CustomInstruction],
+    instructions: Sequence[CustomInstruction], taken: Collection[str] = ()
 ) -> tuple[CustomInstruction, ...]:
-    """Return the different ones of some instructions, numbered where their names are equal."""
+    """Return the different ones of some instructions, numbered where a name is `taken` or used."""
     distinct = tuple(dict.fromkeys(instructions))
-    counts: Counter[str] = Counter()
+    used, tried = set(taken), Counter[str]()
     numbered = []
     for instruction in distinct:
         name = instruction.name
-        counts[name] += 1
-        label = f"{name} ({counts[name]})" if counts[name] > 1 else instruction.label
-        numbered.append(replace(instruction, label=label))
+        further = (f"{name} ({number})" for number in count(max(2, tried[name] + 1)))
+        label = next(label for label in chain([name], further) if label not in used)
+        used.add(label)
+        tried[name] += 1
+        same = label == name
+        numbered.append(instruction if same else replace(instruction, label=label))
     return tuple(numbered)
 
 
@@ -119,20 +124,42 @@ def _parse_check(check: object, folder: Path) -> Constraint:
     if arguments is not None:
         if kind != "ifeval" or not isinstance(arguments, Mapping):
             raise ValueError(f"arguments = {arguments!r}; expected a table, next to ifeval = NAME.")
-        value = f"{value} {json.dumps(dict(arguments), sort_keys=True, ensure_ascii=False)}"
+        value = f"{value} {_json_of(arguments)}"
     if kind in ("regex", "not_regex"):
         _require_pattern(kind, value)
     return Constraint(kind, _located(value, folder) if kind == "function" else value)
 
 
-def _require_pattern(kind: str, value: str) -> None:
+def _json_of(arguments: Mapping[str, object]) -> str:
     try:
-        re.compile(value)
+        return json.dumps(dict(arguments), sort_keys=True, ensure_ascii=False)
+    except TypeError as error:  # TOML has dates and times, too
+        raise ValueError(f"arguments: {error}. Expected texts, numbers and lists.") from error
+
+
+def compiled_pattern(value: str) -> re.Pattern[str]:
+    """Return a compiled pattern.
+
+    Raises:
+        ValueError: it is not a regular expression; the message is for the user.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Such as "[[a]", which a later version of Python may read in another way.
+            warnings.simplefilter("ignore", FutureWarning)
+            return re.compile(value)
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(
-            f"{kind} = {value!r} is not a regular expression: {error}. Correct it, or escape the "
-            "signs that are meant literally with a backslash."
+            f"{value!r} is not a regular expression: {error}. Correct it, or escape the signs that "
+            "are meant literally with a backslash."
         ) from error
+
+
+def _require_pattern(kind: str, value: str) -> None:
+    try:
+        compiled_pattern(value)
+    except ValueError as error:
+        raise ValueError(f"{kind} = {error}") from error
 
 
 def _located(value: str, folder: Path) -> str:
@@ -145,6 +172,7 @@ def _located(value: str, folder: Path) -> str:
         raise ValueError(
             f'function = {value!r}; expected "module:function", as "checks:is_polite".'
         )
-    name = module if module.endswith(".py") else f"{module.replace('.', '/')}.py"
-    file = folder / name
-    return f"{file.resolve()}:{function}" if file.is_file() else value
+    path = module.replace(".", "/")
+    names = [module] if module.endswith(".py") else [f"{path}.py", f"{path}/__init__.py"]
+    files = [file for name in names if (file := folder / name).is_file()]
+    return f"{files[0].resolve()}:{function}" if files else value

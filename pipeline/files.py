@@ -85,7 +85,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 yield number, json.loads(line)
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            except (ValueError, RecursionError) as error:  # ValueError: UnicodeDecodeError, too
                 raise GattError(
                     f"{path}, line {number}: not a line of JSON ({error}). Correct or delete it."
                 ) from error

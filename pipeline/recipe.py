@@ -93,10 +93,12 @@ class Instructions(Section):
     """
     file: str = ""
     """More instructions in your own words: TOML with [[instructions]] or JSONL of such tables, a
-    text with one on each line, or a folder of system prompts (*.txt, *.md)."""
+    text with one on each line ("# " begins a comment), or a folder of system prompts (*.txt,
+    *.md)."""
     bake: str = ""
     """A system prompt that the model shall follow without being given it, in place of all other
-    instructions: a text file, or a character card (PNG or JSON)."""
+    instructions: a text file, or a character card (PNG, JSON or CHARX). Sentences worded as a kind
+    become checks."""
     generate: tuple[Literal["persona", "hobby", "language"], ...] = ()
     """Kinds whose values the teacher lists itself, as in the paper; only values that it knows join
     the pool. They are saved in `lists.toml` of the run, where you can edit them."""

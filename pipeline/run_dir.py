@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import re
 import shutil
 import subprocess
 import time
@@ -31,6 +32,8 @@ _PACKAGES = ("llama-cpp-python", "unsloth", "torch", "transformers", "peft", "da
 """Packages whose versions a manifest records."""
 
 
+_PYTHON_FILE = re.compile(r".*\.py( \(\d+\))?", re.DOTALL)
+"""The name of an input that is a user's function, numbered where two have the same."""
 _FINGERPRINT_VERSION = 3
 
 
@@ -153,7 +156,7 @@ class RunDir:
             earlier: Fingerprint = json.loads(started.read_text(encoding="utf-8"))
             changes = _changes(earlier, started.stat().st_mtime, settings, inputs)
             if not (folder / "manifest.json").exists():
-                changes = [name for name in changes if ".py" not in name]
+                changes = [name for name in changes if not _PYTHON_FILE.fullmatch(name)]
             if changes:
                 folder.rename(_unused(folder, time.strftime("%Y%m%d-%H%M%S")))
         (folder / "manifest.json").unlink(missing_ok=True)

@@ -58,6 +58,15 @@ def test_a_run_continues_with_its_saved_recipe(run_instructions: RunDir, tmp_pat
     assert (recipe_now.seed, recipe_now.dialogues.train, recipe_now.dialogues.turns) == (7, 20, 2)
 
 
+def test_names_with_emoji_are_taken(run_instructions: RunDir, tmp_path: Path) -> None:
+    prompt = tmp_path / "ahoy 🏴.txt"
+    prompt.write_text("You are a pirate.")
+    _run(run_instructions, "--bake", prompt)
+    assert _saved(run_instructions).instructions.bake == str(prompt)
+    call_gatt("evaluate", "--compare-with", "rival 🏴.gguf", "--run", run_instructions.path)
+    assert _saved(run_instructions).evaluate.extra_models == ("rival 🏴.gguf",)
+
+
 @pytest.mark.parametrize("overrides", [(), ("seed=7",)])
 def test_the_demo_in_miniature_is_followed_by_the_demo(
     run_instructions: RunDir, overrides: tuple[str, ...]

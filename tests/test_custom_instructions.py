@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
@@ -16,7 +18,7 @@ from support.teachers import Teacher, serve
 from pipeline.chat.conversation import Conversation, StandingInstruction
 from pipeline.custom_instructions import with_distinct_names
 from pipeline.data.dialogues import load_dialogues
-from pipeline.data.instruction_files import read_instructions
+from pipeline.data.instruction_files import count_skipped, read_instructions
 from pipeline.errors import GattError
 from pipeline.evaluation.aggregate import compute_scores
 from pipeline.evaluation.rates import Rate
@@ -24,6 +26,7 @@ from pipeline.files import read_jsonl
 from pipeline.gatt.acceptance import ACCEPTED
 from pipeline.gatt.assign import ConstraintPool, Ratios, assign_evaluation, assign_training
 from pipeline.gatt.assignment import AssignedDialogue, check_files, read_splits, write_splits
+from pipeline.gatt.constraints import custom_checks
 from pipeline.gatt.constraints.registry import KINDS, obeys, prepare, required_words
 from pipeline.gatt.instructions import custom_instruction, prepare_checks
 from pipeline.gatt.rollout import Rollout
@@ -154,6 +157,10 @@ def test_a_saved_recipe_is_read_back(tmp_path: Path) -> None:
         ('{text = "a", checks = [{uppercase = true}]}', "the check uppercase has the value True"),
         ('{text = "a", checks = [{function = "polite"}]}', 'expected "module:function"'),
         ('{text = "a", checks = [{regex = "a", arguments = {n = 1}}]}', "next to ifeval"),
+        (
+            '{text = "a", checks = [{ifeval = "a:b", arguments = {day = 2026-01-02}}]}',
+            "arguments: Object of type .ate is not JSON serializable. Expected texts",
+        ),
         ('{kind = "opening", worth = "Hi"}', "unknown key 'worth' next to kind"),
         ("{}", "there is no text"),
     ],
@@ -181,6 +188,29 @@ def test_a_function_is_looked_for_next_to_the_recipe(tmp_path: Path) -> None:
     saved.parent.mkdir()
     saved.write_text(recipe_toml(load_recipe(recipe)))
     assert load_recipe(saved).instructions.custom[0].checks == checks
+
+
+def test_a_package_next_to_the_recipe_is_loaded(tmp_path: Path) -> None:
+    package = tmp_path / "manners"
+    package.mkdir()
+    (package / "rules.py").write_text("WORD = 'please'\n")
+    (package / "__init__.py").write_text(
+        "from .rules import WORD\ndef polite(reply, dialogue): return WORD in reply\n"
+    )
+    recipe = tmp_path / "my.toml"
+    recipe.write_text(
+        '[instructions]\npool = [{text = "a", checks = [{function = "manners:polite"}]}]\n'
+    )
+    (check,) = load_recipe(recipe).instructions.custom[0].checks
+    assert check.value == f"{(package / '__init__.py').resolve()}:polite"
+    assert obeys((check,), "Yes, please.") and not obeys((check,), "Yes.")
+
+
+def test_a_name_that_is_taken_is_numbered() -> None:
+    labels = ["a (2)", "a", "a", "bold", "a"]
+    texts = [CustomInstruction(text=f"{n}", label=label) for n, label in enumerate(labels)]
+    names = [c.name for c in with_distinct_names(texts, KINDS)]
+    assert names == ["a (2)", "a", "a (3)", "bold (2)", "a (4)"]
 
 
 def test_equal_names_are_numbered_and_equal_instructions_merged() -> None:
@@ -212,7 +242,21 @@ def test_every_form_of_a_file_is_read(tmp_path: Path) -> None:
         ]
 
 
+def test_a_text_is_cut_at_line_breaks_only_and_may_have_comments(tmp_path: Path) -> None:
+    file = tmp_path / "i.txt"
+    lines = "# Tone\rBe\u2028blunt.\n#1: be\x0bkind.\r\n \n"
+    file.write_bytes(lines.encode())
+    assert [i.text for i in read_instructions(file)] == ["Be\u2028blunt.", "#1: be\x0bkind."]
+
+
+def test_json_lines_may_be_utf_16(tmp_path: Path) -> None:
+    file = tmp_path / "i.jsonl"
+    file.write_bytes('{"text": "Sei höflich."}\r\n"Be\u2028kind."\n'.encode("utf-16"))
+    assert [i.text for i in read_instructions(file)] == ["Sei höflich.", "Be\u2028kind."]
+
+
 def test_a_folder_has_one_system_prompt_in_each_file(tmp_path: Path) -> None:
+    (tmp_path / "old.txt").mkdir()
     (tmp_path / "b.md").write_text("# Role\n\nYou are B.\n")
     (tmp_path / "a.TXT").write_text("You are A.")
     (tmp_path / "notes.json").write_text("{}")
@@ -222,6 +266,31 @@ def test_a_folder_has_one_system_prompt_in_each_file(tmp_path: Path) -> None:
         ("# Role\n\nYou are B.", "system"),
     ]
     assert read_instructions(tmp_path / "b.md")[0].place == "system"
+    assert count_skipped(tmp_path) == 2  # notes.json and the folder
+    assert count_skipped(tmp_path / "b.md") == 0
+
+
+def test_what_is_left_out_of_a_folder_is_one_line(tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts"
+    prompts.mkdir()
+    (prompts / "a.txt").write_text("You are A.")
+    (prompts / "notes.json").write_text("{}")
+    flags = [*override_flags(), "--set", f"instructions.file={prompts}"]
+    done = call_gatt("instructions", "--run", tmp_path / "run", *flags)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(f"1 entries of {prompts} are not read") == 1
+
+
+def test_a_prompt_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(file: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied", str(file))
+
+    (tmp_path / "a.txt").write_text("You are A.")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(GattError, match=r"cannot read .*a\.txt \(Permission denied\)"):
+        read_instructions(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -243,6 +312,10 @@ def test_a_folder_has_one_system_prompt_in_each_file(tmp_path: Path) -> None:
         ("i.json", b'{"text": "a"}', "not a list"),
         ("i.md", b"", "there is no text"),
         ("i.txt", b"d\xe9", "not UTF-8"),
+        ("i.YAML", b"- Be blunt.\n", "has a form that is not read"),
+        ("i.csv", b"Be blunt.\n", "has a form that is not read"),
+        ("i.jsonl", b"[" * 100_000, "line 1: not a line of JSON"),
+        ("i.json", b"[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_it(
@@ -275,11 +348,22 @@ def test_a_missing_file_an_empty_folder_and_an_empty_prompt(tmp_path: Path) -> N
         ("regex", r"(?m)^Confidence: [1-5]$", "Yes.\nConfidence: 4", "Confidence: 7"),
         ("not_regex", "(?i)price", "It is free.", "The PRICE is high."),
         ("not_regex", "x", "y", "  "),
+        ("not_regex", "\n", "One line.", "Two\nlines."),
+        ("regex", " ", "Two words.", "One"),
     ],
 )
 def test_patterns(kind: str, value: str, good: str, bad: str) -> None:
     constraint = Constraint(kind, value)
     assert obeys((constraint,), good) and not obeys((constraint,), bad)
+
+
+def test_an_odd_pattern_prints_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert obeys((Constraint("regex", "[[a]+b"),), "[ab")
+        assert _pool('[{text = "a", checks = [{regex = "[[c]"}]}]').instructions.custom
+    with pytest.raises(GattError, match="needs a value"):
+        obeys((Constraint("regex", ""),), "a")
 
 
 def _function(folder: Path, body: str, signature: str = "reply, dialogue") -> Constraint:
@@ -343,6 +427,46 @@ def test_verifiers_of_ifeval() -> None:
     ):
         with pytest.raises(GattError, match=problem):
             prepare(Constraint("ifeval", value))
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ('length_constraints:number_words {"num_words": -1, "relation": "at least"}', "num_words"),
+        ('length_constraints:number_words {"num_words": null, "relation": "at least"}', "= null"),
+        ('keywords:existence {"keywords": []}', r"does not accept keywords = \[\]: it would use"),
+        ('keywords:existence {"keywords": "sea"}', r'keywords = "sea": it would use \["a", "e"'),
+        ('keywords:forbidden_words {"forbidden_words": "sea"}', 'forbidden_words = "sea"'),
+        ('detectable_format:number_bullet_lists {"num_bullets": -2}', "num_bullets = -2"),
+    ],
+)
+def test_an_argument_that_a_verifier_would_replace_is_refused(value: str, problem: str) -> None:
+    pytest.importorskip("if_verifiable")
+    with pytest.raises(GattError, match=problem):
+        prepare(Constraint("ifeval", value))
+
+
+def test_an_argument_that_a_verifier_only_rewrites_is_taken() -> None:
+    pytest.importorskip("if_verifiable")
+    prepare(Constraint("ifeval", 'keywords:existence {"keywords": ["sea", "Salt", "air"]}'))
+    letter = {"letter": "E", "let_frequency": 2, "let_relation": "at least"}
+    prepare(Constraint("ifeval", f"keywords:letter_frequency {json.dumps(letter)}"))
+
+
+def test_before_ifbench_is_loaded_a_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    modules: list[str] = []
+
+    def verifiers(module: str) -> dict[str, object]:
+        modules.append(module)
+        return {}
+
+    monkeypatch.setattr(custom_checks, "_verifiers", verifiers)
+    with pytest.raises(GattError, match="No instruction of IFEval or IFBench"):
+        prepare(Constraint("ifeval", "count:no_such"))
+    assert [m.split(".")[1] for m in modules] == ["ifeval", "ifbench"]
+    assert "count:no_such: not of IFEval. Loading IFBench" in capsys.readouterr().err
 
 
 def test_verifiers_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,6 +585,27 @@ def test_the_stage_refuses_checks_that_cannot_be_made(
     assert len(shown.stderr.strip().splitlines()) <= 2  # "Overridden: ..." comes first
     with pytest.raises(GattError, match=problem):
         raise GattError(shown.stderr)
+
+
+@pytest.mark.parametrize(
+    ("override", "advice"),
+    [
+        ('instructions.pool=[{text = "Be blunt."}]', "Give the instructions checks"),
+        ("dialogues.validation=0", r"Raise dialogues\.validation, or set"),
+        ("instructions.bake={prompt}", "write one as in `gatt instructions --kinds`"),
+    ],
+)
+def test_early_stopping_without_checks_is_refused_before_the_synthesis(
+    override: str, advice: str, tmp_path: Path
+) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("You are a pirate.")
+    overrides = ("instructions.vocabulary_kinds=[]", override.replace("{prompt}", str(prompt)))
+    flags = override_flags((*TINY_RECIPE, *overrides, "train.early_stop_adherence=0.9"))
+    done = call_gatt("instructions", "--run", tmp_path / "run", *flags)
+    assert done.returncode == 1
+    with pytest.raises(GattError, match=f"early_stop_adherence needs validation.*{advice}"):
+        raise GattError(done.stderr)
 
 
 def test_each_stage_that_a_function_decides_about_runs_again_if_it_is_changed(

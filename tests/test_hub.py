@@ -21,6 +21,7 @@ from pipeline.files import sha256, write_json, write_text
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.report.cards import PublishedModel, model_card
+from pipeline.report.facts import chat_options
 from pipeline.run_dir import RunDir
 from pipeline.stages import push
 
@@ -224,6 +225,24 @@ def test_the_card_of_a_baked_prompt_names_the_prompt_only() -> None:
     )
 
 
+def test_the_chat_command_gives_the_first_instruction_as_training_does(tmp_path: Path) -> None:
+    def options(**instructions: object) -> list[str]:
+        settings = {"dialogues": {"system": "Be kind."}, "instructions": instructions}
+        return chat_options(Recipe.model_validate(settings))
+
+    kind, first = {"kind": "bold"}, {"text": "Be blunt."}
+    system = {"text": "You are Ziggy.", "place": "system"}
+    assert options(pool=[first, kind]) == ["--system", "Be kind.", "--instruction", "Be blunt."]
+    assert options(pool=[system, kind]) == ["--system", "Be kind. You are Ziggy."]
+    assert options(pool=[]) == ["--system", "Be kind."]
+    file = tmp_path / "mine.md"
+    file.write_text("You are Ada.")
+    assert options(pool=[kind], file=str(file)) == ["--system", "Be kind. You are Ada."]
+    file.unlink()
+    assert options(pool=[first], file=str(file))[-1] == "Be blunt."
+    assert options(pool=[first], bake="prompt.txt") == []
+
+
 def test_a_license_that_the_hub_does_not_know_is_quoted() -> None:
     odd = 'My: "own" license # 1'
     model = PublishedModel(
@@ -257,6 +276,19 @@ def test_an_unfinished_run_is_refused_with_the_command(
         f"{tmp_path / missing} is missing; `gatt push` uploads it. Run `gatt {stage} "
         f"{tmp_path / 'recipe.toml'} --run {tmp_path}` first."
     )
+
+
+def test_a_run_without_checks_is_pushed_without_a_chart(hub: FakeHub, tmp_path: Path) -> None:
+    run_dir = _finished_run(tmp_path / "run")
+    report = run_dir.report / "report.json"
+    write_json(report, {**json.loads(report.read_text()), "has_chart": False})
+    (run_dir.report / "adherence.svg").unlink()
+    done = _push(run_dir, hub.environment(tmp_path / "hf"))
+    assert done.returncode == 0, done.stderr
+    sent = hub.committed("model")
+    assert "adherence.svg" not in sent
+    assert f"**{_SENTENCE}**\n\nA shortened run" in sent["README.md"].decode()
+    assert "adherence.svg" not in sent["README.md"].decode()
 
 
 def test_the_report_of_an_earlier_export_is_refused(tmp_path: Path) -> None:

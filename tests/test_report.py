@@ -410,6 +410,7 @@ def test_the_first_chart_has_what_was_not_trained_and_says_what_the_base_is(
     full: RunDir, bare: RunDir
 ) -> None:
     page = report_page(read_results(_recipe(full), full))
+    assert page.chart
     labels = re.findall(">([^<>]+)</text>", page.chart.standalone_svg)
     text = " ".join(labels)
     for arm in ("base", "tuned", "ceiling", "tuned, unseen values", "tuned, unseen kinds"):
@@ -731,7 +732,9 @@ def test_a_header_is_reached_by_the_keyboard(full: RunDir, browser: Browser) -> 
 
 def test_results_are_saved_as_json(full: RunDir) -> None:
     report = json.loads((full.report / "report.json").read_text(encoding="utf-8"))
-    assert report.keys() == {"subject", "headline", "facts", "scores", "conditions", "export"}
+    about = {"subject", "headline", "has_chart", "facts"}
+    assert report.keys() == {*about, "scores", "conditions", "export"}
+    assert report["has_chart"]
     assert report["facts"]["teacher"] == "my-teacher"
     assert report["export"]["merge_trials"]["nf4"] == {"kl_trained": 0.0, "nll": 1.75}
     assert Scores.from_json(json.dumps(report["scores"])) == _scores(full)
@@ -833,7 +836,9 @@ def test_a_baked_prompt_has_its_own_section(full: RunDir, tmp_path: Path) -> Non
     run_dir = RunDir(tmp_path)
     leaks = tuple(row for row in _fidelity().overall if row.arm in ("tuned", "rival"))
     fidelity = replace(_fidelity(), baked=True, saved_tokens=120.0, leaks=leaks)
-    write_json(run_dir.scores, replace(_scores(full), fidelity=fidelity))
+    unchecked = compute_scores([], {"evaluation": []}, ())
+    recall = _scores(full).recall
+    write_json(run_dir.scores, replace(unchecked, fidelity=fidelity, recall=recall))
     run(_recipe(run_dir), run_dir)
     markdown = (run_dir.report / "report.md").read_text(encoding="utf-8")
     assert "### Baked prompt" in markdown and "### Reminder fidelity" not in markdown
@@ -850,3 +855,24 @@ def test_a_baked_prompt_has_its_own_section(full: RunDir, tmp_path: Path) -> Non
     assert "rival is no nearer to the base with the prompt than the base is" in markdown
     assert [row["tuned: fidelity"] for row in _csv(run_dir, "baked_leakage")] == ["25%"]
     assert "does the model give that of the prompt?" in markdown
+    assert "so there is no adherence." in markdown
+    assert not (run_dir.report / "adherence.svg").exists()  # that of the run before
+    assert "No instruction has a check." not in _page(run_dir)
+    assert "reminder fidelity" in _page(run_dir)
+    assert not json.loads((run_dir.report / "report.json").read_text())["has_chart"]
+
+
+def test_a_baked_prompt_with_checks_or_a_judge_has_adherence(full: RunDir, tmp_path: Path) -> None:
+    shutil.copytree(full.path, tmp_path, dirs_exist_ok=True)
+    run_dir = RunDir(tmp_path)
+    fidelity = replace(_fidelity(), baked=True, saved_tokens=120.0)
+    scores = replace(_scores(full), fidelity=fidelity, primary="last_five")
+    write_json(run_dir.scores, scores)
+    run(_recipe(run_dir), run_dir)
+    markdown = (run_dir.report / "report.md").read_text(encoding="utf-8")
+    assert "the tuned model follows the prompt without being given it in" in markdown
+    assert "there is no adherence" not in markdown
+    assert "Ceiling: the base, with the prompt." in markdown
+    assert "a trained trait shows" in markdown
+    chart = (run_dir.report / "adherence.svg").read_text(encoding="utf-8")
+    assert "base, with the prompt" in chart and "the prompt is not given" in chart

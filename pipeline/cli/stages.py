@@ -79,7 +79,8 @@ def run(
         str,
         typer.Option(
             help="Train the model to follow this system prompt without being given it: a text "
-            "file, or a character card (PNG or JSON)."
+            "file, or a character card (PNG, JSON or CHARX). Example: --bake prompt.txt --run "
+            "runs/pirate"
         ),
     ] = "",
     ray: Ray = "",
@@ -94,7 +95,7 @@ def run(
 
     changes = override_list(set, quick=quick)
     if bake:
-        changes.append(f"instructions.bake={json.dumps(bake)}")
+        changes.append(f"instructions.bake={_toml_value(bake)}")
     reuse_recipe = recipe is None and not is_quick_demo(run, changes)
     settings, run_dir = open_run(recipe, run, changes, reuse_recipe=reuse_recipe)
     if reuse_recipe and run_dir.recipe.is_file() and is_main_process():
@@ -107,22 +108,22 @@ def run(
     typer.echo(f"Chat:   {_chat_command(settings, tuned)}")
 
 
+def _toml_value(value: str | list[str]) -> str:
+    """Return the value of an override; TOML has no halves of emoji, which JSON escapes to."""
+    return json.dumps(value, ensure_ascii=False)
+
+
 def _chat_command(settings: Recipe, tuned: Path) -> str:
-    """Return a shell line that chats with the model under the first trained instruction."""
+    """Return a shell line that chats with the model under the first instruction."""
     import shlex
     import shutil
     import subprocess
 
-    from pipeline.gatt.instructions import instruction_of
+    from pipeline.report.facts import chat_options
 
     on_path = shutil.which("gatt")
     program = "gatt" if on_path else os.path.relpath(Path(sys.executable).with_name("gatt"))
-    options: list[str] = []
-    if not settings.instructions.bake:
-        options = ["--system", settings.dialogues.system]
-        if pool := settings.instructions.pool:
-            options += ["--instruction", instruction_of(pool[0]).text]
-    words = [program, "chat", str(tuned), *options]
+    words = [program, "chat", str(tuned), *chat_options(settings)]
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
@@ -277,7 +278,7 @@ def export(
         require_new(merged_dir)
         create_folder(merged_dir.parent, "--merged-dir")
     options = {
-        "formats": json.dumps(format) if format else "",
+        "formats": _toml_value(format) if format else "",
         "merge_base": merge_base,
         "verify_tokenizer": "false" if allow_tokenizer_mismatch else "",
     }
@@ -334,7 +335,7 @@ def evaluate(
     options = {
         "adapter": adapter,
         "adapter_scale": adapter_scale,
-        "extra_models": json.dumps(compare_with) if compare_with else None,
+        "extra_models": _toml_value(compare_with) if compare_with else None,
         "judge": judge,
     }
     changes = [f"evaluate.{key}={value}" for key, value in options.items() if value is not None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from tomlkit.exceptions import TOMLKitError
 
 from pipeline.custom_instructions import parse_custom_instruction
 from pipeline.errors import GattError
-from pipeline.files import decode_text, read_jsonl
+from pipeline.files import decode_text
 from pipeline.records import CustomInstruction
 
 _FORMS = (
@@ -20,6 +21,10 @@ _FORMS = (
     "each line, or a folder of system prompts (*.txt, *.md)"
 )
 _PROMPTS = (".txt", ".md")
+_OTHER_FORMS = (".yaml", ".yml", ".csv", ".tsv", ".xml")
+"""Suffixes of files that are not read; their lines are not instructions."""
+_COMMENT = "# "
+"""Begins a line of a plain text that is not an instruction."""
 
 
 class _Entry(NamedTuple):
@@ -41,7 +46,8 @@ def read_instructions(path: Path) -> list[CustomInstruction]:
         instructions = _read_folder(path) if path.is_dir() else _parsed(_entries(path), path.parent)
     except OSError as error:
         raise GattError(
-            f"instructions.file: cannot read {path} ({error.strerror}). Expected {_FORMS}."
+            f"instructions.file: cannot read {error.filename or path} ({error.strerror}). "
+            f"Expected {_FORMS}."
         ) from error
     if not instructions:
         raise GattError(f"instructions.file: {path} holds no instruction. Expected {_FORMS}.")
@@ -49,8 +55,19 @@ def read_instructions(path: Path) -> list[CustomInstruction]:
 
 
 def _read_folder(folder: Path) -> list[CustomInstruction]:
-    files = (file for file in folder.iterdir() if file.suffix.lower() in _PROMPTS)
-    return [_read_prompt(file) for file in sorted(files) if not file.name.startswith(".")]
+    return [_read_prompt(file) for file in sorted(folder.iterdir()) if _is_prompt(file)]
+
+
+def _is_prompt(file: Path) -> bool:
+    is_visible = not file.name.startswith(".")
+    return is_visible and file.suffix.lower() in _PROMPTS and file.is_file()
+
+
+def count_skipped(path: Path) -> int:
+    """Return how many visible entries of a folder of prompts are not read; 0 for a file."""
+    path = path.expanduser()
+    entries = path.iterdir() if path.is_dir() else ()
+    return sum(not (entry.name.startswith(".") or _is_prompt(entry)) for entry in entries)
 
 
 def _read_prompt(file: Path) -> CustomInstruction:
@@ -79,24 +96,47 @@ def _entries(file: Path) -> Iterator[_Entry]:
         case ".toml":
             yield from _toml_entries(file)
         case ".jsonl" | ".ndjson":
-            for number, value in read_jsonl(file):
-                yield _Entry(value, f"{file}, line {number}")
+            yield from _json_lines(file)
         case ".json":
             yield from _json_entries(file)
         case ".md":
             text = decode_text(file.read_bytes(), file)
             yield _Entry({"text": text, "place": "system"}, str(file))
+        case suffix if suffix in _OTHER_FORMS:
+            raise GattError(
+                f"instructions.file: {file} has a form that is not read. Expected {_FORMS}."
+            )
         case _:
-            lines = decode_text(file.read_bytes(), file).splitlines()
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _Entry(line, f"{file}, line {number}")
+            for line, place in _lines(file):
+                if not line.startswith(_COMMENT):
+                    yield _Entry(line, place)
+
+
+def _lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Yield the lines that are not blank, and where they stand.
+
+    `str.splitlines` would also cut at signs that stand within a line, such as U+2028.
+    """
+    lines = re.split(r"\r\n|\r|\n", decode_text(file.read_bytes(), file))
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            yield line, f"{file}, line {number}"
+
+
+def _json_lines(file: Path) -> Iterator[_Entry]:
+    for line, place in _lines(file):
+        try:
+            yield _Entry(json.loads(line), place)
+        except (ValueError, RecursionError) as error:
+            raise GattError(
+                f"{place}: not a line of JSON ({error}). Correct or delete it."
+            ) from error
 
 
 def _toml_entries(file: Path) -> Iterator[_Entry]:
     try:
         tables = tomlkit.parse(decode_text(file.read_bytes(), file)).unwrap()
-    except TOMLKitError as error:
+    except (TOMLKitError, RecursionError) as error:
         raise GattError(f"{file} is not valid TOML: {error}. Correct it.") from error
     listed = tables.pop("instructions", [])
     if tables or not isinstance(listed, list):
@@ -109,7 +149,7 @@ def _toml_entries(file: Path) -> Iterator[_Entry]:
 def _json_entries(file: Path) -> Iterator[_Entry]:
     try:
         listed = json.loads(decode_text(file.read_bytes(), file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise GattError(f"{file} is not JSON ({error}). Correct it, or name it .jsonl.") from error
     if not isinstance(listed, list):
         raise GattError(f"{file} is not a list. Expected a list of tables with a text.")

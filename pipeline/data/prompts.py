@@ -1,4 +1,4 @@
-"""Read a system prompt: a text file, or a character card (V1 to V3) as JSON or in a PNG image.
+"""Read a system prompt: a text file, or a character card (V1 to V3) as JSON, PNG or CHARX.
 
 Card formats: https://github.com/malfoyslastname/character-card-spec-v2 and
 https://github.com/kwaroran/character-card-spec-v3.
@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import json
 import re
 import struct
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.console import log
 from pipeline.errors import GattError
-from pipeline.files import decode_text
+from pipeline.files import decode_text, without_surrogates
 
 _PNG = b"\x89PNG\r\n\x1a\n"
+_ZIP = b"PK\x03\x04"
+_CHARX_CARD = "card.json"
 _KEYWORDS = ("ccv3", "chara")
 """Keywords of the text chunks with a card: that of V3 comes first, V2 is for older programs."""
 _FIELDS = {
@@ -28,10 +33,21 @@ _FIELDS = {
     "scenario": "Scenario: {text}",
     "mes_example": "Examples of how {name} talks:\n{text}",
     "first_mes": "{name} begins the conversation with:\n{text}",
+    "depth_prompt": "{text}",
+    "post_history_instructions": "{text}",
 }
-"""The parts of a card that follow its `system_prompt`, and how the prompt introduces them."""
+"""The parts of a card that follow its `system_prompt`, and how the prompt introduces them.
+
+Programs repeat the last two close to the end of a chat; a prompt has them at its end.
+"""
+_COMMENT = re.compile(r"\{\{\s*(//|comment:).*?\}\}", re.IGNORECASE | re.DOTALL)
+_ORIGINAL = re.compile(r"\{\{\s*original\s*\}\}", re.IGNORECASE)
+"""Stands for the system prompt of the program."""
+_CHARACTER = re.compile(r"\{\{\s*char\s*\}\}|<BOT>", re.IGNORECASE)
+_PERSON = re.compile(r"\{\{\s*user\s*\}\}|<USER>", re.IGNORECASE)
 _USER = "User"
 """Stands for {{user}}."""
+_EXPECTED = "expected a JSON object with `data`, or with `name` and `description`"
 
 
 class Prompt(NamedTuple):
@@ -45,28 +61,29 @@ def read_prompt(path: Path) -> Prompt:
     """Read the prompt in a text file, or make one of a character card.
 
     Raises:
-        GattError: no such file, no text in it, or an image or JSON file without a card.
+        GattError: no such file, no text in it, or an image, archive or JSON file without a card.
     """
     try:
         data = path.read_bytes()
     except OSError as error:
         raise GattError(
             f"Cannot read the prompt {path}: {error.strerror}. Expected a text file, or a "
-            "character card (PNG or JSON)."
+            "character card (PNG, JSON or CHARX)."
         ) from error
     if data.startswith(_PNG):
         return _prompt_of(_card_of_image(data, path), path)
+    if data.startswith(_ZIP):
+        return _prompt_of(_card_of_archive(data, path), path)
     if data.startswith((b"\xff\xd8\xff", b"RIFF", b"GIF8")):
-        raise GattError(f"{path} is an image, but not a PNG. Character cards are PNG or JSON.")
+        raise GattError(
+            f"{path} is an image, but not a PNG. Character cards are PNG, JSON or CHARX."
+        )
     text = decode_text(data, path).strip()
     if path.suffix.lower() == ".json" or text.startswith("{"):
         if card := _parsed(text):
             return _prompt_of(card, path)
         if path.suffix.lower() == ".json":
-            raise GattError(
-                f"{path} is not a character card: expected a JSON object with `data`, or with "
-                "`name` and `description`."
-            )
+            raise GattError(f"{path} is not a character card: {_EXPECTED}.")
     if not text:
         raise GattError(f"The prompt {path} is empty. Write the system prompt into it.")
     return Prompt(text)
@@ -80,29 +97,48 @@ def _parsed(text: str) -> Mapping[str, object] | None:
         return None
     if not isinstance(card, dict):
         return None
-    fields = card.get("data", card)
-    is_card = isinstance(fields, dict) and fields.keys() & {"name", "system_prompt", *_FIELDS}
+    fields = _table(card.get("data")) or card
+    is_card = fields.keys() & {"name", "system_prompt", *_FIELDS}
     return fields if is_card else None
 
 
 def _card_of_image(data: bytes, path: Path) -> Mapping[str, object]:
     texts = dict(_text_chunks(data))
-    for keyword in _KEYWORDS:
-        if keyword in texts:
-            try:
-                decoded = base64.b64decode(texts[keyword], validate=False).decode("utf-8")
-            except (binascii.Error, UnicodeDecodeError):
-                decoded = ""
-            if card := _parsed(decoded):
-                return card
-            raise GattError(
-                f"The character card in {path} is broken: expected JSON in Base64 under "
-                f"{keyword!r}. Export the card anew."
-            )
+    keywords = [keyword for keyword in _KEYWORDS if keyword in texts]
+    for keyword in keywords:
+        try:
+            # Some programs leave out the padding; too much of it is ignored.
+            decoded = base64.b64decode(texts[keyword] + b"==", validate=False).decode("utf-8")
+        except (binascii.Error, UnicodeDecodeError):
+            continue
+        if card := _parsed(decoded):
+            return card
+    if keywords:
+        raise GattError(
+            f"The character card in {path} is broken: expected JSON in Base64 under "
+            f"{' or '.join(map(repr, keywords))}. Export the card anew."
+        )
     raise GattError(
         f"{path} is an image without a character card (no text chunk {' or '.join(_KEYWORDS)}). "
         "Programs that resize or convert an image remove it: take the original file."
     )
+
+
+def _card_of_archive(data: bytes, path: Path) -> Mapping[str, object]:
+    """Return the card of a CHARX file, a zip archive that has images next to it."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            text = decode_text(archive.read(_CHARX_CARD), path / _CHARX_CARD)
+    except KeyError as error:
+        raise GattError(
+            f"{path} is an archive without {_CHARX_CARD}, so it is not a character card (CHARX). "
+            "Unpack it and name the prompt in it."
+        ) from error
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError) as error:
+        raise GattError(f"{path} is a damaged archive ({error}). Export the card anew.") from error
+    if card := _parsed(text):
+        return card
+    raise GattError(f"{_CHARX_CARD} in {path} is not a character card: {_EXPECTED}.")
 
 
 def _text_chunks(data: bytes) -> Iterator[tuple[str, bytes]]:
@@ -136,8 +172,9 @@ def _prompt_of(card: Mapping[str, object], path: Path) -> Prompt:
     Raises:
         GattError: it has no text but a name.
     """
-    name = _field(card, "name") or "the character"
-    instruction = _field(card, "system_prompt").replace("{{original}}", "").strip()
+    own_name = _field(card, "nickname") or _field(card, "name")
+    name = own_name or "the character"
+    instruction = _field(card, "system_prompt")
     parts = [
         template.format(name=name, text=text)
         for field, template in _FIELDS.items()
@@ -145,22 +182,41 @@ def _prompt_of(card: Mapping[str, object], path: Path) -> Prompt:
     ]
     if not parts and not instruction:
         raise GattError(
-            f"The character card {path} has no text: description, personality, scenario, "
-            "system_prompt, first_mes and mes_example are empty."
+            f"The character card {path} has no text: {', '.join(['system_prompt', *_FIELDS])} are "
+            "empty."
+        )
+    if entries := _book_entries(card):
+        log(
+            f"{path.name}: its character book is left out ({entries} entries), which programs add "
+            "by the words of a chat. Write what always holds into the description."
         )
     opening = instruction or f"You are {name}. Answer as {name} would, and stay in character."
-    return Prompt(_filled("\n\n".join([opening, *parts]), name), _field(card, "name"))
+    return Prompt(_filled("\n\n".join([opening, *parts]), name), own_name)
 
 
 def _field(card: Mapping[str, object], key: str) -> str:
+    """Return a text of a card without comments; "" if it has none."""
     value = card.get(key)
-    return value.strip() if isinstance(value, str) else ""
+    if key == "depth_prompt":  # of SillyTavern
+        value = _table(_table(card.get("extensions")).get("depth_prompt")).get("prompt")
+    text = without_surrogates(value) if isinstance(value, str) else ""
+    return _ORIGINAL.sub("", _COMMENT.sub("", text)).strip()
+
+
+def _table(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _book_entries(card: Mapping[str, object]) -> int:
+    """Return how many entries the character book of a card has."""
+    entries = _table(card.get("character_book")).get("entries")
+    return len(entries) if isinstance(entries, list | dict) else 0
 
 
 def _filled(text: str, name: str) -> str:
     """Return a text with the names in place of a card's macros."""
-    text = re.sub(r"\{\{char\}\}|<BOT>", lambda _: name, text, flags=re.IGNORECASE)
-    text = re.sub(r"\{\{user\}\}|<USER>", _USER, text, flags=re.IGNORECASE)
+    text = _CHARACTER.sub(lambda _: name, text)
+    text = _PERSON.sub(_USER, text)
     text = re.sub(r"<START>\s*", "", text, flags=re.IGNORECASE)
     text = "\n".join(text.splitlines())
     return re.sub(r"\n{3,}", "\n\n", text).strip()

@@ -19,6 +19,7 @@ from pipeline.evaluation.scoring.rows import replies_to, share
 from pipeline.evaluation.statistics import paired_bootstrap
 from pipeline.files import write_jsonl
 from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.constraints.registry import is_judged
 from pipeline.recipe import Recipe
 from pipeline.records import SAMPLERS, Reply, SamplerName
 
@@ -61,7 +62,7 @@ def measure_condition(
             f"{settings.turns} turns and measures that. Name another sampler, such as --sampler "
             "plain, or more turns."
         )
-    checked = [d for d in dialogues if d.constraints(0) and not d.needs_judge(0)]
+    checked = [d for d in dialogues if d.constraints(0) and not is_judged(d.constraints(0))]
     longer = _lengthened(checked, condition.turns)
     measured = [arm for arm in arms if arm.name in _ARMS]
     main = [reply for reply in replies_to(main, checked) if reply.arm in _ARMS]

@@ -74,11 +74,14 @@ class AssignedDialogue:
         return bool(self.instruction and self.instruction.label)
 
     def needs_judge(self, turn: int) -> bool:
-        """Return whether only a judge can tell if the answer of `turn` (from 0) obeys."""
+        """Return whether only a judge can tell if the answer of `turn` (from 0) obeys.
+
+        The checks of a baked prompt are about some of its sentences only.
+        """
         instruction = self.active_instruction(turn)
         if instruction is None:
             return False
-        is_unchecked = bool(instruction.label) and not instruction.constraints
+        is_unchecked = bool(instruction.label) and (self.baked or not instruction.constraints)
         return is_unchecked or is_judged(instruction.constraints)
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.instructions import find_constraints
 from pipeline.records import Dialogue, Instruction, RecallQuestion, SynthesisMethod
 
 _LABEL = "baked prompt"
@@ -26,9 +27,13 @@ _NAME_QUESTION = "How should I call you?"
 
 
 def baked_instruction(text: str, name: str = "") -> Instruction:
-    """Return a prompt as an instruction; nothing is checked of the answers but `name`, if asked."""
+    """Return a prompt as an instruction, with a question for `name`, if it gives one.
+
+    Answers are checked for what its sentences ask for in words of the built-in kinds; of the other
+    sentences nothing is checked.
+    """
     questions = (RecallQuestion("name", _NAME_QUESTION, name),) if name else ()
-    return Instruction(text, text, (), questions, label=_LABEL)
+    return Instruction(text, text, find_constraints(text), questions, label=_LABEL)
 
 
 def with_prompt(

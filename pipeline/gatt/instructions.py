@@ -11,6 +11,11 @@ from pipeline.errors import GattError
 from pipeline.gatt.constraints.registry import KINDS, editable, kind_of, prepare
 from pipeline.records import Constraint, CustomInstruction, Instruction
 
+_GAP = re.compile(r"(?<=[.!?\"”])\s+")
+_BULLET = re.compile(r"\s*([-*•]|\d+[.)])\s+")
+_LONGEST_WORDING = 3
+"""Sentences of a wording, counted with those in a quoted value."""
+
 
 def render_instruction(constraints: tuple[Constraint, ...], wording: int = 0) -> Instruction:
     """Return the instruction that asks for all `constraints`, in the given wording of each."""
@@ -63,6 +68,23 @@ def parse_instruction(text: str) -> tuple[Constraint, ...]:
     return min(readings, key=_value_length, default=())
 
 
+def find_constraints(text: str) -> tuple[Constraint, ...]:
+    """Return the constraints of a prompt's sentences that `parse_instruction` reads, each once.
+
+    All other sentences are passed over.
+    """
+    constraints: dict[Constraint, None] = {}
+    for line in text.splitlines():
+        sentences = _GAP.split(_BULLET.sub("", line, count=1).strip())
+        while sentences:
+            beginnings = [sentences[:size] for size in range(1, _LONGEST_WORDING + 1)]
+            readings = ((len(b), parse_instruction(" ".join(b))) for b in beginnings)
+            size, reading = next((r for r in readings if r[1]), (1, ()))
+            constraints |= dict.fromkeys(reading)
+            sentences = sentences[size:]
+    return tuple(constraints)
+
+
 def _value_length(constraints: tuple[Constraint, ...]) -> int:
     return sum(len(c.value) for c in constraints)
 
@@ -71,7 +93,7 @@ def _readings(text: str) -> Iterator[tuple[Constraint, ...]]:
     """Yield every way to read `text` as one constraint, or as several after each other."""
     for constraint in _single_readings(text):
         yield (constraint,)
-    for gap in re.finditer(r"(?<=[.!?\"])\s+", text):
+    for gap in _GAP.finditer(text):
         if first := _single_readings(text[: gap.start()]):
             for rest in list(_readings(text[gap.end() :])):
                 yield from ((constraint, *rest) for constraint in first)

@@ -19,10 +19,12 @@ from pipeline.gatt.constraints.registry import kind_of
 from pipeline.gatt.generated_values import LISTS, list_values
 from pipeline.gatt.quality import find_defect
 from pipeline.gatt.text import first_sentences, has_sentences
+from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import cached_gguf, runnable_gguf
 from pipeline.hub.models import Model, find_model
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.generator import GenerationEngine, context_for, open_generator
+from pipeline.inference.llama.model import LoadedModel
 from pipeline.inference.remote.address import is_server_url
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import read_toml
@@ -70,6 +72,22 @@ class _Quality:
 
     def __str__(self) -> str:
         return f"{self.perplexity:.2f} and {self.accepted:.0%}"
+
+
+def require_short_prompt(text: str, file: Path, recipe: Recipe) -> None:
+    """Raise a `GattError` if prompt, question and answer exceed the model's context."""
+    model = find_model(recipe.model)
+    gguf = runnable_gguf(model, "" if model.is_gguf else recipe.synthesize.format or "F16")
+    info = open_gguf(gguf)
+    vocabulary = LoadedModel(info, vocab_only=True)
+    tokens = len(vocabulary.tokenize(text))
+    vocabulary.close()
+    room = info.context_length - context_for(1, recipe.synthesize.max_tokens)
+    if tokens > room:
+        raise GattError(
+            f"The prompt {file} has {tokens} tokens; the context of {model.name} has room for "
+            f"{max(0, room)} of them. Shorten it, or choose a model with a longer context."
+        )
 
 
 def _log_conversion_quality(model: Model, format_name: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import PurePath
 
 from pipeline.gatt.instructions import instruction_of
 from pipeline.recipe import Instructions, Recipe
-from pipeline.report.facts import shortened_warning
+from pipeline.report.facts import chat_options, shortened_warning
 
 _MEANINGS = {
     r"tuned-(.+)\.gguf": r"the tuned model, \1",
@@ -67,6 +67,7 @@ def model_card(recipe: Recipe, model: PublishedModel) -> str:
         base=base if model.base_id else model.facts["base model"],
         headline=model.headline,
         warning=shortened_warning(recipe.evaluate),
+        has_chart="adherence.svg" in model.sizes,
         instructions=_trained_instructions(recipe.instructions),
         is_baked=bool(recipe.instructions.bake),
         files=[
@@ -153,11 +154,7 @@ def _meaning(name: str) -> str:
 
 def _commands(recipe: Recipe, model: PublishedModel) -> list[str]:
     """Return one command for each program that can chat with the model."""
-    chat = ["gatt", "chat", model.model_file]
-    if recipe.chat_system:
-        chat += ["--system", recipe.chat_system]
-    if recipe.instructions.pool and not recipe.instructions.bake:
-        chat += ["--instruction", instruction_of(recipe.instructions.pool[0]).text]
+    chat = ["gatt", "chat", model.model_file, *chat_options(recipe)]
     title = shlex.quote(model.repository.split("/")[-1].lower())
     ollama = [
         f"ollama create {title} -f {name} && ollama run {title}"

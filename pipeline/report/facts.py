@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.recipe import Evaluate, Recipe
+from pipeline.data.instruction_files import read_instructions
+from pipeline.gatt.instructions import instruction_of
+from pipeline.recipe import Evaluate, Instructions, PoolEntry, Recipe
+from pipeline.records import CustomInstruction
 from pipeline.run_dir import STAGES, RunDir
 
 _COMMIT_LENGTH = 40
@@ -39,6 +42,30 @@ def run_facts(recipe: Recipe, run_dir: RunDir, teacher: str) -> dict[str, str]:
             facts["commit of gatt"] = manifest["commit"]
             facts["machine"] = manifest["platform"]
     return facts
+
+
+def chat_options(recipe: Recipe) -> list[str]:
+    """Return the options of `gatt chat` that give the first instruction as training does.
+
+    With a baked prompt there are none.
+    """
+    if recipe.instructions.bake:
+        return []
+    system, options = recipe.dialogues.system, []
+    if entry := _first_instruction(recipe.instructions):
+        text = instruction_of(entry).text
+        if isinstance(entry, CustomInstruction) and entry.place == "system":
+            system = f"{system} {text}".strip()
+        else:
+            options = ["--instruction", text]
+    return ["--system", system, *options] if system else options
+
+
+def _first_instruction(settings: Instructions) -> PoolEntry | None:
+    """Return the first instruction of the file, if it is still there, or of the pool."""
+    file = Path(settings.file).expanduser()
+    listed = read_instructions(file) if settings.file and file.exists() else []
+    return next(iter([*listed, *settings.pool]), None)
 
 
 def file_facts(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:

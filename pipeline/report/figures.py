@@ -38,10 +38,13 @@ _MAX_POINTS = 40
 
 
 @rendered("adherence", "Share of the answers that keep the instruction, by turn")
-def adherence_curve(layout: Layout, rows: Sequence[RateRow], turns: int) -> Figure:
+def adherence_curve(
+    layout: Layout, rows: Sequence[RateRow], turns: int, *, baked: bool = False
+) -> Figure:
     """Draw the adherence of each arm by turn, with its 95 % interval; `rows` are `by_turn`.
 
-    Of long dialogues, the points are means of several turns.
+    Of long dialogues, the points are means of several turns. A `baked` prompt is given to the
+    ceiling only.
     """
     by_arm: dict[str, list[RateRow]] = {}
     for row in rows:
@@ -53,12 +56,14 @@ def adherence_curve(layout: Layout, rows: Sequence[RateRow], turns: int) -> Figu
         points = mean_rates(by_arm[arm], size)
         draw_rates(axes, list(points), list(points.values()), style)
         turn, rate = list(points.items())[-1]
-        labels.append(LineLabel(arm, turn, rate.value, style.color))
+        name = "base, with the prompt" if baked and arm == "ceiling" else arm
+        labels.append(LineLabel(name, turn, rate.value, style.color))
     if not by_arm:
         axes.text(0.5, 0.5, "No instruction has a check.", ha="center", transform=axes.transAxes)
     dialogues = count_text(max(row.n for row in by_arm[arm]) for arm in by_arm)
     means = f"means of {size} turns; " if size > 1 else ""
-    note = f"turn ({dialogues}; {means}the instruction is given in turn 1)"
+    given = "the prompt is not given" if baked else "the instruction is given in turn 1"
+    note = f"turn ({dialogues}; {means}{given})"
     format_turns(axes, layout, turns, note)
     axes.set_ylabel("answers that keep the instruction")
     draw_labels(axes, layout, labels)

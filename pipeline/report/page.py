@@ -66,7 +66,7 @@ class ComparedDialogue:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportPage:
-    """The page: a headline and a chart, then the sections.
+    """The page: a headline, perhaps a chart, then the sections.
 
     The `dialogues` follow the section "By kind". `subject` is the line above the headline.
     """
@@ -74,7 +74,7 @@ class ReportPage:
     title: str
     headline: str
     warning: str
-    chart: Picture
+    chart: Picture | None
     caption: str
     sections: Sequence[ReportSection]
     dialogues: Sequence[ComparedDialogue] = ()
@@ -96,8 +96,8 @@ class ReportPage:
         }
         source = resources.files("pipeline.report") / "report.html"
         template = environment.from_string(source.read_text(encoding="utf-8"))
-        pictures = [self.chart, *(s.picture for s in self.sections if s.picture)]
-        for picture in pictures:
+        pictures = [self.chart, *(section.picture for section in self.sections)]
+        for picture in filter(None, pictures):
             path = file.parent / "figures" / f"{picture.name}.svg"
             write_text(path, picture.standalone_svg)
             with whole_file(path.with_suffix(".png")) as draft:

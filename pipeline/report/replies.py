@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from pipeline.files import read_jsonl
 from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.constraints.registry import is_judged
 from pipeline.records import Reply
 from pipeline.run_dir import RunDir
 
@@ -13,7 +14,7 @@ from pipeline.run_dir import RunDir
 def judged_replies(run_dir: RunDir, dialogues: Sequence[AssignedDialogue]) -> Iterator[Reply]:
     """Yield the replies to `dialogues`, with the judge's verdict where no program can check.
 
-    Without a judge, `obeys` of a reply that nothing has checked stays None.
+    Without a judge, `obeys` of a reply is what programs have checked, None if nothing has.
     """
     by_id = {dialogue.dialogue.id: dialogue for dialogue in dialogues}
     log = read_jsonl(run_dir.judged) if run_dir.judged.exists() else ()
@@ -22,8 +23,8 @@ def judged_replies(run_dir: RunDir, dialogues: Sequence[AssignedDialogue]) -> It
         reply = Reply(**row)
         if reply.recall_attribute or reply.dialogue not in by_id:
             continue
-        dialogue = by_id[reply.dialogue]
-        if dialogue.needs_judge(reply.turn - 1) and (verdicts or reply.obeys is not None):
+        dialogue, turn = by_id[reply.dialogue], reply.turn - 1
+        if dialogue.needs_judge(turn) and (verdicts or is_judged(dialogue.constraints(turn))):
             verdict = verdicts.get((reply.arm, reply.dialogue, reply.turn), False)
             reply = dialogue.with_verdict(reply, verdict=verdict)
         yield reply

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.console import log, print_table
 from pipeline.custom_instructions import with_distinct_names
-from pipeline.data.instruction_files import read_instructions
+from pipeline.data.instruction_files import count_skipped, read_instructions
 from pipeline.data.prompts import read_prompt
 from pipeline.data.sources import source_inputs
 from pipeline.data.splits import DialogueSplits, split_dialogues
@@ -28,22 +28,21 @@ from pipeline.gatt.assign import (
 from pipeline.gatt.assignment import AssignedDialogue, write_splits
 from pipeline.gatt.bake import assign_baked, baked_instruction, with_prompt
 from pipeline.gatt.constraints.custom_checks import function_files
-from pipeline.gatt.constraints.registry import is_judged, kind_of
+from pipeline.gatt.constraints.registry import KINDS, is_judged, kind_of
 from pipeline.gatt.instructions import custom_instruction, prepare_checks
-from pipeline.gguf.reader import open_gguf
-from pipeline.hub.convert import runnable_gguf
 from pipeline.hub.models import Model, find_model, require_exportable, shape_of
 from pipeline.inference.chat_template import template_in
-from pipeline.inference.generator import context_for
-from pipeline.inference.llama.model import LoadedModel
-from pipeline.inference.teacher import generated_constraints
+from pipeline.inference.teacher import generated_constraints, require_short_prompt
 from pipeline.inference.thoughts import always_thinks
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.records import Constraint, CustomInstruction, Dialogue
 from pipeline.run_dir import Input, RunDir
 from pipeline.training.job import loads_in_4bit
 from pipeline.training.projections import require_projections
+from pipeline.training.validation import require_validation
 
+_TAKEN_NAMES = (*KINDS, "none", "stop")
+"""Names that tables use for something else than an instruction in the user's own words."""
 SECTIONS = ("dialogues", "instructions", "synthesize", "evaluate")
 """Sections of the recipe that the result depends on."""
 
@@ -89,6 +88,8 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         _assign_prompt(recipe, run_dir)
         return
     custom, listed = _custom_instructions(recipe), recipe.instructions
+    if listed.file and (skipped := count_skipped(Path(listed.file))):
+        log(f"instructions: {skipped} entries of {listed.file} are not read: not *.txt or *.md.")
     pool = ConstraintPool(
         listed.constraints, listed.vocabulary_kinds, custom, listed.vocabulary_ratio
     )
@@ -133,16 +134,20 @@ def _recall_dialogues(dialogues: DialogueSplits, settings: Evaluate) -> list[Dia
 
 
 def _assign_prompt(recipe: Recipe, run_dir: RunDir) -> None:
-    """Write the assignments that bake a prompt into the model; no program can check them.
+    """Write the assignments that bake a prompt into the model.
 
     Raises:
-        GattError: there is no prompt in the file, or it is longer than the model's context.
+        GattError: there is no prompt in the file, it is longer than the model's context, or no
+            program can check it and training is to stop early.
     """
     file = Path(recipe.instructions.bake).expanduser()
     prompt = read_prompt(file)
     require_short_prompt(prompt.text, file, recipe)
     dialogues, settings = split_dialogues(recipe), recipe.instructions
     instruction = baked_instruction(prompt.text)
+    is_checked = bool(instruction.constraints)
+    validation = [with_prompt(d, instruction) for d in dialogues.validation if is_checked]
+    require_validation(recipe, validation)
     training = assign_baked(
         dialogues.training,
         instruction,
@@ -153,7 +158,7 @@ def _assign_prompt(recipe: Recipe, run_dir: RunDir) -> None:
     )
     splits = {
         "train": training,
-        "validation": [],
+        "validation": validation,
         "evaluation": [with_prompt(d, instruction) for d in dialogues.evaluation],
     }
     write_splits(run_dir.assignments, splits)
@@ -172,21 +177,13 @@ def _assign_prompt(recipe: Recipe, run_dir: RunDir) -> None:
         f"instructions: {len(training)} training dialogues with the prompt {file.name}, "
         f"{len(dialogues.evaluation)} for evaluation"
     )
-
-
-def require_short_prompt(text: str, file: Path, recipe: Recipe) -> None:
-    """Raise a `GattError` if prompt, question and answer exceed the model's context."""
-    model = find_model(recipe.model)
-    gguf = runnable_gguf(model, "" if model.is_gguf else recipe.synthesize.format or "F16")
-    info = open_gguf(gguf)
-    vocabulary = LoadedModel(info, vocab_only=True)
-    tokens = len(vocabulary.tokenize(text))
-    vocabulary.close()
-    room = info.context_length - context_for(1, recipe.synthesize.max_tokens)
-    if tokens > room:
-        raise GattError(
-            f"The prompt {file} has {tokens} tokens; the context of {model.name} has room for "
-            f"{max(0, room)} of them. Shorten it, or choose a model with a longer context."
+    if is_checked:
+        names = "; ".join(constraint.name for constraint in instruction.constraints)
+        log(f"instructions: checks of answers, derived from the prompt: {names}")
+    else:
+        log(
+            "instructions: no sentence of the prompt is worded as a check, so answers are not "
+            "checked. `gatt instructions --kinds` lists the wordings."
         )
 
 
@@ -244,9 +241,11 @@ def write_assignments(
     checkable = [c for c in trained if not kind_of(c).judged]
     checkable_custom = [c for c in custom if c.checks and not is_judged(c.checks)]
     validation = assign_evaluation(dialogues.validation, checkable, checkable_custom)
+    validation = validation[: len(dialogues.validation)]
+    require_validation(recipe, validation)
     splits = {
         "train": training,
-        "validation": validation[: len(dialogues.validation)],
+        "validation": validation,
         "evaluation": assign_evaluation(dialogues.evaluation, *measured),
     }
     write_splits(run_dir.assignments, splits)
@@ -285,7 +284,7 @@ def _custom_instructions(recipe: Recipe) -> tuple[CustomInstruction, ...]:
     """Return the different instructions in the user's own words, of the pool and of the file."""
     settings = recipe.instructions
     listed = read_instructions(Path(settings.file)) if settings.file else []
-    return with_distinct_names([*settings.custom, *listed])
+    return with_distinct_names([*settings.custom, *listed], _TAKEN_NAMES)
 
 
 def _show_custom(custom: Sequence[CustomInstruction], training: Sequence[AssignedDialogue]) -> None:

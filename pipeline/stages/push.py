@@ -68,7 +68,7 @@ def _require_report(recipe: Recipe, run_dir: RunDir) -> None:
     arguments = f"{run_dir.recipe} --run {run_dir.path}"
     model = _measured_file(recipe, run_dir)
     required = {model: "export"}
-    for name in ("report.md", "report.json", "adherence.svg"):
+    for name in ("report.md", "report.json", *_chart(run_dir)):
         required[run_dir.report / name] = "report"
     for file, stage in required.items():
         if not file.is_file():
@@ -91,6 +91,13 @@ def _require_report(recipe: Recipe, run_dir: RunDir) -> None:
             )
 
 
+def _chart(run_dir: RunDir) -> list[str]:
+    """Return the name of the report's chart; there is none where no answer was checked."""
+    file = run_dir.report / "report.json"
+    report = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return ["adherence.svg"] if report.get("has_chart", True) else []
+
+
 def _finished_inputs(run_dir: RunDir, stage: str, arguments: str) -> dict[str, str]:
     """Return the hashes of what a stage has read, by name; refuse a stage that is not finished."""
     manifest = run_dir.manifest(stage)
@@ -110,7 +117,7 @@ def _files(recipe: Recipe, run_dir: RunDir, base: str) -> dict[str, Path | bytes
         **{file.name: file for file in exported},
         **_adapter_files(run_dir.adapter, base),
         "recipe.toml": recipe_toml(recipe, comments=False).encode(),
-        "adherence.svg": run_dir.report / "adherence.svg",
+        **{name: run_dir.report / name for name in _chart(run_dir)},
     }
 
 

@@ -42,12 +42,16 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     page = report_page(results)
     tables = curve_tables(results.scores, results.losses, results.arms)
     page.write(run_dir.report / "report.html", list(tables))
-    write_text(run_dir.report / "adherence.svg", page.chart.standalone_svg)
+    chart = run_dir.report / "adherence.svg"
+    chart.unlink(missing_ok=True)
+    if page.chart:
+        write_text(chart, page.chart.standalone_svg)
     write_json(
         run_dir.report / "report.json",
         {
             "subject": page.subject,
             "headline": page.headline,
+            "has_chart": page.chart is not None,
             "facts": results.facts,
             "scores": results.scores,
             "conditions": results.conditions,
@@ -64,12 +68,17 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
 def report_page(results: RunResults) -> ReportPage:
     """Build the page of a run."""
     settings, scores, plotted = results.recipe.evaluate, results.scores, results.plotted_arms
-    caption = (
-        f"{settings.dialogues} dialogues that were not in the training data; bands are 95 % Wilson "
-        "intervals. A reply counts if it obeys and is a valid answer (not a loop, a repeat or "
-        "empty). Small type in the tables: the 95 % interval and the counts."
-        f"{_base_text(scores, settings.max_tokens)}"
-    )
+    curves = _curves(scores, plotted)
+    baked = bool(scores.fidelity and scores.fidelity.baked)
+    caption = f"{settings.dialogues} dialogues that were not in the training data"
+    if curves:
+        caption += (
+            "; bands are 95 % Wilson intervals. A reply counts if it obeys and is a valid answer "
+            "(not a loop, a repeat or empty)"
+        )
+    caption += ". Small type in the tables: the 95 % interval and the counts."
+    if curves and not baked:
+        caption += _base_text(scores, settings.max_tokens)
     if len(plotted) < len(results.arms):
         caption += f" Figures show {len(plotted)} of {len(results.arms)} models, tables all."
     sections = [build(results) for build in REPORT_SECTIONS]
@@ -77,7 +86,7 @@ def report_page(results: RunResults) -> ReportPage:
         title=f"GAtt report: {public_name(results.recipe.model)}",
         headline=headline(scores),
         warning=shortened_warning(settings),
-        chart=adherence_curve(_curves(scores, plotted), scores.turns),
+        chart=adherence_curve(curves, scores.turns, baked=baked) if curves else None,
         caption=caption,
         sections=[section for section in sections if section],
         dialogues=results.dialogues,

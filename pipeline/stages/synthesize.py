@@ -63,7 +63,9 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     synthesis, teacher = _answer(recipe, run_dir, dialogues)
     too_common = synthesis.remove_common(dialogues)
     rows = [synthesis.synthesized(d, teacher) for d in dialogues if synthesis.accepted(d)]
-    if not rows:
+    # A few plain dialogues alone do not bake a prompt.
+    instructed = [d for d in dialogues if d.baked] or dialogues
+    if not any(map(synthesis.accepted, instructed)):
         raise GattError(_nothing_accepted(recipe, synthesis.answers.values()))
     write_jsonl(run_dir.examples, rows)
     trained = [answer for d in dialogues for answer in synthesis.accepted(d)]
@@ -138,6 +140,11 @@ def _nothing_accepted(recipe: Recipe, answers: Iterable[Answer]) -> str:
             "the teacher's thinking off."
         )
     if verdict in ("disobeys", DISOBEYS_JUDGE):
+        if recipe.instructions.bake:
+            return (
+                "No answer of the teacher follows the prompt. Choose a larger teacher, or reword "
+                "the sentences that `gatt instructions` has derived checks from."
+            )
         return (
             "The teacher followed no instruction even once. Choose other instructions, a larger "
             "teacher, or synthesize.edited_ratio = 1."

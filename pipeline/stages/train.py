@@ -13,7 +13,6 @@ from pipeline.cluster.session import current_cluster
 from pipeline.cluster.storage import choose_storage, is_used
 from pipeline.console import capture_output, log, print_result, progress
 from pipeline.data.sources import source_inputs
-from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_jsonl, write_json
 from pipeline.gatt.assignment import check_files, read_split
 from pipeline.hub.convert import cached_checkpoint, cached_gguf
@@ -45,6 +44,7 @@ from pipeline.training.validation import (
     AdaptableBase,
     Schedule,
     Validation,
+    require_validation,
     validation_gpu_bytes,
 )
 
@@ -256,14 +256,11 @@ class ValidationHook:
         self._schedule = Schedule()
         self._threshold = recipe.train.early_stop_adherence
         self._validation: Validation | None = None
-        if dialogues := read_split(run_dir.assignments, "validation"):
+        dialogues = read_split(run_dir.assignments, "validation")
+        require_validation(recipe, dialogues)
+        if dialogues:
             self._validation = Validation(base, dialogues, recipe)
             self._log = JsonlLog(run_dir.validation)
-        elif self._threshold:
-            raise GattError(
-                "train.early_stop_adherence needs validation dialogues whose constraints a program "
-                "can check. Raise dialogues.validation."
-            )
 
     def should_stop(self, step: int, checkpoint: Path) -> bool:
         """Measure the adapter in `checkpoint`; return whether its adherence is high enough."""

@@ -39,6 +39,29 @@ _MAX_FRACTION = 0.25
 _log_once = cache(log)
 
 
+def require_validation(recipe: Recipe, dialogues: Sequence[AssignedDialogue]) -> None:
+    """Check that training which is to stop early has `dialogues` to measure adherence on.
+
+    Raises:
+        GattError: it has none.
+    """
+    if dialogues or not recipe.train.early_stop_adherence:
+        return
+    if not recipe.dialogues.validation:
+        advice = "Raise dialogues.validation"
+    elif recipe.instructions.bake:
+        advice = (
+            "No sentence of the prompt is worded as a check: write one as in `gatt instructions "
+            "--kinds`"
+        )
+    else:
+        advice = "Give the instructions checks, or add dialogues if there are only a few"
+    raise GattError(
+        "train.early_stop_adherence needs validation dialogues whose constraints a program can "
+        f"check. {advice}, or set train.early_stop_adherence = 0."
+    )
+
+
 class AdaptableBase:
     """The base model to which adapters are applied one after another.
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import re
 import struct
 import subprocess
+import zipfile
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.cli import call_gatt, override_flags
+from support.teachers import Teacher, serve
 
 from pipeline.data.prompts import read_prompt
 from pipeline.errors import GattError
+from pipeline.evaluation.aggregate import compute_scores
+from pipeline.files import read_jsonl
+from pipeline.gatt.acceptance import ACCEPTED, CandidateKey, judge_candidate
 from pipeline.gatt.assignment import AssignedDialogue, read_splits
 from pipeline.gatt.bake import IDENTITY_QUESTIONS, baked_instruction, with_prompt
-from pipeline.records import Dialogue
+from pipeline.gatt.rollout import Rollout
+from pipeline.records import Completion, Constraint, Dialogue, Reply, Request
 from pipeline.run_dir import RunDir
 
 _V2 = {
@@ -58,6 +65,15 @@ def _encoded(card: object) -> bytes:
     return base64.b64encode(json.dumps(card).encode())
 
 
+def _charx(name: str, content: bytes) -> bytes:
+    """Return an archive as RisuAI writes it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("assets/icon.png", _png())
+        archive.writestr(name, content)
+    return buffer.getvalue()
+
+
 def _renamed(name: str) -> dict[str, object]:
     return {"spec": "chara_card_v3", "data": {**_V2["data"], "name": name}}  # type: ignore[dict-item]
 
@@ -80,6 +96,14 @@ def _renamed(name: str) -> dict[str, object]:
                 (b"tEXt", b"ccv3\0" + _encoded(_V2)),
             ),
         ),
+        (
+            "broken_v3.png",
+            _png((b"tEXt", b"ccv3\0bm8"), (b"tEXt", b"chara\0" + _encoded(_V2))),
+        ),
+        ("empty_v3.png", _png((b"tEXt", b"ccv3\0"), (b"tEXt", b"chara\0" + _encoded(_V2)))),
+        ("padding.png", _png((b"tEXt", b"chara\0" + _encoded(_V2).rstrip(b"=")))),
+        ("null.json", json.dumps({**_V2["data"], "data": None}).encode()),  # type: ignore[dict-item]
+        ("ziggy.charx", _charx("card.json", json.dumps(_V2).encode())),
     ],
 )
 def test_a_card_becomes_one_text_with_its_names(file: str, content: bytes, tmp_path: Path) -> None:
@@ -94,6 +118,47 @@ def test_a_card_without_a_system_prompt_says_who_it_is(tmp_path: Path) -> None:
     file.write_text(json.dumps({"name": "Ada", "description": "A poet."}))
     text, _ = read_prompt(file)
     assert text == "You are Ada. Answer as Ada would, and stay in character.\n\nA poet."
+
+
+def _card_text(path: Path, **fields: object) -> str:
+    """Return the prompt of a card with the name Ada and these fields."""
+    path.write_text(json.dumps({"spec": "chara_card_v2", "data": {"name": "Ada", **fields}}))
+    return read_prompt(path).text
+
+
+def test_what_a_card_says_at_the_end_of_a_chat_ends_the_prompt(tmp_path: Path) -> None:
+    opening = "You are Ada. Answer as Ada would, and stay in character."
+    last = {"post_history_instructions": "{{original}}\nNever leave {{char}}."}
+    depth = {"extensions": {"depth_prompt": {"prompt": "Ada is tired.", "depth": 4}}}
+    card = tmp_path / "card.json"
+    assert _card_text(card, **last) == f"{opening}\n\nNever leave Ada."
+    assert _card_text(card, **depth) == f"{opening}\n\nAda is tired."
+    assert _card_text(card, first_mes="Hi.", **last, **depth).endswith(
+        "Hi.\n\nAda is tired.\n\nNever leave Ada."
+    )
+    for extensions in (None, {"depth_prompt": None}, {"depth_prompt": {"prompt": ""}}):
+        assert _card_text(card, description="A poet.", extensions=extensions).endswith("A poet.")
+
+
+def test_macros_comments_and_halves_of_characters(tmp_path: Path) -> None:
+    card = tmp_path / "card.json"
+    text = "{{ char }} waves {{// to\nnobody}}at {{ user }}.{{comment: why?}} \ud83d"
+    assert _card_text(card, description=text).endswith("\n\nAda waves at User. \ufffd")
+    assert _card_text(card, description="{{char}} waves.", nickname="Countess") == (
+        "You are Countess. Answer as Countess would, and stay in character.\n\nCountess waves."
+    )
+    assert read_prompt(card).name == "Countess"
+    assert "Personality" not in _card_text(card, description="A.", personality="{{// none}}")
+
+
+def test_a_character_book_that_is_left_out_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    book = {"entries": [{"keys": ["sea"], "content": "Salt."}, {"keys": ["sky"], "content": "Air"}]}
+    _card_text(tmp_path / "card.json", description="A poet.", character_book=book)
+    assert "card.json: its character book is left out (2 entries)" in capsys.readouterr().err
+    _card_text(tmp_path / "card.json", description="A poet.", character_book={"entries": []})
+    assert capsys.readouterr().err == ""
 
 
 def test_a_text_is_taken_as_it_is(tmp_path: Path) -> None:
@@ -115,6 +180,10 @@ def test_a_text_is_taken_as_it_is(tmp_path: Path) -> None:
         ("other.json", b'{"model": "x"}', "is not a character card"),
         ("name.json", json.dumps({"data": {"name": "Ziggy"}}).encode(), "has no text"),
         ("name.png", _png((b"tEXt", b"chara\0" + _encoded({"name": "Z"}))), "has no text"),
+        ("both.png", _png((b"tEXt", b"ccv3\0"), (b"tEXt", b"chara\0{")), "'ccv3' or 'chara'"),
+        ("notes.charx", _charx("notes.txt", b"Hi."), "archive without card.json"),
+        ("list.charx", _charx("card.json", b"[1]"), "card.json in .* is not a character card"),
+        ("cut.charx", _charx("card.json", b"{}")[:90], "damaged archive"),
         ("latin.txt", "Sei höflich.".encode("latin-1"), "not UTF-8"),
     ],
 )
@@ -176,6 +245,83 @@ def test_the_teacher_has_the_prompt_and_the_student_has_none(tmp_path: Path) -> 
     assert _instructions(run.path, *flags).stderr.endswith("instructions: done already\n")
     card.write_text(json.dumps(_renamed("Zaggy")))
     assert "this has changed: card.json" in _instructions(run.path, *flags).stderr
+
+
+def test_the_sentences_of_a_prompt_that_are_checks_are_found() -> None:
+    text = (
+        "You are a pirate. Begin every answer with “Ahoy! Mate”. Be brief.\n"
+        "Rules:\n- Write every answer in French.\n2) Use at most 30 words in every answer.\n"
+        "If you are asked for a list, answer in one sentence. Write every answer in French."
+    )
+    assert baked_instruction(text, "Jack").constraints == (
+        Constraint("opening", "Ahoy! Mate"),
+        Constraint("language", "French"),
+        Constraint("max_words", "30"),
+    )
+    assert baked_instruction("You are a pirate. Act like one.").constraints == ()
+
+
+def test_a_prompt_is_checked_where_its_sentences_are_worded_as_checks(tmp_path: Path) -> None:
+    prompt, run = tmp_path / "prompt.txt", RunDir(tmp_path / "run")
+    prompt.write_text('You are a pirate. Begin every answer with "Ahoy!".')
+    flags = ("--set", f"instructions.bake={prompt}", "--set", "dialogues.validation=2")
+    done = _instructions(run.path, *flags, "--set", "train.early_stop_adherence=0.9")
+    assert "checks of answers, derived from the prompt: opening: Ahoy!\n" in done.stderr
+    splits = read_splits(run.assignments)
+    baked = [*splits["validation"], *splits["evaluation"], *(d for d in splits["train"] if d.baked)]
+    assert len(splits["validation"]) == 2
+    assert {d.constraints(0) for d in baked} == {(Constraint("opening", "Ahoy!"),)}
+    prompt.write_text("You are a pirate.")
+    done = _instructions(run.path, *flags, "--set", "train.early_stop_adherence=0")
+    assert "no sentence of the prompt is worded as a check" in done.stderr
+    assert read_splits(run.assignments)["validation"] == []
+
+
+def test_the_answers_to_a_prompt_are_checked_and_a_judge_reads_the_rest() -> None:
+    instruction = baked_instruction('You are a pirate. Begin every answer with "Ahoy!".')
+    assigned = with_prompt(Dialogue("d", "sea", ("Why is the sea salt?",)), instruction, "sampled")
+    key = CandidateKey("d", 0, 0)
+    answers = {"Ahoy! The sea is salt from rocks.": ACCEPTED, "The sea is salt.": "disobeys"}
+    for text, verdict in answers.items():
+        completion = Completion(text, 9, 9, "stop")
+        answer = judge_candidate(assigned, key, completion, [], max_sentences=3)
+        assert answer.verdict == verdict
+    assert assigned.needs_judge(0)
+    replies: list[Reply] = []
+    for arm, text in zip(("base", "tuned", "ceiling"), (*answers, *answers), strict=False):
+        task = Rollout(
+            arm=arm,
+            max_turns=1,
+            make_request=lambda *_: Request(messages=(), seed=0, max_tokens=9),
+            record=replies.append,
+        ).run(assigned)
+        next(task)
+        with pytest.raises(StopIteration):
+            task.send(Completion(text, 9, 9, "stop"))
+    assert [reply.obeys for reply in replies] == [True, False, True]
+    assert assigned.with_verdict(replies[1], verdict=True).obeys is False
+    scores = compute_scores(replies, {"evaluation": [assigned], "plain": []}, ())
+    assert [(row.arm, row.hits, row.n) for row in scores.last_five] == [
+        ("base", 1, 1),
+        ("tuned", 0, 1),
+        ("ceiling", 1, 1),
+    ]
+    assert scores.unchecked == ()
+
+
+def test_a_teacher_that_never_follows_the_prompt_leaves_nothing_to_train(tmp_path: Path) -> None:
+    prompt, run = tmp_path / "prompt.txt", RunDir(tmp_path / "run")
+    prompt.write_text('You are a pirate. Begin every answer with "Ahoy!".')
+    values = (f"instructions.bake={prompt}", "instructions.plain_ratio=0.5", "dialogues.train=8")
+    flags = [flag for value in values for flag in ("--set", value)]
+    assert _instructions(run.path, *flags).returncode == 0
+    with serve(Teacher()) as server:
+        teacher = ("--set", f"synthesize.teacher={server.url}/v1")
+        done = call_gatt("synthesize", "--run", run.path, *override_flags(), *flags, *teacher)
+    assert done.returncode == 1
+    assert "No answer of the teacher follows the prompt. Choose a larger teacher" in done.stderr
+    verdicts = {row["dialogue"]: row["verdict"] for _, row in read_jsonl(run.answers)}
+    assert ACCEPTED in verdicts.values()  # of plain dialogues
 
 
 def test_without_another_system_message_there_are_no_plain_dialogues(tmp_path: Path) -> None:

@@ -168,6 +168,24 @@ def test_an_input_that_is_edited_while_a_stage_reads_it_counts(tmp_path: Path) -
     assert run_dir.changes("instructions", "", [file]) == ["mine.jsonl"]
 
 
+@pytest.mark.parametrize(
+    ("name", "is_function"),
+    [("rule.py", True), ("chat.pyramids.jsonl", False), ("notes.py.txt", False)],
+)
+def test_an_unfinished_stage_goes_on_after_a_change_of_a_function_only(
+    name: str, is_function: bool, tmp_path: Path
+) -> None:
+    files, run_dir = [tmp_path / name, tmp_path / "more" / name], RunDir(tmp_path / "run")
+    for n, file in enumerate(files):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(str(n))
+    run_dir.claim("synthesize", "", files)
+    run_dir.answers.touch()
+    files[1].write_text("changed")
+    run_dir.claim("synthesize", "", files)
+    assert run_dir.answers.exists() is is_function
+
+
 def test_a_dataset_counts_by_its_commit_where_the_hub_answers(tmp_path: Path) -> None:
     run_dir, name = RunDir(tmp_path), "owner/name"
     run_dir.claim("instructions", "", [HubRevision(name, "1")])

@@ -42,7 +42,7 @@ class Kind:
     wordings: tuple[str, ...]
     short: str
     values: tuple[str, ...] = ("",)
-    accepts: Literal["any", "number", "listed"] = "any"
+    accepts: Literal["any", "number", "listed", "pattern"] = "any"
     check: Check
     dialogue_check: Callable[[str, str, Sequence[Message]], bool] | None = None
     """Decides in place of `check`, with the messages before the answer as a third argument."""

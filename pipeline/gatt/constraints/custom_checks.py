@@ -14,12 +14,14 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol, cast
 
+from pipeline.console import log
+from pipeline.custom_instructions import compiled_pattern
 from pipeline.errors import GattError, did_you_mean
 from pipeline.records import Constraint, Message
 
@@ -30,10 +32,8 @@ _SHOWN = 60
 _RESUME = "Correct it and run the same command again: what is done is not lost."
 _NLTK_RESOURCE = re.compile(r"nltk\.download\('(\w+)'\)")
 """How NLTK says which of its data it has not got."""
-_VERIFIERS = (
-    "if_verifiable.ifeval.instructions_registry",
-    "if_verifiable.ifbench.instructions_registry",
-)
+_IFBENCH = "if_verifiable.ifbench.instructions_registry"
+_VERIFIERS = ("if_verifiable.ifeval.instructions_registry", _IFBENCH)
 """Modules whose `INSTRUCTION_DICT` has verifiers by their public names."""
 
 
@@ -41,6 +41,7 @@ class _Verifier(Protocol):
     """What an instruction of IFEval or IFBench can do."""
 
     def get_instruction_args_keys(self) -> list[str]: ...
+    def get_instruction_args(self) -> Mapping[str, object] | None: ...
     def build_description(self, **arguments: object) -> str: ...
     def check_following(self, value: str) -> object: ...
 
@@ -53,12 +54,9 @@ def pattern(value: str) -> re.Pattern[str]:
         GattError: it is not a regular expression.
     """
     try:
-        return re.compile(value)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise GattError(
-            f"{value!r} is not a regular expression: {error}. Correct it, or escape the signs that "
-            "are meant literally with a backslash."
-        ) from error
+        return compiled_pattern(value)
+    except ValueError as error:
+        raise GattError(str(error)) from error
 
 
 def has_match(value: str, text: str) -> bool:
@@ -184,12 +182,13 @@ def _load_module(place: str) -> ModuleType:
     if not place.endswith(".py"):
         return importlib.import_module(place)
     file = Path(place)
-    spec = importlib.util.spec_from_file_location(f"gatt_check_{file.stem}", file)
+    unit = file.parent if file.name == "__init__.py" else file  # a package, or a module
+    spec = importlib.util.spec_from_file_location(f"gatt_check_{unit.stem}", file)
     if spec is None or spec.loader is None:
         raise ImportError(f"no file at {file}")
     module = importlib.util.module_from_spec(spec)
-    if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))
+    if str(unit.parent) not in sys.path:
+        sys.path.append(str(unit.parent))
     sys.modules[spec.name] = module  # for dataclasses and pickle
     spec.loader.exec_module(module)
     return module
@@ -201,13 +200,15 @@ def load_verifier(value: str) -> _Verifier:
 
     Raises:
         GattError: its package is not installed, there is no such instruction, or its arguments are
-            not complete: it would draw the others at random.
+            not complete or not valid: it would draw others at random.
     """
     name, _, text = value.partition(" ")
     arguments = _arguments(value, text.strip() or "{}")
     known: dict[str, Callable[[str], _Verifier]] = {}
     for module in _VERIFIERS:
-        if name not in known:  # the second module downloads data when it is imported
+        if name not in known:
+            if module == _IFBENCH:
+                log(f"{name}: not of IFEval. Loading IFBench, which first tries to download data.")
             known |= _verifiers(module)
     if name not in known:
         hint = did_you_mean(name, known) or f"Known: {', '.join(known)}."
@@ -227,13 +228,34 @@ def load_verifier(value: str) -> _Verifier:
             f"The check ifeval = {name!r} does not accept {json.dumps(arguments)}: "
             f"{_described(error)}."
         ) from error
+    used = verifier.get_instruction_args() or {}
+    for key, argument in arguments.items():
+        if _comparable(used.get(key, argument)) != _comparable(argument):
+            raise GattError(
+                f"The check ifeval = {name!r} does not accept {key} = {_json_text(argument)}: it "
+                f"would use {_json_text(used[key])} in its place. A list is written in brackets, "
+                "even of one item; a number is 1 or more."
+            )
     return verifier
+
+
+def _comparable(argument: object) -> object:
+    """Return an argument for a comparison; verifiers sort lists and change the case of letters."""
+    if isinstance(argument, str):
+        return argument.strip().lower()
+    if isinstance(argument, list | tuple | set):
+        return {str(_comparable(item)) for item in argument}
+    return argument
+
+
+def _json_text(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _arguments(value: str, text: str) -> dict[str, object]:
     try:
         arguments = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
         raise GattError(

@@ -19,12 +19,14 @@ CUSTOM_KINDS: dict[str, Kind] = {
     "regex": replace(
         _CUSTOM,
         values=("^Ziggy:",),
+        accepts="pattern",
         check=custom_checks.has_match,
         prepare=custom_checks.pattern,
     ),
     "not_regex": replace(
         _CUSTOM,
         values=("(?i)price",),
+        accepts="pattern",
         check=avoids(custom_checks.has_match),
         prepare=custom_checks.pattern,
     ),

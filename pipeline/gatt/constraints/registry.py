@@ -79,7 +79,7 @@ def kind_of(constraint: Constraint) -> Kind:
             raise GattError(
                 f"An instruction of kind {name!r} takes no value, but has {value!r}. Remove it."
             )
-    elif not value.strip():
+    elif not (value if kind.accepts == "pattern" else value.strip()):
         raise GattError(
             f"An instruction of kind {name!r} needs a value, for example {kind.values[0]!r}."
         )

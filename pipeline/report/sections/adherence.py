@@ -52,7 +52,8 @@ def several_turns(results: RunResults) -> ReportSection:
             f"checks them: {names}{more}. They are in the reminder fidelity. Add checks, or name a "
             "judge (evaluate.judge)."
         )
-    ceiling = " Ceiling: the base, reminded every turn." if "ceiling" in results.arms else ""
+    with_instruction = "with the prompt" if baked else "reminded every turn"
+    ceiling = f" Ceiling: the base, {with_instruction}." if "ceiling" in results.arms else ""
     tables = [overview(scores, results.arms)]
     lengths = sorted(scores.by_length, key=lambda row: int(row.at))
     if len({row.at for row in lengths}) > 1:

@@ -25,7 +25,7 @@ def leakage_and_damage(results: RunResults) -> ReportSection | None:
     """Return trained traits and perplexity in dialogues without an instruction."""
     scores = results.scores
     baked = bool(scores.fidelity and scores.fidelity.baked)
-    leaks = None if baked else scores.leaks
+    leaks = scores.leaks
     if not leaks and not scores.degradation:
         return None
     tables = _leakage_tables(leaks, results.arms) if leaks else []
@@ -115,9 +115,13 @@ def reminder_fidelity(results: RunResults) -> ReportSection | None:
         notes += [
             f"Without the prompt, each request is {fidelity.saved_tokens:.0f} tokens shorter.",
             *map(_leak_note, fidelity.leaks),
-            "No program can check a prompt, so there is no adherence. What else has changed under "
-            "another system message is in the section on damage.",
+            "What else has changed under another system message is in the section on damage.",
         ]
+        if not results.scores.by_turn:
+            notes.append(
+                "No sentence of the prompt is worded as a check, and no judge was named, so there "
+                "is no adherence."
+            )
         if fidelity.leaks:
             tables.append(fidelity_table("baked_leakage", "", fidelity.leaks))
     else:

@@ -34,6 +34,11 @@ def headline(scores: Scores) -> str:
             tuned = [row for row in fidelity.overall if row.arm == "tuned"]
             notes += [fidelity_note(row, fidelity) for row in tuned]
         return " ".join(notes)
+    if scores.fidelity and scores.fidelity.baked:
+        return (
+            f"{missing}In {rows[0].at}, the tuned model follows the prompt without being given it "
+            f"in {_share(rows, 'tuned')} of the answers, the base in {_share(rows, 'base')}."
+        )
     return (
         f"{missing}In {rows[0].at}, the tuned model keeps its instruction in "
         f"{_share(rows, 'tuned')} of the answers, the base in {_share(rows, 'base')}."
