@@ -20,7 +20,8 @@ from peft.tuners.lora.bnb import Linear4bit
 from peft.tuners.lora.layer import Linear
 from support.cli import call_gatt
 
-from pipeline.hub.models import presets, shape_of
+from pipeline.hub.models import shape_of
+from pipeline.hub.presets import presets
 from pipeline.hub.shape import ModelShape
 from pipeline.recipe import Train
 from pipeline.stages import doctor

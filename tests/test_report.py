@@ -419,7 +419,8 @@ def test_the_first_chart_has_what_was_not_trained_and_says_what_the_base_is(
         "Base: the model before training; ceiling: the base, reminded in every turn."
     )
     results = read_results(_recipe(bare), bare)
-    replies = results.scores.replies | {"base": replace(results.scores.replies["base"], cut=30)}
+    counts = results.scores.replies
+    replies = {**counts, "base": replace(counts["base"], cut=30)}
     cut = replace(results, scores=replace(results.scores, replies=replies))
     assert "30 of 80 replies of the base are cut at 64 tokens" in report_page(cut).caption
 

@@ -10,9 +10,10 @@ import random
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from pipeline.gatt.constraints.content_checks import mentions
-from pipeline.gatt.vocabulary.values import VocabularySplit, fill, without_words
+from pipeline.gatt.vocabulary.values import fill, without_words
 from pipeline.records import Instruction, RecallQuestion
 
 
@@ -176,16 +177,18 @@ def evaluation_attributes(
     value has one of the words `avoided`.
     """
     rng = random.Random(seed)
-    split: VocabularySplit = "evaluation"
     statements, recall = [], []
     for name in names:
         attribute = (ATTRIBUTES | UNSEEN_ATTRIBUTES)[name]
-        patterns = attribute.patterns
-        value = without_words(lambda p=patterns: fill(rng.choice(p), split, rng), avoided)
+        value = without_words(partial(_draw, attribute, rng), avoided)
         statements.append(_filled(attribute.evaluation_statement, value))
         questions = attribute.evaluation_questions
         recall.append(RecallQuestion(name, questions[wording % len(questions)], value))
     return _instruction(statements, recall)
+
+
+def _draw(attribute: Attribute, rng: random.Random) -> str:
+    return fill(rng.choice(attribute.patterns), "evaluation", rng)
 
 
 def is_recalled(value: str, answer: str) -> bool:
