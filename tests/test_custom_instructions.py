@@ -446,6 +446,12 @@ def test_an_argument_that_a_verifier_would_replace_is_refused(value: str, proble
         prepare(Constraint("ifeval", value))
 
 
+def test_an_argument_of_another_type_is_refused_before_the_first_reply() -> None:
+    pytest.importorskip("if_verifiable")
+    with pytest.raises(GattError, match=r"\[1, 2\].* raised TypeError .*one short answer"):
+        prepare(Constraint("ifeval", 'keywords:existence {"keywords": [1, 2]}'))
+
+
 def test_an_argument_that_a_verifier_only_rewrites_is_taken() -> None:
     pytest.importorskip("if_verifiable")
     prepare(Constraint("ifeval", 'keywords:existence {"keywords": ["sea", "Salt", "air"]}'))

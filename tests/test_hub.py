@@ -220,9 +220,8 @@ def test_the_card_of_a_baked_prompt_names_the_prompt_only() -> None:
     assert listed == "- The system prompt ziggy.png, which the model is not given."
     assert "Give no system prompt.\n\n```\ngatt chat t.gguf\n" in card
     assert "first message" not in card
-    assert "Give the instruction in your first message only.\n\n```\n" in model_card(
-        Recipe(), model
-    )
+    once = "Give the instruction once: in your first message, or in the system message.\n\n```\n"
+    assert once in model_card(Recipe(), model)
 
 
 def test_the_chat_command_gives_the_first_instruction_as_training_does(tmp_path: Path) -> None:

@@ -877,3 +877,6 @@ def test_a_baked_prompt_with_checks_or_a_judge_has_adherence(full: RunDir, tmp_p
     assert "a trained trait shows" in markdown
     chart = (run_dir.report / "adherence.svg").read_text(encoding="utf-8")
     assert "base, with the prompt" in chart and "the prompt is not given" in chart
+    page = (run_dir.report / "report.html").read_text(encoding="utf-8")
+    survival = page.split("dialogues not broken so far", 2)[1]
+    assert "base, with the prompt" in survival and "reminded every turn" not in survival

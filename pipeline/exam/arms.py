@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pipeline.errors import GattError
+from pipeline.errors import GattError, did_you_mean
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import obeys
 from pipeline.gatt.ghost import with_instruction
@@ -110,7 +110,7 @@ def _find_arm(name: str) -> Arm:
         raise GattError(
             f"No arm {name!r}. Expected once, every, every-K (in turns K+1, 2K+1, ...), depth-D "
             "(a note D messages before the end), system, failed, steer or steer-S (a control "
-            "vector; S is the strength)."
+            f"vector; S is the strength). {did_you_mean(name, _WITHOUT_NUMBER)}".rstrip()
         )
     number = int(match[2])
     if match[1] == "every":

@@ -56,8 +56,7 @@ def adherence_curve(
         points = mean_rates(by_arm[arm], size)
         draw_rates(axes, list(points), list(points.values()), style)
         turn, rate = list(points.items())[-1]
-        name = "base, with the prompt" if baked and arm == "ceiling" else arm
-        labels.append(LineLabel(name, turn, rate.value, style.color))
+        labels.append(LineLabel(_name(arm, baked=baked), turn, rate.value, style.color))
     if not by_arm:
         axes.text(0.5, 0.5, "No instruction has a check.", ha="center", transform=axes.transAxes)
     dialogues = count_text(max(row.n for row in by_arm[arm]) for arm in by_arm)
@@ -68,6 +67,11 @@ def adherence_curve(
     axes.set_ylabel("answers that keep the instruction")
     draw_labels(axes, layout, labels)
     return figure
+
+
+def _name(arm: str, *, baked: bool) -> str:
+    """Return the name of an arm; that of a ceiling which is given a baked prompt says so."""
+    return "base, with the prompt" if baked and arm == "ceiling" else arm
 
 
 def mean_rates(rows: Sequence[RateRow], size: int) -> dict[float, Rate]:
@@ -123,8 +127,13 @@ def recall_curve(
 
 
 @rendered("survival", "Share of the dialogues without a broken answer so far, by turn")
-def survival_curve(layout: Layout, survival: Mapping[str, Survival], turns: int) -> Figure:
-    """Draw the share of dialogues without a broken answer so far, with its 95 % interval."""
+def survival_curve(
+    layout: Layout, survival: Mapping[str, Survival], turns: int, *, baked: bool = False
+) -> Figure:
+    """Draw the share of dialogues without a broken answer so far, with its 95 % interval.
+
+    A `baked` prompt is given to the ceiling only.
+    """
     figure, axes = single_axes(layout, 3.4)
     labels = []
     for arm, style in styles_for(survival).items():
@@ -138,7 +147,7 @@ def survival_curve(layout: Layout, survival: Mapping[str, Survival], turns: int)
         if values[-1] == 0:  # all dialogues are broken and remain so
             x, values = [*x, max(turns, x[-1])], [*values, 0.0]
         draw_line(axes, x, values, style._replace(marker=""), drawstyle="steps-post")
-        labels.append(LineLabel(arm, x[-1], values[-1], style.color))
+        labels.append(LineLabel(_name(arm, baked=baked), x[-1], values[-1], style.color))
     dialogues = count_text(survival[arm].dialogues for arm in survival)
     format_turns(axes, layout, turns, f"turn ({dialogues})")
     axes.set_ylabel("dialogues not broken so far")

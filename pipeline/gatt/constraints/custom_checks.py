@@ -32,6 +32,8 @@ _SHOWN = 60
 _RESUME = "Correct it and run the same command again: what is done is not lost."
 _NLTK_RESOURCE = re.compile(r"nltk\.download\('(\w+)'\)")
 """How NLTK says which of its data it has not got."""
+_TRIED = "This is one short answer."
+"""What a verifier is tried on when it is loaded."""
 _IFBENCH = "if_verifiable.ifbench.instructions_registry"
 _VERIFIERS = ("if_verifiable.ifeval.instructions_registry", _IFBENCH)
 """Modules whose `INSTRUCTION_DICT` has verifiers by their public names."""
@@ -199,8 +201,8 @@ def load_verifier(value: str) -> _Verifier:
     """Return the IFEval or IFBench instruction of a name with arguments.
 
     Raises:
-        GattError: its package is not installed, there is no such instruction, or its arguments are
-            not complete or not valid: it would draw others at random.
+        GattError: its package or its data are not installed, there is no such instruction, or its
+            arguments are not complete or not valid: it would draw others at random.
     """
     name, _, text = value.partition(" ")
     arguments = _arguments(value, text.strip() or "{}")
@@ -236,6 +238,8 @@ def load_verifier(value: str) -> _Verifier:
                 f"would use {_json_text(used[key])} in its place. A list is written in brackets, "
                 "even of one item; a number is 1 or more."
             )
+    # What is missing, or of another type than expected, is seen before any work.
+    _called(f"ifeval = {value}", _TRIED, lambda: verifier.check_following(_TRIED))
     return verifier
 
 

@@ -91,11 +91,13 @@ def first_broken_answer(results: RunResults) -> ReportSection | None:
     if not survival:
         return None
     rows = [[arm, survival[arm].median or f"not by turn {turns}"] for arm in results.arms]
+    plotted = {arm: survival[arm] for arm in results.plotted_arms}
+    fidelity = results.scores.fidelity
     return ReportSection(
         title="How long until the first broken answer",
         caption="Kaplan–Meier: the share of dialogues without a broken answer so far.",
         tables=[Table("survival", ["model", "half of the dialogues are broken by turn"], rows)],
-        picture=survival_curve({arm: survival[arm] for arm in results.plotted_arms}, turns),
+        picture=survival_curve(plotted, turns, baked=bool(fidelity and fidelity.baked)),
     )
 
 
