@@ -254,7 +254,7 @@ def test_page_has_every_section_and_leaves_out_what_was_not_measured(
     assert set(re.findall("<h2>(.*?)</h2>", _page(full))) == {
         *always,
         "Recall",
-        "New values, new kinds, two at once",
+        "New values, new kinds, several at once",
         "When the instruction changes",
         "Reminder fidelity",
         "Leakage and damage",

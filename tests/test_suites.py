@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -110,9 +111,27 @@ def test_what_only_a_judge_can_see_is_not_changed_ended_or_contradicted() -> Non
         assert not any(assigned.needs_judge(9) for assigned in suites[name])
 
 
-def test_two_instructions_at_once_are_compatible() -> None:
-    pairs = [assigned.constraints(0) for assigned in _suites()["combined"]]
-    assert all(len(pair) == 2 and compatible(*pair) for pair in pairs)
+_MORE = replace(_SETTINGS, trained=(*POOL, Constraint("emoji")))
+
+
+def test_two_and_three_instructions_at_once_are_compatible() -> None:
+    suite = build_suites(DIALOGUES, _MORE)["combined"]
+    groups = [assigned.constraints(0) for assigned in suite]
+    assert [len(group) for group in groups[:4]] == [2, 3, 2, 3]
+    for group in groups:
+        assert all(compatible(*pair) for pair in combinations(group, 2))
+
+
+def test_where_no_third_instruction_is_compatible_there_are_two_at_once() -> None:
+    groups = [assigned.constraints(0) for assigned in _suites()["combined"]]
+    assert [len(group) for group in groups] == [2] * len(DIALOGUES)
+
+
+def test_two_and_three_at_once_have_a_rate_each() -> None:
+    two, three = build_suites(DIALOGUES, _MORE)["combined"][:2]
+    replies = [_reply(two, 1, obeys=True), _reply(three, 1, obeys=False)]
+    rows = compute_scores(replies, {"evaluation": [], "combined": [two, three]}, POOL).combined
+    assert [(row.at, row.value) for row in rows] == [("two at once", 1.0), ("three at once", 0.0)]
 
 
 def test_what_the_user_has_ended_is_counted_after_its_turn() -> None:

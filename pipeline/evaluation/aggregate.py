@@ -17,6 +17,8 @@ from pipeline.gatt.assign import trained_constraints
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.records import Constraint, Reply
 
+_AT_ONCE = {2: "two at once", 3: "three at once"}
+
 
 def compute_scores(
     replies: Sequence[Reply],
@@ -44,7 +46,8 @@ def compute_scores(
     if unseen_replies := replies_to(replies, unseen):
         scores = with_unseen(scores, unseen_replies, unseen, {c.kind for c in trained})
     if combined := by_suite.get("combined"):
-        rows = rate_rows(adherence(combined, lambda r: (r.arm, "two at once")))
+        at_once = {d.dialogue.id: _AT_ONCE[len(d.constraints(0))] for d in suites["combined"]}
+        rows = rate_rows(adherence(combined, lambda r: (r.arm, at_once[r.dialogue])))
         scores = replace(scores, combined=rows)
     if recall := by_suite.get("recall"):
         scores = with_recall(scores, [r for r in recall if r.recall_attribute])

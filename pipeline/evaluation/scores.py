@@ -211,15 +211,15 @@ class Scores:
     turn 1 `at` up to so many tokens of prompt, a power of two. `last_five_unfiltered` is
     `last_five` whether or not a reply has a defect; `after_first` leaves turn 1 out. `difference`
     is that of `last_five` from the base. `generalization` has rows for new values of trained kinds
-    and for new kinds; `by_unseen` has one for each kind. `combined` is adherence to two constraints
-    at once. After a `stop` the instruction should not be obeyed any more, after a `contradiction`
-    of the system message it should. `recall` is by turn; `recall_known` is that of what the same
-    arm answers in turn 1. `obey_no_answer` are by kind the replies that obey and have a defect,
-    such as nothing but the phrase that was asked for, `cut_before_obeying` those cut at
-    `max_tokens` that do not obey so far. `coverage` counts by kind the constraints of training
-    that were measured, and all of them. `unchecked` names the instructions of training that
-    nothing checks: no rate includes them. `custom_events` are `change`, `stop` and `contradiction`
-    of the instructions in the user's own words alone, where there are others, too.
+    and for new kinds; `by_unseen` has one for each kind. `combined` has rows for two and for three
+    constraints at once. After a `stop` the instruction should not be obeyed any more, after a
+    `contradiction` of the system message it should. `recall` is by turn; `recall_known` is that of
+    what the same arm answers in turn 1. `obey_no_answer` are by kind the replies that obey and have
+    a defect, such as nothing but the phrase that was asked for, `cut_before_obeying` those cut at
+    `max_tokens` that do not obey so far. `coverage` counts by kind the constraints of training that
+    were measured, and all of them. `unchecked` names the instructions of training that nothing
+    checks: no rate includes them. `custom_events` are `change`, `stop` and `contradiction` of the
+    instructions in the user's own words alone, where there are others, too.
     """
 
     turns: int

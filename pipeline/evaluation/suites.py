@@ -1,13 +1,13 @@
 """Suites that measure more than the trained instructions; each is a list of assigned dialogues.
 
 `unseen_values`: trained kinds with values that are held out. `unseen`: the recipe's instructions
-that are not trained. `combined`: two trained constraints at once. `change`: another instruction
-replaces the first halfway, which the paper leaves open. `stop`: the user ends it halfway.
-`contradiction`: the user contradicts the system message halfway. In these three, instructions in
-the user's own words take turns with the others, if a plain answer does not pass their checks.
-`plain`: no instruction, where no trained trait may show. `recall`: attributes are set in turn 1 and
-asked for later (Table 30 of the paper). `single`: one question with one instruction, as in IFEval
-(Zhou et al. 2023), to see what training has degraded.
+that are not trained. `combined`: two or three trained constraints at once. `change`: another
+instruction replaces the first halfway, which the paper leaves open. `stop`: the user ends it
+halfway. `contradiction`: the user contradicts the system message halfway. In these three,
+instructions in the user's own words take turns with the others, if a plain answer does not pass
+their checks. `plain`: no instruction, where no trained trait may show. `recall`: attributes are set
+in turn 1 and asked for later (Table 30 of the paper). `single`: one question with one instruction,
+as in IFEval (Zhou et al. 2023), to see what training has degraded.
 """
 
 from __future__ import annotations
@@ -185,18 +185,35 @@ def _recall(
 def _combined(
     dialogues: Sequence[Dialogue], constraints: Sequence[Constraint]
 ) -> list[AssignedDialogue]:
-    """Return dialogues with two compatible constraints each; none where there are no such two."""
+    """Return dialogues with two and, every other one, three compatible constraints.
+
+    There are none where no two are compatible, and only two where no third is.
+    """
     pairs = [
         (first, second)
         for n, first in enumerate(constraints)
         for second in constraints[n + 1 :]
         if compatible(first, second)
     ]
-    random.Random("combined").shuffle(pairs)
+    rng = random.Random("combined")
+    rng.shuffle(pairs)
     return [
-        AssignedDialogue(dialogue=dialogue, instruction=render_instruction(pair))
-        for dialogue, pair in zip(dialogues, cycle(pairs), strict=False)
+        AssignedDialogue(
+            dialogue=dialogue,
+            instruction=render_instruction(
+                _with_third(pair, constraints, rng) if number % 2 else pair
+            ),
+        )
+        for number, (dialogue, pair) in enumerate(zip(dialogues, cycle(pairs), strict=False))
     ]
+
+
+def _with_third(
+    pair: tuple[Constraint, ...], constraints: Sequence[Constraint], rng: random.Random
+) -> tuple[Constraint, ...]:
+    """Return `pair` with one of the constraints that are compatible with both, if there is any."""
+    thirds = [c for c in constraints if all(compatible(c, other) for other in pair)]
+    return (*pair, rng.choice(thirds)) if thirds else pair
 
 
 def _shows(custom: CustomInstruction) -> bool:

@@ -168,16 +168,16 @@ def _not_measured(coverage: Mapping[str, tuple[int, int]]) -> list[str]:
 
 
 def generalization(results: RunResults) -> ReportSection | None:
-    """Return adherence to instructions that were not trained, and to two trained ones at once."""
+    """Return adherence to instructions that were not trained, and to trained ones at once."""
     scores = results.scores
     if not scores.generalization:
         return None
     rows = [replace(row, at=f"{row.at} ({row.group})") for row in scores.by_unseen]
     return ReportSection(
-        title="New values, new kinds, two at once",
+        title="New values, new kinds, several at once",
         caption=(
             "Values that share no word with those of training, kinds that are new altogether, and "
-            "two trained instructions at once."
+            "two or three trained instructions at once, which count if all are kept."
         ),
         tables=[
             by_arm("generalization", "", [*scores.generalization, *scores.combined], results.arms),
