@@ -311,7 +311,7 @@ def unseen_values(
 ) -> list[Constraint]:
     """Return `count` constraints, evenly over `kinds`, with values held out from training.
 
-    No value has one of the words `avoided`.
+    No value has one of the words `avoided`, if `without_words` finds such.
     """
     rng = random.Random(f"unseen {seed}")
     return [

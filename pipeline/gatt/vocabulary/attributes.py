@@ -174,7 +174,7 @@ def evaluation_attributes(
     """Return an instruction that sets the attributes `names`, with the questions about them.
 
     `wording` counts through the wordings of the questions, and begins again after the last. No
-    value has one of the words `avoided`.
+    value has one of the words `avoided`, if `without_words` finds such.
     """
     rng = random.Random(seed)
     statements, recall = [], []
