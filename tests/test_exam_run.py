@@ -335,7 +335,7 @@ def test_cut_answers_are_told(model: Path, tmp_path: Path) -> None:
     [
         (("--turns", "many"), "--turns many: expected a number"),
         (("--arm", "sometimes"), "No arm 'sometimes'. Expected once"),
-        (("--arm", "evry"), "S is the strength). Did you mean 'every'?"),
+        (("--arm", "ever"), "S is the strength). Did you mean 'every'?"),
         (("--regime", "frist"), "No regime 'frist'. Did you mean 'first'?"),
         (("--training-minutes", "5"), "Name both: `gatt exam BASE TUNED`"),
         (("--training-minutes", "inf"), "--training-minutes inf: expected what training took"),
