@@ -129,7 +129,7 @@ def test_where_no_third_instruction_is_compatible_there_are_two_at_once() -> Non
 
 def test_two_and_three_at_once_have_a_rate_each() -> None:
     two, three = build_suites(DIALOGUES, _MORE)["combined"][:2]
-    replies = [_reply(two, 1, obeys=True), _reply(three, 1, obeys=False)]
+    replies = [_reply(three, 1, obeys=False), _reply(two, 1, obeys=True)]
     rows = compute_scores(replies, {"evaluation": [], "combined": [two, three]}, POOL).combined
     assert [(row.at, row.value) for row in rows] == [("two at once", 1.0), ("three at once", 0.0)]
 

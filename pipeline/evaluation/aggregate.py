@@ -46,8 +46,9 @@ def compute_scores(
     if unseen_replies := replies_to(replies, unseen):
         scores = with_unseen(scores, unseen_replies, unseen, {c.kind for c in trained})
     if combined := by_suite.get("combined"):
-        at_once = {d.dialogue.id: _AT_ONCE[len(d.constraints(0))] for d in suites["combined"]}
-        rows = rate_rows(adherence(combined, lambda r: (r.arm, at_once[r.dialogue])))
+        counts = {d.dialogue.id: len(d.constraints(0)) for d in suites["combined"]}
+        ordered = sorted(combined, key=lambda r: counts[r.dialogue])
+        rows = rate_rows(adherence(ordered, lambda r: (r.arm, _AT_ONCE[counts[r.dialogue]])))
         scores = replace(scores, combined=rows)
     if recall := by_suite.get("recall"):
         scores = with_recall(scores, [r for r in recall if r.recall_attribute])
