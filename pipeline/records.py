@@ -160,7 +160,8 @@ class Reply:
     `obeys` is the result of the instruction's check; None if it has none, or there is no
     instruction. `defect` is "", or why the reply is not a valid answer (a loop, a repeat, empty).
     `recall_attribute` is the attribute that a recall question asked for instead of the turn's own
-    message, or "". `thoughts` are those of a reasoning model; they are not scored.
+    message, or "". `thoughts` are those of a reasoning model; they are not scored. `request` tells
+    requests apart: equal ones to the same model have the same, "" none.
     """
 
     arm: str
@@ -174,6 +175,7 @@ class Reply:
     defect: str
     recall_attribute: str = ""
     thoughts: str = field(default="", metadata=OMIT_EMPTY)
+    request: str = field(default="", metadata=OMIT_EMPTY)
 
     @property
     def adherent(self) -> bool:

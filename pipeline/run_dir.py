@@ -162,6 +162,11 @@ class RunDir:
         (folder / "manifest.json").unlink(missing_ok=True)
         write_json(started, fingerprint)
 
+    def earlier(self, file: Path) -> list[Path]:
+        """Return the same file of earlier attempts of its stage, which were moved aside."""
+        folder = file.parent
+        return sorted(self.path.glob(f"{folder.name}.*.old/{file.name}"))
+
     def restart_training(self) -> None:
         """Let the next training begin at step 1, also if this one has finished."""
         (self.path / "train" / "manifest.json").unlink(missing_ok=True)

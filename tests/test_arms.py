@@ -108,7 +108,7 @@ def test_a_context_ends_where_the_model_was_made_to_end(
     )
     recipe = Recipe(evaluate=Evaluate(turns=2, max_tokens=8))
     replies = generate_replies(
-        [Arm(name="base", path=base)], {"evaluation": [dialogue]}, recipe, tmp_path / "replies"
+        [Arm(name="base", path=base)], {"evaluation": [dialogue]}, recipe, [tmp_path / "replies"]
     )
     assert [reply.finish == "context" for reply in replies] == [False, True]
     assert (

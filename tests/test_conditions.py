@@ -66,7 +66,7 @@ def arms(
 def main(arms: list[Arm], tmp_path_factory: pytest.TempPathFactory) -> list[Reply]:
     """Return the replies of the evaluation itself."""
     log = tmp_path_factory.mktemp("main") / "replies.jsonl"
-    return generate_replies(arms, {"evaluation": _dialogues()}, _RECIPE, log)
+    return generate_replies(arms, {"evaluation": _dialogues()}, _RECIPE, [log])
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_interrupted_replies_resume_and_are_the_same(
     write_jsonl(log, main)
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[::2]) + lines[1][:40])
-    assert generate_replies(arms, {"evaluation": _dialogues()}, _RECIPE, log) == main
+    assert generate_replies(arms, {"evaluation": _dialogues()}, _RECIPE, [log]) == main
     records = [str(row) for _, row in read_jsonl(log)]
     assert len(records) == len(set(records)) == len(lines)
 
@@ -129,7 +129,7 @@ def test_a_dialogue_that_goes_on_keeps_the_messages_that_it_repeats(
         replace(assigned, dialogue=replace(assigned.dialogue, turns=turns))
         for assigned, turns in zip(_dialogues(), sources, strict=True)
     ]
-    main = generate_replies(arms[:1], {"evaluation": dialogues}, _RECIPE, tmp_path / "main.jsonl")
+    main = generate_replies(arms[:1], {"evaluation": dialogues}, _RECIPE, [tmp_path / "main.jsonl"])
     requests.clear()
     log = tmp_path / "gatt-5.jsonl"
     measure_condition(Condition("gatt", 5), arms[:1], dialogues, main, _RECIPE, log)

@@ -17,7 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 from support.cli import TINY_RECIPE, Gatt, override_flags
 
-from pipeline.files import read_jsonl
+from pipeline.files import read_jsonl, write_jsonl
 from pipeline.run import open_run, run_stage
 from pipeline.run_dir import RunDir
 
@@ -82,6 +82,36 @@ def test_interrupted_evaluation_resumes_and_gives_the_same_numbers(
     run_stage("evaluate", *open_run(None, tmp_path, TINY_RECIPE))
     _assert_same_records(run_dir.replies, finished.replies, _REPLY_KEY)
     assert run_dir.scores.read_bytes() == finished.scores.read_bytes()
+
+
+def test_another_tuned_model_is_measured_against_the_replies_of_the_base_that_there_are(
+    finished: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only requests that no earlier evaluation has made of the same model are generated."""
+    shutil.copytree(
+        finished.path, tmp_path, dirs_exist_ok=True, ignore=shutil.ignore_patterns("report")
+    )
+    run_dir = RunDir(tmp_path)
+    rows = [row for _, row in read_jsonl(run_dir.replies)]
+    last = max(row["turn"] for row in rows)
+    for row in rows:
+        row["text"] = "As before." if row["turn"] == last else row["text"]
+    write_jsonl(run_dir.replies, rows)
+    adapter = run_dir.path / "export" / "adapter.gguf"
+    overrides = (*TINY_RECIPE, f"evaluate.adapter='{adapter}'", "evaluate.adapter_scale=0.5")
+    run_stage("evaluate", *open_run(None, tmp_path, overrides))
+    texts = {
+        arm: {
+            row["text"]
+            for _, row in read_jsonl(run_dir.replies)
+            if (row["arm"], row["turn"]) == (arm, last)
+        }
+        for arm in ("base", "ceiling", "tuned")
+    }
+    assert texts["base"] == texts["ceiling"] == {"As before."}
+    assert "As before." not in texts["tuned"]
+    reused = sum(row["arm"] != "tuned" for row in rows)
+    assert f"evaluate: {reused} replies are those of earlier" in capsys.readouterr().err
 
 
 @pytest.mark.slow

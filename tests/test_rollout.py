@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.rollout import ReplyKey, Rollout, Turn, recall_turns, turns_of
 from pipeline.records import (
@@ -113,3 +115,26 @@ def test_replies_that_are_recorded_are_not_generated_again() -> None:
     resumed = _Run(_assigned(3), texts[2:], recorded)
     assert resumed.replies == complete.replies[2:]
     assert resumed.users == complete.users[2:]
+
+
+def test_a_completion_of_an_equal_request_is_checked_again_and_not_generated() -> None:
+    replies: list[Reply] = []
+    earlier = Completion(text="Ahoy! Salt is old.", tokens=5, prompt_tokens=9, finish="stop")
+    rollout = Rollout(
+        arm="tuned",
+        max_turns=2,
+        make_request=_request,
+        record=replies.append,
+        request_id=lambda request: f"turn {request.seed}",
+        earlier={"turn 1": earlier},
+    )
+    task = rollout.run(_assigned(2))
+    request = next(task)
+    assert [m["content"] for m in request.messages][1] == earlier.text
+    completion = Completion(text="Salt is new.", tokens=1, prompt_tokens=1, finish="stop")
+    with pytest.raises(StopIteration):
+        task.send(completion)
+    assert [(r.request, r.text, r.obeys, r.tokens) for r in replies] == [
+        ("turn 1", earlier.text, True, 5),
+        ("turn 2", completion.text, False, 1),
+    ]

@@ -75,7 +75,7 @@ def measure_condition(
         update={"evaluate": settings.model_copy(update={"turns": condition.turns})}
     )
     replies = generate_replies(
-        measured, {"evaluation": longer}, longer_recipe, log_file, sampler=sampler
+        measured, {"evaluation": longer}, longer_recipe, [log_file], sampler=sampler
     )
     return ConditionScores(
         sampler=condition.sampler,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 
 from pipeline.console import log, progress
 from pipeline.evaluation.arms import Arm
-from pipeline.files import JsonlLog
+from pipeline.files import JsonlLog, sha256
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.rollout import MakeRequest, ReplyKey, Rollout, Turn, turns_of
 from pipeline.gatt.seeds import derive_seed
@@ -17,12 +21,19 @@ from pipeline.gguf.reader import open_gguf
 from pipeline.inference.generator import generates_elsewhere
 from pipeline.inference.llama.model import LoadedModel
 from pipeline.recipe import Recipe
-from pipeline.records import DEFAULT_SAMPLER, Message, Reply, Request, SamplerChoice
+from pipeline.records import (
+    DEFAULT_SAMPLER,
+    Completion,
+    Message,
+    Reply,
+    Request,
+    SamplerChoice,
+)
 
 Suites = Mapping[str, Sequence[AssignedDialogue]]
 """Dialogues by suite; "evaluation" has those of the trained instructions, which all arms run."""
-
-
+_ID_LENGTH = 16
+"""Hexadecimal digits of a request's id."""
 Note = Callable[[str, Mapping[str, str]], None]
 """Receives a model's name, and the parameters that its server has refused."""
 
@@ -31,17 +42,20 @@ def generate_replies(
     arms: Sequence[Arm],
     suites: Suites,
     recipe: Recipe,
-    log_file: Path,
+    logs: Sequence[Path],
     note: Note = lambda model, changes: None,
     sampler: SamplerChoice | None = None,
 ) -> list[Reply]:
-    """Run every dialogue in every arm; replies that `log_file` has are not generated again.
+    """Run every dialogue in every arm, and write the replies to the last of the `logs`.
 
-    The replies are ordered by arm, dialogue and turn, not as in the log, whose order an
-    interruption changes. `note` receives what servers have refused. Without a `sampler`, that of
-    the recipe draws the tokens.
+    Replies that it has are not generated again, nor are those of the other logs, which are of
+    earlier evaluations, if model and request are the same. The replies are ordered by arm, dialogue
+    and turn, not as in the log, whose order an interruption changes. `note` receives what servers
+    have refused. Without a `sampler`, that of the recipe draws the tokens.
     """
     drawn = sampler or SamplerChoice(recipe.evaluate.temperature, 1.0, DEFAULT_SAMPLER)
+    *earlier_logs, log_file = logs
+    earlier = _completions(earlier_logs)
     with JsonlLog(log_file) as reply_log:
         replies = {ReplyKey.of(reply): reply for reply in (Reply(**r) for r in reply_log.records)}
         with progress("evaluate: replies", _count(arms, suites, recipe), len(replies)) as bar:
@@ -59,15 +73,52 @@ def generate_replies(
                     make_request=_make_request(recipe, arm, drawn),
                     record=record,
                     recorded=replies,
+                    request_id=_request_ids(arm),
+                    earlier=earlier,
                 )
                 with arm.open(recipe, dialogues, weights) as model:
                     model.run(map(rollout.run, dialogues))
                 note(model.name, model.changes)
+    if reused := sum(reply.request in earlier for reply in replies.values()):
+        log(f"evaluate: {reused} replies are those of earlier evaluations, to the same requests.")
     _log_full_contexts(replies.values())
     _log_unfinished_thoughts(replies.values(), recipe.evaluate.max_thought_tokens)
     order = {arm.name: index for index, arm in enumerate(arms)}
     keys = sorted(replies, key=lambda key: (order[key.arm], *key[1:]))
     return [replies[key] for key in keys]
+
+
+def _completions(logs: Sequence[Path]) -> dict[str, Completion]:
+    """Return what models have generated, by the id of the request; the latest log counts."""
+    completions = {}
+    for file in logs:
+        with JsonlLog(file) as reply_log:
+            replies = [Reply(**row) for row in reply_log.records]
+        for r in replies:
+            if r.request and r.finish not in ("context", "cancelled"):
+                completions[r.request] = Completion(
+                    r.text, r.tokens, r.prompt_tokens, r.finish, r.thoughts
+                )
+    return completions
+
+
+def _request_ids(arm: Arm) -> Callable[[Request], str]:
+    """Return a function that names a request to the model of `arm`, by the contents of both.
+
+    Another release of llama.cpp may generate something else, and so may a server, whose model can
+    change: its requests have no id.
+    """
+    if arm.path is None:
+        return lambda _: ""
+    model = [version("llama-cpp-python"), sha256(arm.path)]
+    if arm.adapter:
+        model += [sha256(arm.adapter.path), str(arm.adapter.scale)]
+
+    def request_id(request: Request) -> str:
+        content = json.dumps([model, asdict(request)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:_ID_LENGTH]
+
+    return request_id
 
 
 def _log_full_contexts(replies: Iterable[Reply]) -> None:

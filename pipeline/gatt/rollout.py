@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from pipeline.gatt.assignment import AssignedDialogue
@@ -78,7 +78,8 @@ class Rollout:
     """How the dialogues of one arm are run.
 
     `record` receives each new reply. Replies that `recorded` has are not generated again; `record`
-    may add to it.
+    may add to it. Nor are the completions that `earlier` has by the `request_id` of their requests:
+    these are checked and recorded as new replies. An id of "" is that of no other request.
     """
 
     arm: str
@@ -86,6 +87,8 @@ class Rollout:
     make_request: MakeRequest
     record: Callable[[Reply], None]
     recorded: Mapping[ReplyKey, Reply] = field(default_factory=dict)
+    request_id: Callable[[Request], str] = lambda _: ""
+    earlier: Mapping[str, Completion] = field(default_factory=dict)
 
     def run(self, dialogue: AssignedDialogue) -> Task:
         """Generate and check every reply of `dialogue`.
@@ -100,8 +103,11 @@ class Rollout:
                 branch = dialogue
                 if turn.recall:
                     branch = dialogue.with_question(turn.number, turn.recall.question)
-                completion = yield self.make_request(branch, turn, answers)
+                request = self.make_request(branch, turn, answers)
+                request_id = self.request_id(request)
+                completion = self.earlier.get(request_id) or (yield request)
                 reply = _checked(key, completion, dialogue, turn, answers)
+                reply = replace(reply, request=request_id)
                 self.record(reply)
             if not turn.recall:
                 answers.append(reply.text)

@@ -70,7 +70,8 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     suites = {"evaluation": splits["evaluation"], **read_splits(run_dir.suites)}
     measured = arms(recipe, run_dir)
     note = partial(run_dir.note, "evaluate")
-    replies = generate_replies(measured, suites, recipe, run_dir.replies, note)
+    logs = [*run_dir.earlier(run_dir.replies), run_dir.replies]
+    replies = generate_replies(measured, suites, recipe, logs, note)
     if settings.adapter and settings.attention:
         log("evaluate: no map of attention, which is of this run's own adapter as trained.")
     elif settings.attention and not recipe.instructions.bake:

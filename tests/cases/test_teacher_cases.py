@@ -285,7 +285,7 @@ def test_a_rival_that_obeys_scores_the_same_with_its_thoughts(
     recipe = load_recipe(None, ("evaluate.turns=2",))
     with serve(Teacher(wrap, answer=obeying_answer_to)) as server:
         arm = Arm(name="rival", server=f"{server.url}#fake")
-        replies = generate_replies([arm], {"evaluation": dialogues}, recipe, tmp_path / "replies")
+        replies = generate_replies([arm], {"evaluation": dialogues}, recipe, [tmp_path / "replies"])
     assert len(replies) == 4
     assert all(reply.adherent for reply in replies)
     assert all(("Okay, the user" in reply.thoughts) == (wrap != "plain") for reply in replies)
@@ -301,7 +301,7 @@ def test_a_rival_that_is_cut_in_its_thoughts_has_not_answered(
     recipe = load_recipe(None, ("evaluate.turns=2", "evaluate.max_thought_tokens=100"))
     with serve(Teacher("think", answer=obeying_answer_to, cut_at=40)) as server:
         arm = Arm(name="rival", server=f"{server.url}#fake")
-        replies = generate_replies([arm], {"evaluation": dialogues}, recipe, tmp_path / "replies")
+        replies = generate_replies([arm], {"evaluation": dialogues}, recipe, [tmp_path / "replies"])
     assert {(r.text, r.finish, r.defect, r.adherent) for r in replies} == {
         ("", "thinking", "unfinished thoughts", False)
     }
