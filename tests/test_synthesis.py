@@ -89,6 +89,9 @@ def _judge(
         (SEA, "stop", "disobeys"),
         ("The", "stop_when", "disobeys"),
         ("the sea of salt is " * 4, "stop_when", "loop"),
+        ("Ahoy!\n1. The sea is salt.\n2. Rivers.\n3. The sea is salt.", "stop", "loop"),
+        ("Ahoy!\n1. The sea is salt.\n2. Rivers carry salt.\n-\n-", "stop", ACCEPTED),
+        ("Ahoy!\n- The sea.\n- The sea.\n- The", "stop_when", "loop"),
         ("Ahoy!", "stop", "empty"),
         ("Ahoy! What a great question that was.", "stop", "off topic"),
         (f"Ahoy! {SEA[:30]}", "length", "unfinished"),
@@ -175,6 +178,8 @@ def test_sampling_is_aborted_if_nothing_can_be_accepted() -> None:
     assert cannot_be_accepted((AHOY,), "The")
     assert cannot_be_accepted((AHOY,), "Ahoy! " + "the sea is very salt " * 4 + "No")
     assert not cannot_be_accepted((AHOY,), "Aho")
+    assert cannot_be_accepted((AHOY,), "Ahoy!\n- The sea.\n- The sea.\n")
+    assert not cannot_be_accepted((AHOY,), "Ahoy!\n- The sea.\n- The sea.")
 
 
 def test_edited_dialogues_continue_from_the_words_of_the_teacher() -> None:

@@ -17,7 +17,12 @@ from pipeline.gatt.constraints.registry import (
     prefix_fails,
     shows_obedience,
 )
-from pipeline.gatt.quality import find_defect, has_repeated_ngrams, is_on_topic
+from pipeline.gatt.quality import (
+    find_defect,
+    has_repeated_lines,
+    has_repeated_ngrams,
+    is_on_topic,
+)
 from pipeline.gatt.text import first_sentences, words
 from pipeline.records import Answer, Completion, Constraint, Message, SynthesisMethod
 
@@ -103,8 +108,10 @@ def _answer_verdict(
         return "context"
     if completion.finish == "thinking":
         return UNFINISHED_THOUGHTS
-    # Sampling stopped early: either the check cannot be passed, or `find_defect` sees the loop.
-    if sampled and completion.finish == "stop_when" and not has_repeated_ngrams(words(raw)):
+    if _loops(words(raw), raw.splitlines()):
+        return "loop"
+    # Sampling stopped early: not for a loop, so the check cannot be passed.
+    if sampled and completion.finish == "stop_when":
         return "disobeys"
     defect = find_defect(
         raw,
@@ -154,8 +161,16 @@ def _obeys_old(
 
 def cannot_be_accepted(constraints: tuple[Constraint, ...], prefix: str) -> bool:
     """Return whether a sampled candidate that begins with `prefix` fails, whatever follows."""
-    # The last word may be incomplete, so it is not part of a loop yet.
-    return prefix_fails(constraints, prefix) or has_repeated_ngrams(words(prefix)[:-1])
+    # The last word may be incomplete, so it is not part of a loop yet, nor is the last line.
+    return prefix_fails(constraints, prefix) or _loops(words(prefix)[:-1], prefix.split("\n")[:-1])
+
+
+def _loops(text_words: Sequence[str], lines: Sequence[str]) -> bool:
+    """Return whether an answer repeats itself, even where that would not count in evaluation.
+
+    A model that is trained on lists with the same item twice writes lists of one item.
+    """
+    return has_repeated_ngrams(text_words) or has_repeated_lines(lines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ _UNSPACED = re.compile(
     r"\U00020000-\U0003ffff]"
 )
 """A letter of a script without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+_ITEM_NUMBER = re.compile(r"\s*[*_]*\d+[.)][*_]*\s")
 _HIRAGANA = re.compile(r"[\u3040-\u309f]+")
 _NGRAM, _MAX_NGRAM_COUNT = 5, 3
 """Five words in a row may occur three times; good lists begin four items with three words."""
@@ -60,6 +61,12 @@ def has_repeated_ngrams(text_words: Sequence[str]) -> bool:
     """Return whether five words in a row occur four times: a loop, whatever follows."""
     ngrams = Counter(zip(*(text_words[start:] for start in range(_NGRAM)), strict=False))
     return max(ngrams.values(), default=0) > _MAX_NGRAM_COUNT
+
+
+def has_repeated_lines(lines: Sequence[str]) -> bool:
+    """Return whether two lines have the same words, whatever their numbers in a list."""
+    contents = (tuple(words(_ITEM_NUMBER.sub("", line))) for line in lines)
+    return max(Counter(filter(None, contents)).values(), default=0) > 1
 
 
 def _bigram_jaccard(content: list[str], earlier_content: list[str]) -> float:
