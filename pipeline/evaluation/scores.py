@@ -258,6 +258,11 @@ class Scores:
     fidelity: Fidelity | None = None
     judge: Judgment | None = None
 
+    @property
+    def is_baked(self) -> bool:
+        """Return whether a prompt was baked in, and the tuned model measured without it."""
+        return self.fidelity is not None and self.fidelity.baked
+
     @classmethod
     def from_json(cls, text: str) -> Scores:
         """Read the text of a `scores.json`.

@@ -69,7 +69,7 @@ def report_page(results: RunResults) -> ReportPage:
     """Build the page of a run."""
     settings, scores, plotted = results.recipe.evaluate, results.scores, results.plotted_arms
     curves = _curves(scores, plotted)
-    baked = bool(scores.fidelity and scores.fidelity.baked)
+    baked = scores.is_baked
     caption = f"{settings.dialogues} dialogues that were not in the training data"
     if curves:
         caption += (

@@ -43,8 +43,7 @@ def several_turns(results: RunResults) -> ReportSection:
             f"To detect a difference of 5 points from this rate, {size.dialogues} dialogues per "
             "model are needed."
         )
-    baked = scores.fidelity and scores.fidelity.baked
-    if (unchecked := scores.unchecked) and not baked:
+    if (unchecked := scores.unchecked) and not scores.is_baked:
         names = ", ".join(f"“{name}”" for name in unchecked[:_NAMED])
         more = f" and {len(unchecked) - _NAMED} more" if len(unchecked) > _NAMED else ""
         notes.append(
@@ -52,7 +51,7 @@ def several_turns(results: RunResults) -> ReportSection:
             f"checks them: {names}{more}. They are in the reminder fidelity. Add checks, or name a "
             "judge (evaluate.judge)."
         )
-    with_instruction = "with the prompt" if baked else "reminded every turn"
+    with_instruction = "with the prompt" if scores.is_baked else "reminded every turn"
     ceiling = f" Ceiling: the base, {with_instruction}." if "ceiling" in results.arms else ""
     tables = [overview(scores, results.arms)]
     lengths = sorted(scores.by_length, key=lambda row: int(row.at))
@@ -87,17 +86,17 @@ def other_conditions(results: RunResults) -> ReportSection | None:
 
 def first_broken_answer(results: RunResults) -> ReportSection | None:
     """Return how many turns dialogues last without a broken answer."""
-    survival, turns = results.scores.survival, results.scores.turns
+    scores = results.scores
+    survival, turns = scores.survival, scores.turns
     if not survival:
         return None
     rows = [[arm, survival[arm].median or f"not by turn {turns}"] for arm in results.arms]
     plotted = {arm: survival[arm] for arm in results.plotted_arms}
-    fidelity = results.scores.fidelity
     return ReportSection(
         title="How long until the first broken answer",
         caption="Kaplan–Meier: the share of dialogues without a broken answer so far.",
         tables=[Table("survival", ["model", "half of the dialogues are broken by turn"], rows)],
-        picture=survival_curve(plotted, turns, baked=bool(fidelity and fidelity.baked)),
+        picture=survival_curve(plotted, turns, baked=scores.is_baked),
     )
 
 

@@ -24,7 +24,7 @@ from pipeline.report.tables import (
 def leakage_and_damage(results: RunResults) -> ReportSection | None:
     """Return trained traits and perplexity in dialogues without an instruction."""
     scores = results.scores
-    baked = bool(scores.fidelity and scores.fidelity.baked)
+    baked = scores.is_baked
     leaks = scores.leaks
     if not leaks and not scores.degradation:
         return None

@@ -29,12 +29,12 @@ def headline(scores: Scores) -> str:
     rows = list(scores.after_first if scores.primary == "after_first" else scores.last_five)
     if not rows:
         fidelity = scores.fidelity
-        notes = [] if fidelity and fidelity.baked else ["No instruction has a check."]
+        notes = [] if scores.is_baked else ["No instruction has a check."]
         if fidelity:
             tuned = [row for row in fidelity.overall if row.arm == "tuned"]
             notes += [fidelity_note(row, fidelity) for row in tuned]
         return " ".join(notes)
-    if scores.fidelity and scores.fidelity.baked:
+    if scores.is_baked:
         return (
             f"{missing}In {rows[0].at}, the tuned model follows the prompt without being given it "
             f"in {_share(rows, 'tuned')} of the answers, the base in {_share(rows, 'base')}."

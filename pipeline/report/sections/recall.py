@@ -23,7 +23,7 @@ def recall(results: RunResults) -> ReportSection | None:
     scores = results.scores
     if not scores.recall:
         return None
-    if scores.fidelity and scores.fidelity.baked:
+    if scores.is_baked:
         return ReportSection(
             title="Recall",
             caption="Asked for its name, does the model give that of the prompt?",
