@@ -30,6 +30,7 @@ from pipeline.records import (
     SynthesisMethod,
     Task,
 )
+from pipeline.stages.synthesize import _settled
 
 AHOY = Constraint("opening", "Ahoy!")
 QUESTIONS = ("Why is the sea salt?", "Who measures the salt?")
@@ -172,6 +173,14 @@ def test_a_similar_answer_is_a_repeat() -> None:
 def test_an_answer_in_another_language_has_no_topic() -> None:
     text = "La mer est salée parce que les rivières y portent des minéraux."
     assert _judge(text, constraint=Constraint("language", "French")).verdict == ACCEPTED
+
+
+def test_progress_counts_the_turns_that_a_rejected_dialogue_no_longer_has() -> None:
+    answer = replace(_judge(f"Ahoy! {SEA}"), turn=1, candidate=2)
+    assert _settled(answer, turns=4, candidates=3) == 1
+    rejected = replace(answer, verdict="disobeys")
+    assert _settled(rejected, turns=4, candidates=3) == 3
+    assert _settled(rejected, turns=4, candidates=4) == 0
 
 
 def test_sampling_is_aborted_if_nothing_can_be_accepted() -> None:

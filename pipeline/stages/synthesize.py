@@ -85,7 +85,8 @@ def _answer(
     recipe: Recipe, run_dir: RunDir, dialogues: list[AssignedDialogue]
 ) -> tuple[Synthesis, str]:
     """Run the synthesis, and return it with the teacher's name."""
-    turns = sum(len(d.dialogue.turns) for d in dialogues)
+    turns = {d.dialogue.id: len(d.dialogue.turns) for d in dialogues}
+    candidates = recipe.synthesize.candidates
     each, system = recipe.dialogues.turns, recipe.dialogues.system
     longer = max(d.further_tokens(each, reminders=each, system=system) for d in dialogues)
     with (
@@ -93,18 +94,28 @@ def _answer(
         open_teacher(recipe, len(dialogues), longer) as teacher,
     ):
         recorded = [Answer(**row) for row in answers.records]
-        done = sum(answer.verdict == ACCEPTED for answer in recorded)
-        with progress("synthesize: answers", turns, done) as bar:
+        done = sum(_settled(answer, turns[answer.dialogue], candidates) for answer in recorded)
+        with progress("synthesize: turns", sum(turns.values()), done) as bar:
 
             def record(answer: Answer) -> None:
                 answers.append(answer)
-                bar.advance(int(answer.verdict == ACCEPTED))
+                bar.advance(_settled(answer, turns[answer.dialogue], candidates))
 
             with _open_judge(recipe, dialogues) as judge:
                 synthesis = Synthesis(recipe, record, recorded, judge)
                 _log_given_up(synthesis.run(teacher.run, dialogues))
         run_dir.note("synthesize", teacher.name, teacher.changes)
         return synthesis, teacher.name
+
+
+def _settled(answer: Answer, turns: int, candidates: int) -> int:
+    """Return for how many turns no candidate is to be sampled any more after `answer`.
+
+    A dialogue of `turns` turns ends where the last of the `candidates` is rejected.
+    """
+    if answer.verdict == ACCEPTED:
+        return 1
+    return turns - answer.turn if answer.candidate + 1 == candidates else 0
 
 
 @contextmanager
