@@ -173,6 +173,10 @@ def _located(value: str, folder: Path) -> str:
             f'function = {value!r}; expected "module:function", as "checks:is_polite".'
         )
     path = module.replace(".", "/")
-    names = [module] if module.endswith(".py") else [f"{path}.py", f"{path}/__init__.py"]
+    names = (
+        [str(Path(module).expanduser())]
+        if module.endswith(".py")
+        else [f"{path}.py", f"{path}/__init__.py"]
+    )
     files = [file for name in names if (file := folder / name).is_file()]
     return f"{files[0].resolve()}:{function}" if files else value

@@ -198,10 +198,16 @@ def write_jsonl(path: Path, records: Iterable[object]) -> None:
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, or of a folder's files and their relative paths.
 
-    The first part of a split GGUF stands for all of its parts.
+    Hidden files do not count: file managers and download tools leave them. The first part of a
+    split GGUF stands for all of its parts.
     """
     if path.is_dir():
-        files = {p.relative_to(path): p for p in sorted(path.rglob("*")) if p.is_file()}
+        paths = {p.relative_to(path): p for p in sorted(path.rglob("*")) if p.is_file()}
+        files = {
+            relative: file
+            for relative, file in paths.items()
+            if not any(part.startswith(".") for part in relative.parts)
+        }
     else:
         files = {part.relative_to(path.parent): part for part in _parts(path)}
         if len(files) == 1:

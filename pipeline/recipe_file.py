@@ -14,7 +14,7 @@ from typing import Any
 import tomlkit
 import tomlkit.items
 from pydantic import BaseModel, ValidationError
-from tomlkit.exceptions import ParseError, TOMLKitError
+from tomlkit.exceptions import TOMLKitError
 
 from pipeline.errors import GattError, did_you_mean
 from pipeline.files import decode_text, without_surrogates
@@ -114,7 +114,7 @@ def _override(data: dict[str, Any], override: str) -> None:
         )
     try:
         value: Any = tomlkit.value(text).unwrap()
-    except (ParseError, ValueError):
+    except (TOMLKitError, ValueError):
         value = text
     *sections, key = name.strip().split(".")
     for section in sections:

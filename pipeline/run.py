@@ -29,6 +29,8 @@ _ADDED_KEYS = {
     "evaluate": ("max_thought_tokens", "recall_dialogues", "reminded_suites"),
 }
 """Keys of each section that came after version 0.1, with a default that changes nothing."""
+_WITHOUT_EFFECT = ("max_parallel", "report_to")
+"""Keys that change how a result is computed or shown, but not the result."""
 
 
 def open_run(
@@ -76,7 +78,7 @@ def run_stages(recipe: Recipe, run_dir: RunDir) -> None:
     Raises:
         GattError: as `run_stage`.
     """
-    with _locked(recipe, run_dir):
+    with _locked(run_dir):
         for name in STAGES:
             _run_stage(name, recipe, run_dir)
 
@@ -90,13 +92,13 @@ def run_stage(name: str, recipe: Recipe, run_dir: RunDir) -> None:
         GattError: an input file is missing, the stage cannot do its work, or another process works
             in the folder.
     """
-    with _locked(recipe, run_dir):
+    with _locked(run_dir):
         _run_stage(name, recipe, run_dir)
 
 
 @contextmanager
-def _locked(recipe: Recipe, run_dir: RunDir) -> Iterator[None]:
-    """Save the recipe in the folder, in which no other process may work until the block ends.
+def _locked(run_dir: RunDir) -> Iterator[None]:
+    """Keep other processes from working in the folder until the block ends.
 
     Only one of the processes that share a training step writes there.
     """
@@ -104,13 +106,15 @@ def _locked(recipe: Recipe, run_dir: RunDir) -> Iterator[None]:
         yield
         return
     with run_dir.lock():
-        run_dir.save_recipe(recipe)
         yield
 
 
 def _run_stage(name: str, recipe: Recipe, run_dir: RunDir) -> None:
     stage = import_module(f"pipeline.stages.{name}")
     settings, inputs = _settings(stage, recipe), _existing_inputs(name, stage, recipe, run_dir)
+    if is_main_process():
+        # Not before the inputs are known to be there: the next command would lack them, too.
+        run_dir.save_recipe(recipe)
     changes = run_dir.changes(name, settings, inputs)
     if name != "report":
         if changes == []:
@@ -149,6 +153,9 @@ def _settings(stage: ModuleType, recipe: Recipe) -> str:
     for name in stage.SECTIONS:
         section: Section = getattr(recipe, name)
         fields = type(section).model_fields
+        section = section.model_copy(
+            update={key: fields[key].default for key in _WITHOUT_EFFECT if key in fields}
+        )
         unset = {
             key for key in _ADDED_KEYS.get(name, ()) if getattr(section, key) == fields[key].default
         }

@@ -164,8 +164,8 @@ class RunDir:
 
     def earlier(self, file: Path) -> list[Path]:
         """Return the same file of earlier attempts of its stage, which were moved aside."""
-        folder = file.parent
-        return sorted(self.path.glob(f"{folder.name}.*.old/{file.name}"))
+        stage, *rest = file.relative_to(self.path).parts
+        return sorted(self.path.glob("/".join([f"{stage}.*.old", *rest])))
 
     def restart_training(self) -> None:
         """Let the next training begin at step 1, also if this one has finished."""
@@ -184,7 +184,9 @@ class RunDir:
         started: Fingerprint = json.loads((folder / "started.json").read_text(encoding="utf-8"))
         for name, item in _by_name(inputs).items():
             if not (isinstance(item, Path) and self.path in item.parents):
-                fingerprint["inputs"][name] = started["inputs"][name]
+                # One that is new is a list of the run that has the name of a user's file.
+                digest = fingerprint["inputs"][name]
+                fingerprint["inputs"][name] = started["inputs"].get(name, digest)
         manifest: Manifest = {
             **fingerprint,
             "notes": self._notes.get(stage, {}),

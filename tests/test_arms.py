@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 
 from pipeline.errors import GattError
-from pipeline.evaluation.arms import Arm, arms, dialogue_context
+from pipeline.evaluation.arms import Arm, arms, dialogue_context, files_of_user
 from pipeline.evaluation.replies import generate_replies
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.inference.llama.model import Adapter
@@ -42,7 +42,7 @@ def test_extra_models_are_servers_or_files_with_different_names(base: Path, tmp_
 def test_an_extra_model_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     evaluate = Evaluate(extra_models=(str(tmp_path / "nothing.gguf"),))
     with pytest.raises(GattError, match=r"no file at .*nothing.gguf.*a server's address"):
-        arms(Recipe(evaluate=evaluate), RunDir(tmp_path))
+        files_of_user(evaluate)
 
 
 def test_every_format_is_an_arm(tmp_path: Path) -> None:

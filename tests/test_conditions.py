@@ -103,7 +103,7 @@ def test_longer_dialogues_go_on_from_the_replies_of_the_evaluation(
     arms: list[Arm], main: list[Reply], tmp_path: Path
 ) -> None:
     log = tmp_path / "c" / "gatt-5.jsonl"
-    scores = measure_condition(Condition("gatt", 5), arms, _dialogues(), main, _RECIPE, log)
+    scores = measure_condition(Condition("gatt", 5), arms, _dialogues(), main, _RECIPE, [log])
     replies = _logged(log)
     assert len(replies) == 2 * 2 * 5  # base and tuned only
     early = [r for r in replies if r.turn <= 3]
@@ -116,7 +116,7 @@ def test_longer_dialogues_go_on_from_the_replies_of_the_evaluation(
         assert (row.main.hits, row.main.n) == (sum(r.adherent for r in before), 6)
         assert row.difference.difference == pytest.approx(row.value - row.main.value)
     assert [row.arm for row in scores.rows] == ["base", "tuned"]
-    again = measure_condition(Condition("gatt", 5), arms, _dialogues(), main, _RECIPE, log)
+    again = measure_condition(Condition("gatt", 5), arms, _dialogues(), main, _RECIPE, [log])
     assert again.rows == scores.rows
     assert _logged(log) == replies  # nothing is generated twice
 
@@ -132,7 +132,7 @@ def test_a_dialogue_that_goes_on_keeps_the_messages_that_it_repeats(
     main = generate_replies(arms[:1], {"evaluation": dialogues}, _RECIPE, [tmp_path / "main.jsonl"])
     requests.clear()
     log = tmp_path / "gatt-5.jsonl"
-    measure_condition(Condition("gatt", 5), arms[:1], dialogues, main, _RECIPE, log)
+    measure_condition(Condition("gatt", 5), arms[:1], dialogues, main, _RECIPE, [log])
     sent = [[m["content"] for m in r.messages if m["role"] == "user"] for r in requests]
     # The instruction stands before the first message.
     assert sorted(tuple(messages[1:]) for messages in sent) == [
@@ -147,7 +147,7 @@ def test_the_plain_sampler_draws_other_tokens_in_the_same_dialogues(
     arms: list[Arm], main: list[Reply], tmp_path: Path, requests: list[Request]
 ) -> None:
     log = tmp_path / "plain-3.jsonl"
-    scores = measure_condition(Condition("plain", 3), arms, _dialogues(), main, _RECIPE, log)
+    scores = measure_condition(Condition("plain", 3), arms, _dialogues(), main, _RECIPE, [log])
     assert {(r.temperature, r.top_p, r.sampler) for r in requests} == {SAMPLERS["plain"]}
     replies = {(r.arm, r.dialogue, r.turn): r.text for r in _logged(log)}
     before = {(r.arm, r.dialogue, r.turn): r.text for r in main}
@@ -169,7 +169,7 @@ def test_what_cannot_be_measured_is_refused(
     condition: Condition, pool: tuple[Constraint, ...], problem: str, tmp_path: Path
 ) -> None:
     with pytest.raises(GattError, match=re.escape(problem)) as error:
-        measure_condition(condition, [], _dialogues(pool), [], _RECIPE, tmp_path / "log")
+        measure_condition(condition, [], _dialogues(pool), [], _RECIPE, [tmp_path / "log"])
     assert "\n" not in str(error.value)
 
 
@@ -181,7 +181,7 @@ def test_instructions_that_nothing_checks_are_left_out(
     )
     log = tmp_path / "greedy-3.jsonl"
     dialogues = [*_dialogues(), other]
-    measure_condition(Condition("greedy", 3), arms[:1], dialogues, main, _RECIPE, log)
+    measure_condition(Condition("greedy", 3), arms[:1], dialogues, main, _RECIPE, [log])
     assert {r.dialogue for r in _logged(log)} == {"d0", "d1"}
 
 

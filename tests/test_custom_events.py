@@ -201,6 +201,8 @@ def test_what_the_user_ends_is_counted_and_own_words_also_apart() -> None:
     results = RunResults(
         recipe=Recipe(),
         scores=scores,
+        measured_dialogues=2,
+        measured_formats=["Q8_0"],
         export=ExportSummary(merge_base="fp16", formats={"Q8_0": FormatSummary(bytes=1)}),
         facts={},
     )

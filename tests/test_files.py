@@ -97,6 +97,10 @@ def test_a_hash_follows_contents_and_names(tmp_path: Path) -> None:
         "372f279dec24e545b8b362b351ad1e131e55611f5caf789e7fb5e92dfdb5a79c"
     )
     assert sha256(first) == sha256(second)
+    (second / ".DS_Store").write_text("left by a file manager")
+    (second / ".cache").mkdir()
+    (second / ".cache" / "rows.lock").touch()
+    assert sha256(first) == sha256(second)
     (second / "rows.jsonl").rename(second / "records.jsonl")
     assert sha256(first) != sha256(second)
     before = sha256(first / "rows.jsonl")

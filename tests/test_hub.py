@@ -301,6 +301,13 @@ def test_the_report_of_an_earlier_export_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_report_about_another_adapter_is_refused(tmp_path: Path) -> None:
+    run_dir = _finished_run(tmp_path)
+    with run_dir.recipe.open("a", encoding="utf-8") as file:
+        file.write('\n[evaluate]\nadapter = "rival.gguf"\n')
+    assert _refused(run_dir).startswith("The report is about the adapter rival.gguf, not about")
+
+
 @pytest.mark.parametrize("stage", ["evaluate", "report"])
 def test_a_run_whose_last_evaluation_or_report_was_interrupted_is_refused(
     tmp_path: Path, stage: str

@@ -35,7 +35,7 @@ from pipeline.gatt.generated_values import (
 from pipeline.gatt.ghost import augment, ghost, loss_turns
 from pipeline.gatt.instructions import render_instruction
 from pipeline.gatt.quality import find_defect, is_on_topic
-from pipeline.gatt.text import first_sentences, has_sentences
+from pipeline.gatt.text import first_sentences, has_sentences, split_sentences
 from pipeline.recipe import Recipe
 from pipeline.records import (
     Completion,
@@ -522,9 +522,25 @@ def test_first_sentences_leaves_out_an_unfinished_one() -> None:
     assert first_sentences("今天很好。我们去公园吧！好", 2) == "今天很好。我们去公园吧！"
 
 
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Ask Dr. Smith about it.",
+        "Use vegetables, e.g. carrots.",
+        "John F. Kennedy was born there.",
+        "The capital of the U.S. is Washington.",
+        '(J. R. R. Tolkien wrote "The Hobbit".)',
+    ],
+)
+def test_an_abbreviation_ends_no_sentence(sentence: str) -> None:
+    assert first_sentences(f"{sentence} And so on.", 1) == sentence
+    assert not any(has_sentences(sentence[:end], 1) for end in range(len(sentence)))
+    assert len(split_sentences(f"{sentence} So is it.")) == 2
+
+
 @given(
-    text=st.text(alphabet='ab .!?\n"。？」', max_size=30),
-    more=st.text(alphabet='ab .!?\n"。？」', max_size=9),
+    text=st.text(alphabet='abA .!?\n"。？」', max_size=30),
+    more=st.text(alphabet='abA .!?\n"。？」', max_size=9),
     count=st.integers(1, 3),
 )
 def test_generation_stops_only_if_the_sentences_are_final(text: str, more: str, count: int) -> None:

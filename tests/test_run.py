@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from support.cli import TINY_RECIPE
+from support.cli import TINY_RECIPE, call_gatt
 from typer.testing import CliRunner
 
 from pipeline.cli import app
@@ -172,6 +173,50 @@ def test_a_second_run_repeats_nothing(
     run_stages(*open_run(None, run_dir.path, TINY_RECIPE))
     assert capsys.readouterr().err.count("done already") == len(STAGES) - 1  # all but the report
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.jsonl")} == logs
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (("--adapter", "a.gguf"), "evaluate.adapter: no file at a.gguf. Expected a GGUF adapter."),
+        (("--compare-with", "a.gguf"), "evaluate.extra_models: no file at a.gguf."),
+        (("--judge", "nobody"), "nobody"),
+        (("--set", "evaluate.dialogues=9"), "evaluate.dialogues has changed, and the dialogues"),
+        (("--set", "evaluate.suite_turns=2"), "evaluate.suite_turns has changed"),
+    ],
+)
+def test_an_evaluation_that_cannot_begin_changes_nothing(
+    finished: RunDir, tmp_path: Path, flags: tuple[str, ...], problem: str
+) -> None:
+    run_dir = _copy(finished, tmp_path, "train", "export")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = call_gatt("evaluate", "--run", tmp_path, *flags)
+    assert done.returncode == 1 and problem in done.stderr
+    locks = {run_dir.path / ".lock", run_dir.path / ".lock.json"}
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {p: t for p, t in after.items() if p not in locks} == {
+        p: t for p, t in before.items() if p not in locks
+    }
+
+
+def test_the_report_says_that_the_exported_file_was_not_measured(
+    finished: RunDir, tmp_path: Path
+) -> None:
+    run_dir = _copy(finished, tmp_path, "train")
+
+    def report() -> tuple[str, str]:
+        assert call_gatt("report", "--run", tmp_path).returncode == 0
+        page = json.loads((run_dir.report / "report.json").read_text(encoding="utf-8"))
+        row = (run_dir.report / "tables" / "export.csv").read_text(encoding="utf-8").splitlines()[1]
+        return page["warning"], row.rsplit(",", 1)[1]
+
+    warning, adherence = report()
+    assert warning.startswith("A shortened run: 3 dialogues of 3 turns.") and adherence
+    assert "not the one" not in warning
+    with run_dir.tuned("Q8_0").open("ab") as file:
+        file.write(b"another export")
+    warning, adherence = report()
+    assert "The exported file is not the one that was measured." in warning and not adherence
 
 
 @pytest.mark.slow

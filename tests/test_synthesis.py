@@ -92,6 +92,7 @@ def _judge(
         ("the sea of salt is " * 4, "stop_when", "loop"),
         ("Ahoy!\n1. The sea is salt.\n2. Rivers.\n3. The sea is salt.", "stop", "loop"),
         ("Ahoy!\n1. The sea is salt.\n2. Rivers carry salt.\n-\n-", "stop", ACCEPTED),
+        ("Ahoy!\nThe sea is salt.\nAhoy!\nThe sea is salt.", "stop", ACCEPTED),
         ("Ahoy!\n- The sea.\n- The sea.\n- The", "stop_when", "loop"),
         ("Ahoy!", "stop", "empty"),
         ("Ahoy! What a great question that was.", "stop", "off topic"),

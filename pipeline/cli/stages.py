@@ -122,9 +122,17 @@ def _chat_command(settings: Recipe, tuned: Path) -> str:
     from pipeline.report.facts import chat_options
 
     on_path = shutil.which("gatt")
-    program = "gatt" if on_path else os.path.relpath(Path(sys.executable).with_name("gatt"))
+    program = "gatt" if on_path else _relative(Path(sys.executable).with_name("gatt"))
     words = [program, "chat", str(tuned), *chat_options(settings)]
     return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
+
+
+def _relative(path: Path) -> str:
+    """Return the path from the current folder; on another drive of Windows, the whole path."""
+    try:
+        return os.path.relpath(path)
+    except ValueError:
+        return str(path)
 
 
 def _define(name: str, summary: str) -> Callable[..., None]:
@@ -347,7 +355,7 @@ def evaluate(
         )
     from pipeline.stages import evaluate as stage
 
-    stage.require_turns(settings, run_dir)
+    stage.require_assigned(settings, run_dir)
     with ray_cluster(ray):
         execute_stage("evaluate", settings, run_dir)
         if sampler != "gatt" or turns:

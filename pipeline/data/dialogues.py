@@ -205,6 +205,8 @@ def _parse_chat(row: Row, notes: Counter[str]) -> Chat:
 
 def _chat_messages(messages: Sequence[ParsedMessage], row: Row) -> Iterator[Message]:
     for message in messages:
+        if message.side == "system" and not (message.text or "").strip():
+            continue
         if message.side == "other" or not (message.text or "").strip():
             raise GattError(f"{row.place}: expected a text in every message.")
         yield {"role": message.side, "content": message.text or ""}

@@ -78,7 +78,7 @@ def read_prompt(path: Path) -> Prompt:
         raise GattError(
             f"{path} is an image, but not a PNG. Character cards are PNG, JSON or CHARX."
         )
-    text = decode_text(data, path).strip()
+    text = decode_text(data, path).strip().replace("\r\n", "\n")
     if path.suffix.lower() == ".json" or text.startswith("{"):
         if card := _parsed(text):
             return _prompt_of(card, path)

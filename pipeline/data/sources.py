@@ -24,7 +24,8 @@ _REFUSED = {
 }
 _FORMS = "JSONL, JSON, CSV, TSV or Parquet"
 
-_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".gz", ".bz2", ".xz", ".txt", ".zst")
+_PACKED = (".gz", ".bz2", ".xz")
+_SUFFIXES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", *_PACKED, ".txt", ".zst")
 
 
 def read_rows(source: str) -> Iterator[Row]:
@@ -83,7 +84,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
     for magic, form in _REFUSED.items():
         if head.startswith(magic):
             raise GattError(f"{path} is {form or 'a database'}. Expected {_FORMS}; unpack it.")
-    if {".csv", ".tsv"} & {suffix.lower() for suffix in path.suffixes}:
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in _PACKED]
+    if suffixes[-1:] in ([".csv"], [".tsv"]):
         return csv_rows(path)
     return json_rows(path)
 

@@ -23,7 +23,7 @@ from pipeline.inference.generator import (
 )
 from pipeline.inference.llama.model import Adapter, LoadedModel
 from pipeline.inference.remote.address import is_server_url, served_name
-from pipeline.recipe import Recipe
+from pipeline.recipe import Evaluate, Recipe
 from pipeline.run_dir import RunDir
 
 
@@ -101,19 +101,41 @@ def dialogue_context(
     return context_for(turns, recipe.evaluate.max_tokens) + max(further, default=0)
 
 
+def files_of_user(settings: Evaluate) -> list[Path]:
+    """Return the adapter and the further models that are measured, without servers.
+
+    Raises:
+        GattError: a file is missing, no GGUF, or as `evaluate.adapter` no adapter.
+    """
+    files = [("adapter", settings.adapter)] if settings.adapter else []
+    files += [("extra_models", name) for name in settings.extra_models if not is_server_url(name)]
+    paths = []
+    for key, name in files:
+        path = Path(name).expanduser()
+        expected = "a GGUF adapter"
+        if key == "extra_models":
+            expected = "a GGUF model, a GGUF adapter, or a server's address"
+        if not path.is_file():
+            raise GattError(f"evaluate.{key}: no file at {path}. Expected {expected}.")
+        if key == "adapter" and read_gguf(path).field("general.type") != "adapter":
+            raise GattError(f"evaluate.{key}: {path} is not an adapter. Expected {expected}.")
+        paths.append(path)
+    return paths
+
+
 def arms(recipe: Recipe, run_dir: RunDir) -> list[Arm]:
     """Return base, tuned in each format (or the recipe's adapter), the extra models, and ceiling.
 
     Ceiling is the base that gets the instruction in every turn.
 
     Raises:
-        GattError: an extra model is not a GGUF file or a server, or two have the same name.
+        GattError: an extra model is no GGUF, or two have the same name.
     """
     settings = recipe.evaluate
     first_format, *formats = recipe.export.formats
     base = cached_gguf(find_model(recipe.model), first_format)
     if settings.adapter:
-        adapter = Adapter(Path(settings.adapter), settings.adapter_scale)
+        adapter = Adapter(Path(settings.adapter).expanduser(), settings.adapter_scale)
         tuned = [Arm(name="tuned", path=base, adapter=adapter)]
     else:
         tuned = [Arm(name="tuned", path=run_dir.tuned(first_format))]
@@ -140,11 +162,6 @@ def _extra_model(name: str, base: Path) -> Arm:
     if is_server_url(name):
         return Arm(name=served_name(name), server=name)
     path = Path(name).expanduser()
-    if not path.is_file():
-        raise GattError(
-            f"evaluate.extra_models: no file at {path}. Expected a GGUF model, a GGUF adapter, or "
-            "a server's address."
-        )
     if read_gguf(path).field("general.type") == "adapter":
         return Arm(name=path.stem, path=base, adapter=Adapter(path))
     return Arm(name=path.stem, path=path)

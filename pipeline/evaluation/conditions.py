@@ -44,9 +44,9 @@ def measure_condition(
     dialogues: Sequence[AssignedDialogue],
     main: Sequence[Reply],
     recipe: Recipe,
-    log_file: Path,
+    logs: Sequence[Path],
 ) -> ConditionScores:
-    """Return the adherence of base and tuned; replies that `log_file` has are not generated again.
+    """Return the adherence of base and tuned; `logs` are those of `generate_replies`.
 
     `main` are the replies of the main evaluation to the `dialogues`. They begin longer dialogues
     with the same sampler.
@@ -66,8 +66,8 @@ def measure_condition(
     longer = _lengthened(checked, condition.turns)
     measured = [arm for arm in arms if arm.name in _ARMS]
     main = [reply for reply in replies_to(main, checked) if reply.arm in _ARMS]
-    if condition.sampler == "gatt" and not log_file.exists():
-        write_jsonl(log_file, main)
+    if condition.sampler == "gatt" and not logs[-1].exists():
+        write_jsonl(logs[-1], main)
     sampler = SAMPLERS[condition.sampler]
     if condition.sampler == "gatt":
         sampler = sampler._replace(temperature=settings.temperature)
@@ -75,7 +75,7 @@ def measure_condition(
         update={"evaluate": settings.model_copy(update={"turns": condition.turns})}
     )
     replies = generate_replies(
-        measured, {"evaluation": longer}, longer_recipe, [log_file], sampler=sampler
+        measured, {"evaluation": longer}, longer_recipe, logs, sampler=sampler
     )
     return ConditionScores(
         sampler=condition.sampler,

@@ -72,11 +72,11 @@ def measure_degradation(
     waiting = list(chats)
     with progress("evaluate: degradation", len(chats) * len(tuned)) as bar:
         while waiting:
-            logits, vocab_size = _base_logits(base, waiting, context)
+            logits, vocabulary = _base_logits(base, waiting, context)
             waiting = waiting[len(logits) :]
             for arm in tuned:
                 with _open(arm, context) as model:
-                    if model.vocab_size == vocab_size:
+                    if model.vocabulary == vocabulary:
                         scores.setdefault(arm.name, []).extend(compare_to_base(model, logits))
                 bar.advance(len(logits))
     perplexity: dict[str, float] = {}
@@ -97,8 +97,8 @@ def _open(arm: Arm, context: int) -> BatchEngine:
 
 def _base_logits(
     base: Arm, chats: Sequence[Sequence[Message]], context: int
-) -> tuple[list[BaseLogits], int]:
-    """Return the base's logits in the first of the `chats`, at least one, and its vocab_size."""
+) -> tuple[list[BaseLogits], list[str]]:
+    """Return the base's logits in the first of the `chats`, at least one, and its vocabulary."""
     limit = max_logits_bytes()
     logits: list[BaseLogits] = []
     with _open(base, context) as engine:
@@ -107,7 +107,7 @@ def _base_logits(
             logits.append(BaseLogits(passes, list(answer_logits(engine, passes))))
             if sum(chat.bytes for chat in logits) >= limit:
                 break
-        return logits, engine.vocab_size
+        return logits, engine.vocabulary
 
 
 def max_logits_bytes() -> float:

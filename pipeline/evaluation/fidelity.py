@@ -168,14 +168,15 @@ def _score(
     another system message.
     """
     references: list[Reference] = []
-    vocab_size = context = 0
+    vocabulary: list[str] = []
+    context = 0
     for arm, weights in with_weights(arms):
         assert weights
         context = context or _context(weights, chats)
         with BatchEngine(weights, 1, context, adapter=arm.adapter) as engine:
             if arm is arms[0]:
-                references, vocab_size = _references(engine, chats), engine.vocab_size
-            if engine.vocab_size != vocab_size:
+                references, vocabulary = _references(engine, chats), engine.vocabulary
+            if engine.vocabulary != vocabulary:
                 continue
             for r in references:
                 kl.setdefault(arm.name, []).extend(_divergences(engine, r, r.once))

@@ -97,6 +97,9 @@ def judge(
     log(
         f"evaluate: the judge agrees with the exact checks in {agreement.hits} of {agreement.n} "
         "replies"
+        if calibration
+        else "evaluate: no replies, some that obey and some that do not, by which a program could "
+        "tell how far the judge can be trusted"
     )
     if missing := sum(verdicts[_Key.of(r)] is None for r in unchecked):
         log(

@@ -19,7 +19,7 @@ from pipeline.gatt.constraints.registry import (
 )
 from pipeline.gatt.quality import (
     find_defect,
-    has_repeated_lines,
+    has_repeated_items,
     has_repeated_ngrams,
     is_on_topic,
 )
@@ -170,7 +170,7 @@ def _loops(text_words: Sequence[str], lines: Sequence[str]) -> bool:
 
     A model that is trained on lists with the same item twice writes lists of one item.
     """
-    return has_repeated_ngrams(text_words) or has_repeated_lines(lines)
+    return has_repeated_ngrams(text_words) or has_repeated_items(lines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

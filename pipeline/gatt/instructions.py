@@ -107,8 +107,18 @@ def _single_readings(text: str) -> list[Constraint]:
             # Where the kind does not accept the value, another wording may be the right one.
             with suppress(GattError):
                 kind_of(constraint)
-                readings.append(constraint)
+                if _is_one_value(constraint):
+                    readings.append(constraint)
     return readings
+
+
+def _is_one_value(constraint: Constraint) -> bool:
+    """Return whether a value that was read from a sentence is one, and not several or a remark."""
+    if constraint.kind == "initial":
+        return re.fullmatch(r"\w{1,3}", constraint.value) is not None
+    if constraint.kind == "hashtag":
+        return not re.search(r"\s", constraint.value)
+    return '"' not in constraint.value
 
 
 @cache

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 
-from pipeline.gatt.text import SENTENCE_END, words
+from pipeline.gatt.text import SENTENCE_END, UNSPACED, words
 
 _FUNCTION_WORDS = frozenset(
     words(
@@ -17,12 +17,7 @@ _FUNCTION_WORDS = frozenset(
         "more most very just also about into out down over"
     )
 )
-_UNSPACED = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-    r"\U00020000-\U0003ffff]"
-)
-"""A letter of a script without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
-_ITEM_NUMBER = re.compile(r"\s*[*_]*\d+[.)][*_]*\s")
+_ITEM = re.compile(r"\s*(?:[-*•]|[*_]*\d+[.)][*_]*)\s+(.+)")
 _HIRAGANA = re.compile(r"[\u3040-\u309f]+")
 _NGRAM, _MAX_NGRAM_COUNT = 5, 3
 """Five words in a row may occur three times; good lists begin four items with three words."""
@@ -63,10 +58,11 @@ def has_repeated_ngrams(text_words: Sequence[str]) -> bool:
     return max(ngrams.values(), default=0) > _MAX_NGRAM_COUNT
 
 
-def has_repeated_lines(lines: Sequence[str]) -> bool:
-    """Return whether two lines have the same words, whatever their numbers in a list."""
-    contents = (tuple(words(_ITEM_NUMBER.sub("", line))) for line in lines)
-    return max(Counter(filter(None, contents)).values(), default=0) > 1
+def has_repeated_items(lines: Sequence[str]) -> bool:
+    """Return whether two items of a list have the same words, whatever their numbers."""
+    matches = (_ITEM.match(line) for line in lines)
+    items = (tuple(words(match[1])) for match in matches if match)
+    return max(Counter(filter(None, items)).values(), default=0) > 1
 
 
 def _bigram_jaccard(content: list[str], earlier_content: list[str]) -> float:
@@ -81,7 +77,7 @@ def _bigram_jaccard(content: list[str], earlier_content: list[str]) -> float:
 
 
 def _bigrams(content: list[str]) -> Iterator[tuple[str, str]]:
-    pieces = (word if _UNSPACED.search(word) else (word,) for word in content)
+    pieces = (word if UNSPACED.search(word) else (word,) for word in content)
     return pairwise(chain.from_iterable(pieces))
 
 
@@ -99,7 +95,7 @@ def is_on_topic(text: str, dialogue: Sequence[str]) -> bool:
 def _content_stems(text: str) -> set[str]:
     stems: set[str] = set()
     for word in words(text):
-        if _UNSPACED.search(word):
+        if UNSPACED.search(word):
             pairs = map("".join, pairwise(word))
             # Endings such as "desu" are in every Japanese answer.
             stems.update(pair for pair in pairs if not _HIRAGANA.fullmatch(pair))

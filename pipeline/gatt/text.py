@@ -11,6 +11,11 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
+UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+    r"\U00020000-\U0003ffff]"
+)
+"""A letter of a script without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
 _VOWEL_SIGNS = "".join(
     chr(code)
     for code in range(0x0590, 0x1800)  # Hebrew to Khmer
@@ -38,6 +43,9 @@ _LETTER = re.compile(r"[^\W\d_]")
 _ABBREVIATION = re.compile(
     r"(?<![\w.])(?:mr|mrs|ms|dr|prof|st|mt|vs|approx|e\.g|i\.e)\.$", re.IGNORECASE
 )
+_INITIAL = re.compile(r"(?<![^\s.(\"'“‘])[A-Z]\.$")
+_NAME = re.compile(r"(?:\b[A-Z][a-z]+|\b[A-Z]\.) [A-Z]\.$")
+"""A name up to an initial within it: "John F.", "J. R."."""
 _INITIALS = re.compile(r"[\W\d_]*(?:[^\W\d_]\.[\W\d_]*)+")
 
 
@@ -47,8 +55,18 @@ def words(text: str) -> list[str]:
 
 
 def finished_sentences(text: str) -> list[str]:
-    """Return the finished sentences; a tail without a sentence end is left out."""
-    return [s.strip() for s in _SENTENCE.findall(text)]
+    """Return the finished sentences; a tail without a sentence end is left out.
+
+    The period of an abbreviation or of an initial ends none: what follows is not known yet, and a
+    sentence more is better than "Ask Dr.".
+    """
+    sentences, sentence = [], ""
+    for part in _SENTENCE.findall(text):
+        sentence += part
+        if not (_ABBREVIATION.search(sentence) or _INITIAL.search(sentence)):
+            sentences.append(sentence.strip())
+            sentence = ""
+    return sentences
 
 
 def closing_marks(sentence: str) -> str:
@@ -68,8 +86,9 @@ def split_sentences(text: str) -> list[str]:
     """Return the sentences of every line, including an unfinished one.
 
     Marks without a word belong to the sentence next to them. A sentence does not end after a number
-    alone (the "1." of a list), nor after "Dr." or initials at its beginning. Nor does it end before
-    a lowercase letter if it has a capital ("at 5 p.m. on").
+    alone (the "1." of a list), nor after "Dr.", initials at its beginning, or one within a name
+    ("John F. Kennedy"). Nor does it end before a lowercase letter if it has a capital ("at 5 p.m.
+    on").
     """
     return [sentence for line in text.splitlines() for sentence in _split_line(line)]
 
@@ -96,6 +115,8 @@ def _continues(sentence: str, next_sign: str) -> bool:
     if _ABBREVIATION.search(sentence) or _INITIALS.fullmatch(sentence):
         return True
     if next_sign.isdigit() and sentence.endswith(" No."):
+        return True
+    if next_sign.isupper() and _NAME.search(sentence):
         return True
     return next_sign.islower() and any(map(str.isupper, sentence))
 

@@ -67,6 +67,7 @@ class BatchEngine:
             self._model = LoadedModel(info, gpu_layers=plan.gpu_layers)
         self.template, self.tokenize = self._model.template, self._model.tokenize
         self.vocab_size = self._model.vocab_size
+        self.vocabulary: list[str] = self._model.info.field("tokenizer.ggml.tokens", [])
         self.wrap = AnswerFilter(self.template, self.tokenize, plan.settings.n_ctx).wrap
         self.workers = [
             BatchWorker(self._model, sequences, plan.settings, plan.threads)

@@ -14,7 +14,7 @@ from pathlib import PurePath
 
 from pipeline.gatt.instructions import instruction_of
 from pipeline.recipe import Instructions, Recipe
-from pipeline.report.facts import chat_options, shortened_warning
+from pipeline.report.facts import chat_options
 
 _MEANINGS = {
     r"tuned-(.+)\.gguf": r"the tuned model, \1",
@@ -43,6 +43,7 @@ class PublishedModel:
     headline: str
     facts: Mapping[str, str]
     report: str = ""
+    warning: str = ""
     base_id: str = ""
     license: str = ""
     dataset_id: str = ""
@@ -66,7 +67,7 @@ def model_card(recipe: Recipe, model: PublishedModel) -> str:
         title=model.repository.split("/")[-1],
         base=base if model.base_id else model.facts["base model"],
         headline=model.headline,
-        warning=shortened_warning(recipe.evaluate),
+        warning=model.warning,
         has_chart="adherence.svg" in model.sizes,
         instructions=_trained_instructions(recipe.instructions),
         is_baked=bool(recipe.instructions.bake),

@@ -78,15 +78,20 @@ def file_facts(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:
                 facts[f"{kind} of {Path(name).name}"] = digest[:16] or "not known"
     for format_name in recipe.export.formats:
         file = run_dir.tuned(format_name)
-        facts[file.name] = f"{file.stat().st_size / 1e6:.0f} MB"
+        if file.is_file():
+            facts[file.name] = f"{file.stat().st_size / 1e6:.0f} MB"
     return facts
 
 
-def shortened_warning(settings: Evaluate) -> str:
-    """Return a warning for a run that measured less than the defaults, else ""."""
-    if not settings.shortened:
+def shortened_warning(settings: Evaluate, dialogues: int) -> str:
+    """Return a warning for a run that measured less than the defaults, else "".
+
+    `dialogues` is the number that was measured.
+    """
+    measured = settings.model_copy(update={"dialogues": dialogues})
+    if not measured.shortened:
         return ""
     return (
-        f"A shortened run: {settings.dialogues} dialogues of {settings.turns} turns. "
+        f"A shortened run: {dialogues} dialogues of {settings.turns} turns. "
         "Do not cite its figures."
     )

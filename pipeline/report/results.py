@@ -11,11 +11,11 @@ from pydantic import TypeAdapter
 from pipeline.evaluation.rates import Rate, wilson
 from pipeline.evaluation.scores import ConditionScores, Scores
 from pipeline.export.summary import ExportSummary
-from pipeline.files import read_json, read_jsonl
+from pipeline.files import read_json, read_jsonl, sha256
 from pipeline.gatt.acceptance import Acceptance
 from pipeline.gatt.assignment import read_split
 from pipeline.recipe import Recipe
-from pipeline.report.facts import file_facts, run_facts
+from pipeline.report.facts import file_facts, public_name, run_facts, shortened_warning
 from pipeline.report.page import ComparedDialogue, ComparedTurn
 from pipeline.report.replies import judged_replies
 from pipeline.run_dir import RunDir
@@ -43,13 +43,17 @@ class Throughput:
 class RunResults:
     """Everything that a report shows; what was not measured is empty or None.
 
-    `validation` has adherence by training step, `attention` a map for base and one for tuned.
+    `measured_dialogues` is the number of evaluation dialogues. `measured_formats` are those of the
+    exported files whose present content was evaluated. `validation` has adherence by training step,
+    `attention` a map for base and one for tuned.
     """
 
     recipe: Recipe
     scores: Scores
     export: ExportSummary
     facts: Mapping[str, str]
+    measured_dialogues: int
+    measured_formats: Sequence[str]
     acceptance: Acceptance | None = None
     losses: Sequence[float] = ()
     validation: Mapping[int, Rate] = field(default_factory=dict)
@@ -70,7 +74,23 @@ class RunResults:
         counts = self.acceptance
         if counts and counts.answers and counts.edited is not None:
             line += f" Edited answers in the training data: {counts.edited} of {counts.answers}."
+        settings = self.recipe.evaluate
+        if settings.adapter:
+            line += (
+                f" Measured as tuned: the base with the adapter {public_name(settings.adapter)} at "
+                f"scale {settings.adapter_scale:g}, not an exported file."
+            )
         return line
+
+    @property
+    def warning(self) -> str:
+        """Return why the figures are not to be cited, or are not those of the exported file."""
+        warnings = [shortened_warning(self.recipe.evaluate, self.measured_dialogues)]
+        if not (self.measured_formats or self.recipe.evaluate.adapter):
+            warnings.append(
+                "The exported file is not the one that was measured. `gatt evaluate` measures it."
+            )
+        return " ".join(filter(None, warnings))
 
     @property
     def plotted_arms(self) -> list[str]:
@@ -88,6 +108,8 @@ def read_results(recipe: Recipe, run_dir: RunDir) -> RunResults:
     _, example = next(read_jsonl(run_dir.examples))
     return RunResults(
         recipe=recipe,
+        measured_dialogues=len(read_split(run_dir.assignments, "evaluation")),
+        measured_formats=_measured_formats(recipe, run_dir),
         scores=Scores.from_json(run_dir.scores.read_text(encoding="utf-8")),
         export=ExportSummary.from_json(run_dir.exported.read_text(encoding="utf-8")),
         facts=run_facts(recipe, run_dir, example["teacher"]) | file_facts(recipe, run_dir),
@@ -99,6 +121,14 @@ def read_results(recipe: Recipe, run_dir: RunDir) -> RunResults:
         dialogues=_read_dialogues(run_dir),
         conditions=_read_conditions(run_dir),
     )
+
+
+def _measured_formats(recipe: Recipe, run_dir: RunDir) -> list[str]:
+    """Return the formats whose files have the content that was evaluated."""
+    manifest = run_dir.manifest("evaluate")
+    hashes = manifest["inputs"].values() if manifest else ()
+    files = {name: run_dir.tuned(name) for name in recipe.export.formats}
+    return [name for name, file in files.items() if file.is_file() and sha256(file) in hashes]
 
 
 def _read_losses(run_dir: RunDir) -> list[float]:

@@ -110,7 +110,7 @@ def _page(comparison: Comparison) -> ReportPage:
         title="GAtt: runs compared",
         headline=_headline(rows),
         warning=" ".join(comparison.warnings),
-        chart=adherence_curve(curves, last_turn),
+        chart=adherence_curve(curves, last_turn, baked=first.scores.is_baked),
         caption=caption,
         sections=sections,
     )

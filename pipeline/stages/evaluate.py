@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from pipeline.console import capture_output, log, print_result
 from pipeline.errors import GattError
 from pipeline.evaluation.aggregate import compute_scores
-from pipeline.evaluation.arms import arms, dialogue_context
+from pipeline.evaluation.arms import arms, dialogue_context, files_of_user
 from pipeline.evaluation.attention import attention_map
 from pipeline.evaluation.conditions import Condition, measure_condition
 from pipeline.evaluation.divergence import measure_degradation
@@ -28,6 +27,7 @@ from pipeline.hub.convert import cached_checkpoint
 from pipeline.hub.models import find_model, shape_of
 from pipeline.inference.generator import model_files
 from pipeline.recipe import Recipe
+from pipeline.recipe_file import load_recipe
 from pipeline.records import Reply
 from pipeline.report.tables import conditions_table, markdown
 from pipeline.run_dir import Input, RunDir
@@ -36,6 +36,14 @@ from pipeline.training.job import loads_in_4bit
 
 SECTIONS = ("evaluate", "dialogues", "export")
 """Sections of the recipe that the result depends on."""
+_ASSIGNED_KEYS = (
+    "dialogues",
+    "suite_dialogues",
+    "suite_turns",
+    "recall_dialogues",
+    "unseen",
+)
+"""Keys of the evaluation by which `gatt instructions` assigns its dialogues."""
 _FLOAT32_SIZE = 8
 """Memory for a map of attention, in sizes of a 4-bit file: the model in float32."""
 _ATTENTION_TURNS = 20
@@ -45,18 +53,14 @@ _ATTENTION_TURNS = 20
 def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
     """Return what the result depends on."""
     settings = recipe.evaluate
-    tuned = [run_dir.tuned(name) for name in recipe.export.formats]
-    if settings.adapter:
-        tuned = [Path(settings.adapter)]
-    # A file that is missing is an error of the stage, which says more.
-    extra = [Path(name).expanduser() for name in settings.extra_models]
+    tuned = [] if settings.adapter else [run_dir.tuned(name) for name in recipe.export.formats]
     judge = model_files(settings.judge) if settings.judge else []
     return [
         find_model(recipe.model).path,
         run_dir.assignments,
         run_dir.suites,
         *tuned,
-        *(file for file in extra if file.is_file()),
+        *files_of_user(settings),
         *judge,
         *check_files(run_dir.assignments),
     ]
@@ -91,12 +95,29 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     fidelity = measure_fidelity(measured, suites["evaluation"], replies, recipe)
     scores = replace(scores, fidelity=fidelity)
     write_json(run_dir.scores, scores)
+    _log_lost_conditions(run_dir)
 
 
-def require_turns(recipe: Recipe, run_dir: RunDir) -> None:
-    """Raise a `GattError` if the run's evaluation dialogues are shorter than `evaluate.turns`."""
+def _log_lost_conditions(run_dir: RunDir) -> None:
+    """Say how to measure again what an earlier evaluation has measured under other conditions."""
+    moved = {file.stem for file in run_dir.path.glob("evaluate.*.old/conditions/*.json")}
+    for name in sorted(moved - {file.stem for file in run_dir.conditions.glob("*.json")}):
+        sampler, turns = name.rsplit("-", 1)
+        log(
+            f"evaluate: `gatt evaluate --run {run_dir.path} --sampler {sampler} --turns {turns}` "
+            "measures again what an earlier evaluation of this run has measured."
+        )
+
+
+def require_assigned(recipe: Recipe, run_dir: RunDir) -> None:
+    """Check that the run's dialogues are those that the settings of the evaluation ask for.
+
+    Raises:
+        GattError: they are shorter, or a setting was changed by which they were assigned.
+    """
     if not run_dir.assignments.exists():
         return
+    _require_same_settings(recipe, run_dir)
     dialogues = read_splits(run_dir.assignments)["evaluation"]
     longest = max((len(assigned.dialogue.turns) for assigned in dialogues), default=0)
     if longest < (turns := recipe.evaluate.turns):
@@ -107,6 +128,18 @@ def require_turns(recipe: Recipe, run_dir: RunDir) -> None:
         )
 
 
+def _require_same_settings(recipe: Recipe, run_dir: RunDir) -> None:
+    saved = load_recipe(run_dir.recipe) if run_dir.recipe.is_file() else recipe
+    for key in _ASSIGNED_KEYS:
+        before, after = getattr(saved.evaluate, key), getattr(recipe.evaluate, key)
+        if before != after:
+            raise GattError(
+                f"evaluate.{key} has changed, and the dialogues of {run_dir.path} were assigned "
+                "with the former value. `gatt run` with the same options assigns them again, and "
+                "trains again if that changes the training dialogues."
+            )
+
+
 def run_condition(recipe: Recipe, run_dir: RunDir, condition: Condition) -> None:
     """Measure an evaluated run under another condition; the result stands beside the main one.
 
@@ -114,13 +147,14 @@ def run_condition(recipe: Recipe, run_dir: RunDir, condition: Condition) -> None
         GattError: as `measure_condition`, or another process works in the folder.
     """
     with run_dir.lock():
+        log_file = run_dir.conditions / f"{condition.name}.jsonl"
         scores = measure_condition(
             condition,
             arms(recipe, run_dir),
             read_splits(run_dir.assignments)["evaluation"],
             [Reply(**row) for _, row in read_jsonl(run_dir.replies)],
             recipe,
-            run_dir.conditions / f"{condition.name}.jsonl",
+            [*run_dir.earlier(log_file), log_file],
         )
         write_json(run_dir.conditions / f"{condition.name}.json", scores)
     print_result(markdown(conditions_table([scores])))

@@ -14,6 +14,7 @@ from pipeline.data.prompts import read_prompt
 from pipeline.data.sources import source_inputs
 from pipeline.data.splits import DialogueSplits, split_dialogues
 from pipeline.errors import GattError
+from pipeline.evaluation.arms import files_of_user
 from pipeline.evaluation.suites import SuiteSettings, build_baked_suites, build_suites
 from pipeline.export.merged import require_merge_base
 from pipeline.export.tokens import check_tokens
@@ -32,6 +33,7 @@ from pipeline.gatt.constraints.registry import KINDS, is_judged, kind_of
 from pipeline.gatt.instructions import custom_instruction, prepare_checks
 from pipeline.hub.models import Model, find_model, require_exportable, shape_of
 from pipeline.inference.chat_template import template_in
+from pipeline.inference.generator import model_files
 from pipeline.inference.teacher import generated_constraints, require_short_prompt
 from pipeline.inference.thoughts import always_thinks
 from pipeline.recipe import Evaluate, Recipe
@@ -81,6 +83,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     require_projections(model, recipe.train)
     in_4bit = loads_in_4bit(recipe.train, shape_of(recipe.model))
     require_merge_base(model, recipe.export, in_4bit=in_4bit)
+    _require_files(recipe)
     if recipe.export.verify_tokenizer:
         check_tokens(model)
     _log_thinking(model)
@@ -113,6 +116,20 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     further = dialogues.evaluation[settings.suite_dialogues :]
     recall = _recall_dialogues(dialogues, settings)
     write_splits(run_dir.suites, build_suites(held_out, suites, recall, further))
+
+
+def _require_files(recipe: Recipe) -> None:
+    """Check that what later stages read is there: models to compare with, judges, an adapter.
+
+    Raises:
+        GattError: a file is missing or in another form, or there is no such model.
+    """
+    files_of_user(recipe.evaluate)
+    for judge in {recipe.evaluate.judge, recipe.synthesize.judge} - {""}:
+        model_files(judge)
+    adapter = recipe.train.init_adapter
+    if adapter and not Path(adapter).expanduser().is_dir():
+        raise GattError(f"train.init_adapter: no folder at {adapter}. Expected a PEFT adapter.")
 
 
 def _log_thinking(model: Model) -> None:

@@ -49,6 +49,7 @@ def run(recipe: Recipe, run_dir: RunDir, repository: str) -> None:
         headline=report["headline"],
         facts=run_facts(recipe, run_dir, report["facts"]["teacher"]),
         report=(run_dir.report / "report.md").read_text(encoding="utf-8"),
+        warning=report.get("warning", ""),
         base_id=_stated_base(info) or base_id,
         license=str(info.field("general.license", "")),
         dataset_id=_hub_id(recipe.dialogues.source),
@@ -66,6 +67,11 @@ def _measured_file(recipe: Recipe, run_dir: RunDir) -> Path:
 def _require_report(recipe: Recipe, run_dir: RunDir) -> None:
     """Refuse a run that is not finished, or whose report is about an earlier export."""
     arguments = f"{run_dir.recipe} --run {run_dir.path}"
+    if recipe.evaluate.adapter:
+        raise GattError(
+            f"The report is about the adapter {recipe.evaluate.adapter}, not about the exported "
+            f"file. Run `gatt evaluate {arguments} --adapter ''` and `gatt report {arguments}`."
+        )
     model = _measured_file(recipe, run_dir)
     required = {model: "export"}
     for name in ("report.md", "report.json", *_chart(run_dir)):

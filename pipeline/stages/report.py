@@ -13,7 +13,7 @@ from pipeline.console import print_result
 from pipeline.evaluation.scores import RateRow, Scores
 from pipeline.files import write_json, write_text
 from pipeline.recipe import Recipe
-from pipeline.report.facts import public_name, shortened_warning
+from pipeline.report.facts import public_name
 from pipeline.report.figures import adherence_curve
 from pipeline.report.page import ReportPage, as_markdown
 from pipeline.report.results import RunResults, read_results
@@ -51,6 +51,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         {
             "subject": page.subject,
             "headline": page.headline,
+            "warning": page.warning,
             "has_chart": page.chart is not None,
             "facts": results.facts,
             "scores": results.scores,
@@ -70,7 +71,7 @@ def report_page(results: RunResults) -> ReportPage:
     settings, scores, plotted = results.recipe.evaluate, results.scores, results.plotted_arms
     curves = _curves(scores, plotted)
     baked = scores.is_baked
-    caption = f"{settings.dialogues} dialogues that were not in the training data"
+    caption = f"{results.measured_dialogues} dialogues that were not in the training data"
     if curves:
         caption += (
             "; bands are 95 % Wilson intervals. A reply counts if it obeys and is a valid answer "
@@ -85,7 +86,7 @@ def report_page(results: RunResults) -> ReportPage:
     return ReportPage(
         title=f"GAtt report: {public_name(results.recipe.model)}",
         headline=headline(scores),
-        warning=shortened_warning(settings),
+        warning=results.warning,
         chart=adherence_curve(curves, scores.turns, baked=baked) if curves else None,
         caption=caption,
         sections=[section for section in sections if section],

@@ -204,7 +204,7 @@ def show_statistics(run_dir: RunDir) -> None:
     print_table(("instruction", "method", "accepted", "of", "words", "rejected"), rows)
     print_result(
         f"{acceptance.too_common} accepted answers were removed, because the training data has "
-        f"{MAX_COPIES} with the same words."
+        f"{MAX_COPIES} with the same words, or because they follow such an answer."
     )
 
 

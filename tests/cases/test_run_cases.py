@@ -168,6 +168,16 @@ def test_an_input_that_is_edited_while_a_stage_reads_it_counts(tmp_path: Path) -
     assert run_dir.changes("instructions", "", [file]) == ["mine.jsonl"]
 
 
+def test_a_list_of_the_run_may_have_the_name_of_a_file_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "lists.toml").touch()
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.claim("instructions", "settings", [tmp_path / "lists.toml"])
+    run_dir.lists.write_text("hobby = []")
+    run_dir.finish("instructions", "settings", [run_dir.lists, tmp_path / "lists.toml"], 1.0)
+    manifest = run_dir.manifest("instructions")
+    assert manifest and len(manifest["inputs"]) == 2
+
+
 @pytest.mark.parametrize(
     ("name", "is_function"),
     [("rule.py", True), ("chat.pyramids.jsonl", False), ("notes.py.txt", False)],
@@ -209,6 +219,14 @@ def test_a_run_of_an_earlier_version_stays_done_until_an_input_is_edited(tmp_pat
     later = time.time() + 5
     os.utime(source, (later, later))
     assert "this has changed: mine.jsonl" in _instructions(run, *flags).stderr
+
+
+def test_keys_that_change_no_result_do_not_count() -> None:
+    stage = import_module("pipeline.stages.synthesize")
+    before = _settings(stage, Recipe())
+    fewer = load_recipe(None, ("synthesize.max_parallel=4",))
+    assert _settings(stage, fewer) == before
+    assert _settings(stage, load_recipe(None, ("synthesize.candidates=4",))) != before
 
 
 def test_keys_that_came_later_count_once_they_are_set() -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 
-from pipeline.gatt.text import WORD, closing_marks, words
+from pipeline.gatt.text import UNSPACED, WORD, closing_marks, words
 
 _POSTSCRIPT = re.compile(r"(?:\S\s*\n|[^\w\s,;]\s)\s*[*_]*P\.\s?S\.\W*\w.*\s*\Z")
+_QUESTION = re.compile(r"[?？؟][^.。۔]*$")
 _STRAIGHT = str.maketrans("‘’“”", "''\"\"")
 _EMPHASIS = str.maketrans("", "", "*_")
 _LATIN = "[A-Za-zÀ-ɏ]"
@@ -69,12 +70,12 @@ def first_word_starts_with_cannot_pass(value: str, prefix: str) -> bool:
 
 
 def is_signed(value: str, text: str) -> bool:
-    r"""Return whether the last line is "- value", with text above it.
+    r"""Return whether the last line is "- value", in bold or not, with text above it.
 
     Example for "Ada": "It is.\n- Ada" / "It is. - Ada".
     """
     lines = text.strip().splitlines()
-    return len(lines) > 1 and lines[-1].strip() == f"- {value}"
+    return len(lines) > 1 and _plain(lines[-1]).strip() == _plain(f"- {value}")
 
 
 def has_postscript(value: str, text: str) -> bool:
@@ -90,13 +91,14 @@ def ends_with_question(value: str, text: str) -> bool:
 
     Example: "It is. Or is it?" / "Is it? Yes.".
     """
-    return bool(words(text)) and re.search(r"\?[^.]*$", closing_marks(text.rstrip())) is not None
+    return bool(words(text)) and _QUESTION.search(closing_marks(text.rstrip())) is not None
 
 
 def mentions(value: str, text: str) -> bool:
     """Return whether the text has the value as separate words, ignoring case.
 
-    Example for "river": "The River is wide." / "The riverbank is wide.".
+    In a script without spaces, it may stand anywhere. Example for "river": "The River is wide." /
+    "The riverbank is wide.".
     """
     return _has_words(value, r"(?![^\W_])", text)
 
@@ -110,8 +112,10 @@ def mentions_in_prefix(value: str, prefix: str) -> bool:
 
 
 def _has_words(value: str, boundary: str, text: str) -> bool:
-    # Underscores do not belong to words: they mark italics.
-    pattern = rf"(?<![^\W_]){re.escape(_straighten(value))}{boundary}"
+    pattern = re.escape(_straighten(value))
+    if not UNSPACED.search(value):
+        # Underscores do not belong to words: they mark italics.
+        pattern = rf"(?<![^\W_]){pattern}{boundary}"
     return re.search(pattern, _straighten(text), re.IGNORECASE) is not None
 
 

@@ -10,7 +10,7 @@ from pipeline.gatt.text import split_sentences, words
 
 BRACKETS = {"parentheses": "()", "square brackets": "[]", "curly braces": "{}"}
 _QUOTES = ('""', "“”", "„“", "„”")
-_BULLET = "[-*•●◦▪‣]"
+_BULLET = "[-+*•●◦▪‣–·]"
 
 
 def at_most_words(value: str, text: str) -> bool:

@@ -83,6 +83,11 @@ def kind_of(constraint: Constraint) -> Kind:
         raise GattError(
             f"An instruction of kind {name!r} needs a value, for example {kind.values[0]!r}."
         )
+    elif value != value.strip() and kind.accepts != "pattern":
+        raise GattError(
+            f"An instruction of kind {name!r} has a value with a space or line break at an end: "
+            f"{value!r}. No answer could show it. Remove it."
+        )
     elif kind.accepts == "number" and not re.fullmatch(r"[1-9][0-9]{0,3}", value):
         raise GattError(
             f"{name} expects a whole number such as {kind.values[0]!r}, but has {value!r}."

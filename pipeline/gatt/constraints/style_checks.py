@@ -20,7 +20,7 @@ EMOJI = (
 """Emoji as the set of a regular expression; the last two turn the sign before them into one (1️⃣)."""
 _EMOJI = re.compile(f"[{EMOJI}]")
 _BOLD = re.compile(r"\*\*(?=\S)[^*\n]*[^\W_][^*\n]*(?<=\S)\*\*")
-_NOT_EXCLAIMED = re.compile(r"[?…]|\.(?!!)")
+_NOT_EXCLAIMED = re.compile(r"[?？؟…。]|\.(?!!)")
 
 
 def has_lowercase_letter(value: str, text: str) -> bool:
@@ -84,7 +84,7 @@ def exclaims_cannot_pass(value: str, prefix: str) -> bool:
 
 def _is_exclaimed(sentence: str) -> bool:
     marks = closing_marks(sentence)
-    return "!" in marks and not _NOT_EXCLAIMED.search(marks)
+    return ("!" in marks or "！" in marks) and not _NOT_EXCLAIMED.search(marks)
 
 
 def has_other_sentence_end(value: str, text: str) -> bool:

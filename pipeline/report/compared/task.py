@@ -19,7 +19,11 @@ _TASK_SETTINGS = (
     "instructions.bake",
 )
 """Settings that must be equal, like the dialogues, for a difference to mean something."""
-_SUITE_SETTINGS = ("evaluate.suite_dialogues", "evaluate.suite_turns")
+_SUITE_SETTINGS = (
+    "evaluate.suite_dialogues",
+    "evaluate.suite_turns",
+    "evaluate.recall_dialogues",
+)
 """Settings of the further suites; adherence to trained instructions does not depend on them."""
 
 
@@ -40,7 +44,8 @@ def task_warnings(runs: Sequence[ComparedRun]) -> list[str]:
         if len({repr(run.settings[key]) for run in runs}) > 1
     ]
     instructions = runs[0].recipe.instructions
-    needs_judge = bool(instructions.file) or is_judged(instructions.constraints)
+    needs_judge = bool(instructions.file or instructions.bake)
+    needs_judge |= is_judged(instructions.constraints)
     needs_judge |= any(not c.checks or is_judged(c.checks) for c in instructions.custom)
     if needs_judge and len({run.recipe.evaluate.judge for run in runs}) > 1:
         warnings.append("The runs were judged by different models.")

@@ -169,7 +169,8 @@ def _not_measured(coverage: Mapping[str, tuple[int, int]]) -> list[str]:
 def generalization(results: RunResults) -> ReportSection | None:
     """Return adherence to instructions that were not trained, and to trained ones at once."""
     scores = results.scores
-    if not scores.generalization:
+    rates = [*scores.generalization, *scores.combined]
+    if not rates:
         return None
     rows = [replace(row, at=f"{row.at} ({row.group})") for row in scores.by_unseen]
     return ReportSection(
@@ -179,7 +180,7 @@ def generalization(results: RunResults) -> ReportSection | None:
             "two or three trained instructions at once, which count if all are kept."
         ),
         tables=[
-            by_arm("generalization", "", [*scores.generalization, *scores.combined], results.arms),
+            by_arm("generalization", "", rates, results.arms),
             by_arm("by_unseen", "kind", rows, results.arms),
         ],
     )
@@ -250,11 +251,12 @@ def single_turn(results: RunResults) -> ReportSection | None:
     scores = results.scores
     if not scores.single:
         return None
+    kinds = len({row.at for row in scores.single_by_kind})
     return ReportSection(
         title="One question, one instruction",
         caption=(
-            "Every kind of instruction once, given with the question, as in IFEval: what did "
-            "training damage?"
+            f"{kinds} kinds of instructions, each given once with a question, as in IFEval: what "
+            "did training damage?"
         ),
         tables=[
             by_arm("single", "", scores.single, results.arms),

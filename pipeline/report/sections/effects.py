@@ -187,14 +187,20 @@ def judge(results: RunResults) -> ReportSection | None:
     tables = (
         [by_arm("judge", "instruction", judgment.scores, results.arms)] if judgment.scores else []
     )
+    if judgment.agreement.n:
+        agreed = format_cell(judgment.agreement)
+        calibration = f"Where a program can, it agreed in {agreed} of the replies."
+        notes = [] if judgment.reliable else ["Below 80 %: its verdicts are not reliable."]
+    else:
+        calibration = "How far it can be trusted is not known."
+        notes = [
+            "That takes replies that a program can check, some that obey and some that do not."
+        ]
     return ReportSection(
         title="The judge",
-        caption=(
-            f"{public_name(judgment.model)} judged what no program can check. Where a program can, "
-            f"it agreed in {format_cell(judgment.agreement) or 'none'} of the replies."
-        ),
+        caption=f"{public_name(judgment.model)} judged what no program can check. {calibration}",
         tables=tables,
-        notes=[] if judgment.reliable else ["Below 80 %: its verdicts are not reliable."],
+        notes=notes,
     )
 
 

@@ -13,9 +13,10 @@ def headline(scores: Scores) -> str:
     if scores.primary == "recall" and scores.recall:
         last = max(int(row.at) for row in scores.recall)
         rows = [row for row in scores.recall if row.at == last]
+        what = "gives the prompt's name" if scores.is_baked else "recalls what turn 1 says"
         return (
-            f"Asked in turn {last}, the tuned model recalls what turn 1 says in "
-            f"{_share(rows, 'tuned')} of the answers, the base in {_share(rows, 'base')}."
+            f"Asked in turn {last}, the tuned model {what} in {_share(rows, 'tuned')} of the "
+            f"answers, the base in {_share(rows, 'base')}."
         )
     if scores.primary == "unseen" and scores.generalization:
         rows = list(scores.generalization)

@@ -34,7 +34,7 @@ def training_data(results: RunResults) -> ReportSection | None:
         tables=[Table("synthesis", columns, rows)],
         notes=[
             f"{acceptance.too_common} accepted answers were removed, because others had the same "
-            "words."
+            "words, or because they follow such an answer."
         ],
     )
 
@@ -79,6 +79,7 @@ def export(results: RunResults) -> ReportSection:
     ]
     for name, file in summary.formats.items():
         matrix, retained = file.least_retained
+        arm = "tuned" if name == first else f"tuned, {name}"
         rows.append(
             [
                 name,
@@ -86,7 +87,7 @@ def export(results: RunResults) -> ReportSection:
                 file.kl_trained,
                 file.kl_f16,
                 f"{retained:.0%} {matrix}".strip(),
-                last_five.get("tuned" if name == first else f"tuned, {name}"),
+                last_five.get(arm) if name in results.measured_formats else None,
             ]
         )
         if retained < MIN_RETAINED:
