@@ -24,6 +24,7 @@ from pipeline.report.cards import PublishedModel, model_card
 from pipeline.report.facts import chat_options
 from pipeline.run_dir import RunDir
 from pipeline.stages import push
+from pipeline.stages.push import _without_home
 
 
 @pytest.fixture
@@ -111,7 +112,11 @@ def _finished_run(path: Path, **about: str) -> RunDir:
     write_text(run_dir.report / "adherence.svg", "<svg/>")
     write_json(
         run_dir.report / "report.json",
-        {"headline": _SENTENCE, "facts": {"teacher": "smollm2-135m Q4_0"}},
+        {
+            "headline": _SENTENCE,
+            "warning": "A shortened run: 24 dialogues of 8 turns.",
+            "facts": {"teacher": "smollm2-135m Q4_0"},
+        },
     )
     write_json(run_dir.exported, {"formats": {}})
     run_dir.claim("evaluate", "", [tuned])
@@ -301,10 +306,15 @@ def test_the_report_of_an_earlier_export_is_refused(tmp_path: Path) -> None:
     )
 
 
+def test_a_recipe_is_uploaded_without_the_name_of_the_home() -> None:
+    text = f'source = "{Path.home()}/chats.jsonl"\nmodel = "org/model"\n'
+    assert _without_home(text) == 'source = "~/chats.jsonl"\nmodel = "org/model"\n'
+
+
 def test_a_report_about_another_adapter_is_refused(tmp_path: Path) -> None:
     run_dir = _finished_run(tmp_path)
-    with run_dir.recipe.open("a", encoding="utf-8") as file:
-        file.write('\n[evaluate]\nadapter = "rival.gguf"\n')
+    text = run_dir.recipe.read_text(encoding="utf-8")
+    write_text(run_dir.recipe, text.replace('adapter = ""', 'adapter = "rival.gguf"'))
     assert _refused(run_dir).startswith("The report is about the adapter rival.gguf, not about")
 
 

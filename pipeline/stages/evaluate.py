@@ -46,6 +46,8 @@ _ASSIGNED_KEYS = (
 """Keys of the evaluation by which `gatt instructions` assigns its dialogues."""
 _FLOAT32_SIZE = 8
 """Memory for a map of attention, in sizes of a 4-bit file: the model in float32."""
+_ATTENTION_COPIES, _HEAD_SIZE = 3, 64
+"""Copies of one layer's attention weights at once; heads are at least this wide."""
 _ATTENTION_TURNS = 20
 """Turns of the map: its memory grows with the square of their tokens."""
 
@@ -165,12 +167,21 @@ def _map_attention(
     recipe: Recipe, run_dir: RunDir, dialogue: AssignedDialogue, replies: Sequence[Reply]
 ) -> None:
     """Write what the answers of one dialogue attend to, for base and tuned, each with its own."""
-    model = find_model(recipe.model)
-    if _FLOAT32_SIZE * model.bytes > available_memory():
-        log("evaluate: too little memory for the model in float32; no map of its attention.")
-        return
+    model, shape = find_model(recipe.model), shape_of(recipe.model)
     instruction = dialogue.student_instructions[0]
-    replies = [reply for reply in replies if reply.turn <= _ATTENTION_TURNS]
+    replies = [
+        reply
+        for reply in replies
+        if reply.dialogue == dialogue.dialogue.id and reply.turn <= _ATTENTION_TURNS
+    ]
+    tokens = max((reply.prompt_tokens + reply.tokens for reply in replies), default=0)
+    scores = _ATTENTION_COPIES * 4 * tokens**2 * shape.q_size // _HEAD_SIZE
+    if _FLOAT32_SIZE * model.bytes + scores > available_memory():
+        log(
+            "evaluate: too little memory for the model in float32 and its attention over "
+            f"{tokens} tokens; no map of it."
+        )
+        return
     with capture_output(run_dir.attention.with_name("transformers.log")):
         folder = cached_checkpoint(model)
         maps = {
@@ -179,7 +190,7 @@ def _map_attention(
                 adapter,
                 chat_of(dialogue, arm, replies, recipe.dialogues.system),
                 instruction,
-                in_4bit=loads_in_4bit(recipe.train, shape_of(recipe.model)),
+                in_4bit=loads_in_4bit(recipe.train, shape),
             )
             for arm, adapter in (("base", None), ("tuned", run_dir.adapter))
         }

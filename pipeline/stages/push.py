@@ -122,9 +122,17 @@ def _files(recipe: Recipe, run_dir: RunDir, base: str) -> dict[str, Path | bytes
     return {
         **{file.name: file for file in exported},
         **_adapter_files(run_dir.adapter, base),
-        "recipe.toml": recipe_toml(recipe, comments=False).encode(),
+        "recipe.toml": _without_home(recipe_toml(recipe, comments=False)).encode(),
         **{name: run_dir.report / name for name in _chart(run_dir)},
     }
+
+
+def _without_home(text: str) -> str:
+    """Return a text in which "~" stands for the user's folder, whose name is nobody's business."""
+    home = str(Path.home())
+    for spelling in (json.dumps(home)[1:-1], home):
+        text = text.replace(spelling, "~")
+    return text
 
 
 def _adapter_files(folder: Path, base: str) -> dict[str, Path | bytes]:
