@@ -27,6 +27,19 @@ def _saved(run_dir: RunDir) -> Recipe:
     return load_recipe(run_dir.recipe)
 
 
+@pytest.fixture
+def executed(monkeypatch: pytest.MonkeyPatch) -> list[Recipe]:
+    """Return the recipes with which stages are executed, which do nothing else but save them."""
+    recipes: list[Recipe] = []
+
+    def execute(name: str, settings: Recipe, run_dir: RunDir) -> None:
+        recipes.append(settings)
+        run_dir.save_recipe(settings)
+
+    monkeypatch.setattr("pipeline.cli.stages.execute_stage", execute)
+    return recipes
+
+
 # --- gatt run ---
 
 
@@ -58,13 +71,21 @@ def test_a_run_continues_with_its_saved_recipe(run_instructions: RunDir, tmp_pat
     assert (recipe_now.seed, recipe_now.dialogues.train, recipe_now.dialogues.turns) == (7, 20, 2)
 
 
-def test_names_with_emoji_are_taken(run_instructions: RunDir, tmp_path: Path) -> None:
+def test_a_prompt_with_an_emoji_in_its_name_is_baked(
+    run_instructions: RunDir, tmp_path: Path
+) -> None:
     prompt = tmp_path / "ahoy 🏴.txt"
     prompt.write_text("You are a pirate.")
     _run(run_instructions, "--bake", prompt)
     assert _saved(run_instructions).instructions.bake == str(prompt)
-    call_gatt("evaluate", "--compare-with", "rival 🏴.gguf", "--run", run_instructions.path)
-    assert _saved(run_instructions).evaluate.extra_models == ("rival 🏴.gguf",)
+
+
+def test_a_model_with_an_emoji_in_its_name_is_compared(
+    executed: list[Recipe], tmp_path: Path
+) -> None:
+    done = call_gatt("evaluate", "--compare-with", "rival 🏴.gguf", "--run", tmp_path)
+    assert done.returncode == 0
+    assert executed[0].evaluate.extra_models == ("rival 🏴.gguf",)
 
 
 @pytest.mark.parametrize("overrides", [(), ("seed=7",)])
@@ -110,8 +131,10 @@ def test_an_option_of_the_other_kind_of_export_is_refused(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_option_undoes_what_the_saved_recipe_says(tmp_path: Path) -> None:
-    run_dir = _save_recipe(
+def test_an_option_undoes_what_the_saved_recipe_says(
+    executed: list[Recipe], tmp_path: Path
+) -> None:
+    _save_recipe(
         tmp_path,
         "train.early_stop_adherence=0.95",
         "evaluate.adapter=mine.gguf",
@@ -119,12 +142,11 @@ def test_an_option_undoes_what_the_saved_recipe_says(tmp_path: Path) -> None:
     )
     call_gatt("train", "--run", tmp_path, "--early-stop", 0)
     call_gatt("evaluate", "--run", tmp_path, "--adapter-scale", 0.8)
-    assert _saved(run_dir).train.early_stop_adherence == 0
-    settings = _saved(run_dir).evaluate
-    assert (settings.adapter, settings.adapter_scale) == ("mine.gguf", 0.8)
     call_gatt("evaluate", "--run", tmp_path, "--adapter", "", "--judge", "")
-    settings = _saved(run_dir).evaluate
-    assert (settings.adapter, settings.judge) == ("", "")
+    trained, scaled, undone = executed
+    assert trained.train.early_stop_adherence == 0
+    assert (scaled.evaluate.adapter, scaled.evaluate.adapter_scale) == ("mine.gguf", 0.8)
+    assert (undone.evaluate.adapter, undone.evaluate.judge) == ("", "")
 
 
 def test_the_scale_of_no_adapter_is_refused(tmp_path: Path) -> None:

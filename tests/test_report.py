@@ -733,7 +733,7 @@ def test_a_header_is_reached_by_the_keyboard(full: RunDir, browser: Browser) -> 
 
 def test_results_are_saved_as_json(full: RunDir) -> None:
     report = json.loads((full.report / "report.json").read_text(encoding="utf-8"))
-    about = {"subject", "headline", "has_chart", "facts"}
+    about = {"subject", "headline", "warning", "has_chart", "facts"}
     assert report.keys() == {*about, "scores", "conditions", "export"}
     assert report["has_chart"]
     assert report["facts"]["teacher"] == "my-teacher"

@@ -124,9 +124,14 @@ def read_results(recipe: Recipe, run_dir: RunDir) -> RunResults:
 
 
 def _measured_formats(recipe: Recipe, run_dir: RunDir) -> list[str]:
-    """Return the formats whose files have the content that was evaluated."""
+    """Return the formats whose files have the content that was evaluated.
+
+    It is not known while an evaluation is unfinished.
+    """
     manifest = run_dir.manifest("evaluate")
-    hashes = manifest["inputs"].values() if manifest else ()
+    if manifest is None:
+        return list(recipe.export.formats)
+    hashes = manifest["inputs"].values()
     files = {name: run_dir.tuned(name) for name in recipe.export.formats}
     return [name for name, file in files.items() if file.is_file() and sha256(file) in hashes]
 
