@@ -68,11 +68,21 @@ def test_a_chat_ends_with_its_last_answer(tmp_path: Path) -> None:
     ]
 
 
+def test_a_system_message_without_text_is_none(tmp_path: Path) -> None:
+    messages = [m for m in _MESSAGES if m["role"] != "system"]
+    empty = {"role": "system", "content": ""}
+    rows = [{"messages": messages}, {"messages": [empty, *messages]}]
+    first, second = load_chats(_write(tmp_path / "c.jsonl", *rows))
+    assert first.messages == second.messages
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({}, "line 1: expected an object with `turns`, `messages` or `conversations`"),
         ("text", "line 1: expected an object with"),
+        ({"messages": None}, "line 1: `messages` is not a list of messages: None"),
+        ({"messages": "[{'role': 'user'}\\n {}]"}, "line 1: `messages` is not a list of messages"),
         ({"turns": []}, r"nothing that can be used: 1 without a user turn \(.*line 1\)"),
         ({"id": 7, "text": "Hi"}, "`conversations`; it has id, text"),
         ({"turns": ["Hi", " "]}, "line 1: every user turn must be a text"),

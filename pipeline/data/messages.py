@@ -88,6 +88,11 @@ def chat_column(row: Row, further: Sequence[str] = ()) -> str:
     for column in columns:
         if items_of(fields.get(column)) is not None:
             return column
+    for column in columns:
+        if column in fields:
+            raise GattError(
+                f"{row.place}: `{column}` is not a list of messages: {_shown(fields[column])}."
+            )
     present = f"; it has {', '.join(map(str, fields))}" if fields else ""
     names = [f"`{name}`" for name in (*further, "messages", "conversations")]
     raise GattError(
