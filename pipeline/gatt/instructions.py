@@ -80,8 +80,9 @@ def find_constraints(text: str) -> tuple[Constraint, ...]:
             beginnings = [sentences[:size] for size in range(1, _LONGEST_WORDING + 1)]
             readings = ((len(b), parse_instruction(" ".join(b))) for b in beginnings)
             size, reading = next((r for r in readings if r[1]), (1, ()))
-            constraints |= dict.fromkeys(reading)
             sentences = sentences[size:]
+            if not (sentences and sentences[0].startswith("or ")):  # one value of several
+                constraints |= dict.fromkeys(reading)
     return tuple(constraints)
 
 

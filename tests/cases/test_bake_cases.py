@@ -262,6 +262,22 @@ def test_the_sentences_of_a_prompt_that_are_checks_are_found() -> None:
     assert baked_instruction("You are a pirate. Act like one.").constraints == ()
 
 
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        'Never use the word "very" or "but" in your answers.',
+        "Let the first letter of each reply be uppercase.",
+        "Begin every answer with a word that starts with the letter S or T.",
+        "End every answer with the hashtag #cool and a smile.",
+        'Call me "boss" or "captain" in every answer.',
+        'Begin every answer with "Hi" or "Hello".',
+    ],
+)
+def test_a_sentence_with_several_values_is_no_check(sentence: str) -> None:
+    """A check of one of them would reject right answers, or accept wrong ones."""
+    assert baked_instruction(sentence).constraints == ()
+
+
 def test_a_prompt_is_checked_where_its_sentences_are_worded_as_checks(tmp_path: Path) -> None:
     prompt, run = tmp_path / "prompt.txt", RunDir(tmp_path / "run")
     prompt.write_text('You are a pirate. Begin every answer with "Ahoy!".')
