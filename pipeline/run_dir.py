@@ -163,7 +163,10 @@ class RunDir:
         write_json(started, fingerprint)
 
     def earlier(self, file: Path) -> list[Path]:
-        """Return the same file of earlier attempts of its stage, which were moved aside."""
+        """Return the same file of earlier attempts of its stage, which were moved aside.
+
+        Its name may be a pattern, such as "*.json".
+        """
         stage, *rest = file.relative_to(self.path).parts
         return sorted(self.path.glob("/".join([f"{stage}.*.old", *rest])))
 

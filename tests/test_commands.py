@@ -106,6 +106,23 @@ def test_a_recipe_of_the_user_in_miniature_stays_the_users(run_instructions: Run
     assert _saved(run_instructions) == load_recipe(None, ("seed=7", *QUICK))
 
 
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("train.init_adapter=none", "No adapter in none"),
+        ('evaluate.extra_models=["none.gguf"]', "evaluate.extra_models: no file at none.gguf"),
+        ("evaluate.judge=nobody", "Unknown model 'nobody'"),
+        ("synthesize.judge=nobody", "Unknown model 'nobody'"),
+    ],
+)
+def test_what_later_stages_read_is_missed_before_any_work(
+    override: str, problem: str, tmp_path: Path
+) -> None:
+    done = call_gatt("instructions", "--run", tmp_path, "--set", override)
+    assert done.returncode == 1 and problem in done.stderr
+    assert not RunDir(tmp_path).assignments.exists()
+
+
 # --- options that do not apply, or undo the recipe ---
 
 

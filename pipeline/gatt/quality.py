@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 
-from pipeline.gatt.text import SENTENCE_END, UNSPACED, words
+from pipeline.gatt.text import BULLET, SENTENCE_END, UNSPACED, words
 
 _FUNCTION_WORDS = frozenset(
     words(
@@ -17,7 +17,7 @@ _FUNCTION_WORDS = frozenset(
         "more most very just also about into out down over"
     )
 )
-_ITEM = re.compile(r"\s*(?:[-*•]|[*_]*\d+[.)][*_]*)\s+(.+)")
+_ITEM = re.compile(rf"\s*(?:{BULLET}|[*_]*\d+[.)][*_]*)\s+(.+)")
 _HIRAGANA = re.compile(r"[\u3040-\u309f]+")
 _NGRAM, _MAX_NGRAM_COUNT = 5, 3
 """Five words in a row may occur three times; good lists begin four items with three words."""

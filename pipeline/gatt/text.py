@@ -16,6 +16,8 @@ UNSPACED = re.compile(
     r"\U00020000-\U0003ffff]"
 )
 """A letter of a script without spaces: Thai, Lao, Burmese, Khmer, Japanese, Chinese."""
+BULLET = "[-+*•●◦▪‣–·]"
+"""A sign before an item of a list."""
 _VOWEL_SIGNS = "".join(
     chr(code)
     for code in range(0x0590, 0x1800)  # Hebrew to Khmer

@@ -102,7 +102,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
 
 def _log_lost_conditions(run_dir: RunDir) -> None:
     """Say how to measure again what an earlier evaluation has measured under other conditions."""
-    moved = {file.stem for file in run_dir.path.glob("evaluate.*.old/conditions/*.json")}
+    moved = {file.stem for file in run_dir.earlier(run_dir.conditions / "*.json")}
     for name in sorted(moved - {file.stem for file in run_dir.conditions.glob("*.json")}):
         sampler, turns = name.rsplit("-", 1)
         log(

@@ -39,7 +39,7 @@ from pipeline.inference.thoughts import always_thinks
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.records import Constraint, CustomInstruction, Dialogue
 from pipeline.run_dir import Input, RunDir
-from pipeline.training.job import loads_in_4bit
+from pipeline.training.job import check_init_adapter, loads_in_4bit
 from pipeline.training.projections import require_projections
 from pipeline.training.validation import require_validation
 
@@ -83,7 +83,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     require_projections(model, recipe.train)
     in_4bit = loads_in_4bit(recipe.train, shape_of(recipe.model))
     require_merge_base(model, recipe.export, in_4bit=in_4bit)
-    _require_files(recipe)
+    _require_files(recipe, model)
     if recipe.export.verify_tokenizer:
         check_tokens(model)
     _log_thinking(model)
@@ -118,18 +118,18 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     write_splits(run_dir.suites, build_suites(held_out, suites, recall, further))
 
 
-def _require_files(recipe: Recipe) -> None:
+def _require_files(recipe: Recipe, model: Model) -> None:
     """Check that what later stages read is there: models to compare with, judges, an adapter.
 
     Raises:
-        GattError: a file is missing or in another form, or there is no such model.
+        GattError: a file is missing or in another form, there is no such model, or training cannot
+            start from the adapter.
     """
     files_of_user(recipe.evaluate)
     for judge in {recipe.evaluate.judge, recipe.synthesize.judge} - {""}:
         model_files(judge)
-    adapter = recipe.train.init_adapter
-    if adapter and not Path(adapter).expanduser().is_dir():
-        raise GattError(f"train.init_adapter: no folder at {adapter}. Expected a PEFT adapter.")
+    if recipe.train.init_adapter:
+        check_init_adapter(recipe.train, template_in(model).source)
 
 
 def _log_thinking(model: Model) -> None:

@@ -6,11 +6,10 @@ import json
 import re
 
 from pipeline.gatt.constraints.content_checks import starts_with_cannot_pass
-from pipeline.gatt.text import split_sentences, words
+from pipeline.gatt.text import BULLET, split_sentences, words
 
 BRACKETS = {"parentheses": "()", "square brackets": "[]", "curly braces": "{}"}
 _QUOTES = ('""', "“”", "„“", "„”")
-_BULLET = "[-+*•●◦▪‣–·]"
 
 
 def at_most_words(value: str, text: str) -> bool:
@@ -108,12 +107,12 @@ def is_numbered_list_cannot_pass(value: str, prefix: str) -> bool:
 def is_bullet_list(value: str, text: str) -> bool:
     r"""Return whether every line is an item with a bullet ("* Yes.\n* No." / "- Yes.\nNo.")."""
     lines = filled_lines(text)
-    return bool(lines) and all(re.match(rf"\s*{_BULLET}\s+\S", line) for line in lines)
+    return bool(lines) and all(re.match(rf"\s*{BULLET}\s+\S", line) for line in lines)
 
 
 def is_bullet_list_cannot_pass(value: str, prefix: str) -> bool:
     """Return whether a line has begun with something else than a bullet."""
-    return any(not re.match(rf"\s*{_BULLET}(\s|$)", line) for line in filled_lines(prefix))
+    return any(not re.match(rf"\s*{BULLET}(\s|$)", line) for line in filled_lines(prefix))
 
 
 def is_block_quote(value: str, text: str) -> bool:
