@@ -7,6 +7,7 @@ import io
 import re
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from functools import cache
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_REDRAWS = 0.2
+_LINES_OF_PACE = 18
+"""The time left follows the pace of these last lines: results that are reused come in a burst."""
 _NUMERIC = re.compile(r"[+-]?\d.*|-?")
 
 
@@ -27,8 +30,9 @@ class Progress:
     _seconds_between = _SECONDS_BETWEEN_LINES
 
     def __init__(self, label: str, total: int, done: int = 0) -> None:
-        self._label, self._total, self._done, self._resumed_from = label, total, done, done
-        self._started = self._drawn = time.monotonic()
+        self._label, self._total, self._done = label, total, done
+        self._drawn = time.monotonic()
+        self._drawings = deque([(self._drawn, done)], _LINES_OF_PACE)
         # Bound now: a stage may redirect sys.stderr to a log file while it works.
         self._stream = sys.stderr
 
@@ -41,7 +45,9 @@ class Progress:
             self._draw(log)
 
     def _draw(self, log: str) -> None:
-        seconds_each = (time.monotonic() - self._started) / max(1, self._done - self._resumed_from)
+        since, done_then = self._drawings[0]
+        seconds_each = (self._drawn - since) / max(1, self._done - done_then)
+        self._drawings.append((self._drawn, self._done))
         minutes, seconds = divmod(int(seconds_each * max(0, self._total - self._done)), 60)
         line = f"{self._label}: {self._done} of {self._total}, {minutes}:{seconds:02} left {log}"
         print(line.rstrip(), file=self._stream, flush=True)

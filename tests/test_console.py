@@ -41,6 +41,21 @@ def test_progress_off_a_terminal_is_a_line_every_ten_seconds(
     assert len(lines) == 14
 
 
+def test_the_time_left_follows_the_pace_after_a_burst_of_reused_results(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.progress("evaluate: replies", 4000) as bar:
+        for _ in range(2000):
+            clock[0] += 0.01
+            bar.advance()
+        for _ in range(40):
+            clock[0] += 10
+            bar.advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "evaluate: replies: 1000 of 4000, 0:30 left"
+    assert lines[-1] == "evaluate: replies: 2040 of 4000, 326:40 left"
+
+
 def test_progress_keeps_its_stream_while_output_is_captured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
