@@ -134,6 +134,36 @@ def test_undo_edit_and_another_context_leave_nothing_in_the_cache(model: LoadedM
     assert _chat(model, *detours, "What is rain?", sampling=GREEDY) == plain
 
 
+def test_ctrl_c_ends_an_answer_while_its_prompt_is_read(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = ChatEngine([(model, None)], 512)
+    chunks: list[int] = []
+    prefill = BatchContext.prefill
+
+    def stop_in_the_first_chunk(
+        context: BatchContext[SequenceState], sequence: SequenceState
+    ) -> None:
+        prefill(context, sequence)
+        chunks.append(len(sequence.pending))
+        engine.stop()
+
+    monkeypatch.setattr(BatchContext, "prefill", stop_in_the_first_chunk)
+    user: Message = {"role": "user", "content": "Tell me about rain. " * 50}
+    request = Request(messages=(user,), seed=1, max_tokens=4)
+    try:
+        (stopped,) = engine.generate([request])
+        assert len(chunks) == 1 < chunks[0]
+        assert isinstance(stopped.piece, Completion)
+        assert (stopped.piece.text, stopped.piece.finish) == ("", "cancelled")
+        monkeypatch.setattr(BatchContext, "prefill", prefill)
+        again = [answer.piece for answer in engine.generate([request])][-1]
+    finally:
+        engine.close()
+    with BatchEngine(model, 1, 512) as alone:
+        assert again == alone.complete(request)
+
+
 def test_two_models_over_the_same_weights_answer_as_each_alone(
     model: LoadedModel, adapter: Path
 ) -> None:

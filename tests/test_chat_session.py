@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -253,11 +254,25 @@ def test_a_message_that_was_not_sent_is_not_a_command_when_it_comes_back() -> No
     screen = ScriptedScreen((message,), "q")
     run_chat(ScriptedEngine(context=180), screen, LONG_CHAT)
     assert screen.drafts[-1] == message
-    answers = iter(("Ahoy! It goes back.", ""))
+
+
+@pytest.mark.parametrize("command", [("/retry",), ("/edit", "What is hail?")])
+def test_a_turn_that_was_not_answered_again_is_not_sent_twice(command: tuple[str, ...]) -> None:
+    answers = iter(("Ahoy! It is water.", ""))
     stopped = ScriptedEngine(lambda request: next(answers), finish="cancelled")
-    screen = ScriptedScreen((message, "/retry"))
-    run_chat(stopped, screen)
-    assert screen.drafts == ["", "", message]
+    screen = ScriptedScreen(("What is rain?", *command))
+    chat = run_chat(stopped, screen)
+    assert [turn.user for turn in chat.turns] == ["What is rain?"]
+    assert screen.drafts[-1] == ""
+
+
+@pytest.mark.parametrize(
+    "command", ["/save ~nobody-here/x.json", f"/save {'x' * 300}", "/load .", "/export /"]
+)
+def test_a_mistyped_file_does_not_end_the_chat(command: str) -> None:
+    screen = ScriptedScreen(("Hello", command, "And?"))
+    assert len(run_chat(ScriptedEngine(), screen).turns) == 2
+    assert re.search("Name another file|expected the name of a file", "".join(screen.shown), re.I)
 
 
 def test_a_summary_is_not_offered_twice_in_a_row() -> None:

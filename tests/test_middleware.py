@@ -7,12 +7,15 @@ import json
 import logging
 from collections.abc import Sequence
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from support.engines import CONTEXT, ScriptedAsyncEngine
 
-from pipeline.inference.request import QueueFullError
+from pipeline.inference.async_engine import AnswerStream
+from pipeline.inference.request import GenerationRequest, Job, QueueFullError
+from pipeline.inference.scheduler import ServedModel
 from pipeline.server import middleware
 from pipeline.server.app import make_app
 from pipeline.server.metrics import Metrics
@@ -182,8 +185,45 @@ def test_errors_of_the_engine_are_responses() -> None:
     response = client.post(CHAT_PATH, json=_chat_body(max_tokens=CONTEXT))
     error = response.json()["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+    assert client.post(CHAT_PATH, json=_chat_body(mirostat=2)).status_code == 400
+    assert 'gatt_requests_total{model="m",status="400"} 2.0' in client.get("/metrics").text
     empty = client.post("/v1/completions", json={"model": "m", "prompt": ""})
     assert (empty.status_code, empty.json()["error"]["param"]) == (400, "prompt")
+
+
+def test_an_answer_that_fails_ends_the_other_choices_of_its_request(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class FailingModel(ServedModel):
+        """Fails in the first answer, and ends the others only when they are cancelled."""
+
+        def __init__(self) -> None:
+            self.jobs: list[Job] = []
+
+        def submit(self, job: Job) -> None:
+            self.jobs.append(job)
+            if len(self.jobs) == 1:
+                job.on_result(job.result("failed"))
+
+        def cancel(self, job: Job) -> None:
+            job.on_result(job.result("cancelled"))
+
+    class FailingEngine(ScriptedAsyncEngine):
+        def generate(self, name: str, request: GenerationRequest) -> AnswerStream:
+            return AnswerStream(model, request, lambda result: None)
+
+    model = FailingModel()
+    caplog.set_level(logging.INFO, "gatt.serve")
+    app = make_app(FailingEngine(), AccessSettings())
+
+    async def post() -> int:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            response = client.post(CHAT_PATH, json=_chat_body(n=2))
+            return (await asyncio.wait_for(response, 5)).status_code
+
+    assert asyncio.run(post()) == 500
+    assert json.loads(caplog.records[0].getMessage())["model"] == "m"
 
 
 def test_a_client_that_disconnects_cancels_its_answer() -> None:

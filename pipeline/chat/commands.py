@@ -100,14 +100,25 @@ async def _run_command(chat: TerminalChat, line: str) -> None:
             f"Unknown command {name}. {hint + ' ' if hint else ''}/help lists the commands; a "
             "message that starts with a slash starts with //."
         )
-    await command.run(chat, argument.strip())
+    try:
+        await command.run(chat, argument.strip())
+    except OSError as error:  # a folder that nobody may enter, a name that is too long
+        raise GattError(f"{line}: {error.strerror or error}. Name another file.") from error
 
 
 async def _retry(chat: TerminalChat, text: str) -> None:
     conversation = chat.session.conversation
     user = chat.session.turn_at(len(conversation.turns)).user
-    with chat.session.resume_from(conversation.without_last_turn()):
-        await chat.send(user)
+    await _resend(chat, conversation.without_last_turn(), user)
+
+
+async def _resend(chat: TerminalChat, conversation: Conversation, user: str) -> None:
+    """Send a message in place of the turns that `conversation` does not have."""
+    try:
+        with chat.session.resume_from(conversation):
+            await chat.send(user)
+    finally:
+        chat.draft = ""  # without an answer the turns are still there, and it would be another one
 
 
 async def _undo(chat: TerminalChat, text: str) -> None:
@@ -127,8 +138,7 @@ async def _edit(chat: TerminalChat, text: str) -> None:
     note = f" The {pluralize(dropped, 'turn')} after it will be removed." if dropped else ""
     chat.screen.info(f"Edit turn {number} and send it.{note} Ctrl-C cancels.")
     if user := await chat.screen.edit(f"turn {number} of {count}", turn.user):
-        with chat.session.resume_from(conversation.before(number)):
-            await chat.send(user)
+        await _resend(chat, conversation.before(number), user)
 
 
 async def _probe(chat: TerminalChat, text: str) -> None:
@@ -226,9 +236,13 @@ def _require_turns(chat: TerminalChat) -> Conversation:
 
 
 def _path(text: str, usage: str) -> Path:
-    if not text:
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:  # ~name of nobody
+        raise GattError(f"{text}: {error} Expected the name of a file.") from error
+    if not path.name:
         raise GattError(f"{usage}: expected the name of a file.")
-    return Path(text).expanduser()
+    return path
 
 
 def _paths(chat: TerminalChat, text: str, usage: str) -> list[Path]:

@@ -103,7 +103,11 @@ class Steering:
     def __init__(self, engine: BatchEngine, strength: float) -> None:
         self._engine, self._strength = engine, strength
         self._reader = engine.layer_reader()
-        self._plain = self._outputs("")
+        try:
+            self._plain = self._outputs("")
+        except BaseException:
+            self._reader.close()
+            raise
 
     def __enter__(self) -> Steering:
         return self

@@ -160,8 +160,9 @@ class AsyncEngine:
         for variable in options.template_variables:
             if variable not in known:
                 names = ", ".join(sorted(known)) or "no variable of its own"
+                effort = variable == "reasoning_effort"
                 raise OptionError(
-                    "chat_template_kwargs",
+                    variable if effort else "chat_template_kwargs",
                     f"The chat template of {name} has no variable {variable!r}; it has {names}. "
                     "Omit it.",
                 )

@@ -9,6 +9,7 @@ On a GPU there is one context, with as many sequences as fit in the free memory 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
@@ -87,19 +88,26 @@ class BatchEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, tasks: Iterable[Task], on_text: Callable[[str], None] | None = None) -> None:
+    def run(
+        self,
+        tasks: Iterable[Task],
+        on_text: Callable[[str], None] | None = None,
+        stopping: threading.Event | None = None,
+    ) -> None:
         """Drive all `tasks` to their end; only one of them is advanced at a time.
 
         `on_text` receives each piece of text; it is meant for a single task, such as a chat. With
-        it the thoughts of a reasoning model are part of the text; without it they are not.
+        it the thoughts of a reasoning model are part of the text; without it they are not. An
+        answer without a token yet is "cancelled" while `stopping` is set.
         """
         if on_text is None:
             tasks = map(self.wrap, tasks)
-        queue = TaskQueue(tasks, on_text, workers=len(self.workers), threads=self._cores)
-        if len(self.workers) == 1:
+        workers = len(self.workers)
+        queue = TaskQueue(tasks, on_text, workers=workers, threads=self._cores, stopping=stopping)
+        if workers == 1:
             self.workers[0].run(queue)
             return
-        with ThreadPoolExecutor(len(self.workers)) as pool:
+        with ThreadPoolExecutor(workers) as pool:
             running = [pool.submit(worker.run, queue) for worker in self.workers]
             try:
                 for future in as_completed(running):

@@ -41,11 +41,13 @@ class TaskQueue:
         *,
         workers: int,
         threads: int,
+        stopping: threading.Event | None = None,
     ) -> None:
         self._waiting = iter(tasks)
         self._lock = threading.Lock()
         self._threads = threads
         self._workers = workers
+        self._stopping = stopping
         self.on_text = on_text
         self.stopped = False
 
@@ -58,6 +60,13 @@ class TaskQueue:
         """Return the dialogue's next request, given the last completion; None at its end."""
         with self._lock:
             return advance(task, completion)
+
+    def cancels(self, sequence: SequenceState) -> bool:
+        """End an answer that has no token yet if the user has stopped it; return whether."""
+        if sequence.tokens or not (self._stopping and self._stopping.is_set()):
+            return False
+        sequence.pending, sequence.finish = [], "cancelled"
+        return True
 
     def leave(self) -> None:
         """Take a worker with nothing left to do out; the others share its threads."""
@@ -104,7 +113,7 @@ class BatchWorker:
         busy: list[_TaskSequence] = []
         while self._fill(busy, queue) and not queue.stopped:
             self._context.set_threads(queue.threads_per_worker)
-            for piece in self._step(busy):
+            for piece in self._step(busy, queue):
                 if queue.on_text and piece:
                     queue.on_text(piece)
             ended = [s for s in busy if not (s.pending or self._continue(s, queue))]
@@ -131,18 +140,21 @@ class BatchWorker:
             losses += [nll(logits, token) for logits, token in rows]
         return math.exp(sum(losses) / len(losses))
 
-    def _step(self, busy: list[_TaskSequence]) -> Iterator[str | None]:
+    def _step(self, busy: list[_TaskSequence], queue: TaskQueue) -> Iterator[str | None]:
         """Generate a token in each sequence; yield the text.
 
         On a CPU there are two where the draft was right. On a GPU there are none where only a part
-        of the prompt was decoded.
+        of the prompt was decoded. A chat that is stopped while its prompt is decoded has none.
         """
         if self._mixed:
-            yield from (piece for _, piece in self._mixed.step(busy))
+            if not any(map(queue.cancels, busy)):
+                yield from (piece for _, piece in self._mixed.step(busy))
             return
         for sequence in busy:
-            while len(sequence.pending) > 1:
+            while len(sequence.pending) > 1 and not queue.cancels(sequence):
                 self._context.prefill(sequence)
+        if any(map(queue.cancels, busy)):
+            return
         for sequence, index in zip(busy, self._context.decode(busy), strict=True):
             yield self._context.sample(sequence, index)
             yield self._context.sample_draft(sequence, index)

@@ -74,7 +74,8 @@ class _ModelThread(threading.Thread):
         """Answer all requests as one task of the engine, which keeps the cache between them."""
         task = self._task()
         try:
-            self.engine.run([task], lambda text: None)  # texts reach `_Turn.is_over`
+            # Texts reach `_Turn._is_over`.
+            self.engine.run([task], lambda text: None, self._stopping)
         except Exception as error:  # raised again by `ChatEngine.generate`
             task.close()  # releases the turn for the other models
             self._pieces.put(_Failure(error))
@@ -133,7 +134,7 @@ class _Turn:
         self._job.emit(completion.text[self._characters :], completion.tokens)
         self._job.flush()
         finish = completion.finish
-        if self._cancelled:
+        if self._cancelled or finish == "cancelled":
             finish = "cancelled"
         elif self._job.thinking:
             finish = "thinking"
@@ -208,7 +209,10 @@ class ChatEngine:
         return len(engine.tokenize(text))
 
     def stop(self) -> None:
-        """End the running answers at their next token; may be called from a signal handler."""
+        """End the running answers at their next token, or within the prompt.
+
+        May be called from a signal handler.
+        """
         self.stopping.set()
 
     def generate(self, requests: Sequence[Request]) -> Iterator[AnswerPiece]:

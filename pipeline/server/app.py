@@ -100,7 +100,7 @@ class _Api:
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
         """Return the next message of a chat, or (`stream`) its pieces as server-sent events."""
-        self._check(body)
+        self._check(body, request)
         messages, options = body.to_messages(), body.prompt_options()
         try:
             prompt = await run_in_threadpool(
@@ -114,7 +114,7 @@ class _Api:
 
     async def complete(self, body: TextBody, request: Request) -> Response:
         """Return the continuation of a text, or (`stream`) its pieces as server-sent events."""
-        self._check(body)
+        self._check(body, request)
         tokens = await run_in_threadpool(self._engine.text_tokens, body.model, body.prompt)
         if not tokens:
             raise ApiError(400, "The prompt is empty. Begin a text.", "prompt", "invalid_value")
@@ -159,9 +159,10 @@ class _Api:
             raise
         return answers
 
-    def _check(self, body: Body) -> None:
+    def _check(self, body: Body, request: Request) -> None:
         if body.model not in self._models:
             raise self._unknown_model()
+        request.scope["gatt"].model = body.model
         body.check()
 
     def _unknown_model(self) -> ApiError:
@@ -174,11 +175,12 @@ async def _respond(
 ) -> Response:
     """Return the answers; the middleware ends them if the client disconnects."""
     log: RequestLog = request.scope["gatt"]
-    log.model, log.answers = body.model, answers
+    log.answers = answers
     if body.stream:
         events = _events(answers, builder, include_usage=body.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
-    reading = asyncio.gather(*map(_read, answers))
+    readers = [asyncio.create_task(_read(answer)) for answer in answers]
+    reading = asyncio.gather(*readers)
     disconnect = asyncio.create_task(_wait_for_disconnect(request))
     ends: set[asyncio.Future[Any]] = {reading, disconnect}
     try:
@@ -189,8 +191,9 @@ async def _respond(
     except (GattError, RuntimeError) as error:
         raise from_engine(error) from error
     finally:
-        disconnect.cancel()
-        reading.cancel()
+        # After an error of one, `gather` does not cancel the others.
+        for task in (disconnect, reading, *readers):
+            task.cancel()
 
 
 async def _read(answer: AnswerStream) -> Answer:

@@ -40,7 +40,10 @@ class Metrics:
         self._registry.register(_EngineState(engine))
 
     def count_request(self, model: str, status: int) -> None:
-        """Count a response with this status; `model` is "" if the request named none served."""
+        """Count a response with this status.
+
+        `model` is "" if the request was not valid, or named none that is served.
+        """
         self._requests.labels(model, status).inc()
 
     def count_result(self, model: str, result: GenerationResult) -> None:

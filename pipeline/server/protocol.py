@@ -149,7 +149,7 @@ class Body(BaseModel):
         max_tokens = self.answer_tokens or left
         sampling = Request(
             messages=messages,
-            seed=secrets.randbits(32) if self.seed is None else self.seed,
+            seed=secrets.randbits(32) if self.seed in (None, -1) else self.seed,
             max_tokens=max_tokens,
             temperature=_DEFAULT_TEMPERATURE if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,12 @@ def test_streams_and_text_completions_have_log_probabilities(api: Api) -> None:
         assert [value for part in parts for value in part[name]] == body["logprobs"][name]
 
 
+def test_the_largest_seed_is_one_and_minus_one_is_none(api: Api) -> None:
+    request = {"temperature": 2.0, "max_tokens": 8}
+    assert len({api.text(seed=2**32 - 1, **request) for _ in range(3)}) == 1
+    assert len({api.text(seed=-1, **request) for _ in range(3)}) > 1
+
+
 def test_n_choices_have_seeds_of_their_own_and_one_prompt(api: Api) -> None:
     request: dict[str, object] = {"temperature": 1.5, "max_tokens": 12}
     body = api.chat(n=3, **request)
@@ -253,6 +261,27 @@ def test_a_schema_restricts_the_answer(api: Api, fields: dict[str, object]) -> N
     assert value["color"] in ('da"rk\\', "green")
     assert 1 <= len(value["sizes"]) <= 2 and all(isinstance(n, int) for n in value["sizes"])
     assert value["note"] is None or len(value["note"]) <= 3
+
+
+def test_definitions_patterns_and_nullable_enumerations_restrict_the_answer(api: Api) -> None:
+    node = {
+        "type": "object",
+        "properties": {
+            "unit": {"type": ["string", "null"], "enum": ["C", "F", None]},
+            "code": {"type": "string", "pattern": r"^[^,]{2}-\d{3}$"},
+            "next": {"anyOf": [{"$ref": "#/$defs/list_node"}, {"type": "null"}]},
+        },
+        "required": ["unit", "code", "next"],
+    }
+    schema = {"$ref": "#/$defs/list_node", "$defs": {"list_node": node}}
+    for seed in range(4):
+        text = api.text(json_schema=schema, temperature=2.0, max_tokens=300, seed=seed)
+        with suppress(json.JSONDecodeError):  # a chain that was cut
+            value = json.loads(text)
+            assert value["unit"] in ("C", "F", None)
+            assert re.fullmatch(r"[^,]{2}-\d{3}", value["code"])
+            return
+    raise AssertionError(text)
 
 
 def test_a_json_object_begins_as_one(api: Api) -> None:
@@ -466,7 +495,7 @@ def test_variables_of_the_chat_template_are_set_or_refused(thinking: Api) -> Non
     for fields in unknown:
         error = thinking.refusal(**request, **fields)
         assert "it has enable_thinking" in error["message"]
-        assert error["param"] == "chat_template_kwargs"
+        assert error["param"] == next(iter(fields))
     assert (
         "has no variable"
         in thinking.refusal(model="own", chat_template_kwargs={"enable_thinking": False})["message"]

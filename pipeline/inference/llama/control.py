@@ -73,7 +73,7 @@ class LayerReader:
                 eval_callback=self._observe,
             )
             self._require_control()
-        except GattError:
+        except BaseException:
             self.close()
             raise
 
@@ -109,8 +109,11 @@ class LayerReader:
         ids = (api.llama_token * len(tokens))(*tokens)
         batch = api.llama_batch_get_one(ids, len(tokens))
         running = CALLERS.pool(self._threads).submit(api.llama_decode, self._context, batch)
-        wait([running])
-        if status := running.result():
+        try:
+            status = running.result()
+        finally:  # Ctrl-C must not free a context in use
+            wait([running])
+        if status:
             raise RuntimeError(f"llama_decode returned {status} for {len(tokens)} tokens")
         width = max((row.size for row in self._rows.values()), default=0)
         outputs = np.zeros((max(self._rows, default=-1) + 1, width), np.float32)

@@ -6,6 +6,7 @@ be ignored is refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from pipeline.errors import GattError
@@ -33,6 +34,14 @@ _KEYWORDS: dict[str, frozenset[str]] = {
 _COMBINING = ("$ref", "anyOf", "oneOf", "const", "enum")
 _MAX_SIZE = 500
 """The largest number of characters or items that a schema may name."""
+_PATTERN_PART = re.compile(
+    r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\.|\(\?:|(?:\{[\d,]*\}|[*+?])[+?]?|.", re.DOTALL
+)
+"""A unit of a regular expression: a class, an escape, a quantifier, a character, ..."""
+_CLASS_ESCAPES = {"d": "0-9", "w": "A-Za-z0-9_", "s": " "}
+_ESCAPED_IN_JSON = frozenset({'"', "\\", *map(chr, range(32))})
+_NOT_ESCAPED = r'"\\\x00-\x1F'
+"""What a class of GBNF must not match: a JSON string has an escape sequence there."""
 _FORMATS = ("date", "time", "date-time", "uuid", "uuid1", "uuid2", "uuid3", "uuid4", "uuid5")
 
 
@@ -50,17 +59,34 @@ def schema_grammar(schema: object) -> str:
     from llama_cpp.llama_grammar import SchemaConverter
 
     class Converter(SchemaConverter):  # type: ignore[misc]
-        """Escapes backslashes, too."""
+        """Escapes backslashes, too, and gives each definition a rule of its own.
+
+        No string has control characters, which JSON does not allow there.
+        """
 
         def _format_literal(self, literal: str) -> str:
             return _literal(literal)
 
+        def _resolve_ref(self, ref: str) -> str:
+            return f"ref-{list(self._refs).index(ref)}"
+
+        def _add_rule(self, name: str, rule: str) -> str:
+            if name == "char":  # the converter's allows control characters
+                rule = rule.replace(r'[^"\\]', f"[^{_NOT_ESCAPED}]")
+            return str(super()._add_rule(name, rule))
+
     try:
-        normalized = _normalize(schema, "the schema")
-        if "$ref" in normalized:  # the converter would not resolve the other references
-            normalized["anyOf"] = [{"$ref": normalized.pop("$ref")}]
+        # References lead into "schema", so that one to all of it is like the others.
+        normalized: Schema = {"schema": _normalize(schema, "the schema")}
+        normalized["anyOf"] = [{"$ref": "#/schema"}]
         converter = Converter(prop_order={}, allow_fetch=False, dotall=False, raw_pattern=False)
-        converter.visit(converter.resolve_refs(normalized, "schema"), "")
+        converter.resolve_refs(normalized, "")
+        for ref, definition in list(converter._refs.items()):
+            name = converter._resolve_ref(ref)
+            rule = converter.visit(definition, name)
+            if rule != name:  # a type that has one rule in all places
+                converter._add_rule(name, rule)
+        converter.visit(normalized, "")
         return str(converter.format_grammar())
     except (AssertionError, ValueError) as error:
         reason = str(error)
@@ -84,7 +110,9 @@ def _normalize(schema: object, place: str) -> Schema:
         raise GattError(f"Expected a JSON schema, an object, as {place}.")
     merged = _without_single_all_of(schema)
     types = merged.get("type")
-    if isinstance(types, list) and not any(name in merged for name in _COMBINING):
+    if isinstance(types, list) and {"const", "enum"} & merged.keys():
+        del merged["type"]  # the converter would read nothing else
+    elif isinstance(types, list) and not any(name in merged for name in _COMBINING):
         return _normalize_union(merged, types, place)
     kind = next((name for name in _COMBINING if name in merged), "") or _infer_type(merged, place)
     allowed = _KEYWORDS.get(kind, frozenset((kind,))) | _ANNOTATIONS | {"type"}
@@ -99,11 +127,11 @@ def _normalize(schema: object, place: str) -> Schema:
 
 
 def _without_single_all_of(schema: Schema) -> Schema:
-    """Return the schema with the only element of `allOf` in its place."""
+    """Return a copy of the schema with the only element of `allOf` in its place."""
     parts = schema.get("allOf")
     if isinstance(parts, list) and len(parts) == 1 and isinstance(parts[0], dict):
         return {**{name: schema[name] for name in schema if name != "allOf"}, **parts[0]}
-    return schema
+    return dict(schema)
 
 
 def _infer_type(schema: Schema, place: str) -> str:
@@ -174,4 +202,76 @@ def _normalize_parts(schema: Schema, place: str) -> Schema:
             result[name] = [_normalize(part, inner) for part in value]
         elif name == "items" or (name == "additionalProperties" and value is not False):
             result[name] = _normalize(value, inner)
+        elif name == "$ref" and isinstance(value, str) and value.startswith("#"):
+            result[name] = f"#/schema{value[1:]}"
+        elif name == "pattern":
+            result[name] = _pattern(value, place)
     return result
+
+
+def _pattern(pattern: object, place: str) -> str:
+    """Return a regular expression for the converter: the text between the quotes of a string.
+
+    Raises:
+        GattError: it is none, is not anchored at both ends, or has what a grammar cannot follow.
+    """
+    try:
+        re.compile(str(pattern))
+    except re.error as error:
+        raise GattError(f"The pattern {pattern!r} in {place} is not valid: {error}.") from error
+    if not (isinstance(pattern, str) and len(pattern) > 1 and pattern[0] + pattern[-1] == "^$"):
+        raise GattError(f"The pattern {pattern!r} in {place} is not supported; expected '^...$'.")
+    try:
+        parts = map(_pattern_part, _PATTERN_PART.findall(pattern[1:-1]))
+        return f"^({''.join(parts)})$"
+    except ValueError as error:
+        raise GattError(
+            f"The pattern {pattern!r} in {place} is not supported, because of {str(error)!r}. "
+            "Expected no quotation marks, backslashes, control characters, look-around, lazy "
+            f"quantifiers, or counts above {_MAX_SIZE}. Write a grammar."
+        ) from error
+
+
+def _pattern_part(part: str) -> str:
+    """Return a unit of a regular expression as the converter copies it into a grammar.
+
+    Raises:
+        ValueError: it is not supported.
+    """
+    if part == ".":
+        return f"[^{_NOT_ESCAPED}]"
+    if part == "(?:":
+        return "("
+    if part.startswith("[") and len(part) > 1:
+        return _pattern_class(part)
+    if part.startswith("\\"):
+        return _pattern_class(f"[{part}]")
+    lazy = len(part) > 1 and part[-1] in "+?"
+    if lazy or part in _ESCAPED_IN_JSON or part in "^$":
+        raise ValueError(part)
+    if any(int(count) > _MAX_SIZE for count in re.findall(r"\d+", part if part[0] == "{" else "")):
+        raise ValueError(part)
+    return part
+
+
+def _pattern_class(part: str) -> str:
+    """Return a class of characters in the syntax of GBNF, without what a JSON string escapes.
+
+    Raises:
+        ValueError: it has an escape sequence that is not supported, or leaves no character.
+    """
+    negated = part.startswith("[^")
+    if not negated and any(map(re.compile(part.replace(r"\s", " ")).match, _ESCAPED_IN_JSON)):
+        raise ValueError(part)
+    content = _NOT_ESCAPED if negated else ""
+    for char in re.findall(r"\\.|.", part[2 if negated else 1 : -1], re.DOTALL):
+        last = char[-1]
+        if char in (r"\d", r"\w", r"\s"):
+            content += _CLASS_ESCAPES[last]
+        elif len(char) > 1 and last.isalnum() and not (negated and last in "fnrtv"):
+            raise ValueError(part)
+        elif char == "-" or (len(char) == 1 and (last.isalnum() or not last.isascii())):
+            content += last
+        elif not last.isalnum():
+            content += f"\\x{ord(last):02X}"
+    return f"[{'^' * negated}{content}]"

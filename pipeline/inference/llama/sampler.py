@@ -28,6 +28,8 @@ Candidates: TypeAlias = npt.NDArray[np.void]
 _DRY_MULTIPLIER, _DRY_BASE, _DRY_ALLOWED_TOKENS = 0.8, 1.75, 12
 _NEARLY_ZERO = 1e-30
 """Probabilities below it, relative to the most likely token, are taken as 0."""
+_RANDOM_SEED = 0xFFFFFFFF
+"""For it llama.cpp takes another seed each time."""
 _MAX_GRAMMAR_CHARACTERS = 1 << 16
 _MAX_GRAMMAR_DEPTH = 500
 """llama.cpp parses a grammar recursively: a deep one would overflow the stack."""
@@ -226,7 +228,7 @@ class SamplerFactory:
         if settings.min_p > 0:
             yield api.llama_sampler_init_min_p(settings.min_p, 1)
         yield api.llama_sampler_init_temp(request.temperature)
-        yield api.llama_sampler_init_dist(request.seed & 0xFFFFFFFF)
+        yield api.llama_sampler_init_dist((request.seed & 0xFFFFFFFF) % _RANDOM_SEED)
 
     def _accept(self, sampler: Handle, tokens: Sequence[int]) -> None:
         for token in tokens:
