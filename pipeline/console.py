@@ -37,10 +37,13 @@ class Progress:
         self._stream = sys.stderr
 
     def advance(self, count: int = 1, log: str = "") -> None:
-        """Add `count` to what is done; `log` is shown at the end of the line."""
+        """Add `count` to what is done, which may exceed an estimated total.
+
+        `log` is shown at the end of the line.
+        """
         self._done += count
         now = time.monotonic()
-        if now - self._drawn >= self._seconds_between or self._done >= self._total:
+        if now - self._drawn >= self._seconds_between or self._done == self._total:
             self._drawn = now
             self._draw(log)
 

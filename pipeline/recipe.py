@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 
 from pipeline.custom_instructions import parse_pool_entry
 from pipeline.records import MAX_THOUGHT_TOKENS, Constraint, CustomInstruction
@@ -30,6 +30,10 @@ def _join_servers(value: object) -> object:
         if not str(name).lower().startswith(("http://", "https://")):
             raise ValueError(f"a list names servers of one model, and {name!r} is no address.")
     return ",".join(value)
+
+
+def _without_repetitions(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))
 
 
 PoolEntry = Annotated[Constraint | CustomInstruction, BeforeValidator(_parse_pool_entry)]
@@ -265,7 +269,9 @@ class Train(Section):
 class Export(Section):
     """The fine-tuned GGUF."""
 
-    formats: tuple[str, ...] = Field(default=("Q8_0",), min_length=1)
+    formats: Annotated[tuple[str, ...], AfterValidator(_without_repetitions)] = Field(
+        default=("Q8_0",), min_length=1
+    )
     """llama.cpp's names: F16, Q8_0, Q4_K_M, IQ4_XS, ... All are evaluated; base and ceiling use the
     first.
     """
@@ -356,7 +362,7 @@ class Evaluate(Section):
 class Recipe(Section):
     """Every setting of a run."""
 
-    seed: int = 1
+    seed: int = Field(default=1, ge=0, lt=2**32)
     """Seed of every random choice: assignment, sampling, adapter, order of training."""
     model: str = "smollm2-135m"
     """A preset of `models/`, a GGUF file, a Hugging Face folder, or a Hub id."""

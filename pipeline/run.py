@@ -19,7 +19,7 @@ from pipeline.console import log
 from pipeline.errors import GattError
 from pipeline.recipe import Recipe, Section
 from pipeline.recipe_file import QUICK, load_recipe
-from pipeline.run_dir import STAGES, Input, RunDir
+from pipeline.run_dir import RECIPE_CHANGE, STAGES, Input, RunDir
 from pipeline.system import is_main_process
 
 _ADDED_KEYS = {
@@ -96,6 +96,19 @@ def run_stage(name: str, recipe: Recipe, run_dir: RunDir) -> None:
         _run_stage(name, recipe, run_dir)
 
 
+def outdated_stages(recipe: Recipe, run_dir: RunDir) -> list[str]:
+    """Return the finished stages before the report since which the recipe has changed.
+
+    No model is looked for: it may be missing where a report is written. `instructions` is left out,
+    since its settings include those of the evaluation, which may be run again with others.
+    """
+    return [
+        name
+        for name in STAGES[1:-1]
+        if RECIPE_CHANGE in (run_dir.changes(name, _settings(_stage(name), recipe), []) or ())
+    ]
+
+
 @contextmanager
 def _locked(run_dir: RunDir) -> Iterator[None]:
     """Keep other processes from working in the folder until the block ends.
@@ -110,26 +123,36 @@ def _locked(run_dir: RunDir) -> Iterator[None]:
 
 
 def _run_stage(name: str, recipe: Recipe, run_dir: RunDir) -> None:
-    stage = import_module(f"pipeline.stages.{name}")
+    stage = _stage(name)
     settings, inputs = _settings(stage, recipe), _existing_inputs(name, stage, recipe, run_dir)
     if is_main_process():
         # Not before the inputs are known to be there: the next command would lack them, too.
         run_dir.save_recipe(recipe)
     changes = run_dir.changes(name, settings, inputs)
-    if name != "report":
-        if changes == []:
-            log(f"{name}: done already")
-            return
-        if changes:
-            log(f"{name}: runs again, because this has changed: {', '.join(changes)}")
+    if name == "report":
+        run_dir.outdated = outdated_stages(recipe, run_dir)
+    elif changes == []:
+        log(f"{name}: done already")
+        return
+    elif changes:
+        log(f"{name}: runs again, because this has changed: {', '.join(changes)}")
     start = time.monotonic()
     if is_main_process():
         run_dir.claim(name, settings, inputs)
-    stage.run(recipe, run_dir)
+    try:
+        stage.run(recipe, run_dir)
+    except BaseException:
+        if is_main_process():
+            run_dir.interrupt(name, time.monotonic() - start)
+        raise
     if is_main_process():
         # The stage may have written an input that users can edit, so the inputs are listed again.
         seconds = time.monotonic() - start
         run_dir.finish(name, settings, stage.inputs(recipe, run_dir), seconds)
+
+
+def _stage(name: str) -> ModuleType:
+    return import_module(f"pipeline.stages.{name}")
 
 
 def _existing_inputs(name: str, stage: ModuleType, recipe: Recipe, run_dir: RunDir) -> list[Input]:

@@ -35,6 +35,8 @@ _PACKAGES = ("llama-cpp-python", "unsloth", "torch", "transformers", "peft", "da
 _PYTHON_FILE = re.compile(r".*\.py( \(\d+\))?", re.DOTALL)
 """The name of an input that is a user's function, numbered where two have the same."""
 _FINGERPRINT_VERSION = 3
+RECIPE_CHANGE = "the recipe"
+"""What has changed since a stage has finished, if it is not an input."""
 
 
 class HubRevision(NamedTuple):
@@ -59,11 +61,17 @@ class Fingerprint(TypedDict):
     version: int
 
 
+class _Started(Fingerprint):
+    """The record of a stage that is not finished; `seconds` are those of interrupted sessions."""
+
+    seconds: float
+
+
 class Manifest(Fingerprint):
     """The record of a finished stage; a package or commit that is not known is "none".
 
-    `notes` are what the stage did otherwise than asked for: the parameters that a server has
-    refused, by model.
+    `seconds` are those of all sessions. `notes` are what the stage did otherwise than asked for:
+    the parameters that a server has refused, by model.
     """
 
     notes: dict[str, dict[str, str]]
@@ -102,6 +110,8 @@ class RunDir:
         self.scores = path / "evaluate" / "scores.json"
         self.conditions = path / "evaluate" / "conditions"
         self.report = path / "report"
+        self.outdated: Sequence[str] = ()
+        """Finished stages since which the recipe has changed, once they were looked for."""
         self._notes: dict[str, dict[str, dict[str, str]]] = {}
 
     def note(self, stage: str, model: str, changes: Mapping[str, str]) -> None:
@@ -151,16 +161,24 @@ class RunDir:
         stopped is resumed with the corrected one.
         """
         folder, fingerprint = self.path / stage, _fingerprint(settings, inputs)
-        started = folder / "started.json"
+        started, seconds = folder / "started.json", 0.0
         if started.exists():
-            earlier: Fingerprint = json.loads(started.read_text(encoding="utf-8"))
+            earlier = _read_started(started)
             changes = _changes(earlier, started.stat().st_mtime, settings, inputs)
             if not (folder / "manifest.json").exists():
+                seconds = earlier["seconds"]
                 changes = [name for name in changes if not _PYTHON_FILE.fullmatch(name)]
             if changes:
                 folder.rename(_unused(folder, time.strftime("%Y%m%d-%H%M%S")))
+                seconds = 0.0
         (folder / "manifest.json").unlink(missing_ok=True)
-        write_json(started, fingerprint)
+        write_json(started, {**fingerprint, "seconds": seconds})
+
+    def interrupt(self, stage: str, seconds: float) -> None:
+        """Record how long a session took that did not finish its stage."""
+        file = self.path / stage / "started.json"
+        started = _read_started(file)
+        write_json(file, {**started, "seconds": started["seconds"] + seconds})
 
     def earlier(self, file: Path) -> list[Path]:
         """Return the same file of earlier attempts of its stage, which were moved aside.
@@ -173,18 +191,21 @@ class RunDir:
     def restart_training(self) -> None:
         """Let the next training begin at step 1, also if this one has finished."""
         (self.path / "train" / "manifest.json").unlink(missing_ok=True)
+        started = self.path / "train" / "started.json"
+        if started.exists():
+            write_json(started, {**_read_started(started), "seconds": 0.0})
         self.validation.unlink(missing_ok=True)  # a log, to which training appends
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
     def finish(self, stage: str, settings: str, inputs: Sequence[Input], seconds: float) -> None:
-        """Write the manifest of a finished stage.
+        """Write the manifest of a finished stage, whose last session took `seconds`.
 
         An input outside of the run may have been edited since it was read, so its hash is that of
         the start.
         """
         folder = self.path / stage
         fingerprint = _fingerprint(settings, inputs)
-        started: Fingerprint = json.loads((folder / "started.json").read_text(encoding="utf-8"))
+        started = _read_started(folder / "started.json")
         for name, item in _by_name(inputs).items():
             if not (isinstance(item, Path) and self.path in item.parents):
                 # One that is new is a list of the run that has the name of a user's file.
@@ -193,7 +214,7 @@ class RunDir:
         manifest: Manifest = {
             **fingerprint,
             "notes": self._notes.get(stage, {}),
-            "seconds": round(seconds, 1),
+            "seconds": round(started["seconds"] + seconds, 1),
             "versions": {package: _version(package) for package in _PACKAGES},
             "commit": _commit(),
             "python": platform.python_version(),
@@ -201,6 +222,13 @@ class RunDir:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
         write_json(folder / "manifest.json", manifest)
+
+
+def _read_started(file: Path) -> _Started:
+    """Read `started.json`; earlier versions did not write the seconds."""
+    started: _Started = json.loads(file.read_text(encoding="utf-8"))
+    started.setdefault("seconds", 0.0)
+    return started
 
 
 def _unused(folder: Path, date: str) -> Path:
@@ -242,7 +270,7 @@ def _changes(
     newer than the fingerprint. A dataset whose commit is not known counts as unchanged.
     """
     current, items = _fingerprint(settings, inputs), _by_name(inputs)
-    changed = [] if earlier["settings"] == current["settings"] else ["the recipe"]
+    changed = [] if earlier["settings"] == current["settings"] else [RECIPE_CHANGE]
     lists_all = earlier.get("version") == _FINGERPRINT_VERSION
     for name, digest in current["inputs"].items():
         before = earlier["inputs"].get(name)

@@ -92,6 +92,16 @@ def test_it_is_the_maximum_over_heads_and_layers(
     assert np.max(result.strongest) <= 1
 
 
+def test_torch_computes_with_as_many_threads_as_before(
+    tiny_llama: Path, tiny_adapter: Path
+) -> None:
+    import torch
+
+    torch.set_num_threads(2)
+    attention_map(tiny_llama, tiny_adapter, _CHAT, "Say y!", in_4bit=True)
+    assert torch.get_num_threads() == 2
+
+
 def test_a_map_is_read_back_as_it_was_written(tiny_llama: Path, tmp_path: Path) -> None:
     maps = {"base": attention_map(tiny_llama, None, _CHAT, "Say y!")}
     write_json(tmp_path / "attention.json", maps)

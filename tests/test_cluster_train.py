@@ -221,6 +221,24 @@ def test_a_run_keeps_its_storage(tmp_path: Path) -> None:
     assert choose_storage(elsewhere, "") == choose_storage(elsewhere, str(tmp_path / "nfs"))
 
 
+def test_a_place_is_the_same_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = choose_storage(tmp_path / "run", "nfs")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert choose_storage(tmp_path / "run", "") == first
+    assert first.folder == f"{tmp_path}/nfs"
+
+
+def test_a_place_that_cannot_be_written_can_be_replaced(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(GattError, match=r"Checkpoints cannot be written to .* Name another"):
+        choose_storage(tmp_path / "run", str(tmp_path / "file" / "nfs"))
+    assert choose_storage(tmp_path / "run", str(tmp_path / "nfs")).folder == f"{tmp_path}/nfs"
+
+
 def test_storage_needs_a_cluster(tmp_path: Path) -> None:
     done = call_gatt("train", "--run", tmp_path, "--storage", "s3://bucket/x")
     assert done.returncode == 1

@@ -41,6 +41,17 @@ def test_progress_off_a_terminal_is_a_line_every_ten_seconds(
     assert len(lines) == 14
 
 
+def test_what_exceeds_an_estimated_total_is_a_line_every_ten_seconds_too(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with console.progress("exam: replies", 2) as bar:
+        for _ in range(7):
+            clock[0] += 2
+            bar.advance()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["exam: replies: 2 of 2, 0:00 left", "exam: replies: 7 of 2, 0:00 left"]
+
+
 def test_the_time_left_follows_the_pace_after_a_burst_of_reused_results(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:

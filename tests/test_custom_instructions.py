@@ -552,6 +552,13 @@ def test_every_custom_instruction_is_measured() -> None:
     assert len(few) == 24
 
 
+def test_a_copy_of_a_dialogue_does_not_take_the_id_of_another_one() -> None:
+    dialogues = [Dialogue(name, "", QUESTIONS) for name in ("1", "1.2", "1.3")]
+    evaluation = assign_evaluation(dialogues, [], with_distinct_names(_prompts())[:6])
+    ids = [a.dialogue.id for a in evaluation]
+    assert ids == ["1", "1.2", "1.3", "1.2.2", "1.3.2", "1.2.3"]
+
+
 def test_the_stage_assigns_a_hundred_prompts(tmp_path: Path) -> None:
     pytest.importorskip("if_verifiable")
     run = tmp_path / "run"

@@ -9,7 +9,13 @@ import pytest
 
 from pipeline.data.dialogues import Chat, load_chats, load_dialogues
 from pipeline.errors import GattError
+from pipeline.files import write_jsonl
+from pipeline.gatt.assignment import AssignedDialogue, held_out_turns, write_splits
+from pipeline.recipe import Recipe, Train
 from pipeline.records import Dialogue, Message
+from pipeline.run_dir import RunDir
+from pipeline.stages import train as train_stage
+from pipeline.training.examples import replay_chats
 
 _MESSAGES: list[Message] = [
     {"role": "system", "content": "Be brief."},
@@ -68,6 +74,19 @@ def test_a_chat_ends_with_its_last_answer(tmp_path: Path) -> None:
     ]
 
 
+def test_a_row_may_have_the_system_message_in_a_column(tmp_path: Path) -> None:
+    rest = _CONVERSATIONS[1:]
+    rows: list[dict[str, object]] = [
+        {"system": "Be brief.", "conversations": rest},
+        {"system": "Be brief.", "conversations": [{"from": "system", "value": " "}, *rest]},
+        {"system": "Be long.", "conversations": _CONVERSATIONS},
+        {"system": "", "conversations": rest},
+    ]
+    chats = load_chats(_write(tmp_path / "c.jsonl", *rows))
+    system, *others = _MESSAGES[:3]
+    assert [list(chat.messages) for chat in chats] == [*[[system, *others]] * 3, others]
+
+
 def test_a_system_message_without_text_is_none(tmp_path: Path) -> None:
     messages = [m for m in _MESSAGES if m["role"] != "system"]
     empty = {"role": "system", "content": ""}
@@ -115,3 +134,26 @@ def test_sources_that_cannot_be_read(tmp_path: Path) -> None:
         load_dialogues("/no/such/folder")
     with pytest.raises(GattError, match=r"No dialogues at NONE\.CSV"):
         load_dialogues("NONE.CSV")
+
+
+def test_chats_that_begin_as_a_held_out_dialogue_are_not_replayed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, file = RunDir(tmp_path), tmp_path / "mine.jsonl"
+    held_out = AssignedDialogue(dialogue=Dialogue("d", "", ("Hi", "Why?", "Bye")))
+    validation = AssignedDialogue(dialogue=Dialogue("v", "", ("Go on",)))
+    splits = {"train": [], "validation": [validation], "evaluation": [held_out]}
+    write_splits(run_dir.assignments, splits)
+    chats = [_chat("Hi", "Why?", "And then?"), _chat("Go on"), _chat("Hi", "How?"), _chat("Yes")]
+    write_jsonl(file, chats)
+    recipe = Recipe(train=Train(replay_data=str(file), replay_ratio=0.5))
+    replayed = replay_chats(recipe, 2, held_out_turns(run_dir.assignments))
+    users = {m["content"] for c in replayed for m in c.messages if m["role"] == "user"}
+    assert users == {"Hi", "How?", "Yes"}
+    assert "2 chats of" in capsys.readouterr().err
+    assert run_dir.assignments in train_stage.inputs(recipe, run_dir)
+
+
+def _chat(*turns: str) -> dict[str, object]:
+    answer = {"role": "assistant", "content": "Hello."}
+    return {"messages": [m for turn in turns for m in ({"role": "user", "content": turn}, answer)]}

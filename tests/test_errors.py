@@ -16,13 +16,14 @@ from support.cli import Completed, Gatt, call_gatt
 from pipeline.data.splits import split_dialogues
 from pipeline.errors import GattError
 from pipeline.gatt.assign import ConstraintPool
-from pipeline.recipe import Evaluate, Export, Recipe
+from pipeline.recipe import Evaluate, Export, Recipe, Train
 from pipeline.recipe_file import _RENAMED, load_recipe
 from pipeline.records import Constraint
 from pipeline.run import open_run, run_stage
 from pipeline.run_dir import RunDir
-from pipeline.stages import instructions
+from pipeline.stages import instructions, train
 from pipeline.stages.instructions import check_pool, require_instruction
+from pipeline.training import job
 
 needs_root = pytest.mark.skipif(
     not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounting needs root"
@@ -107,6 +108,28 @@ def test_a_merge_into_4_bits_after_a_training_in_16() -> None:
     recipe = Recipe(export=Export(merge_base="nf4"))
     with pytest.raises(GattError, match=r"smollm2-135m is trained in 16 bits. Set \"auto\""):
         instructions.run(recipe, RunDir(Path("unused")))
+
+
+def test_training_cannot_start_from_the_adapter_that_it_moves_aside(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    recipe = Recipe(train=Train(init_adapter=str(run_dir.adapter)))
+    with pytest.raises(GattError, match=r"is in the run .*Use another --run, or copy the adapter"):
+        train.inputs(recipe, run_dir)
+    assert train.inputs(recipe, RunDir(tmp_path / "other"))
+
+
+def test_a_logger_that_is_not_installed_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "find_spec", lambda package: package == "tensorboardX")
+    job.require_reporters(Train(report_to=("tensorboard",)))
+    recipe = Recipe(train=Train(report_to=("tensorboard", "wandb")))
+    with pytest.raises(GattError, match=r"not installed\. Run `pip install wandb`"):
+        instructions.run(recipe, RunDir(Path("unused")))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_refuses_is_an_error_of_the_recipe(seed: int) -> None:
+    with pytest.raises(GattError, match="seed"):
+        load_recipe(None, (f"seed={seed}",))
 
 
 def test_a_constraint_that_needs_a_judge() -> None:

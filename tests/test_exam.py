@@ -9,12 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.exam import SETTINGS
 
 from pipeline.data.splits import split_dialogues
 from pipeline.errors import GattError
 from pipeline.exam import result as results
 from pipeline.exam.arms import DEFAULT_ARMS, Arm, find_arms
-from pipeline.exam.dialogue_run import ExamReply
+from pipeline.exam.dialogue_run import DialogueRun, ExamReply, ExamRun
 from pipeline.exam.ifeval import agreement_table, agreements
 from pipeline.exam.inspect_eval.options import tasks_of
 from pipeline.exam.report.rows import turns_to_pay
@@ -24,7 +25,7 @@ from pipeline.exam.settings import drop_older_half, messages_left, parse_turns, 
 from pipeline.exam.tasks import REGIMES, ExamTask, exam_sha256, exam_tasks
 from pipeline.gatt.assignment import AssignedDialogue
 from pipeline.gatt.constraints.registry import obeys, shows_obedience
-from pipeline.gatt.rollout import recall_turns
+from pipeline.gatt.rollout import ReplyKey, recall_turns
 from pipeline.gatt.vocabulary.values import entries
 from pipeline.recipe import Recipe
 from pipeline.records import (
@@ -117,6 +118,19 @@ def test_attributes_count_in_a_full_context_wherever_they_are_asked_for() -> Non
     (arm,) = score_arms(answers, [task])
     assert (arm.adherence.n, arm.full_window.hits, arm.full_window.n) == (0, 1, 1)
     assert [d.marks.strip(".") for d in arm.dialogues if d.attribute] == ["+"]
+
+
+def test_an_attribute_is_asked_for_with_the_window_of_its_own_turn() -> None:
+    task = exam_tasks(("attributes",), 1, 5)[0]
+    dropped = (0, 0, 0, 0, 2)  # of a longer exam, whose context was full in turn 5
+    rows = [_answer(task, turn, dropped=n) for turn, n in enumerate(dropped, 1)]
+    questions = task.assigned.recall_questions
+    rows += [_answer(task, turn, attribute=q.attribute) for turn in (1, 2) for q in questions]
+    done = {ReplyKey.of(row.reply): row for row in rows}
+    shorter = ExamRun("e", 3, SETTINGS, done)
+    request = next(DialogueRun(shorter, find_arms(["once"])[0], task).task())
+    users = [m["content"] for m in request.messages if m["role"] == "user"]
+    assert len(users) == 3 and users[0].startswith(task.assigned.dialogue.turns[0])
 
 
 def test_a_regime_that_is_named_twice_is_one() -> None:

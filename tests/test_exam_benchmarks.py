@@ -440,6 +440,7 @@ def test_what_is_not_exactly_known_is_left_to_a_judge(text: str) -> None:
         "Is the response approximately 150 words?",
         "Does the response avoid using words like sad or lonely?",
         "Does the response include the word 'law' at least twice?",
+        "Does the response include the words 'law' or 'order'?",
     ],
 )
 def test_questions_about_a_part_are_left_to_a_judge(text: str) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,12 +14,15 @@ from support.exam import SETTINGS
 
 from pipeline.errors import GattError
 from pipeline.exam.dialogue_run import ExamReply
+from pipeline.exam.inspect_eval.logs import _exam_set
+from pipeline.exam.report.page import headline, write_page
 from pipeline.exam.report.rows import comparable, model_names, warnings_about
 from pipeline.exam.report.tables import facts_table, main_table, terminal_table
 from pipeline.exam.result import (
     ExaminedModel,
     ExamResult,
     ExamSet,
+    TurnCost,
     json_schema,
     read_result,
     sampler_values,
@@ -107,6 +111,20 @@ def test_a_result_of_a_later_format_is_refused(tmp_path: Path) -> None:
         read_result(tmp_path / "m.json")
 
 
+def test_a_log_is_complete_if_every_arm_has_all_dialogues() -> None:
+    samples: Any = [
+        SimpleNamespace(
+            metadata={"arm": arm, "dialogue": task.id, "regime": task.regime},
+            store={"replies": ["a reply"]},
+        )
+        for arm in ("once", "every")
+        for task in exam_tasks((), 0, 1)
+    ]
+    about = {"set": frozen_exam()._asdict(), "arms": ["once", "every"], "turns": 20}
+    assert _exam_set(about, samples).complete
+    assert not _exam_set(about, samples[:-1]).complete  # as `--limit` leaves it
+
+
 def test_the_sampler_of_a_result_is_what_was_asked_for() -> None:
     assert sampler_values("greedy", is_server=True) == {"temperature": 0.0}
     assert sampler_values("plain", is_server=True) == {"temperature": 0.8, "top_p": 0.95}
@@ -184,6 +202,50 @@ def test_training_pays_only_against_times_of_one_machine() -> None:
     assert column not in terminal_table([other, _result()])[0]
     assert column not in main_table([other, _result()]).columns
     assert "The times were taken on different machines." in warnings_about([other, _result()])
+
+
+def test_models_of_one_name_are_told_apart_wherever_they_are_named() -> None:
+    base = _result(model=replace(_LOCAL, name="b", training_minutes=None))
+    (arm,) = base.arms
+    base = replace(base, arms=(arm, replace(arm, name="every")))
+    partial = _result(exam=replace(base.exam, complete=False))
+    results = [base, partial, partial]
+    columns = terminal_table(results)[0]
+    assert [name for name in columns if "pays" in name] == [
+        "m (1) pays from turn",
+        "m (2) pays from turn",
+    ]
+    assert "told once: b 100%, m (1) 100%, m (2) 100%" in headline(results)
+    assert [text[:21] for text in warnings_about(results)] == [
+        "m (1): not the whole ",
+        "m (2): not the whole ",
+    ]
+
+
+def test_without_a_dialogue_from_turn_1_nothing_is_stated_about_it(tmp_path: Path) -> None:
+    result = _result(regime="system")
+    (arm,) = result.arms
+    assert not arm.by_turn
+    costs = tuple(TurnCost(turn=n, tokens=9, milliseconds_per_token=1) for n in (1, 2, 3))
+    result = replace(result, arms=(replace(arm, cost_by_turn=costs),))
+    (row,) = main_table([result]).rows
+    column = main_table([result]).columns.index("half of the dialogues broken by turn")
+    assert row[column] is None
+    write_page([result], tmp_path / "exam.html")
+    page = (tmp_path / "exam.html").read_text(encoding="utf-8")
+    assert "Cost by turn" in page and not (tmp_path / "figures" / "adherence.svg").exists()
+    for text in ("No instruction has a check", "arms are shown", "Until the first broken answer"):
+        assert text not in page
+
+
+def test_the_page_of_a_benchmark_does_not_describe_the_exam(tmp_path: Path) -> None:
+    result = _result()
+    benchmark = replace(result.exam, name="multi-if", criteria=9)
+    write_page([replace(result, exam=benchmark)], tmp_path / "exam.html")
+    page = (tmp_path / "exam.html").read_text(encoding="utf-8").split("<h2>Regimes")[0]
+    assert "Answers that pass all checks of their turn" in page
+    for text in ("first message", "instruction is given", "from turn 2"):
+        assert text not in page
 
 
 def test_other_versions_may_have_other_checks() -> None:

@@ -93,6 +93,12 @@ def test_a_longer_exam_goes_on_where_the_shorter_one_ended(
     assert {d.marks for d in _result(tmp_path).arms[0].dialogues} == {"111", "000"}
 
 
+def test_arms_are_in_the_order_in_which_they_are_named(model: Path, tmp_path: Path) -> None:
+    for arms in (("every",), ("once", "every")):
+        run([str(model)], replace(_OPTIONS, arms=arms, dialogues=1, turns="2"), tmp_path)
+    assert [arm.name for arm in _result(tmp_path).arms] == ["once", "every"]
+
+
 def test_replies_stay_those_of_the_version_that_made_them(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

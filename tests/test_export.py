@@ -347,6 +347,28 @@ def test_a_file_with_different_tokens_replaces_nothing(tiny_llama: Path, tmp_pat
     assert open_gguf(out / "model-F16.gguf").architecture == "llama"
 
 
+def test_a_model_of_the_hub_is_exported_under_its_name(
+    tiny_llama: Path, tiny_adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its id has a slash, its folder is called after a commit, and PEFT's card names the folder."""
+    folder = tmp_path / "models--me--Tiny-1B" / "snapshots" / ("0a1b" * 10)
+    shutil.copytree(tiny_llama, folder)
+    model = Model("me/Tiny-1B", folder, "me/Tiny-1B")
+    monkeypatch.setattr("pipeline.stages.export.find_model", lambda name: model)
+    adapter = shutil.copytree(tiny_adapter, tmp_path / "adapter")
+    tags = f"tags:\n- base_model:adapter:{folder}\n- lora\n"
+    (adapter / "README.md").write_text(f"---\nbase_model: {folder}\n{tags}---\n")
+    out = tmp_path / "out"
+    export_standalone(model.name, adapter, out, Export(formats=("F16", "Q4_0"), merge_base="fp16"))
+    assert open_gguf(out / "Tiny-1B-F16.gguf").field("general.name") == "Tiny-1B"
+    small = open_gguf(out / "Tiny-1B-Q4_0.gguf")
+    assert small.field("quantize.imatrix.dataset") == "gatt's built-in questions"
+    alone = read_gguf(out / "adapter.gguf")
+    assert alone.field("general.base_model.0.name") == "Tiny-1B"
+    assert alone.field("general.base_model.0.repo_url") == "https://huggingface.co/me/Tiny-1B"
+    assert alone.field("general.tags") == ["lora"]
+
+
 def test_the_first_different_token_is_described() -> None:
     class Tokenizer:
         def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
@@ -480,8 +502,8 @@ def test_lm_studio_gets_a_hard_link(
     file = tmp_path / "tuned-F16.gguf"
     file.write_bytes(b"GGUF")
     for _ in range(2):  # also over an earlier link
-        link_for_lm_studio(file)
-    link = tmp_path / "lmstudio" / "gatt" / "tuned-F16" / "tuned-F16.gguf"
+        link_for_lm_studio(file, "pirate-F16")
+    link = tmp_path / "lmstudio" / "gatt" / "pirate-F16" / "tuned-F16.gguf"
     assert link.samefile(file)
     assert not capsys.readouterr().err
 
@@ -489,7 +511,7 @@ def test_lm_studio_gets_a_hard_link(
         raise OSError("no hard links")
 
     monkeypatch.setattr("os.link", refuse)
-    link_for_lm_studio(file)
+    link_for_lm_studio(file, "pirate-F16")
     assert "lms import tuned-F16.gguf" in capsys.readouterr().err
 
 

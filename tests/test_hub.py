@@ -22,8 +22,9 @@ from pipeline.recipe import Recipe
 from pipeline.recipe_file import load_recipe
 from pipeline.report.cards import PublishedModel, model_card
 from pipeline.report.facts import chat_options
+from pipeline.run import _settings, outdated_stages
 from pipeline.run_dir import RunDir
-from pipeline.stages import push
+from pipeline.stages import evaluate, push
 from pipeline.stages.push import _without_home
 
 
@@ -42,6 +43,7 @@ def test_dialogues_are_pushed_with_their_card(hub: FakeHub, tmp_path: Path, gatt
     environment = hub.environment(tmp_path / "hf")
     done = gatt("synthesize", "--run", tmp_path, "--stats", "--push", "me/mine", env=environment)
     assert done.returncode == 0, done.stderr
+    assert "Uploaded (private, if it is new): " in done.stdout
     assert "/datasets/me/mine" in done.stdout
     assert hub.committed("dataset") == {
         "README.md": b"# card\n",
@@ -119,9 +121,10 @@ def _finished_run(path: Path, **about: str) -> RunDir:
         },
     )
     write_json(run_dir.exported, {"formats": {}})
-    run_dir.claim("evaluate", "", [tuned])
+    settings = _settings(evaluate, load_recipe(run_dir.recipe))
+    run_dir.claim("evaluate", settings, [tuned])
     write_json(run_dir.scores, {"turns": 8})
-    run_dir.finish("evaluate", "", [tuned], 480.0)
+    run_dir.finish("evaluate", settings, [tuned], 480.0)
     reported = [run_dir.scores, run_dir.exported]
     run_dir.claim("report", "", reported)
     run_dir.finish("report", "", reported, 1.0)
@@ -328,6 +331,14 @@ def test_a_run_whose_last_evaluation_or_report_was_interrupted_is_refused(
         f"`gatt {stage}` has not finished in {tmp_path}; `gatt push` uploads what it writes. Run "
         f"`gatt run {tmp_path / 'recipe.toml'} --run {tmp_path}` first."
     )
+
+
+def test_a_recipe_that_was_edited_after_training_is_refused(tmp_path: Path) -> None:
+    run_dir = _finished_run(tmp_path)
+    run_dir.claim("train", "as it was trained", [])
+    run_dir.finish("train", "as it was trained", [], 60.0)
+    run_dir.outdated = outdated_stages(load_recipe(run_dir.recipe), run_dir)
+    assert _refused(run_dir).startswith(f"{run_dir.recipe} has changed since `gatt train`, and")
 
 
 @pytest.mark.parametrize("name", ["evaluate/scores.json", "export/export.json"])

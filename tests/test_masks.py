@@ -167,6 +167,18 @@ def test_every_answer_is_learned_with_its_end_and_nothing_else(
     assert marked == family.golden.replace("(", "[").replace(")", "]")
 
 
+def test_tokens_without_a_weight_are_not_marked_and_the_text_is_that_of_the_chat() -> None:
+    tokenizer = load_tokenizer(cached_checkpoint(find_model("smollm2-135m")))
+    answer = "Crabs \U0001f980\U0001f99c are na\u00efve."
+    teacher: list[Message] = [_CHAT[0], {"role": "assistant", "content": answer}]
+    chat: list[Message] = [_CHAT[0], {"role": "assistant", "content": f"Ahoy! \U0001f99e {answer}"}]
+    example = build_example(tokenizer, chat, Train(loss="all_turns", unedited_weight=0), teacher)
+    marked = mark_learned(tokenizer, example, "[", "]")
+    assert f"assistant\n[Ahoy! \U0001f99e Cra]{answer[3:]}[<|im_end|>]" in marked
+    assert marked.replace("[", "").replace("]", "") == tokenizer.decode(example.input_ids)
+    assert example.learned_tokens == sum(weight > 0 for weight in example.weights)
+
+
 def test_last_turn_learns_the_last_answer_only(family: FamilyTokenizer) -> None:
     example = build_example(family.tokenizer, _CHAT, Train(loss="last_turn"))
     marked = mark_learned(family.tokenizer, example, "[", "]")

@@ -484,6 +484,18 @@ def test_single_questions_are_joined_and_a_message_comes_once(
     assert pair.turns in (("Why?", "Really?"), ("How?", "Really?"))
 
 
+def test_rows_of_one_conversation_are_not_in_two_splits(tmp_path: Path) -> None:
+    talks = [[f"Talk {n}?", "Why?", "How?", "Bye."] for n in range(3)]
+    rows = [talk[:length] for talk in talks for length in (1, 2, 4)]
+    rows += [[*talk[:2], "Really?"] for talk in talks]
+    splits = _split(_source(tmp_path / "d.jsonl", rows), 4, 2)
+    held_out = {dialogue.turns[0] for dialogue in splits.evaluation}
+    assert len(held_out) == 2
+    trained = {dialogue.turns[0] for dialogue in splits.training}
+    assert trained and not trained & held_out
+    assert len(splits.training) == 8
+
+
 def test_too_few_messages_for_long_dialogues_are_an_error(tmp_path: Path) -> None:
     source = _source(tmp_path / "d.jsonl", [[f"What about {n}?", "Really?"] for n in range(10)])
     assert len(_split(source, 10, 2).evaluation) == 2  # 9 dialogues have 10 different messages

@@ -48,13 +48,16 @@ from pipeline.records import (
     Reply,
 )
 from pipeline.report.axes import turn_ticks
+from pipeline.report.facts import file_facts
 from pipeline.report.figures import adherence_curve, change_curve, fidelity_curve, mean_rates
 from pipeline.report.results import read_results
 from pipeline.report.sections.adherence import by_instruction
 from pipeline.report.sections.headline import headline
 from pipeline.report.styles import arm_label
 from pipeline.report.tables import Table, markdown, sort_key
+from pipeline.run import _settings, run_stage
 from pipeline.run_dir import RunDir
+from pipeline.stages import report, train
 from pipeline.stages.report import report_page, run
 
 if TYPE_CHECKING:
@@ -339,6 +342,35 @@ def test_first_line_is_the_model_the_teacher_and_the_edits(full: RunDir, tmp_pat
     run(_recipe(run_dir), run_dir)
     markdown = (run_dir.report / "report.md").read_text(encoding="utf-8")
     assert markdown.startswith("Model: my-model.gguf. Teacher: my-teacher.\n")
+
+
+def test_the_report_says_that_the_recipe_has_changed_since_a_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = _evaluated_run(tmp_path, [], with_suites=False)
+    recipe, warnings = _recipe(run_dir), list[str]()
+    settings = _settings(train, recipe)
+    run_dir.claim("train", settings, [])
+    run_dir.finish("train", settings, [], 60.0)
+    monkeypatch.setattr(report, "run", lambda *of: warnings.append(read_results(*of).warning))
+    edited = recipe.train.model_copy(update={"max_steps": 9999})
+    for each in (recipe, recipe.model_copy(update={"train": edited})):
+        run_stage("report", each, run_dir)
+    before, after = warnings
+    assert "The recipe has changed" not in before
+    assert "The recipe has changed since `gatt train`, so the settings shown" in after
+
+
+def test_the_hashes_of_inputs_with_one_name_are_all_shown(tmp_path: Path) -> None:
+    run_dir, file = RunDir(tmp_path), tmp_path / "dialogues.jsonl"
+    for stage, text in (("instructions", "mine"), ("train", "the run's"), ("export", "the run's")):
+        file.write_text(text)
+        run_dir.claim(stage, "", [file])
+        run_dir.finish(stage, "", [file], 1.0)
+    facts = file_facts(_recipe(run_dir), run_dir)
+    key = "sha256 of dialogues.jsonl"
+    assert list(facts) == [key, f"{key} (train)", f"{key} (export)"]
+    assert facts[key] != facts[f"{key} (train)"] == facts[f"{key} (export)"]
 
 
 def test_lengths_of_prompts_are_a_table_beside_the_length_of_training(tmp_path: Path) -> None:

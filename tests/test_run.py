@@ -73,7 +73,8 @@ def test_the_export_has_a_file_for_each_program(finished: RunDir) -> None:
     folder = finished.exported.parent
     files = {path.name for path in folder.iterdir()} - {"manifest.json", "started.json"}
     assert files == {"Modelfile", "adapter.gguf", "export.json", "lmstudio", "tuned-Q8_0.gguf"}
-    link = folder / "lmstudio" / "gatt" / "tuned-Q8_0" / "tuned-Q8_0.gguf"
+    model = f"{finished.path.name}-Q8_0"  # copies of several runs lie side by side
+    link = folder / "lmstudio" / "gatt" / model / "tuned-Q8_0.gguf"
     assert link.samefile(finished.tuned("Q8_0"))
 
 

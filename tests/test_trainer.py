@@ -368,6 +368,28 @@ def test_a_signal_stops_after_the_next_step_and_saves_it(
     _assert_same(train_tiny(job), uninterrupted, tolerance=1e-6)
 
 
+def test_a_signal_while_a_checkpoint_is_written_is_shared_at_once(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes that have not got it would wait for ever for the one that has."""
+    flags: list[bool] = []
+
+    def any_rank(*, flag: bool, device: torch.device) -> bool:
+        flags.append(flag)
+        return flag
+
+    def mark(checkpoint: Path) -> None:
+        mark_complete(checkpoint)
+        if checkpoint.name == "checkpoint-1":
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(trainer, "any_rank", any_rank)
+    monkeypatch.setattr(trainer, "mark_complete", mark)
+    with pytest.raises(GattError, match=r"Stopped after step 2, which is saved\."):
+        train_tiny(tiny_job(tiny_llama, tmp_path))
+    assert flags == [False, True, True, True]  # after each of two steps, and at its checkpoint
+
+
 def test_it_stops_early_when_the_job_says_so(
     tiny_llama: Path, tmp_path: Path, uninterrupted: Trained
 ) -> None:
@@ -594,19 +616,20 @@ def _reply(*, obeys: bool) -> Reply:
 
 
 def test_validation_is_logged_and_stops_when_enough_answers_are_adherent(
-    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train_stage, "Validation", _FakeValidation)
     monkeypatch.setattr(train_stage, "read_split", lambda *_: ["a dialogue"])
     recipe, run_dir = Recipe(train=Train(early_stop_adherence=0.6)), RunDir(tmp_path)
-    with closing(train_stage.ValidationHook(recipe, run_dir, AdaptableBase(lambda: base))) as hook:
+    base = AdaptableBase(lambda: tmp_path, dora=True)
+    with closing(train_stage.ValidationHook(recipe, run_dir, base)) as hook:
         assert hook.last_note == ""
         stops = [hook.should_stop(step, Path(f"checkpoint-{step}")) for step in (1, 2)]
     assert stops == [False, True]
     assert hook.last_note == ", 2 of 3 validation answers adherent at step 2"
     rows = [row for _, row in read_jsonl(run_dir.validation)]
     assert rows == [{"step": step, "adherent": step, "answers": 3} for step in (1, 2)]
-    with closing(train_stage.ValidationHook(recipe, run_dir, AdaptableBase(lambda: base))) as hook:
+    with closing(train_stage.ValidationHook(recipe, run_dir, base)) as hook:
         assert not hook.has_reached(1, Path("checkpoint-1"))
         assert hook.has_reached(2, Path("checkpoint-2"))  # both are in the log
         assert len(run_dir.validation.read_text().splitlines()) == 2

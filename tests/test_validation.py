@@ -100,7 +100,7 @@ def test_a_checkpoint_is_left_out_with_a_remark(
     monkeypatch.setattr(train_stage, "Validation", _SlowValidation)
     now = iter([0.0, 10.0, 10.0, 105.0, 120.0])
     monkeypatch.setattr(train_stage, "Schedule", lambda: Schedule(lambda: next(now)))
-    base = AdaptableBase(lambda: tmp_path)
+    base = AdaptableBase(lambda: tmp_path, dora=True)
     with closing(train_stage.ValidationHook(Recipe(), RunDir(tmp_path), base)) as hook:
         assert not hook.should_stop(1, tmp_path)
         assert hook.last_note == ", 0 of 0 validation answers adherent at step 1"
@@ -110,6 +110,39 @@ def test_a_checkpoint_is_left_out_with_a_remark(
             "limit"
         )
     assert [row["step"] for _, row in read_jsonl(RunDir(tmp_path).validation)] == [1]
+
+
+def test_making_the_file_of_the_base_is_not_time_of_a_validation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seconds = [0.0]
+
+    def convert() -> Path:
+        seconds[0] += 600
+        return tmp_path
+
+    monkeypatch.setattr(train_stage, "read_split", lambda *_: ["a dialogue"])
+    monkeypatch.setattr(train_stage, "Validation", _ConvertingValidation)
+    monkeypatch.setattr(train_stage, "Schedule", lambda: Schedule(lambda: seconds[0]))
+    base = AdaptableBase(convert, dora=True)
+    with closing(train_stage.ValidationHook(Recipe(), RunDir(tmp_path), base)) as hook:
+        hook.should_stop(1, tmp_path)
+        hook.should_stop(2, tmp_path)
+    assert seconds == [600]
+    assert [row["step"] for _, row in read_jsonl(RunDir(tmp_path).validation)] == [1, 2]
+
+
+class _ConvertingValidation:
+    """Stands in for `Validation`: it needs the file of the base, and has no answers."""
+
+    def __init__(self, base: AdaptableBase, *_: object) -> None:
+        """Keep the base."""
+        self._base = base
+
+    def measure(self, checkpoint: Path) -> list[Reply]:
+        """Return no replies."""
+        assert self._base.file
+        return []
 
 
 class _SlowValidation:

@@ -17,7 +17,7 @@ from pipeline.system import use_writable_cache
 __all__ = ["app", "main", "stages", "tools"]
 
 _EXTRAS = {
-    "train": ("unsloth", "trl", "peft", "accelerate", "bitsandbytes"),
+    "train": ("trl", "peft", "accelerate", "bitsandbytes"),
     "serve": ("fastapi", "uvicorn", "nicegui", "prometheus_client"),
     "cluster": ("ray",),
     "inspect": ("inspect_ai",),
@@ -46,6 +46,8 @@ def main() -> None:
     except GattError as error:
         sys.exit(f"gatt: {' '.join(str(error).split())}")
     except ModuleNotFoundError as error:
+        if error.name == "unsloth":  # no extra brings it to a machine without a GPU
+            sys.exit("gatt: unsloth is not installed. `python3 scripts/demo.py` installs it.")
         extras = [extra for extra, names in _EXTRAS.items() if error.name in names]
         if not extras:
             raise

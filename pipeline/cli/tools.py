@@ -159,13 +159,14 @@ def push(
     run: Run = DEFAULT_RUN,
 ) -> None:
     """Upload a finished run with a model card. Example: gatt push me/my-model --run runs/demo"""
-    from pipeline.recipe_file import load_recipe
-    from pipeline.run_dir import RunDir
+    from pipeline.run import open_run, outdated_stages
     from pipeline.stages import push as stage
 
     if not (run / "recipe.toml").is_file():
         raise GattError(f"No run in {run} (no recipe.toml). `gatt run --run {run}` makes one.")
-    stage.run(load_recipe(run / "recipe.toml"), RunDir(run), repository)
+    recipe, run_dir = open_run(None, run)
+    run_dir.outdated = outdated_stages(recipe, run_dir)
+    stage.run(recipe, run_dir, repository)
 
 
 @app.command()

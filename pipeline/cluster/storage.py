@@ -43,8 +43,7 @@ def open_storage(place: str, name: str) -> Storage:
     import pyarrow.fs
 
     if "://" not in place:
-        folder = str(Path(place).expanduser().absolute())
-        return Storage(pyarrow.fs.LocalFileSystem(), folder, name)
+        return Storage(pyarrow.fs.LocalFileSystem(), _absolute(place), name)
     try:
         filesystem, folder = pyarrow.fs.FileSystem.from_uri(place)
         return Storage(filesystem, folder, name)
@@ -70,12 +69,13 @@ def choose_storage(checkpoints: Path, place: str) -> Storage:
         place: what the user has named, if anything.
 
     Raises:
-        GattError: it began with another one, or as `open_storage`.
+        GattError: it began with another one, nothing can be written there, or as `open_storage`.
     """
     record = checkpoints / _RECORD
+    place = _absolute(place)
     if record.is_file():
         saved: dict[str, str] = json.loads(record.read_text(encoding="utf-8"))
-        if place and place != saved["place"]:
+        if place and place != _absolute(saved["place"]):
             present = saved["place"] or str(checkpoints / _DEFAULT)
             raise GattError(
                 f"--storage {place}: this training keeps its checkpoints in {present}. Leave"
@@ -84,8 +84,27 @@ def choose_storage(checkpoints: Path, place: str) -> Storage:
         return open_storage(saved["place"] or str(checkpoints / _DEFAULT), saved["name"])
     name = f"gatt-{uuid.uuid4().hex[:12]}"
     storage = open_storage(place or str(checkpoints / _DEFAULT), name)
+    try:
+        storage.filesystem.create_dir(storage.path, recursive=True)
+    except OSError as error:
+        raise unusable(storage, error) from error
     write_json(record, {"place": place, "name": name})
     return storage
+
+
+def _absolute(place: str) -> str:
+    """Return a place as it is named from any folder; "" and URLs stay."""
+    if not place or "://" in place:
+        return place
+    return str(Path(place).expanduser().absolute())
+
+
+def unusable(storage: Storage, error: OSError) -> GattError:
+    """Return what a user is told about storage that cannot be written."""
+    return GattError(
+        f"Checkpoints cannot be written to {storage.folder} ({error}). Name another place with "
+        "--storage: a folder that all nodes see, or a URL such as s3://bucket/folder."
+    )
 
 
 def is_used(checkpoints: Path) -> bool:

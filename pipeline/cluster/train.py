@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.cluster.session import current_cluster
+from pipeline.cluster.storage import unusable
 from pipeline.console import log
 from pipeline.errors import GattError
 from pipeline.system import is_main_process
@@ -141,10 +142,7 @@ def _trainer(config: dict[str, Any], storage: Storage, scaling: ScalingConfig) -
             ),
         )
     except OSError as error:
-        raise GattError(
-            f"Checkpoints cannot be written to {storage.folder} ({error}). Name another place with "
-            "--storage: a folder that all nodes see, or a URL such as s3://bucket/folder."
-        ) from error
+        raise unusable(storage, error) from error
 
 
 def _scaling(batch: int) -> ScalingConfig:

@@ -181,6 +181,8 @@ def _parse_chat(row: Row, notes: Counter[str]) -> Chat:
         UnusableRowError: no such answer, or a message that is neither text nor of the three roles.
     """
     messages = parse_messages(row, chat_column(row), notes)
+    if not any(message.side == "system" and (message.text or "").strip() for message in messages):
+        messages = [*_row_system(row, notes), *messages]
     _require_answers_between(messages, row)
     if any(message.side == "other" or message.calls_tool for message in messages):
         raise UnusableRowError("with tools or other roles")
@@ -201,6 +203,13 @@ def _parse_chat(row: Row, notes: Counter[str]) -> Chat:
     answers = zip(messages[:length], weights, strict=False)
     answer_weights = tuple(weight for message, weight in answers if message.side == "assistant")
     return Chat(chat, answer_weights, row.place)
+
+
+def _row_system(row: Row, notes: Counter[str]) -> Iterator[ParsedMessage]:
+    """Yield the system message that a row has in a column of its own, if any."""
+    system = row.value.get("system") if isinstance(row.value, dict) else None
+    if isinstance(system, str) and system.strip():
+        yield ParsedMessage("system", clean(system, notes), {})
 
 
 def _chat_messages(messages: Sequence[ParsedMessage], row: Row) -> Iterator[Message]:

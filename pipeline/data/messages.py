@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from pipeline.data.text_files import CHAT_COLUMNS, Row
+from pipeline.data.text_files import CHAT_COLUMNS, USER_ROLES, Row
 from pipeline.errors import GattError
 from pipeline.files import without_surrogates
 
@@ -17,7 +17,7 @@ Side = Literal["system", "user", "assistant", "other"]
 """Whose a message is; "other" is a tool's, or of a role that is not known."""
 
 _SIDES: dict[str, Side] = {
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
+    **dict.fromkeys(USER_ROLES, "user"),
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(
         ("assistant", "gpt", "chatgpt", "gpt4", "gpt-4", "bing", "bard", "claude", "gemini"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -36,7 +36,7 @@ def read_rows(source: str) -> Iterator[Row]:
     """
     path = _local_path(source)
     if path is None:
-        return _dataset_rows(source, source)
+        return _dataset_rows(source, partial(_load_dataset, source))
     if path.is_dir():
         return _folder_rows(path)
     if path.is_file():
@@ -108,11 +108,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 def _folder_rows(folder: Path) -> Iterator[Row]:
     """Yield the rows of the data files in a folder, or of a dataset saved with `save_to_disk`."""
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
-        import datasets
-
-        saved = datasets.load_from_disk(str(folder))
-        splits = {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
-        yield from _split_rows(splits, str(folder))
+        yield from _dataset_rows(str(folder), partial(_load_saved, folder))
         return
     with TemporaryDirectory() as scratch:
         name = str(folder)
@@ -124,15 +120,30 @@ def _folder_rows(folder: Path) -> Iterator[Row]:
                     link.parent.mkdir(parents=True, exist_ok=True)
                     link.symlink_to(file.resolve())
         # Streamed, because a copy in the cache could be that of an earlier state.
-        yield from _dataset_rows(str(folder), name, streaming=True)
+        yield from _dataset_rows(str(folder), partial(_load_dataset, name, streaming=True))
 
 
-def _dataset_rows(source: str, name: str, *, streaming: bool = False) -> Iterator[Row]:
+def _load_dataset(name: str, *, streaming: bool = False) -> dict[str, datasets.Dataset]:
     import datasets
 
+    return dict(datasets.load_dataset(name, streaming=streaming))
+
+
+def _load_saved(folder: Path) -> dict[str, datasets.Dataset]:
+    import datasets
+
+    saved = datasets.load_from_disk(str(folder))
+    return {"train": saved} if isinstance(saved, datasets.Dataset) else dict(saved)
+
+
+def _dataset_rows(source: str, load: Callable[[], dict[str, datasets.Dataset]]) -> Iterator[Row]:
+    """Yield the rows of the training split of what `load` loads.
+
+    Raises:
+        GattError: it cannot be loaded, or a part of it cannot be read.
+    """
     try:
-        loaded = datasets.load_dataset(name, streaming=streaming)
-        yield from _split_rows(dict(loaded), source)
+        yield from _split_rows(load(), source)
     except GattError:
         raise
     except Exception as error:  # datasets raises a dozen classes, of several libraries

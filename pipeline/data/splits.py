@@ -40,7 +40,7 @@ def split_dialogues(recipe: Recipe) -> DialogueSplits:
     training = _without_copies(rest, validation)
     copies = len(dialogues) - len(held_out) - len(validation) - len(training)
     if not evaluation or not training:
-        same = f", {copies} copies of those" if copies else ""
+        same = f", {copies} begin as one of those" if copies else ""
         raise GattError(
             f"{source} has {len(dialogues)} dialogues with {_messages(dialogues)} user turns, of "
             f"which {count} evaluation dialogues of {turns} turns take {len(held_out)}{same}: too "
@@ -54,8 +54,8 @@ def split_dialogues(recipe: Recipe) -> DialogueSplits:
         )
     if copies:
         log(
-            f"{recipe.dialogues.source}: {copies} dialogues are not trained on, because their "
-            "turns are those of one for evaluation or validation."
+            f"{recipe.dialogues.source}: {copies} dialogues are not trained on, because they "
+            "begin as one for evaluation or validation."
         )
     pieces = _pieces(training, recipe.dialogues.turns, recipe.dialogues.train)
     return DialogueSplits(pieces, validation, evaluation)
@@ -98,9 +98,19 @@ def _messages(dialogues: list[Dialogue]) -> int:
 
 
 def _without_copies(dialogues: list[Dialogue], held_out: list[Dialogue]) -> list[Dialogue]:
-    """Return the dialogues that are not held out, nor have the same turns as one that is."""
-    turns = {dialogue.turns for dialogue in held_out}
-    return [dialogue for dialogue in dialogues if dialogue.turns not in turns]
+    """Return the dialogues that are not held out, nor begin as one that is.
+
+    Two dialogues begin alike if their first two user turns are equal, or the only one of either.
+    Sources have several rows of one conversation: up to each of its answers, or with other answers.
+    """
+    firsts = {dialogue.turns[:1] for dialogue in held_out}
+    beginnings = {dialogue.turns[:2] for dialogue in held_out}
+    return [
+        dialogue
+        for dialogue in dialogues
+        if dialogue.turns[:1] not in beginnings
+        and dialogue.turns[:2] not in (firsts if len(dialogue.turns) == 1 else beginnings)
+    ]
 
 
 def _pieces(dialogues: list[Dialogue], turns: int, count: int) -> list[Dialogue]:

@@ -10,7 +10,7 @@ import json
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +20,8 @@ from pipeline.files import decode_text, not_utf8
 
 CHAT_COLUMNS = ("messages", "conversations", "conversation")
 """Columns that hold the messages of a chat."""
+USER_ROLES = ("user", "human", "prompter")
+"""Roles of the user, in lower case."""
 _LIST_KEYS = ("data", "rows", "train", "dialogues", "conversations", "examples", "items")
 """Keys under which an object holds the list of rows, the likeliest first."""
 _MESSAGE_KEYS = {"role", "from", "content", "value"}
@@ -151,7 +153,9 @@ def _row_list(document: object, path: Path) -> Sequence[object] | None:
     lists = {key: value for key, value in document.items() if isinstance(value, list)}
     for key in ("turns", *CHAT_COLUMNS):
         items = lists.get(key)
-        if items and (_is_message(items[0]) or not isinstance(items[0], dict | list)):
+        if items and (_is_message(items[0]) or _is_exchange(items[0])):
+            return None
+        if items and not isinstance(items[0], dict | list):
             return None
     candidates = [key for key in _LIST_KEYS if key in lists] or list(lists)
     if "turns" in document or not candidates:
@@ -167,15 +171,27 @@ def _row_list(document: object, path: Path) -> Sequence[object] | None:
 def _is_message(item: object) -> bool:
     """Return whether `item` is a message, as an object or as a pair of texts."""
     if isinstance(item, dict):
-        return not _MESSAGE_KEYS.isdisjoint(item)
+        return not (_MESSAGE_KEYS.isdisjoint(item) or _has_chat(item))
     return isinstance(item, list) and len(item) == 2 and all(isinstance(i, str) for i in item)
+
+
+def _is_exchange(item: object) -> bool:
+    """Return whether `item` is what the user says and the answer: {"user": ..., ...}."""
+    if not isinstance(item, dict) or _has_chat(item):
+        return False
+    return any(str(key).lower() in USER_ROLES for key in item)
+
+
+def _has_chat(item: Mapping[str, object]) -> bool:
+    """Return whether an object is a row, whatever other columns it has."""
+    return any(column in item for column in ("turns", *CHAT_COLUMNS))
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
     """Yield the rows of a table in text form; cells are texts, some of them JSON."""
     csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
     lines = _lines(path)
-    header = next(lines, "")
+    header = next((line for line in lines if line.strip()), "")
     delimiter = max("\t,;", key=header.count)
     reader = csv.DictReader(chain([header], lines), delimiter=delimiter)
     try:

@@ -101,6 +101,7 @@ def _load(folder: Path, adapter: Path | None, *, in_4bit: bool) -> torch.nn.Modu
     import torch
     import transformers
 
+    threads = torch.get_num_threads()
     network = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
     )
@@ -112,6 +113,7 @@ def _load(folder: Path, adapter: Path | None, *, in_4bit: bool) -> torch.nn.Modu
                 rounded = nf4_round_trip(module.weight.detach().numpy())
                 module.weight.data = torch.from_numpy(rounded)
         network = peft.PeftModel.from_pretrained(network, str(adapter))
+    torch.set_num_threads(threads)  # `nf4_round_trip` sets one, also in the export of this run
     return network.eval()
 
 

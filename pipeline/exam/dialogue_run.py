@@ -124,7 +124,7 @@ class DialogueRun:
             for key, r in run.done.items()
             if (key.arm, key.dialogue) == (arm.name, task.id) and not key.recall_attribute
         ]
-        self._dropped = max((r.dropped for r in earlier), default=0)
+        self._dropped = {r.reply.turn: r.dropped for r in earlier}
         self._full_turns = sum(r.is_full for r in earlier)
         self._turn = Turn(0)
         self._added: tuple[str, ...] = ()
@@ -177,7 +177,9 @@ class DialogueRun:
 
     def _answer(self, request: Request) -> Generator[Request, Completion, Completion]:
         """Ask with as many of the messages as fit; the generator returns the completion."""
-        dropped, policy = self._dropped, self._settings.window
+        # Of a longer exam in the same log, later turns are there, too.
+        before = (n for turn, n in self._dropped.items() if turn < self._turn.number)
+        dropped, policy = max(before, default=0), self._settings.window
         completion = Completion("", 0, 0, "context")
         start = self._run.time.start()
         try:
@@ -193,7 +195,7 @@ class DialogueRun:
             self._seconds = self._run.time.end(start)
         self._sent_dropped = 0 if left is None else dropped
         if not self._turn.recall:  # a question about an attribute leaves no trace
-            self._dropped = self._sent_dropped or self._dropped
+            self._dropped[self._turn.number] = self._sent_dropped
         sent = [self._added[n] for n in left or ()]
         self._reminder_tokens = sum(self._run.count_tokens(text) for text in sent if text)
         return completion

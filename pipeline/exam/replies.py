@@ -58,7 +58,7 @@ def turns_to_answer(task: ExamTask, max_turns: int) -> list[Turn]:
 
 
 class Generated(NamedTuple):
-    """All replies, the name of the model as its server calls it, and what the server refused.
+    """All replies by arm, the name of the model as its server calls it, and what it refused.
 
     `versions` of gatt have made and checked the replies.
     """
@@ -91,6 +91,8 @@ def generate(plan: ExamPlan, log_file: Path) -> Generated:
                 versions.append(__version__)
             name, notes = run.run()
     chosen = [r for key, r in done.items() if key.dialogue in ids and _is_planned(key, plan)]
+    order = [arm.name for arm in plan.arms]
+    chosen.sort(key=lambda r: order.index(r.reply.arm))
     return Generated(chosen, name, notes, list(dict.fromkeys(versions)))
 
 

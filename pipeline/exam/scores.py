@@ -70,11 +70,11 @@ class _Row:
 
 
 def score_arms(replies: Sequence[ExamReply], tasks: Sequence[ExamTask]) -> tuple[ArmResult, ...]:
-    """Return the numbers of each arm."""
+    """Return the numbers of each arm, in the order in which the replies name them."""
     by_id = {task.id: task for task in tasks}
-    arms: dict[str, list[ExamReply]] = {}
-    for row in sorted(replies, key=lambda r: ReplyKey.of(r.reply)[1:]):
-        arms.setdefault(row.reply.arm, []).append(row)
+    arms: dict[str, list[ExamReply]] = {row.reply.arm: [] for row in replies}
+    for row in sorted(replies, key=lambda r: ReplyKey.of(r.reply)):
+        arms[row.reply.arm].append(row)
     return tuple(_score(name, rows, by_id) for name, rows in arms.items())
 
 

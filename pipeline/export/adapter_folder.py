@@ -13,6 +13,7 @@ from pipeline.errors import GattError
 from pipeline.files import write_json, write_text
 from pipeline.gguf.huggingface.chat_template import read_chat_template
 from pipeline.gguf.huggingface.config import require_object, text_part
+from pipeline.gguf.huggingface.model_card import checkpoint_name
 from pipeline.gguf.lora.settings import CONFIG, WEIGHTS, LoraSettings
 from pipeline.gguf.lora.weights import read_adapter, text_tensors
 from pipeline.hub.convert import cached_checkpoint
@@ -67,7 +68,7 @@ def with_adapters_tokenizer(model: Model, adapter: Path, scratch: Path) -> Model
             f"export: the chat template is the one in {adapter}, with which the adapter was "
             f"trained; {model.name} has {'another one' if base_template else 'none'}."
         )
-    folder = scratch / ((model.path.is_dir() and model.path.name) or model.name)
+    folder = scratch / (model.name if model.is_gguf else checkpoint_name(model.path))
     _link_checkpoint(checkpoint, folder, adapter if added else None)
     if end and not added:
         settings = require_object(checkpoint / "tokenizer_config.json")
@@ -95,9 +96,17 @@ def for_text_model(adapter: Path, scratch: Path) -> Path:
     folder = scratch / "text-adapter"
     folder.mkdir()
     save_file(text, folder / WEIGHTS)
-    modules = sorted(read_adapter(adapter).deltas)
+    lora = read_adapter(adapter)
     names = dict.fromkeys(("exclude_modules", "layers_to_transform", "layers_pattern"))
-    settings = {**require_object(adapter / CONFIG), **names, "target_modules": modules}
+    # Patterns of ranks and alphas may name the text model, too.
+    root = 0.5 if lora.settings.rslora else 1
+    settings = {
+        **require_object(adapter / CONFIG),
+        **names,
+        "target_modules": sorted(lora.deltas),
+        "rank_pattern": {module: delta.rank for module, delta in lora.deltas.items()},
+        "alpha_pattern": {m: delta.scale * delta.rank**root for m, delta in lora.deltas.items()},
+    }
     write_json(folder / CONFIG, settings)
     return folder
 

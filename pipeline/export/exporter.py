@@ -6,6 +6,7 @@ pipeline/gguf/merge.py."""
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from pipeline.export.lm_studio import link_for_lm_studio
 from pipeline.export.modelfile import write_modelfiles
 from pipeline.export.summary import MIN_RETAINED, ExportSummary, FormatSummary
 from pipeline.export.verify import load_and_predict, max_kl, require_close, verify_file
-from pipeline.export.writer import ExportWriter, WrittenFile, write_by_converter
+from pipeline.export.writer import COMPANIONS, ExportWriter, WrittenFile, write_by_converter
 from pipeline.gguf.base import Array
 from pipeline.gguf.reader import read_gguf
 from pipeline.hub.convert import cached_checkpoint, cached_gguf
@@ -48,6 +49,8 @@ def export(job: ExportJob, converter: Path | None = None) -> ExportSummary:
     if converter and not converter.is_file():
         raise GattError(f"No converter at {converter}. Expected llama.cpp's convert_hf_to_gguf.py.")
     job.folder.mkdir(parents=True, exist_ok=True)
+    for left_over in job.folder.glob(".export-*"):  # of a process that was killed
+        shutil.rmtree(left_over, ignore_errors=True)
     with tempfile.TemporaryDirectory(dir=job.folder, prefix=".export-") as name:
         scratch = Path(name)
         if converter:
@@ -61,11 +64,14 @@ def export(job: ExportJob, converter: Path | None = None) -> ExportSummary:
         kl_adapter = _verify_adapter(job, scratch / "adapter.gguf")
         for path in (*(file.path for file in written.by_format.values()), *written.companions):
             path.replace(job.folder / path.name)
+    if (job.folder / "export.json").exists():  # otherwise they are a user's own
+        for name in {*COMPANIONS} - {path.name for path in written.companions}:
+            (job.folder / name).unlink(missing_ok=True)
     files = [job.file(format_name) for format_name in formats]
     if not converter or read_gguf(files[0]).chat_template:  # a user's own script may write none
         write_modelfiles(files, job.temperature, job.system)
-        for file in files:
-            link_for_lm_studio(file)
+        for format_name, file in zip(formats, files, strict=True):
+            link_for_lm_studio(file, f"{job.name or job.stem}-{format_name}")
     summary = ExportSummary(
         merge_base=written.merge_base,
         merge_trials=written.trials,
@@ -89,8 +95,11 @@ def predict_reference(
     """Return what the model predicts in transformers; None where it does not fit in memory."""
     folder = cached_checkpoint(model)
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if 3 * size > available_memory():  # float32 of bfloat16, and activations
-        log("export: too little memory for the model in float32; predictions are not compared.")
+    # In 4 bits the weights are rounded one by one. Otherwise: float32 of bfloat16, and activations.
+    needed = size if load_in_4bit else 3 * size
+    if needed > available_memory():
+        precision = "4 bits" if load_in_4bit else "float32"
+        log(f"export: too little memory for the model in {precision}; predictions not compared.")
         return None
     with capture_output(cache_path("export.log")):
         template = template_of(tokenizer)
@@ -143,7 +152,7 @@ def _log_summary(job: ExportJob, summary: ExportSummary) -> None:
     for merge_base, trial in summary.merge_trials.items():
         log(
             f"export: merged into {merge_base}, {trial.kl_trained:.4f} nats a token from the "
-            f"trained model, {trial.nll:.4f} nats a token for the run's dialogues"
+            f"trained model, {trial.nll:.4f} nats a token for {job.dataset}"
         )
     for format_name, row in summary.formats.items():
         parts = [f"{row.bytes / 1e6:.0f} MB"]

@@ -18,9 +18,10 @@ class ExportJob:
     """What is exported to where: `folder/STEM-FORMAT.gguf`.
 
     `base` is the model before it got the tokenizer of its adapter, None for `model` itself.
-    `dialogues` are read for an importance matrix. `reference` holds the logits of the trained
-    model, if they are known; its base was in 4 bits if `trained_in_4bit`. `metadata` is what the
-    files say about themselves; `system` and `temperature` go into the Modelfile."""
+    `dialogues` are read for an importance matrix; `dataset` is what files and messages call them.
+    `reference` holds the logits of the trained model, if they are known; its base was in 4 bits if
+    `trained_in_4bit`. `metadata` is what the files say about themselves; `system` and `temperature`
+    go into the Modelfile. LM Studio shows `name`, or else the stem."""
 
     model: Model
     adapter: Path | None
@@ -34,6 +35,8 @@ class ExportJob:
     metadata: Metadata = field(default_factory=dict)
     system: str = ""
     temperature: float = 0.7
+    dataset: str = "the run's dialogues"
+    name: str = ""
 
     @property
     def plain_base(self) -> Model:

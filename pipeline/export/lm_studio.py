@@ -8,9 +8,9 @@ from pathlib import Path
 from pipeline.console import log
 
 
-def link_for_lm_studio(file: Path) -> None:
+def link_for_lm_studio(file: Path, model: str) -> None:
     """Hard-link `file` as `lmstudio/PUBLISHER/MODEL/FILE`, as in LM Studio's models folder."""
-    target = file.parent / "lmstudio" / "gatt" / file.stem / file.name
+    target = file.parent / "lmstudio" / "gatt" / model / file.name
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:

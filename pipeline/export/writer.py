@@ -22,6 +22,7 @@ from pipeline.export.verify import load_and_predict
 from pipeline.gguf.adapter import missing_from_gguf, write_adapter
 from pipeline.gguf.base import Array
 from pipeline.gguf.formats import UNIFORM_FORMATS, KeyValue, quantize
+from pipeline.gguf.huggingface.model_card import checkpoint_name
 from pipeline.gguf.imatrix import ImportanceMatrix
 from pipeline.gguf.merge import file_size, open_base, plan_merge, write, write_skeleton
 from pipeline.gguf.reader import open_gguf
@@ -33,6 +34,9 @@ from pipeline.inference.llama.model import Adapter
 from pipeline.inference.logits import Logits, mean_kl, mean_nll
 from pipeline.system import require_disk
 from pipeline.training.unsloth import load_tokenizer, nf4_round_trip
+
+COMPANIONS = ("adapter.gguf", "imatrix.gguf")
+"""Names of the files without a format that an export may have."""
 
 
 class WrittenFile(NamedTuple):
@@ -67,7 +71,8 @@ def write_by_converter(job: ExportJob, converter: Path, scratch: Path) -> Writte
         GattError: the adapter does not fit, or the converter failed.
     """
     imatrix = scratch / "imatrix.gguf"
-    checkpoint = scratch / "merged" / job.model.path.name  # which the converter names the file by
+    # The converter names the file by the folder.
+    checkpoint = scratch / "merged" / checkpoint_name(job.model.path)
     checkpoint.mkdir(parents=True)
     write_merged(job.model, job.adapter, checkpoint)
     names = job.settings.formats
@@ -82,7 +87,7 @@ def write_by_converter(job: ExportJob, converter: Path, scratch: Path) -> Writte
     importance = None
     if quantized:
         importance = _measure_importance(job, source, None, _template_of(source))
-        importance.save(imatrix, "the run's dialogues")
+        importance.save(imatrix, job.dataset)
         for name in quantized:
             quantize(source, paths[name], name, importance)
     adapter = scratch / "adapter.gguf"
@@ -123,7 +128,7 @@ def _template_of(file: Path) -> ChatTemplate:
 def _measure_importance(
     job: ExportJob, source: Path, adapter: Path | None, template: ChatTemplate
 ) -> ImportanceMatrix:
-    """Measure the importance matrix of a GGUF with an adapter, on the run's dialogues."""
+    """Measure the importance matrix of a GGUF with an adapter, on the job's dialogues."""
     max_tokens = job.settings.imatrix_tokens
     texts = (template.render(messages, add_generation_prompt=False) for messages in job.dialogues)
     applied = Adapter(adapter) if adapter else None
@@ -150,10 +155,10 @@ class ExportWriter:
         if job.adapter and (reason := missing_from_gguf(job.adapter)):
             log(f"export: no adapter.gguf. The adapter {reason}.")
         elif job.adapter:
-            write_adapter(open_base(job.model.path), job.adapter, adapter)
+            write_adapter(open_base(job.model.path), job.adapter, adapter, job.metadata)
         if any(name not in UNIFORM_FORMATS for name in job.settings.formats):
             self._importance = self._measure_importance(adapter)
-            self._importance.save(imatrix, "the run's dialogues")
+            self._importance.save(imatrix, job.dataset)
         vocabulary = self._scratch / "vocabulary.gguf"
         if job.settings.verify_tokenizer:
             tokenizer = load_tokenizer(cached_checkpoint(job.model))
@@ -187,7 +192,7 @@ class ExportWriter:
         return _measure_importance(job, source, adapter if adapter.exists() else None, template)
 
     def _merge_best(self) -> WrittenFiles:
-        """Merge as the settings say, or in the way that makes the run's dialogues more likely.
+        """Merge as the settings say, or in the way that makes the job's dialogues more likely.
 
         Not in the way that is closer to the trained model: that is the merge into 4-bit weights,
         which also inherits their quantization error.
@@ -196,6 +201,11 @@ class ExportWriter:
         if self._job.settings.merge_base != "auto" or not self._job.adapter or not reference:
             base = self._job.settings.merge_base
             chosen: MergeBase = "fp16" if base == "auto" else base
+            if base == "auto" and self._job.adapter:
+                log(
+                    "export: merged into fp16; nf4 is not tried without the predictions of the "
+                    "trained model."
+                )
             return WrittenFiles(merge_base=chosen, by_format=self._merge(chosen, formats))
         trial = self._merge("nf4", ("F16",))["F16"].path
         nf4 = load_and_predict(trial, (), reference.sequences).logits
@@ -230,7 +240,9 @@ class ExportWriter:
             keys=self._keys,
         )
         formats = {
-            folder / job.file(name).name: plan_format(plan, name, self._scratch, self._importance)
+            folder / job.file(name).name: plan_format(
+                plan, name, self._scratch, self._importance, job.dataset
+            )
             for name in names
         }
         sizes = [file_size(plan, file_format) for file_format in formats.values()]

@@ -274,10 +274,12 @@ def assign_evaluation(
         (dialogue, next(kind)) for dialogue, kind in zip(dialogues, cycle(kinds), strict=False)
     ]
     present = [entry for _, entry in assigned]
+    ids = {dialogue.id for dialogue in dialogues}
     copies = (
-        replace(dialogue, id=f"{dialogue.id}.{number}")
+        replace(dialogue, id=name)
         for number in count(2)
         for dialogue in dialogues
+        if (name := f"{dialogue.id}.{number}") not in ids
     )
     if dialogues:
         left = [entry for entry in custom if entry not in present]

@@ -203,6 +203,17 @@ def read_split(path: Path, split: str) -> list[AssignedDialogue]:
     return read_splits(path)[split]
 
 
+def held_out_turns(path: Path) -> set[str]:
+    """Return the user turns of all dialogues for validation and evaluation.
+
+    Raises:
+        GattError: as `read_splits`.
+    """
+    splits = read_splits(path)
+    held_out = (*splits["validation"], *splits["evaluation"])
+    return {turn for assigned in held_out for turn in assigned.dialogue.turns}
+
+
 def check_files(path: Path) -> list[Path]:
     """Return the Python files of the users' functions that check answers, out of a file of splits.
 

@@ -14,9 +14,19 @@ import numpy as np
 
 from pipeline.errors import GattError
 from pipeline.files import whole_file
-from pipeline.gguf.base import CUT_TO_TOKENS, Array, Base, Tensor, column_order, row_order
+from pipeline.gguf.base import (
+    CUT_TO_TOKENS,
+    Array,
+    Base,
+    Metadata,
+    Tensor,
+    column_order,
+    row_order,
+)
+from pipeline.gguf.huggingface.model_card import read_metadata
 from pipeline.gguf.huggingface.stored import gguf_rows
 from pipeline.gguf.lora.delta import Delta, Replacement
+from pipeline.gguf.lora.settings import ADVICE
 from pipeline.gguf.lora.weights import LoraAdapter, read_adapter
 
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
@@ -76,6 +86,11 @@ def _namer(base: Base, present: Container[str]) -> Callable[[str], str]:
         name = str(names.get_name(key, try_suffixes=(".weight", ".bias")))
         if key == "lm_head.weight":
             return _OUTPUT  # Gemma 2 has no name for it
+        if name not in present and ".experts." in key:
+            raise GattError(
+                f"The adapter changes {key.removesuffix('.weight')}, one of the experts of "
+                f"{base.name}, which cannot be merged one by one. {ADVICE}"
+            )
         if name not in present:
             raise GattError(
                 f"The adapter changes {key.removesuffix('.weight')}, which {base.name} "
@@ -172,8 +187,11 @@ def missing_from_gguf(folder: Path) -> str:
     return ""
 
 
-def write_adapter(base: Base, folder: Path, target: Path) -> None:
+def write_adapter(base: Base, folder: Path, target: Path, metadata: Metadata | None = None) -> None:
     """Write the adapter alone as a GGUF in F32, which llama.cpp applies to the base's own file.
+
+    `metadata` replaces what the folder's model card says. The base in that card is left out, as it
+    may be a path on this machine.
 
     Raises:
         GattError: as `read_adapter` and `apply_adapter`, or it is more than llama.cpp can apply.
@@ -193,10 +211,14 @@ def write_adapter(base: Base, folder: Path, target: Path) -> None:
             writer.add_tensor(f"{name}.lora_a", a)
             scaled = b * np.float32(alpha / alphas[0])
             writer.add_tensor(f"{name}.lora_b", np.ascontiguousarray(scaled))
-        metadata = gguf.Metadata.load(None, folder, None, writer.get_total_parameter_count()[0])
-        metadata.name = metadata.name or folder.name
+        card = read_metadata(folder, writer.get_total_parameter_count()[0])
+        card.base_models = None
+        tags = [tag for tag in card.tags or () if not str(tag).startswith("base_model:")]
+        card.tags = tags or None
+        for key, value in (metadata or {}).items():
+            setattr(card, key, value)
         writer.add_type(gguf.GGUFType.ADAPTER)
-        metadata.set_gguf_meta_model(writer)
+        card.set_gguf_meta_model(writer)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alphas[0])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)

@@ -33,6 +33,7 @@ from pipeline.gguf.huggingface.keys import (
     parts_of,
     text_model_key,
 )
+from pipeline.gguf.huggingface.model_card import checkpoint_name, read_metadata
 from pipeline.gguf.huggingface.rope_factors import extra_tensors
 from pipeline.gguf.huggingface.safetensors import (
     GGML_TYPES,
@@ -61,7 +62,7 @@ class CheckpointBase:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.name = folder, folder.name
+        self.folder, self.name = folder, checkpoint_name(folder)
         config = require_object(folder / "config.json")
         self.quantization = quantization_method(folder, config)
         refuse_quantized(folder, self.quantization)
@@ -99,8 +100,7 @@ class CheckpointBase:
         import gguf
 
         total, *sizes = writer.get_total_parameter_count()
-        merged = gguf.Metadata.load(None, self.folder, None, total)
-        merged.name = merged.name or self.folder.name
+        merged = read_metadata(self.folder, total)
         merged.size_label = merged.size_label or (
             gguf.size_label(total, *sizes) if total > 0 else None
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -91,6 +91,16 @@ def file_type(format_name: str) -> int:
             "Use llama.cpp's names, such as F16, Q8_0, Q5_K_M or Q4_K_M."
         )
     return int(number)
+
+
+def require_formats(names: Iterable[str]) -> None:
+    """Check that llama.cpp has some formats, before any work is done.
+
+    Raises:
+        GattError: as `file_type`.
+    """
+    for name in names:
+        file_type(name)
 
 
 def quantize(

@@ -275,11 +275,6 @@ def _as_trained(plan: MergePlan, tensor: Tensor) -> Tensor:
         return Tensor(tensor.name, tensor.shape, lambda first, last: residual[first:last])
     if plan.nf4_round_trip is None or not _LINEAR.fullmatch(tensor.name):
         return tensor
-    if len(tensor.shape) > 2:
-        raise GattError(
-            f"{tensor.name}: experts cannot be rounded to 4 bits as in training. "
-            'Set export.merge_base = "fp16".'
-        )
     order = row_order(base, tensor.name, tensor.rows)
     rounded = _in_order(_as_read(base, tensor), order, columns, plan.nf4_round_trip)
     return Tensor(tensor.name, tensor.shape, lambda first, last: rounded[first:last])

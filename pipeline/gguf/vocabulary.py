@@ -229,12 +229,16 @@ class Vocabulary:
         return pieces
 
     def _added(self) -> list[_AddedToken]:
-        """Return the added tokens; of several with one id the last counts."""
+        """Return the added tokens; of several with one id the last counts.
+
+        transformers 5 saves those of a fast tokenizer in `tokenizer.json` alone.
+        """
         older = read_object(self._folder / "added_tokens.json")
         tokens = [_AddedToken(int(id), text, special=False) for text, id in older.items()]
-        for id, token in self._settings.get("added_tokens_decoder", {}).items():
+        decoder = self._settings.get("added_tokens_decoder") or {}
+        for id, token in decoder.items():
             tokens.append(_AddedToken(int(id), token["content"], bool(token.get("special"))))
-        if self._architecture == "phi3":
+        if self._architecture == "phi3" or not decoder:
             for token in self._tokenizer.get("added_tokens", ()):
                 special = bool(token["special"])
                 tokens.append(_AddedToken(int(token["id"]), token["content"], special))

@@ -15,6 +15,7 @@ from pipeline.gguf.adapter import missing_from_gguf, write_adapter
 from pipeline.gguf.checkpoint_writer import write_checkpoint
 from pipeline.gguf.formats import uniform_format
 from pipeline.gguf.huggingface.config import require_object
+from pipeline.gguf.huggingface.model_card import checkpoint_name
 from pipeline.gguf.huggingface.safetensors import open_safetensors, shards
 from pipeline.gguf.merge import open_base, plan_merge, write
 from pipeline.hub.convert import cached_checkpoint
@@ -54,7 +55,7 @@ def write_merged_gguf(base: Path, adapter: Path, target: Path) -> None:
         return
     text = cached_checkpoint(Model(base.name, base))
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        checkpoint = write_merged_checkpoint(text, adapter, Path(scratch) / base.name)
+        checkpoint = write_merged_checkpoint(text, adapter, Path(scratch) / checkpoint_name(base))
         convert(converter, checkpoint, target, "Q8_0")
 
 

@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from pipeline.console import log
 from pipeline.files import sha256, whole_file, write_json
 from pipeline.folders import lock_file
+from pipeline.gguf.base import Metadata
 from pipeline.gguf.checkpoint import CheckpointBase, needs_text_checkpoint
 from pipeline.gguf.formats import (
     UNIFORM_FORMATS,
@@ -26,6 +27,7 @@ from pipeline.gguf.formats import (
     uniform_format,
 )
 from pipeline.gguf.gguf_base import GgufBase
+from pipeline.gguf.huggingface.model_card import checkpoint_name
 from pipeline.gguf.imatrix import ImportanceMatrix
 from pipeline.gguf.merge import MergePlan, file_size, plan_merge, write, write_skeleton
 from pipeline.gguf.reader import open_gguf
@@ -35,7 +37,7 @@ from pipeline.hub.models import Model, require_chat_template
 from pipeline.hub.text_checkpoint import TextModel, read_text_model, write_text_checkpoint
 from pipeline.system import cache_path, require_disk
 
-_CONVERSION = 9
+_CONVERSION = 10
 """Version of the conversion, part of the names in the cache: raise it with every change."""
 
 
@@ -81,7 +83,8 @@ def _convert_folder(converter: Path, model: Model, format_name: str, target: Pat
     if format_name == "F16":
         require_disk(target.parent, model.bytes, f"convert {model.name}")
         log(f"{model.name}: converted by llama.cpp's own converter, once.")
-        convert(converter, cached_checkpoint(model), target, "F16")
+        about: Metadata = {"name": checkpoint_name(model.path)}
+        convert(converter, cached_checkpoint(model), target, "F16", about)
     else:
         quantize(cached_gguf(model, "F16"), target, format_name)
 
@@ -101,12 +104,16 @@ def write_formats(model: Model, adapter: Path | None, targets: dict[str, Path]) 
 
 
 def plan_format(
-    plan: MergePlan, name: str, scratch: Path, importance: ImportanceMatrix | None = None
+    plan: MergePlan,
+    name: str,
+    scratch: Path,
+    importance: ImportanceMatrix | None = None,
+    dataset: str = "",
 ) -> Format:
     """Return how llama.cpp would store the tensors of `plan` in the format `name`.
 
     llama.cpp decides this from the tensors' shapes, for which `scratch` receives a GGUF without
-    weights, and from whether there is an importance matrix.
+    weights, and from whether there is an importance matrix, which was measured on `dataset`.
 
     Raises:
         GattError: no such format.
@@ -122,7 +129,7 @@ def plan_format(
     by_tensor = importance.by_tensor()
     keys: dict[str, KeyValue] = {
         "quantize.imatrix.file": "imatrix.gguf",
-        "quantize.imatrix.dataset": "the run's dialogues",
+        "quantize.imatrix.dataset": dataset,
         "quantize.imatrix.entries_count": len(by_tensor),
         "quantize.imatrix.chunks_count": importance.chunks,
     }

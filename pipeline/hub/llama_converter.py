@@ -33,7 +33,7 @@ from pipeline.gguf.huggingface.config import (
     read_object,
     require_object,
 )
-from pipeline.gguf.lora.settings import CONFIG
+from pipeline.gguf.lora.settings import CONFIG, WEIGHTS
 from pipeline.gguf.lora.weights import read_adapter
 from pipeline.gguf.reader import read_gguf
 from pipeline.gguf.vocabulary import name_of_pre_tokenizer
@@ -196,7 +196,13 @@ def convert_adapter(converter: Path, checkpoint: Path, folder: Path, target: Pat
         raise GattError(f"{_LORA_SCRIPT} knows no rsLoRA and no scales of single modules.")
     script = converter.with_name(_LORA_SCRIPT)
     options = ["--base", str(checkpoint), "--outtype", "f32"]
-    _run(script, folder, target, *options)
+    with tempfile.TemporaryDirectory() as scratch:
+        # Without the model card, where PEFT names the base by its path on this machine.
+        adapter = Path(scratch) / folder.resolve().name
+        adapter.mkdir()
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(folder / name, adapter / name)
+        _run(script, adapter, target, *options)
     written = read_gguf(target)
     count = sum(tensor.name.endswith(".lora_a") for tensor in written.tensors)
     if written.field("general.type") != "adapter" or count < len(lora.deltas):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -28,6 +30,8 @@ from pipeline.hub.text_checkpoint import read_text_model, require_text_index, te
 
 _WITHOUT_WEIGHTS = ("*.json", "*.jinja", "tokenizer.model", "README.md")
 """Files to download first: configuration, tokenizer, chat template, and the license in the card."""
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,20 +180,37 @@ def _check_without_weights(folder: Path) -> None:
 @cache
 def _download(name: str, repository: str, *, weights: bool) -> Model:
     """Download a Hub repository: first the small files, then the safetensors."""
+    folder = _snapshot(repository, _WITHOUT_WEIGHTS)
+    _check_without_weights(folder)
+    if weights:
+        _snapshot(repository, (*_WITHOUT_WEIGHTS, "model*.safetensors"))
+    return Model(name, folder, repository)
+
+
+def _snapshot(repository: str, patterns: Sequence[str]) -> Path:
+    """Download the files of a Hub repository that match, and return their folder.
+
+    Raises:
+        GattError: the Hub cannot be reached, or refuses.
+        OSError: the disk is full.
+    """
     import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
 
     try:
-        folder = huggingface_hub.snapshot_download(repository, allow_patterns=[*_WITHOUT_WEIGHTS])
-        _check_without_weights(Path(folder))
-        if weights:
-            patterns = [*_WITHOUT_WEIGHTS, "model*.safetensors"]
-            huggingface_hub.snapshot_download(repository, allow_patterns=patterns)
-    except GattError:
-        raise
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=[*patterns]))
     except Exception as error:  # several libraries raise many classes for network, login and 404
+        if getattr(error, "errno", None) in _DISK_FULL or "No space left on device" in str(error):
+            raise
+        advice = (
+            f"Accept the terms on https://huggingface.co/{repository}, and sign in with "
+            "`hf auth login`."
+            if isinstance(error, GatedRepoError)
+            else "Without a network, use the preset smollm2-135m, a GGUF file, or a Hugging Face "
+            "folder on this disk."
+        )
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise GattError(
-            f"Cannot download {repository} from the Hub ({type(error).__name__}). Without a "
-            "network, use the preset smollm2-135m, a GGUF file, or a Hugging Face folder on this "
-            "disk."
+            f"Cannot download {repository} from the Hub ({type(error).__name__}: {reason}). "
+            f"{advice}"
         ) from error
-    return Model(name, Path(folder), repository)

@@ -14,7 +14,7 @@ from pathlib import PurePath
 
 from pipeline.gatt.instructions import instruction_of
 from pipeline.recipe import Instructions, Recipe
-from pipeline.report.facts import chat_options
+from pipeline.report.facts import chat_options, public_name
 
 _MEANINGS = {
     r"tuned-(.+)\.gguf": r"the tuned model, \1",
@@ -102,7 +102,7 @@ def dataset_card(
         template_str=_template("dataset_card.md"),
         counts=dict(sorted(counts.items())),
         teacher=teacher,
-        source=recipe.dialogues.source,
+        source=public_name(recipe.dialogues.source),
         seed=recipe.seed,
     )
     return str(card)

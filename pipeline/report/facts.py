@@ -70,12 +70,15 @@ def _first_instruction(settings: Instructions) -> PoolEntry | None:
 
 def file_facts(recipe: Recipe, run_dir: RunDir) -> dict[str, str]:
     """Return the hashes of every stage's inputs, and the sizes of the exported files."""
-    facts = {}
+    facts: dict[str, str] = {}
     for stage in STAGES[:-1]:
         if manifest := run_dir.manifest(stage):
             for name, digest in manifest["inputs"].items():
                 kind = "commit" if len(digest) == _COMMIT_LENGTH else "sha256"
-                facts[f"{kind} of {Path(name).name}"] = digest[:16] or "not known"
+                key, short = f"{kind} of {Path(name).name}", digest[:16] or "not known"
+                # Files of one name: a user's dialogues.jsonl, and that of the run.
+                is_other = facts.get(key, short) != short
+                facts[f"{key} ({stage})" if is_other else key] = short
     for format_name in recipe.export.formats:
         file = run_dir.tuned(format_name)
         if file.is_file():

@@ -39,12 +39,17 @@ _MAX_POINTS = 40
 
 @rendered("adherence", "Share of the answers that keep the instruction, by turn")
 def adherence_curve(
-    layout: Layout, rows: Sequence[RateRow], turns: int, *, baked: bool = False
+    layout: Layout,
+    rows: Sequence[RateRow],
+    turns: int,
+    *,
+    baked: bool = False,
+    given: str = "the instruction is given in turn 1",
 ) -> Figure:
     """Draw the adherence of each arm by turn, with its 95 % interval; `rows` are `by_turn`.
 
     Of long dialogues, the points are means of several turns. A `baked` prompt is given to the
-    ceiling only.
+    ceiling only; otherwise the axis says what is `given`.
     """
     by_arm: dict[str, list[RateRow]] = {}
     for row in rows:
@@ -61,7 +66,7 @@ def adherence_curve(
         axes.text(0.5, 0.5, "No instruction has a check.", ha="center", transform=axes.transAxes)
     dialogues = count_text(max(row.n for row in by_arm[arm]) for arm in by_arm)
     means = f"means of {size} turns; " if size > 1 else ""
-    given = "the prompt is not given" if baked else "the instruction is given in turn 1"
+    given = "the prompt is not given" if baked else given
     note = f"turn ({dialogues}; {means}{given})"
     format_turns(axes, layout, turns, note)
     axes.set_ylabel("answers that keep the instruction")

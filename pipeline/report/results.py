@@ -45,7 +45,8 @@ class RunResults:
 
     `measured_dialogues` is the number of evaluation dialogues. `measured_formats` are those of the
     exported files whose present content was evaluated. `validation` has adherence by training step,
-    `attention` a map for base and one for tuned.
+    `attention` a map for base and one for tuned. The recipe has changed since
+    the `outdated` stages.
     """
 
     recipe: Recipe
@@ -61,6 +62,7 @@ class RunResults:
     attention: Mapping[str, AttentionMap] = field(default_factory=dict)
     dialogues: Sequence[ComparedDialogue] = ()
     conditions: Sequence[ConditionScores] = ()
+    outdated: Sequence[str] = ()
 
     @property
     def arms(self) -> list[str]:
@@ -84,8 +86,14 @@ class RunResults:
 
     @property
     def warning(self) -> str:
-        """Return why the figures are not to be cited, or are not those of the exported file."""
+        """Return why the figures are not to be cited, or are not those of file or recipe."""
         warnings = [shortened_warning(self.recipe.evaluate, self.measured_dialogues)]
+        if self.outdated:
+            stages = ", ".join(f"`gatt {name}`" for name in self.outdated)
+            warnings.append(
+                f"The recipe has changed since {stages}, so the settings shown may not be those of "
+                "the figures. `gatt run` brings the run up to date."
+            )
         if not (self.measured_formats or self.recipe.evaluate.adapter):
             warnings.append(
                 "The exported file is not the one that was measured. `gatt evaluate` measures it."
@@ -120,6 +128,7 @@ def read_results(recipe: Recipe, run_dir: RunDir) -> RunResults:
         attention=_read_attention(run_dir),
         dialogues=_read_dialogues(run_dir),
         conditions=_read_conditions(run_dir),
+        outdated=run_dir.outdated,
     )
 
 

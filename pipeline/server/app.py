@@ -192,8 +192,8 @@ async def _respond(
         raise from_engine(error) from error
     finally:
         # After an error of one, `gather` does not cancel the others.
-        for task in (disconnect, reading, *readers):
-            task.cancel()
+        for future in (*ends, *readers):
+            future.cancel()
 
 
 async def _read(answer: AnswerStream) -> Answer:

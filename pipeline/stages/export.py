@@ -15,6 +15,7 @@ from pipeline.export.job import ExportJob, model_metadata
 from pipeline.export.merged import require_merge_base
 from pipeline.export.merged import write_merged as write_merged_folder
 from pipeline.files import read_jsonl, write_json
+from pipeline.gguf.formats import require_formats
 from pipeline.gguf.huggingface.chat_template import read_chat_template
 from pipeline.gguf.lora.weights import read_adapter
 from pipeline.gguf.merge import plan_merge
@@ -24,6 +25,7 @@ from pipeline.hub.models import find_model, require_chat_template, shape_of
 from pipeline.inference.logits import Logits
 from pipeline.recipe import Export, Recipe
 from pipeline.records import Message
+from pipeline.report.facts import public_name
 from pipeline.run_dir import RunDir
 from pipeline.training.job import loads_in_4bit
 from pipeline.training.unsloth import load_tokenizer, nf4_round_trip
@@ -43,6 +45,7 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     """Write `export/tuned-FORMAT.gguf` for every format of the recipe, adapter, Modelfiles and
     `export.json`.
     """
+    require_formats(recipe.export.formats)
     model = find_model(recipe.model)
     in_4bit = loads_in_4bit(recipe.train, shape_of(recipe.model))
     require_merge_base(model, recipe.export, in_4bit=in_4bit)
@@ -58,9 +61,10 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         dialogues=[row["messages"] for _, row in read_jsonl(run_dir.examples)],
         reference=Logits.load(run_dir.reference) if run_dir.reference.exists() else None,
         trained_in_4bit=in_4bit,
-        metadata=model_metadata(model, recipe.dialogues.source),
+        metadata=model_metadata(model, public_name(recipe.dialogues.source)),
         system=recipe.chat_system,
         temperature=recipe.evaluate.temperature,
+        name=run_dir.path.resolve().name,
     )
     converter = converter_for(model.path)
     if converter and settings.merge_base == "auto":
@@ -83,6 +87,7 @@ def export_standalone(
     Raises:
         GattError: as `export`, or settings that a converter cannot have.
     """
+    require_formats(settings.formats)
     base = find_model(name)
     converter = converter or converter_for(base.path)
     if converter and settings.merge_base != "fp16":
@@ -111,9 +116,10 @@ def export_standalone(
             model=model,
             adapter=adapter,
             folder=folder,
-            stem=model.name,
+            stem=model.name.rpartition("/")[2],  # of a Hub id, the name
             settings=settings,
             dialogues=chats,
+            dataset="gatt's built-in questions",
             reference=reference,
             trained_in_4bit=in_4bit,
             # llama.cpp's side reads no file without a chat template.

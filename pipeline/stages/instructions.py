@@ -31,6 +31,7 @@ from pipeline.gatt.bake import assign_baked, baked_instruction, with_prompt
 from pipeline.gatt.constraints.custom_checks import function_files
 from pipeline.gatt.constraints.registry import KINDS, is_judged, kind_of
 from pipeline.gatt.instructions import custom_instruction, prepare_checks
+from pipeline.gguf.formats import require_formats
 from pipeline.hub.models import Model, find_model, require_exportable, shape_of
 from pipeline.inference.chat_template import template_in
 from pipeline.inference.generator import model_files
@@ -39,7 +40,7 @@ from pipeline.inference.thoughts import always_thinks
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.records import Constraint, CustomInstruction, Dialogue
 from pipeline.run_dir import Input, RunDir
-from pipeline.training.job import check_init_adapter, loads_in_4bit
+from pipeline.training.job import check_init_adapter, loads_in_4bit, require_reporters
 from pipeline.training.projections import require_projections
 from pipeline.training.validation import require_validation
 
@@ -75,9 +76,10 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
     does not require new training.
 
     Raises:
-        GattError: the model cannot be exported, there are too few dialogues for separate splits,
-            or the pool is empty or needs a judge.
+        GattError: the model cannot be exported, or not in these formats, there are too few
+            dialogues for separate splits, or the pool is empty or needs a judge.
     """
+    require_formats(recipe.export.formats)
     model = find_model(recipe.model)
     require_exportable(model)  # fails here, not after the training
     require_projections(model, recipe.train)
@@ -119,13 +121,14 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
 
 
 def _require_files(recipe: Recipe, model: Model) -> None:
-    """Check that what later stages read is there: models to compare with, judges, an adapter.
+    """Check that what later stages need is there: models to compare with, judges, an adapter.
 
     Raises:
-        GattError: a file is missing or in another form, there is no such model, or training cannot
-            start from the adapter.
+        GattError: a file is missing or in another form, there is no such model, training cannot
+            start from the adapter, or a package is not installed.
     """
     files_of_user(recipe.evaluate)
+    require_reporters(recipe.train)
     for judge in {recipe.evaluate.judge, recipe.synthesize.judge} - {""}:
         model_files(judge)
     if recipe.train.init_adapter:

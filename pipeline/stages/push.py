@@ -31,7 +31,7 @@ def run(recipe: Recipe, run_dir: RunDir, repository: str) -> None:
 
     Raises:
         GattError: the report or the exported file is missing or is not of this run's last export
-            and evaluation, or the Hub refused.
+            and evaluation, the recipe has changed since, or the Hub refused.
     """
     _require_report(recipe, run_dir)
     info = open_gguf(_measured_file(recipe, run_dir))
@@ -67,6 +67,13 @@ def _measured_file(recipe: Recipe, run_dir: RunDir) -> Path:
 def _require_report(recipe: Recipe, run_dir: RunDir) -> None:
     """Refuse a run that is not finished, or whose report is about an earlier export."""
     arguments = f"{run_dir.recipe} --run {run_dir.path}"
+    if run_dir.outdated:
+        stages = ", ".join(f"`gatt {name}`" for name in run_dir.outdated)
+        raise GattError(
+            f"{run_dir.recipe} has changed since {stages}, and the model card would state settings "
+            f"that the model was not made with. Run `gatt run {arguments}` to make it anew, or "
+            "change the recipe back."
+        )
     if recipe.evaluate.adapter:
         raise GattError(
             f"The report is about the adapter {recipe.evaluate.adapter}, not about the exported "

@@ -209,11 +209,11 @@ def show_statistics(run_dir: RunDir) -> None:
 
 
 def push(run_dir: RunDir, repository: str) -> None:
-    """Upload the dialogues and their card to a dataset on the Hub, which is created as private.
+    """Upload the dialogues and their card to a dataset on the Hub; a new one is private.
 
     Raises:
         GattError: no such account, no permission, or no network.
     """
     files = {"README.md": run_dir.card, "dialogues.jsonl": run_dir.examples}
     address = upload(repository, "dataset", files, "Dialogues made by gatt")
-    print_result(f"Uploaded (private): {address}")
+    print_result(f"Uploaded (private, if it is new): {address}")

@@ -13,8 +13,9 @@ from pipeline.cluster.session import current_cluster
 from pipeline.cluster.storage import choose_storage, is_used
 from pipeline.console import capture_output, log, print_result, progress
 from pipeline.data.sources import source_inputs
+from pipeline.errors import GattError
 from pipeline.files import JsonlLog, read_jsonl, write_json
-from pipeline.gatt.assignment import check_files, read_split
+from pipeline.gatt.assignment import check_files, held_out_turns, read_split
 from pipeline.hub.convert import cached_checkpoint, cached_gguf
 from pipeline.hub.llama_converter import converter_for
 from pipeline.hub.models import find_model, shape_of
@@ -37,6 +38,7 @@ from pipeline.training.job import (
     from_main_process,
     last_checkpoint,
     main_process_first,
+    require_reporters,
 )
 from pipeline.training.memory import fit_to_memory, tokens_that_fit
 from pipeline.training.unsloth import free_memory, load_tokenizer, on_gpu
@@ -56,20 +58,32 @@ _DISK_BYTES_PER_WEIGHT = 3 * 12
 
 
 def inputs(recipe: Recipe, run_dir: RunDir) -> list[Input]:
-    """Return what the result depends on."""
+    """Return what the result depends on.
+
+    Raises:
+        GattError: training would start from the adapter that it is about to move aside.
+    """
     settings = recipe.train
+    init_adapter = Path(settings.init_adapter).expanduser()
+    if settings.init_adapter and run_dir.adapter.parent.resolve() in init_adapter.resolve().parents:
+        raise GattError(
+            f"train.init_adapter: {init_adapter} is in the run that is to be trained again, which "
+            "moves it aside. Use another --run, or copy the adapter first."
+        )
     replayed = source_inputs(settings.replay_data) if settings.replay_data else []
-    adapter = sorted(Path(settings.init_adapter).expanduser().glob("adapter_*"))
-    # The validation split is among the assignments.
-    validation: list[Path] = []
+    adapter = sorted(init_adapter.glob("adapter_*"))
+    # The validation split is among the assignments, and what must not be replayed.
+    assignments: list[Path] = []
     if settings.early_stop_adherence:
-        validation = [run_dir.assignments, *check_files(run_dir.assignments)]
+        assignments = [run_dir.assignments, *check_files(run_dir.assignments)]
+    elif settings.replay_data:
+        assignments = [run_dir.assignments]
     return [
         find_model(recipe.model).path,
         run_dir.examples,
         *replayed,
         *(adapter if settings.init_adapter else ()),
-        *validation,
+        *assignments,
     ]
 
 
@@ -128,6 +142,7 @@ def train_here(
 
     `on_checkpoint` is called in all of them after each checkpoint, with its step.
     """
+    require_reporters(recipe.train)
     with main_process_first(), capture_output(run_dir.training_log):
         model_dir = cached_checkpoint(find_model(recipe.model))
     adapter = shape_of(recipe.model).adapter_parameters(recipe.train)
@@ -136,7 +151,8 @@ def train_here(
     tokenizer = load_tokenizer(model_dir)
     if recipe.train.init_adapter:
         check_init_adapter(recipe.train, str(tokenizer.chat_template or ""))
-    examples = training_examples(tokenizer, recipe, run_dir.examples)
+    held_out = held_out_turns(run_dir.assignments) if recipe.train.replay_data else set()
+    examples = training_examples(tokenizer, recipe, run_dir.examples, held_out)
     longest = max(e.max_tokens for e in examples)
     validation_bytes = _validation_gpu_bytes(recipe, run_dir, longest)
     plan = fit_to_memory(recipe, longest, free_memory(), gpu=on_gpu(), taken_bytes=validation_bytes)
@@ -254,6 +270,7 @@ class ValidationHook:
     def __init__(self, recipe: Recipe, run_dir: RunDir, base: AdaptableBase) -> None:
         self.last_note = ""
         self._schedule = Schedule()
+        self._base = base
         self._threshold = recipe.train.early_stop_adherence
         self._validation: Validation | None = None
         dialogues = read_split(run_dir.assignments, "validation")
@@ -272,6 +289,7 @@ class ValidationHook:
                 f"{self._schedule.last_seconds:.0f} s, and a quarter of the time is the limit"
             )
             return False
+        self._base.prepare()  # takes long only once, so it does not count
         with self._schedule.validation():
             replies = self._validation.measure(checkpoint)
         adherent, answers = sum(reply.adherent for reply in replies), len(replies)

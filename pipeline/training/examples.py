@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import random
 from bisect import bisect_right
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -51,8 +51,14 @@ class TrainingExample:
 
     @property
     def learned_tokens(self) -> int:
-        """Return the number of tokens that have a label."""
-        return sum(label != IGNORE_INDEX for label in self.labels)
+        """Return the number of tokens that have a label and a weight."""
+        return sum(self.loss_mask)
+
+    @property
+    def loss_mask(self) -> list[bool]:
+        """Return for each token whether it has a label and a weight."""
+        pairs = zip(self.labels, self.weights, strict=True)
+        return [label != IGNORE_INDEX and weight > 0 for label, weight in pairs]
 
 
 class RenderedChat(NamedTuple):
@@ -78,13 +84,19 @@ class UnchangedSpan(NamedTuple):
 
 
 def training_examples(
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, file: Path
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    file: Path,
+    held_out: Set[str] = frozenset(),
 ) -> list[TrainingExample]:
-    """Return the examples of a run: the dialogues in `file`, and the recipe's `replay_data`."""
+    """Return the examples of a run: the dialogues in `file`, and the recipe's `replay_data`.
+
+    `held_out` are the user turns of validation and evaluation, as `replay_chats` takes them.
+    """
     rows: list[SynthesizedDialogue] = [row for _, row in read_jsonl(file)]
     examples = [example_from_row(tokenizer, row, recipe, random_slips(row, recipe)) for row in rows]
     if recipe.train.replay_data:
-        chats = replay_chats(recipe, len(examples))
+        chats = replay_chats(recipe, len(examples), held_out)
         replayed = [_replayed(tokenizer, chat, recipe.train) for chat in chats]
         pairs = zip(chats, replayed, strict=True)
         if left_out := [chat.place for chat, example in pairs if not example]:
@@ -146,10 +158,19 @@ def random_slips(row: SynthesizedDialogue, recipe: Recipe) -> list[int]:
     return [turn for turn, slip in enumerate(changed[:-1]) if slip]
 
 
-def replay_chats(recipe: Recipe, synthesized: int) -> list[Chat]:
-    """Return as many of the user's own chats as the recipe mixes with the synthesized ones."""
+def replay_chats(recipe: Recipe, synthesized: int, held_out: Set[str] = frozenset()) -> list[Chat]:
+    """Return as many of the user's own chats as the recipe mixes with the synthesized ones.
+
+    A chat is left out if its first two user turns, or its only one, are among `held_out`.
+    """
     ratio = recipe.train.replay_ratio
-    chats = load_chats(recipe.train.replay_data)
+    loaded = load_chats(recipe.train.replay_data)
+    chats = [chat for chat in loaded if not set(_user_turns(chat)[:2]) <= held_out]
+    if left_out := len(loaded) - len(chats):
+        log(
+            f"train: {left_out} chats of {recipe.train.replay_data} are not replayed, because "
+            "their user turns are those of a dialogue for evaluation or validation."
+        )
     count = round(synthesized * ratio / (1 - ratio))
     if len(chats) < count:
         log(
@@ -157,6 +178,10 @@ def replay_chats(recipe: Recipe, synthesized: int) -> list[Chat]:
             f"train.replay_ratio = {ratio:g}. All of them are used."
         )
     return random.Random(f"mix {recipe.seed}").sample(chats, min(count, len(chats)))
+
+
+def _user_turns(chat: Chat) -> list[str]:
+    return [message["content"] for message in chat.messages if message["role"] == "user"]
 
 
 def build_example(
@@ -327,12 +352,20 @@ def _align(
 def mark_learned(
     tokenizer: PreTrainedTokenizerBase, example: TrainingExample, start: str, end: str
 ) -> str:
-    """Return the dialogue as text, with the learned tokens between `start` and `end`."""
+    """Return the dialogue as text, with the learned tokens between `start` and `end`.
+
+    Tokens are decoded after all those before them: alone, some lose a space or part of a character.
+    """
+    ids, learned = example.input_ids, example.loss_mask
     pieces: list[str] = []
-    inside = False
-    for token, label in zip(example.input_ids, example.labels, strict=True):
-        if (label != IGNORE_INDEX) != inside:
-            pieces.append(end if inside else start)
-            inside = not inside
-        pieces.append(tokenizer.decode([token]))
-    return "".join(pieces) + (end if inside else "")
+    text = ""
+    for n in range(1, len(ids) + 1):
+        if n < len(ids) and learned[n] == learned[n - 1]:
+            continue
+        longer = tokenizer.decode(ids[:n], clean_up_tokenization_spaces=False)
+        if n < len(ids):
+            longer = longer.rstrip("\ufffd")  # the beginning of a character
+        piece = longer[len(text) :]
+        pieces.append(f"{start}{piece}{end}" if learned[n - 1] else piece)
+        text = longer
+    return "".join(pieces)

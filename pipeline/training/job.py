@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -40,6 +41,8 @@ _MEGABATCH = 8
 """Batches' worth of dialogues that are sorted by length at a time."""
 
 
+_REPORTER_PACKAGES = {"tensorboard": ("tensorboard", "tensorboardX")}
+"""Packages of which one is enough, where that of `train.report_to` is not the only one."""
 _MIN_PARAMETERS_IN_4BIT = 1e9
 """Of a model that `train.load_in_4bit` = "auto" loads in 4 bits."""
 
@@ -55,7 +58,7 @@ class TokenCounts(NamedTuple):
     """Tokens of the steps so far.
 
     `computed` counts all that went through the model: the student's chats, the teacher's, and the
-    `padding`. `learned` are those with a label.
+    `padding`. `learned` are those with a label and a weight.
     """
 
     learned: int = 0
@@ -288,6 +291,17 @@ def check_init_adapter(settings: Train, chat_template: str) -> None:
             f"train: {folder} was trained with a chat template of its own. This training uses the "
             "base's."
         )
+
+
+def require_reporters(settings: Train) -> None:
+    """Raise a `GattError` if a package of `train.report_to` is not installed."""
+    for name in settings.report_to:
+        packages = _REPORTER_PACKAGES.get(name, (name,))
+        if not any(map(find_spec, packages)):
+            raise GattError(
+                f'train.report_to has "{name}", which is not installed. Run `pip install {name}`, '
+                "or leave it out."
+            )
 
 
 def nonfinite_loss_error(step: int, loss: float, checkpoint_dir: Path) -> GattError:

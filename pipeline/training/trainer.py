@@ -282,7 +282,8 @@ class GattCallback(transformers.TrainerCallback):  # type: ignore[misc]
         if is_main_process():
             self._trainer.save_loss_scale(checkpoint)
             mark_complete(checkpoint)
-        if not self._stop.requested:
+        # A signal that has reached one process since the step ended counts for all.
+        if not any_rank(flag=self._stop.requested, device=args.device):
             stop = self._job.should_stop(state.global_step, checkpoint)
             if any_rank(flag=stop, device=args.device):
                 control.should_training_stop = True

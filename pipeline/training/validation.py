@@ -95,6 +95,12 @@ class AdaptableBase:
             self._weights = self._load(self.file)
         return self._weights
 
+    def prepare(self) -> None:
+        """Make the file now, and load it unless adapters may have to be merged into it."""
+        file = self.file
+        if not (self._is_merged or self._folder or self._weights):
+            self._weights = self._load(file)
+
     def close(self) -> None:
         """Free the memory."""
         if self._weights:

@@ -139,7 +139,7 @@ def test_a_dialogue_that_a_source_has_twice_is_not_evaluated_and_trained(tmp_pat
         *("instructions", "--run", tmp_path / "run", *_SMALL),
         *("--set", f"dialogues.source='{source}'"),
     )
-    assert "1 dialogues are not trained on, because their turns" in done.stderr
+    assert "1 dialogues are not trained on, because they begin as" in done.stderr
     splits = read_splits(RunDir(tmp_path / "run").assignments)
     (evaluated,) = splits["evaluation"]
     assert evaluated.dialogue.turns not in {a.dialogue.turns for a in splits["train"]}
@@ -247,7 +247,11 @@ def _csv(delimiter: str, **further: str) -> str:
 _LINES, _ARRAY = _jsonl(_sharegpt()), json.dumps(_sharegpt(), indent=1)
 _BZIP2 = bz2.compress(_LINES.encode())
 _DAMAGED_BZIP2 = _BZIP2[:60] + bytes(9) + _BZIP2[69:]
+_SOURCES = [
+    {**row, "from": "the web", "content": "x"} for row in _sharegpt() if isinstance(row, dict)
+]
 _FILES: dict[str, tuple[str, bytes]] = {
+    "an array of rows with columns named as in messages": ("d.json", json.dumps(_SOURCES).encode()),
     "an array after a BOM": ("d.json", _ARRAY.encode("utf-8-sig")),
     "an array after a space": ("d.json", f"\n {_ARRAY}".encode()),
     "an array called jsonl": ("d.jsonl", _ARRAY.encode()),
@@ -269,6 +273,7 @@ _FILES: dict[str, tuple[str, bytes]] = {
     "csv of Excel": ("d.csv", _csv(";").encode("utf-8-sig")),
     "tsv": ("d.tsv", _csv("\t").encode()),
     "csv with the number of turns": ("d.csv", _csv(",", turns="2").encode()),
+    "csv after a blank line": ("d.csv", f"\r\n{_csv(';')}".encode()),
     "csv in capitals": ("D.CSV", _csv(",").encode()),
     "csv in gzip": ("d.csv.gz", gzip.compress(_csv(",").encode())),
 }
@@ -284,7 +289,9 @@ def test_every_kind_of_file(name: str, tmp_path: Path) -> None:
 
 
 def test_one_object_is_one_dialogue(tmp_path: Path) -> None:
-    for n, row in enumerate([_sharegpt()[0], {"turns": list(_QUESTIONS[0]), "tags": ["x"]}]):
+    exchanges = [{"User": question, "assistant": "x"} for question in _QUESTIONS[0]]
+    rows = [_sharegpt()[0], {"turns": list(_QUESTIONS[0]), "tags": ["x"]}]
+    for n, row in enumerate([*rows, {"conversations": exchanges}]):
         file = tmp_path / f"{n}.json"
         file.write_text(json.dumps(row, indent=2), encoding="utf-8")
         assert load_dialogues(str(file)) == [Dialogue("1", "", _QUESTIONS[0])]
@@ -314,6 +321,12 @@ def test_parquet_and_folders(tmp_path: Path) -> None:
     (plain / "README.md").write_text(f"{readme}---\n", encoding="utf-8")
     with pytest.raises(GattError, match="has the splits gen, sft and none named train"):
         load_dialogues(str(plain))
+
+
+def test_a_damaged_saved_dataset_is_one_clear_line(tmp_path: Path) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    with pytest.raises(GattError, match=f"Cannot load the dataset '{tmp_path}'"):
+        load_dialogues(str(tmp_path))
 
 
 @pytest.mark.parametrize(

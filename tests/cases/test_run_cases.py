@@ -168,6 +168,31 @@ def test_an_input_that_is_edited_while_a_stage_reads_it_counts(tmp_path: Path) -
     assert run_dir.changes("instructions", "", [file]) == ["mine.jsonl"]
 
 
+def test_the_time_of_a_stage_is_that_of_all_its_sessions(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+
+    def finish() -> float:
+        run_dir.finish("train", "", [], 60.0)
+        manifest = run_dir.manifest("train")
+        assert manifest
+        return manifest["seconds"]
+
+    run_dir.claim("train", "", [])
+    run_dir.interrupt("train", 1740.0)
+    run_dir.claim("train", "", [])
+    assert finish() == 1800
+    run_dir.restart_training()
+    run_dir.claim("train", "", [])
+    assert finish() == 60
+    run_dir.claim("train", "", [])  # once more, after it has finished
+    assert finish() == 60
+    run_dir.restart_training()
+    run_dir.claim("train", "", [])
+    run_dir.interrupt("train", 1740.0)
+    run_dir.claim("train", "other settings", [])
+    assert finish() == 60
+
+
 def test_a_list_of_the_run_may_have_the_name_of_a_file_of_the_user(tmp_path: Path) -> None:
     (tmp_path / "lists.toml").touch()
     run_dir = RunDir(tmp_path / "run")
@@ -493,6 +518,10 @@ def test_output_that_goes_to_a_file_instead_of_a_folder(
         (RuntimeError("IoError: No space left on device (os error 28)"), "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "Cannot use /x: Permission"),
         (OSError(errno.EROFS, "Read-only file system", "/x"), "Cannot use /x: Read-only"),
+        (
+            ModuleNotFoundError("No module named 'unsloth'", name="unsloth"),
+            "unsloth is not installed. `python3 scripts/demo.py` installs it.",
+        ),
     ],
 )
 def test_an_error_of_the_system_is_one_line(

@@ -31,6 +31,7 @@ _LEAST = r"(?:at least|a minimum of|no fewer than|no less than|not less than)"
 _TAIL = r"(?: long| in length| in total)?"
 _QUOTED = r"[\"'](?P<phrase>[^\"']+(?:'[a-z]+[^\"']*)*)[\"']"
 _LIST = r"(?P<phrases>[\"'][^\"']+[\"'](?:(?:,| and| or|, and|, or) ?[\"'][^\"']+[\"'])*)"
+_IN_QUOTES = r"[\"']([^\"']+)[\"']"
 _ANSWER = (
     r"(?:(?:the|your|all|every|each|any) )?"
     r"(?:answers?|reply|replies|responses?|output|text|message)"
@@ -113,11 +114,20 @@ def _blocks(match: re.Match[str]) -> Constraints:
 
 def _phrases(kind: str) -> _Make:
     def make(match: re.Match[str]) -> Constraints:
-        return tuple(
-            Constraint(kind, p) for p in re.findall(r"[\"']([^\"']+)[\"']", match["phrases"])
-        )
+        return tuple(Constraint(kind, p) for p in re.findall(_IN_QUOTES, match["phrases"]))
 
     return make
+
+
+def _all_phrases(kind: str) -> _Make:
+    """Return what makes a check of each phrase; of one phrase or another there is none."""
+    make = _phrases(kind)
+
+    def make_all(match: re.Match[str]) -> Constraints:
+        between = re.sub(_IN_QUOTES, "", match["phrases"].lower())
+        return () if "or" in between else make(match)
+
+    return make_all
 
 
 def _phrase(kind: str) -> _Make:
@@ -153,7 +163,9 @@ _QUESTIONS = _compiled(
         rf"(?P<block>paragraphs?|lines?){_TAIL}": _blocks,
         rf"{_IS}(?:{_LIMITED}|provided in |structured (?:in|into) )"
         rf"(?P<n>one|a single) (?P<block>paragraph)": _blocks,
-        rf"does the response include the (?:keywords?|words?|terms?) {_LIST}": _phrases("keyword"),
+        rf"does the response include the (?:keywords?|words?|terms?) {_LIST}": (
+            _all_phrases("keyword")
+        ),
         rf"does the response (?:avoid (?:explicitly )?(?:using|mentioning|including)|refrain from "
         rf"(?:using|mentioning)) (?:the (?:words?|terms?) )?{_LIST}": _phrases("forbidden"),
     }

@@ -74,7 +74,7 @@ def read_log(path: Path) -> ExamResult:
     return ExamResult(
         format=RESULT_VERSION,
         gatt=about["gatt"],
-        exam=_exam_set(about["set"], turns, samples),
+        exam=_exam_set(about, samples),
         model=ExaminedModel(
             name=log.eval.model.rpartition("/")[2],
             sha256="",
@@ -103,16 +103,15 @@ def _open(path: Path) -> EvalLog:
         raise GattError(f"{path} is no log of Inspect that can be read ({error}).") from error
 
 
-def _exam_set(identity: dict[str, Any], turns: int, samples: list[EvalSample]) -> ExamSet:
-    answered = {s.metadata["dialogue"] for s in samples if s.store.get(REPLIES)}
+def _exam_set(about: dict[str, Any], samples: list[EvalSample]) -> ExamSet:
+    turns, answered = int(about["turns"]), [s.metadata for s in samples if s.store.get(REPLIES)]
     regimes = ordered_regimes(s.metadata["regime"] for s in samples)
-    is_whole = len(answered) == len(exam_tasks((), 0, 1)) and all(
-        s.store.get(REPLIES) for s in samples
-    )
+    expected = len(about["arms"]) * len(exam_tasks((), 0, 1))
+    is_whole = len({(s["arm"], s["dialogue"]) for s in answered}) == expected
     return ExamSet(
-        **identity,
+        **about["set"],
         turns=turns,
         regimes=tuple(regimes),
-        dialogues=len(answered),
+        dialogues=len({s["dialogue"] for s in answered}),
         complete=is_whole and len(regimes) == len(REGIMES) and (not turns or turns >= FULL_TURNS),
     )

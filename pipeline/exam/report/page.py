@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from pipeline.console import log, print_result, print_table
 from pipeline.evaluation.scoring.rows import rate_rows
-from pipeline.evaluation.statistics import kaplan_meier, lifetimes
+from pipeline.evaluation.statistics import Survival, kaplan_meier, lifetimes
 from pipeline.exam.arms import ONCE
-from pipeline.exam.report.rows import ExamRow, cost_points, exam_rows, warnings_about
+from pipeline.exam.report.rows import (
+    ExamRow,
+    cost_points,
+    exam_rows,
+    model_names,
+    warnings_about,
+)
 from pipeline.exam.report.tables import (
     cost_table,
     facts_table,
@@ -31,6 +38,29 @@ _MAX_POINTS = 25
 """Of a line of the figure about cost; with more turns, they are means."""
 
 
+class _Texts(NamedTuple):
+    """What the page says about the task: the exam's own, or that of a benchmark."""
+
+    chart: str
+    given: str
+    counted: str
+    dialogues: str
+
+
+_OF_THE_EXAM = _Texts(
+    chart="Answers that keep the one instruction of the first message",
+    given="the instruction is given in turn 1",
+    counted="from turn 2 or the event on",
+    dialogues="dialogues with one instruction in the first message",
+)
+_OF_A_BENCHMARK = _Texts(
+    chart="Answers that pass all checks of their turn",
+    given="turns without a check do not count",
+    counted="from turn 1 on",
+    dialogues="dialogues",
+)
+
+
 def publish(results: Sequence[ExamResult], page: Path) -> None:
     """Print the tables of some results, and write their page."""
     write_page(results, page)
@@ -45,40 +75,38 @@ def publish(results: Sequence[ExamResult], page: Path) -> None:
 
 def write_page(results: Sequence[ExamResult], file: Path) -> None:
     """Write the page to `file`, with its figures and tables as files next to it."""
-    rows = _curve_rows(results)
-    turns = max((len(d.marks) for row in rows for d in row.arm.dialogues), default=_MIN_TURNS)
+    everything, texts = exam_rows(results), _texts_of(results)
+    with_curve = [row for row in everything if row.arm.by_turn]
+    rows = _first_rows(with_curve)
+    turns = max((len(d.marks) for row in everything for d in row.arm.dialogues), default=_MIN_TURNS)
     curves = rate_rows({(row.label, s.turn): s.adherence for row in rows for s in row.arm.by_turn})
     lives = {
         row.label: lifetimes(counted_replies(row.arm.dialogues, from_turn_1=True)).values()
         for row in rows
     }
     survival = {label: kaplan_meier(of_arm) for label, of_arm in lives.items() if of_arm}
-    shown = (
-        "" if len(rows) == len(exam_rows(results)) else f" The first {len(rows)} arms are shown."
-    )
+    caption = "Mean lengths of the answers are in the tables."
+    if curves:
+        caption = f"{texts.chart}, by turn; bands are 95 % Wilson intervals. {caption}"
+    if len(rows) < len(with_curve):
+        caption += f" The first {len(rows)} arms are shown."
     page = ReportPage(
         title="gatt exam",
         headline=headline(results),
         warning=" ".join(warnings_about(results)),
-        chart=adherence_curve(curves, turns),
-        caption=f"Answers that keep the one instruction of the first message, by turn; bands are "
-        f"95 % Wilson intervals. Mean lengths of the answers are in the tables.{shown}",
+        chart=adherence_curve(curves, turns, given=texts.given) if curves else None,
+        caption=caption,
         sections=[
             ReportSection(
                 title="Arms",
                 caption="Share of the answers that do what was asked for and are valid, over all "
-                "regimes, from turn 2 or the event on, while all messages are in the context. "
+                f"regimes, {texts.counted}, while all messages are in the context. "
                 "Intervals allow for answers of one dialogue being alike. Milliseconds are those "
                 "of the whole batch, divided by its answers.",
                 tables=[main_table(results), turn_table(results)],
                 notes=_notes(results),
             ),
-            ReportSection(
-                title="Until the first broken answer",
-                caption="Share of the dialogues with one instruction in the first message without "
-                "a broken answer so far.",
-                picture=survival_curve(survival, turns) if survival else None,
-            ),
+            *_survival_section(survival, turns, texts.dialogues),
             ReportSection(
                 title="Regimes",
                 caption="Share kept, and mean words (w) of an answer.",
@@ -89,7 +117,7 @@ def write_page(results: Sequence[ExamResult], file: Path) -> None:
                 ],
                 tables=[regimes_by_arm(results), regime_table(results)],
             ),
-            *_cost_section(results, rows, turns),
+            *_cost_section(results, turns),
             ReportSection(
                 title="What was measured",
                 caption="A result file has all verdicts; the replies are next to it.",
@@ -100,12 +128,26 @@ def write_page(results: Sequence[ExamResult], file: Path) -> None:
     page.write(file)
 
 
-def _cost_section(
-    results: Sequence[ExamResult], rows: Sequence[ExamRow], turns: int
+def _survival_section(
+    survival: Mapping[str, Survival], turns: int, dialogues: str
 ) -> list[ReportSection]:
+    """Return the section about the first broken answer, if a dialogue is measured from turn 1."""
+    if not survival:
+        return []
+    return [
+        ReportSection(
+            title="Until the first broken answer",
+            caption=f"Share of the {dialogues} without a broken answer so far.",
+            picture=survival_curve(survival, turns),
+        )
+    ]
+
+
+def _cost_section(results: Sequence[ExamResult], turns: int) -> list[ReportSection]:
     """Return the section about the cost of a token, if it was measured in two turns."""
     size = -(-turns // _MAX_POINTS)
-    costs = {row.label: cost_points(row.arm, size) for row in rows if len(row.arm.cost_by_turn) > 1}
+    rows = _first_rows([row for row in exam_rows(results) if len(row.arm.cost_by_turn) > 1])
+    costs = {row.label: cost_points(row.arm, size) for row in rows}
     if not costs:
         return []
     means = f"means of {size} turns; " if size > 1 else ""
@@ -124,8 +166,11 @@ def _cost_section(
 
 def headline(results: Sequence[ExamResult]) -> str:
     """Return how much is kept told once, and in the best other arm of the first model."""
+    names = model_names(results)
     once = [
-        (r.model.name, arm.adherence) for r in results if (arm := r.arm(ONCE)) and arm.adherence.n
+        (name, arm.adherence)
+        for name, result in zip(names, results, strict=True)
+        if (arm := result.arm(ONCE)) and arm.adherence.n
     ]
     reminded = [
         (arm.adherence.value, arm.name)
@@ -139,8 +184,13 @@ def headline(results: Sequence[ExamResult]) -> str:
     if reminded:
         value, best = max(reminded)
         way = "a control vector" if best.startswith("steer") else "its best reminder"
-        parts.append(f"{results[0].model.name} with {way} ({best}): {value:.0%}")
+        parts.append(f"{names[0]} with {way} ({best}): {value:.0%}")
     return f"{'; '.join(parts)}." if parts else "Nothing was measured."
+
+
+def _texts_of(results: Sequence[ExamResult]) -> _Texts:
+    is_benchmark = any(result.exam.criteria for result in results)
+    return _OF_A_BENCHMARK if is_benchmark else _OF_THE_EXAM
 
 
 def _notes(results: Sequence[ExamResult]) -> list[str]:
@@ -164,7 +214,6 @@ def _notes(results: Sequence[ExamResult]) -> list[str]:
     return notes
 
 
-def _curve_rows(results: Sequence[ExamResult]) -> list[ExamRow]:
-    """Return the rows of the chart: those told once first."""
-    rows = [row for row in exam_rows(results) if row.arm.by_turn]
+def _first_rows(rows: Sequence[ExamRow]) -> list[ExamRow]:
+    """Return the rows that a figure has room for: those told once first."""
     return sorted(rows, key=lambda row: row.arm.name != ONCE)[:_MAX_CURVES]

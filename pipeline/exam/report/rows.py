@@ -87,11 +87,6 @@ def _windows_differ(results: Sequence[ExamResult]) -> bool:
     return len({result.settings.window for result in results}) > 1
 
 
-def trained(results: Sequence[ExamResult]) -> list[ExamResult]:
-    """Return the results of trained models, those whose training time is known."""
-    return [r for r in results if r.model.training_minutes is not None and r.arm(ONCE)]
-
-
 def turns_to_pay(reminded: ArmResult, tuned: ArmResult, training_minutes: float) -> str:
     """Return from which turn on training was cheaper than a reminder, in time for kept answers.
 
@@ -149,26 +144,26 @@ def warnings_about(results: Sequence[ExamResult]) -> list[str]:
                 "--max-tokens; thoughts have a limit of their own."
             )
         warnings += _never_full(row)
-    for result in results:
+    for model, result in zip(model_names(results), results, strict=True):
         if result.exam.unchecked:
             warnings.append(
-                f"{result.model.name}: {result.exam.unchecked} of the {result.exam.criteria} "
+                f"{model}: {result.exam.unchecked} of the {result.exam.criteria} "
                 f"criteria of {result.exam.name} are not checked: they need a judge or the "
                 "authors' own measure. A turn with no others is not counted."
             )
         if not result.exam.complete:
             warnings.append(
-                f"{result.model.name}: not the whole exam ({result.exam.dialogues} dialogues, "
+                f"{model}: not the whole exam ({result.exam.dialogues} dialogues, "
                 f"{_length(result)}), so this is no result to cite."
             )
         if empty := _empty_regimes(result):
             warnings.append(
-                f"{result.model.name}: no answer counts in {', '.join(empty)}: its dialogues end "
+                f"{model}: no answer counts in {', '.join(empty)}: its dialogues end "
                 "before, or do not fit in the context."
             )
         notes = ", ".join(f"{name}: {change}" for name, change in result.notes.items())
         if notes:
-            warnings.append(f"{result.model.name}: {notes}.")
+            warnings.append(f"{model}: {notes}.")
     return warnings
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from pipeline.evaluation.rates import Rate
 from pipeline.evaluation.statistics import Difference
+from pipeline.exam.arms import ONCE
 from pipeline.exam.report.rows import (
     ExamRow,
     comparable,
@@ -16,10 +17,9 @@ from pipeline.exam.report.rows import (
     exam_rows,
     full_differences,
     model_names,
-    trained,
     turns_to_pay,
 )
-from pipeline.exam.result import ExamResult
+from pipeline.exam.result import ArmResult, ExamResult, is_measured_from_turn_1
 from pipeline.exam.tasks import ordered_regimes
 from pipeline.report.tables import Cell, Table, interval_text
 
@@ -93,7 +93,7 @@ def main_table(results: Sequence[ExamResult]) -> Table:
         columns["points above the first row (95 %)"] = [_difference(d) for d in differences(rows)]
     columns |= {
         "last five turns": [row.arm.last_five for row in rows],
-        "half of the dialogues broken by turn": [row.arm.half_broken or "never" for row in rows],
+        "half of the dialogues broken by turn": [_half_broken(row.arm) for row in rows],
         "cut at the limit": [row.arm.cut for row in rows],
         "cut in a loop": [row.arm.cut_loops for row in rows],
         "not valid (loop, repeat, empty)": [row.arm.invalid for row in rows],
@@ -111,6 +111,12 @@ def main_table(results: Sequence[ExamResult]) -> Table:
     paying: dict[str, list[Cell]] = {k: list(v) for k, v in _paying(results, rows).items()}
     columns |= paying
     return Table("exam", list(columns), list(zip(*columns.values(), strict=True)))
+
+
+def _half_broken(arm: ArmResult) -> Cell:
+    """Return the turn, or "never"; None where no dialogue is measured from turn 1 on."""
+    is_measured = any(is_measured_from_turn_1(d.regime, d.first_counted) for d in arm.dialogues)
+    return arm.half_broken or ("never" if is_measured else None)
 
 
 def regime_table(results: Sequence[ExamResult]) -> Table:
@@ -183,9 +189,10 @@ def _paying(results: Sequence[ExamResult], rows: Sequence[ExamRow]) -> dict[str,
     """
     columns = {}
     if any(row.is_training_free for row in rows) and comparable(results):
-        for result in trained(results):
-            once, minutes = result.arm("once"), result.model.training_minutes
-            assert once and minutes is not None
+        for name, result in zip(model_names(results), results, strict=True):
+            once, minutes = result.arm(ONCE), result.model.training_minutes
+            if once is None or minutes is None:
+                continue
             cells = [
                 turns_to_pay(row.arm, once, minutes)
                 if row.is_training_free and row.result.machine == result.machine
@@ -193,7 +200,7 @@ def _paying(results: Sequence[ExamResult], rows: Sequence[ExamRow]) -> dict[str,
                 for row in rows
             ]
             if any(cells):
-                columns[f"{result.model.name} pays from turn"] = cells
+                columns[f"{name} pays from turn"] = cells
     return columns
 
 

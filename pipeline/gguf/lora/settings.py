@@ -79,7 +79,7 @@ REFUSED = {
 """Settings that a merge cannot follow, with the reason."""
 _PLAIN_INITS = ("true", "false", "none", "gaussian", "orthogonal", "eva", "mica")
 """Initializations that leave the base as it is."""
-_ADVICE = (
+ADVICE = (
     "Merge it with the program that trained it, and export the merged folder "
     "(gatt export --model FOLDER)."
 )
@@ -202,13 +202,13 @@ def _check_names(file: Path, settings: JsonObject) -> None:
     if kind != "LORA":
         raise GattError(
             f"{file}: peft_type = {kind!r} found, 'LORA' expected; only LoRA and DoRA can be "
-            f"merged. {_ADVICE}"
+            f"merged. {ADVICE}"
         )
     for name, value in settings.items():
         if name in FOLLOWED or name in WITHOUT_EFFECT or not value:
             continue
         reason = REFUSED.get(name, "this version does not know the setting")
-        raise GattError(f"{file}: {name} = {value!r} cannot be merged: {reason}. {_ADVICE}")
+        raise GattError(f"{file}: {name} = {value!r} cannot be merged: {reason}. {ADVICE}")
 
 
 def _init(file: Path, settings: JsonObject) -> Init:
@@ -225,7 +225,7 @@ def _init(file: Path, settings: JsonObject) -> Init:
     raise GattError(
         f"{file}: init_lora_weights = {init!r} cannot be merged: it changes the base in a way "
         "that is not saved. Save the adapter again with PEFT's save_pretrained(FOLDER, "
-        "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA. Or: " + _ADVICE
+        "path_initial_model_for_weight_conversion=...), which makes it a plain LoRA. Or: " + ADVICE
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -77,14 +77,17 @@ def read_adapter(folder: Path) -> LoraAdapter:
     _require_values(file, tensors)
     parts: dict[str, dict[str, SafetensorsTensor]] = {}
     replacements = {}
-    for key, tensor in text_tensors(tensors).items():
-        name = key.removeprefix(_PREFIX)
-        if name == key:
+    trained_names: dict[str, str] = {}
+    for text_key, key in _text_keys(tensors).items():
+        name, tensor = text_key.removeprefix(_PREFIX), tensors[key]
+        if name == text_key:
             raise _unknown(file, key)
         if match := _PART.fullmatch(name):
             (kind, text), *_ = [(k, v) for k, v in match.groupdict().items() if v and k != "module"]
             part = f"{kind} {text}" if kind in ("linear", "embedding") else kind
             parts.setdefault(match["module"], {})[part] = tensor
+            end = name.removeprefix(match["module"])
+            trained_names[match["module"]] = key.removeprefix(_PREFIX).removesuffix(end)
         elif _OF_TRAINING.fullmatch(name):
             continue
         elif _STORED.fullmatch(name) and ".lora_" not in name:
@@ -97,7 +100,8 @@ def read_adapter(folder: Path) -> LoraAdapter:
             replacements[f"{module}.weight"] = _token_rows(settings, module, by_part["tokens"])
         else:
             replaced = f"{module}.weight" in replacements
-            deltas[module] = _delta(file, settings, module, by_part, replaced=replaced)
+            trained_name = trained_names[module]
+            deltas[module] = _delta(file, settings, trained_name, by_part, replaced=replaced)
     _require_saved_modules(file, settings, [*deltas, *replacements])
     return LoraAdapter(settings, deltas, replacements)
 
@@ -108,10 +112,15 @@ def text_tensors(tensors: Mapping[str, T]) -> dict[str, T]:
     One that was trained within a multimodal model has names of its own for it; its changes of other
     parts are left out.
     """
-    if not any(is_within(key.removeprefix(_PREFIX)) for key in tensors):
-        return dict(tensors)
-    keys = {key: text_model_key(key.removeprefix(_PREFIX)) for key in tensors}
-    return {f"{_PREFIX}{keys[key]}": tensor for key, tensor in tensors.items() if keys[key]}
+    return {text_key: tensors[key] for text_key, key in _text_keys(tensors).items()}
+
+
+def _text_keys(keys: Collection[str]) -> dict[str, str]:
+    """Return the keys of an adapter's tensors by those for a text model."""
+    if not any(is_within(key.removeprefix(_PREFIX)) for key in keys):
+        return {key: key for key in keys}
+    text_keys = {key: text_model_key(key.removeprefix(_PREFIX)) for key in keys}
+    return {f"{_PREFIX}{text_key}": key for key, text_key in text_keys.items() if text_key}
 
 
 def _require_values(file: Path, tensors: dict[str, SafetensorsTensor]) -> None:
@@ -133,7 +142,7 @@ def _delta(
     *,
     replaced: bool,
 ) -> Delta:
-    """Return the change of one module.
+    """Return the change of one module, by its name in training, which the patterns match.
 
     Where the file has the module's own weight, too (`replaced`), that one is already the residual.
     """
