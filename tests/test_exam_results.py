@@ -234,6 +234,7 @@ def test_without_a_dialogue_from_turn_1_nothing_is_stated_about_it(tmp_path: Pat
     write_page([result], tmp_path / "exam.html")
     page = (tmp_path / "exam.html").read_text(encoding="utf-8")
     assert "Cost by turn" in page and not (tmp_path / "figures" / "adherence.svg").exists()
+    assert not list((tmp_path / "tables").glob("by_turn*"))
     for text in ("No instruction has a check", "arms are shown", "Until the first broken answer"):
         assert text not in page
 

@@ -103,7 +103,7 @@ def write_page(results: Sequence[ExamResult], file: Path) -> None:
                 f"regimes, {texts.counted}, while all messages are in the context. "
                 "Intervals allow for answers of one dialogue being alike. Milliseconds are those "
                 "of the whole batch, divided by its answers.",
-                tables=[main_table(results), turn_table(results)],
+                tables=[main_table(results), *([turn_table(results)] if with_curve else ())],
                 notes=_notes(results),
             ),
             *_survival_section(survival, turns, texts.dialogues),
