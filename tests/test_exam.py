@@ -302,7 +302,7 @@ def test_an_answer_that_ends_within_a_thought_is_cut() -> None:
     task = exam_tasks(("first",), 1, 6)[0]
     answers = [_answer(task, 2), _answer(task, 3, "", obeyed=False, finish="thinking")]
     (arm,) = score_arms(answers, [task])
-    assert (arm.cut.hits, arm.cut.n, arm.cut_loops.hits) == (1, 2, 0)
+    assert (arm.cut.hits, arm.cut.n, arm.loops.hits) == (1, 2, 0)
     assert [score.cut.hits for score in arm.regimes] == [1]
 
 

@@ -12,19 +12,23 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 from support.cli import call_gatt
-from support.exam import OPTIONS
+from support.exam import OPTIONS, SETTINGS
 from support.scripted_model import write_scripted_gguf
 from support.shared import make_once
 
 from pipeline.errors import GattError
+from pipeline.exam.arms import find_arms
 from pipeline.exam.benchmarks import base
 from pipeline.exam.benchmarks.base import BenchmarkTask, TurnChecks, criteria
 from pipeline.exam.benchmarks.criteria import checks_of_questions, checks_of_requests
 from pipeline.exam.benchmarks.registry import BENCHMARKS, read_benchmark
+from pipeline.exam.dialogue_run import DialogueRun, ExamRun
 from pipeline.exam.report.rows import warnings_about
 from pipeline.exam.result import read_result
+from pipeline.exam.tasks import exam_tasks
 from pipeline.gatt.constraints.registry import obeys
-from pipeline.records import Reply
+from pipeline.gatt.quality import is_in_loop
+from pipeline.records import Completion, Reply
 from pipeline.stages.exam import run
 
 _WORDS = ("Let", " me", " see:", " yes", ".")
@@ -104,6 +108,21 @@ def test_multi_if_piles_up_instructions(tmp_path: Path) -> None:
     # Its authors count Chinese words with another tokenizer than IFEval.
     assert chinese.checks[1].unchecked == 1
     assert criteria([english, chinese]) == (4, 1)
+
+
+def test_a_benchmark_keeps_what_loops(tmp_path: Path) -> None:
+    pytest.importorskip("if_verifiable")
+    loop = "one two three four five " * 9
+    benchmark, _ = _read("multi-if", _multi_if(tmp_path / "multi.csv"))
+    (own,) = exam_tasks(("first",), 1, 2)
+    for task, length in ((own, 20), (benchmark, 45)):
+        exam = ExamRun("e", 2, SETTINGS, {})
+        exam.stop_when = is_in_loop
+        dialogue = DialogueRun(exam, find_arms(["once"])[0], task).task()
+        first = next(dialogue)
+        assert (first.stop_when is None) == (task is benchmark)
+        second = dialogue.send(Completion(loop, 64, 9, "length"))
+        assert len(second.messages[-2]["content"].split()) == length
 
 
 _GLOBAL = [

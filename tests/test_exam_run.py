@@ -24,6 +24,7 @@ from pipeline.stages.exam import run
 
 _WORDS = ("Let", " me", " see:", " yes", ".")
 """The scripted model answers "Let me see: yes.", as the first dialogue wants."""
+_LOOP = (" one", " two", " three", " four", " five")
 _NO_SYSTEM = (
     "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}"
     "{% endif %}{% for m in messages %}{{ m.content }}\n{% endfor %}<|begin|>"
@@ -115,6 +116,20 @@ def test_replies_stay_those_of_the_version_that_made_them(
     assert _result(tmp_path).gatt == "1.0, 2.0"
     run([str(model)], replace(options, turns="4"), tmp_path)
     assert _result(tmp_path).gatt == "1.0, 2.0"
+
+
+def test_times_are_those_of_the_machines_that_took_them(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(_OPTIONS, arms=("once",), dialogues=1, turns="2")
+    monkeypatch.setattr("pipeline.stages.exam._machine", lambda: "laptop, 2 cores")
+    run([str(model)], options, tmp_path)
+    monkeypatch.setattr("pipeline.stages.exam._machine", lambda: "desktop")
+    (tmp_path / "scripted.json").unlink()
+    run([str(model)], options, tmp_path)
+    assert _result(tmp_path).machine == "laptop, 2 cores"
+    run([str(model)], replace(options, turns="3"), tmp_path)
+    assert _result(tmp_path).machine == "laptop, 2 cores; desktop"
 
 
 def test_replies_of_other_settings_are_not_mixed_in(model: Path, tmp_path: Path) -> None:
@@ -330,10 +345,29 @@ def test_cut_answers_are_told(model: Path, tmp_path: Path) -> None:
     assert not any("cut" in text for text in warnings_about([_result(tmp_path / "whole")]))
     run([str(model)], replace(options, max_tokens=3), tmp_path / "cut")
     result = _result(tmp_path / "cut")
-    assert (result.arms[0].cut.value, result.arms[0].cut_loops.value) == (1, 0)
-    assert "once: 100% of the answers were cut at 3 tokens (0% were loops)" in " ".join(
-        warnings_about([result])
-    )
+    assert (result.arms[0].cut.value, result.arms[0].loops.value) == (1, 0)
+    assert "once: 100% of the answers were cut at 3 tokens" in " ".join(warnings_about([result]))
+
+
+def test_a_loop_is_ended_at_the_same_word_by_a_file_and_a_server(tmp_path: Path) -> None:
+    options = replace(_OPTIONS, arms=("once",), dialogues=1, max_tokens=64)
+    file = write_scripted_gguf(tmp_path / "model", _LOOP, name="loop", loops=True)
+    run([str(file)], options, tmp_path / "file")
+    rest = "".join(_LOOP)
+    stream = _streamed(rest * 9)
+    with in_thread(FakeOpenAIServer()) as server:
+        server.responses = [lambda handler, _: handler.send(200, "text/event-stream", stream)] * 3
+        run([f"{server.url}#loop"], options, tmp_path / "server")
+    texts = {
+        row["reply"]["text"]
+        for folder in ("file", "server")
+        for row in _rows(tmp_path / folder, "loop")
+    }
+    assert texts == {(rest * 4).strip()}
+    assert {row["reply"]["tokens"] for row in _rows(tmp_path / "file", "loop")} == {21}
+    for folder in ("file", "server"):
+        (arm,) = _result(tmp_path / folder, "loop").arms
+        assert (arm.loops.value, arm.cut.value, arm.invalid.value, arm.words) == (1, 0, 1, 20)
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from pipeline.gatt.generated_values import (
 )
 from pipeline.gatt.ghost import augment, ghost, loss_turns
 from pipeline.gatt.instructions import render_instruction
-from pipeline.gatt.quality import find_defect, is_on_topic
+from pipeline.gatt.quality import find_defect, is_in_loop, is_on_topic, up_to_loop
 from pipeline.gatt.text import first_sentences, has_sentences, split_sentences
 from pipeline.recipe import Recipe
 from pipeline.records import (
@@ -526,6 +526,37 @@ def test_defects() -> None:
     unfinished = "The tallest mountain on Earth is"
     assert find_defect(unfinished, []) == ""
     assert find_defect(unfinished, [], require_ending=True) == "unfinished"
+
+
+@pytest.mark.parametrize(
+    ("text", "ended"),
+    [
+        (
+            "The sea is deep and cold. " * 3 + "The sea.",
+            "The sea is deep and cold. " * 3 + "The sea.",
+        ),
+        (
+            "It is so. " * 9,
+            "It is so. " * 4 + "It is",
+        ),
+        (
+            "one two three four five, " * 6,
+            "one two three four five, " * 3 + "one two three four five",
+        ),
+    ],
+)
+def test_a_loop_ends_with_the_fourth_time_of_five_words(text: str, ended: str) -> None:
+    assert up_to_loop(text) == ended
+    # While it is written, it is stopped some words later, and ends with the same one.
+    prefixes = [text[:length] for length in range(len(text) + 1)]
+    stopped = {up_to_loop(prefix) for prefix in prefixes if is_in_loop(prefix)}
+    assert stopped == (set() if ended == text else {ended})
+
+
+def test_a_word_that_still_grows_ends_no_loop() -> None:
+    before = "they say we don't and " * 3 + "they say we don"
+    assert not is_in_loop("we say they don " * 3 + "we say they don'")
+    assert up_to_loop(f"{before}'t and so on") == f"{before}'t and"
 
 
 def test_first_sentences_leaves_out_an_unfinished_one() -> None:

@@ -23,6 +23,7 @@ from pipeline.exam.settings import (
 )
 from pipeline.exam.tasks import ExamTask
 from pipeline.gatt.assignment import AssignedDialogue
+from pipeline.gatt.quality import up_to_loop
 from pipeline.gatt.rollout import ReplyKey, Rollout, Turn
 from pipeline.gatt.seeds import derive_seed
 from pipeline.records import SAMPLERS, Completion, Message, Reply, Request, Task
@@ -89,7 +90,8 @@ class SharedTime:
 class ExamRun:
     """What the dialogues of a run share: `turns` of each, 0 until the context has been full.
 
-    `exam` is the name of the set. `done` grows with each reply.
+    `exam` is the name of the set. `done` grows with each reply. `stop_when` may end an answer
+    once it loops, as what follows is left out in any case.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class ExamRun:
         self.exam, self.turns, self.settings, self.done = exam, turns, settings, done
         self.time = SharedTime()
         self.count_tokens: Callable[[str], int] = estimated_tokens
+        self.stop_when: Callable[[str], bool] | None = None
 
     def record(self, row: ExamReply) -> None:
         """Keep a new reply."""
@@ -173,6 +176,7 @@ class DialogueRun:
             top_p=sampler.top_p,
             sampler=sampler.settings,
             max_thought_tokens=settings.max_thought_tokens,
+            stop_when=self._run.stop_when if self._exam_task.ends_loops else None,
         )
 
     def _answer(self, request: Request) -> Generator[Request, Completion, Completion]:
@@ -198,7 +202,7 @@ class DialogueRun:
             self._dropped[self._turn.number] = self._sent_dropped
         sent = [self._added[n] for n in left or ()]
         self._reminder_tokens = sum(self._run.count_tokens(text) for text in sent if text)
-        return completion
+        return without_loop(completion) if self._exam_task.ends_loops else completion
 
     def _record(self, reply: Reply) -> None:
         row = ExamReply(
@@ -210,6 +214,14 @@ class DialogueRun:
         self._run.record(row)
         if not reply.recall_attribute:
             self._full_turns += bool(self._sent_dropped) or reply.finish == "context"
+
+
+def without_loop(completion: Completion) -> Completion:
+    """Return a completion that ends where it has become a loop, wherever its engine ended it."""
+    text = up_to_loop(completion.text)
+    if text == completion.text:
+        return completion
+    return replace(completion, text=text, finish="stop_when")
 
 
 def given_replies(arm: str, task: ExamTask) -> dict[ReplyKey, Reply]:

@@ -20,6 +20,7 @@ from pipeline.exam.settings import (
 from pipeline.exam.steering import Steering, steered_passes
 from pipeline.exam.tasks import ExamIdentity, ExamTask, frozen_exam
 from pipeline.files import JsonlLog
+from pipeline.gatt.quality import is_in_loop
 from pipeline.gatt.rollout import ReplyKey, Turn, turns_of
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.generator import GenerationEngine
@@ -30,13 +31,17 @@ _DONE_TURN_TOKENS = 70
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExamPlan:
-    """What is measured of a model: `turns` of each task and arm; 0 until the context is full."""
+    """What is measured of a model: `turns` of each task and arm; 0 until the context is full.
+
+    `machine` names what takes the times.
+    """
 
     model: ExamModel
     tasks: Sequence[ExamTask]
     arms: Sequence[Arm]
     turns: int
     settings: ExamSettings
+    machine: str
     max_parallel: int = 0
     exam: ExamIdentity = field(default_factory=frozen_exam)
 
@@ -60,13 +65,14 @@ def turns_to_answer(task: ExamTask, max_turns: int) -> list[Turn]:
 class Generated(NamedTuple):
     """All replies by arm, the name of the model as its server calls it, and what it refused.
 
-    `versions` of gatt have made and checked the replies.
+    `versions` of gatt have made and checked the replies, on these `machines`.
     """
 
     replies: list[ExamReply]
     name: str
     notes: dict[str, str]
     versions: list[str]
+    machines: list[str]
 
 
 def generate(plan: ExamPlan, log_file: Path) -> Generated:
@@ -78,7 +84,7 @@ def generate(plan: ExamPlan, log_file: Path) -> Generated:
     with JsonlLog(log_file) as reply_log:
         header = _header(plan)
         done = _read(reply_log, header, log_file)
-        versions = _versions(reply_log.records)
+        origins = _origins(reply_log.records, here := _Origin(__version__, plan.machine))
         ids = {task.id for task in plan.tasks}
         resumed = sum(key.dialogue in ids and _is_planned(key, plan) for key in done)
         if resumed:
@@ -86,14 +92,16 @@ def generate(plan: ExamPlan, log_file: Path) -> Generated:
         with progress(f"exam: {plan.model.name}", plan.count, resumed) as bar:
             run = _LoggedRun(plan, reply_log, done, bar)
             if not run.is_done:
-                if versions and versions[-1] != __version__:
-                    reply_log.append(header)  # the next replies are made by this version
-                versions.append(__version__)
+                if origins and origins[-1] != here:
+                    reply_log.append(header)  # the next replies are made here
+                origins.append(here)
             name, notes = run.run()
     chosen = [r for key, r in done.items() if key.dialogue in ids and _is_planned(key, plan)]
     order = [arm.name for arm in plan.arms]
     chosen.sort(key=lambda r: order.index(r.reply.arm))
-    return Generated(chosen, name, notes, list(dict.fromkeys(versions)))
+    versions = list(dict.fromkeys(origin.version for origin in origins))
+    machines = list(dict.fromkeys(origin.machine for origin in origins))
+    return Generated(chosen, name, notes, versions, machines)
 
 
 def _is_planned(key: ReplyKey, plan: ExamPlan) -> bool:
@@ -105,6 +113,7 @@ def _header(plan: ExamPlan) -> dict[str, Any]:
     """Return what stands in the log before the replies: what they depend on."""
     header = {
         "gatt": __version__,
+        "machine": plan.machine,
         "exam": f"{plan.exam.name} {plan.exam.version}",
         "set": plan.exam.sha256,
         "model": plan.model.sha256 or plan.model.server,
@@ -116,23 +125,30 @@ def _header(plan: ExamPlan) -> dict[str, Any]:
     return header
 
 
-def _versions(records: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the version of gatt that made each reply of a log; earlier logs do not have it."""
-    version, versions = __version__, []
+class _Origin(NamedTuple):
+    """The version of gatt that made a reply, and the machine that took its time."""
+
+    version: str
+    machine: str
+
+
+def _origins(records: Sequence[dict[str, Any]], here: _Origin) -> list[_Origin]:
+    """Return the origin of each reply of a log; where an earlier log has none, it is `here`."""
+    origin, origins = here, []
     for row in records:
         if "exam" in row:
-            version = row.get("gatt", __version__)
+            origin = _Origin(row.get("gatt", here.version), row.get("machine", here.machine))
         else:
-            versions.append(version)
-    return versions
+            origins.append(origin)
+    return origins
 
 
 def _read(reply_log: JsonlLog, header: dict[str, Any], log_file: Path) -> dict[ReplyKey, ExamReply]:
     """Return the replies that the log has, after checking that they depend on the same.
 
     Of a run that ended before its first reply only the header is there, and it binds no other run.
-    The version of gatt may be another one, and the model that a server lists is compared as far as
-    it is known.
+    The version of gatt and the machine may be others, and the model that a server lists is compared
+    as far as it is known.
     """
     headers = [row for row in reply_log.records if "exam" in row]
     rows = [row for row in reply_log.records if "exam" not in row]
@@ -140,8 +156,9 @@ def _read(reply_log: JsonlLog, header: dict[str, Any], log_file: Path) -> dict[R
         reply_log.append(header)
         return {}
     before = headers[-1] if headers else {}
-    before = {"served_model": header.get("served_model"), **before, "gatt": __version__}
-    other = [name for name, value in header.items() if before.get(name) != value]
+    before = {"served_model": header.get("served_model"), **before}
+    compared = [name for name in header if name not in ("gatt", "machine")]
+    other = [name for name in compared if before.get(name) != header[name]]
     if other:
         changes = ", ".join(f"{name} {before.get(name)} → {header[name]}" for name in other)
         raise GattError(
@@ -179,8 +196,10 @@ class _LoggedRun(ExamRun):
             len(self._tasks), settings.context, plan.max_parallel, settings.max_thought_tokens
         ) as engine:
             self.count_tokens = token_counter(engine)
-            if isinstance(engine, BatchEngine) and any(arm.kind == "steer" for arm in plan.arms):
-                engine.layer_reader().close()  # an error comes before hours of other arms
+            if isinstance(engine, BatchEngine):  # a server that is interrupted counts no tokens
+                self.stop_when = is_in_loop
+                if any(arm.kind == "steer" for arm in plan.arms):
+                    engine.layer_reader().close()  # an error comes before hours of other arms
             for arm in plan.arms:
                 if arm.kind == "steer":
                     self._run_steered(engine, arm)

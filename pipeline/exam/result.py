@@ -108,8 +108,8 @@ class ArmResult:
 
     `last_five` is over the last five turns. `full_window` is over the answers after the first
     messages had left the context. `words` is the mean length of an answer, `cut` the share that
-    ended at the limit of tokens or within a thought, `cut_loops` the share of those that were
-    loops, which no limit ends, `invalid` the share of loops, repeats and empty answers.
+    ended at the limit of tokens or within a thought, `loops` the share that looped and was ended
+    there, which is not among them, `invalid` the share of loops, repeats and empty answers.
     `half_broken` is the turn (regime "first") after which half of the dialogues have had a broken
     answer, None if never. `reminder_tokens` are those that the arm added to a prompt, in the mean;
     those per kept answer divide by the share that is kept. None: no answer was kept.
@@ -122,7 +122,7 @@ class ArmResult:
     full_window: Rate
     words: JsonFloat
     cut: Rate
-    cut_loops: Rate
+    loops: Rate
     invalid: Rate
     half_broken: int | None
     prompt_tokens: JsonFloat
@@ -142,8 +142,9 @@ class ArmResult:
 class ExamResult:
     """One model's exam; `notes` are what a server refused, `machine` is where it was timed.
 
-    `gatt` is the version whose checks the verdicts are from; several with commas. `sampler` has
-    what the model was asked for; of a server, the rest is its own.
+    `gatt` is the version whose checks the verdicts are from; several versions stand with commas,
+    several machines with semicolons. `sampler` has what the model was asked for; of a server, the
+    rest is its own.
     """
 
     format: int

@@ -105,7 +105,7 @@ def _score(name: str, answers: Sequence[ExamReply], by_id: dict[str, ExamTask]) 
         full_window=_rate([row for row in rows if row.counts and row.answer.dropped]),
         words=_mean_words(inside),
         cut=_share(measured, _is_cut),
-        cut_loops=_share(measured, lambda r: _is_cut(r) and r.answer.reply.defect == "loop"),
+        loops=_share(measured, lambda row: row.answer.reply.defect == "loop"),
         invalid=_share(measured, lambda row: bool(row.answer.reply.defect)),
         half_broken=kaplan_meier(lives.values()).median,
         prompt_tokens=_mean(row.answer.reply.prompt_tokens for row in measured),
@@ -207,7 +207,9 @@ def _cost_by_turn(measured: Sequence[_Row]) -> tuple[TurnCost, ...]:
 
 
 def _is_cut(row: _Row) -> bool:
-    return row.answer.reply.finish in ("length", "thinking")
+    """Return whether a limit has cut an answer that might have had a proper ending."""
+    reply = row.answer.reply
+    return reply.finish in ("length", "thinking") and reply.defect != "loop"
 
 
 def _share(rows: Sequence[_Row], is_hit: Callable[[_Row], bool]) -> Rate:

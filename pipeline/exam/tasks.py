@@ -13,7 +13,7 @@ from functools import cache
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from pydantic import TypeAdapter
 
@@ -82,6 +82,8 @@ class ExamTask:
     first_counted: int
     max_tokens_factor: int = 1
     given: Mapping[int, str] = field(default_factory=dict)
+    ends_loops: ClassVar[bool] = True
+    """An answer that loops is no valid one, whatever follows, and no limit ends it."""
 
     @property
     def id(self) -> str:

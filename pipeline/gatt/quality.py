@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, pairwise
 
-from pipeline.gatt.text import BULLET, SENTENCE_END, UNSPACED, words
+from pipeline.gatt.text import BULLET, SENTENCE_END, UNSPACED, WORD, words
 
 _FUNCTION_WORDS = frozenset(
     words(
@@ -21,6 +21,8 @@ _ITEM = re.compile(rf"\s*(?:{BULLET}|[*_]*\d+[.)][*_]*)\s+(.+)")
 _HIRAGANA = re.compile(r"[\u3040-\u309f]+")
 _NGRAM, _MAX_NGRAM_COUNT = 5, 3
 """Five words in a row may occur three times; good lists begin four items with three words."""
+_TAIL = 12
+"""Characters, fewer than most five words have."""
 
 
 def find_defect(
@@ -54,8 +56,38 @@ def find_defect(
 
 def has_repeated_ngrams(text_words: Sequence[str]) -> bool:
     """Return whether five words in a row occur four times: a loop, whatever follows."""
-    ngrams = Counter(zip(*(text_words[start:] for start in range(_NGRAM)), strict=False))
-    return max(ngrams.values(), default=0) > _MAX_NGRAM_COUNT
+    return _words_up_to_loop(text_words) is not None
+
+
+def up_to_loop(text: str) -> str:
+    """Return a text up to the word with which five words in a row occur for the fourth time.
+
+    A text without such a loop is returned as it is.
+    """
+    matches = list(WORD.finditer(text))
+    count = _words_up_to_loop([match[0].lower() for match in matches])
+    return text if count is None else text[: matches[count - 1].end()]
+
+
+def is_in_loop(unfinished: str) -> bool:
+    """Return whether an unfinished text has gone on after such a loop, and is still in it.
+
+    That its end occurs four times is quickly seen, so this may be asked after each token.
+    """
+    if unfinished.count(unfinished[-_TAIL:]) <= _MAX_NGRAM_COUNT:
+        return False
+    return bool(WORD.search(unfinished, len(up_to_loop(unfinished))))
+
+
+def _words_up_to_loop(text_words: Sequence[str]) -> int | None:
+    """Return how many words there are up to the end of the first loop; None if there is none."""
+    counts: Counter[tuple[str, ...]] = Counter()
+    ngrams = zip(*(text_words[start:] for start in range(_NGRAM)), strict=False)
+    for end, ngram in enumerate(ngrams, _NGRAM):
+        counts[ngram] += 1
+        if counts[ngram] > _MAX_NGRAM_COUNT:
+            return end
+    return None
 
 
 def has_repeated_items(lines: Sequence[str]) -> bool:

@@ -213,6 +213,7 @@ def _plan(
         arms=find_arms(_arm_names(options)),
         turns=questions.turns,
         settings=settings,
+        machine="a server" if model.server else _machine(),
         max_parallel=options.max_parallel,
         exam=questions.identity,
     )
@@ -233,7 +234,6 @@ def _examine(
     replies_sha256 = sha256(replies_file)
     earlier = _earlier_result(file, replies_sha256)
     notes = earlier.notes if earlier else generated.notes
-    machine = "a server" if model.server else _machine()
     result = ExamResult(
         format=RESULT_VERSION,
         gatt=earlier.gatt if earlier else ", ".join(generated.versions),
@@ -247,7 +247,7 @@ def _examine(
         ),
         settings=settings,
         sampler=sampler_values(settings.sampler, is_server=bool(model.server), refused=notes),
-        machine=earlier.machine if earlier else machine,
+        machine=earlier.machine if earlier else "; ".join(generated.machines),
         date=earlier.date if earlier else time.strftime("%Y-%m-%d"),
         notes=notes,
         replies_sha256=replies_sha256,

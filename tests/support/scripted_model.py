@@ -15,13 +15,18 @@ PLAIN_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfo
 
 
 def write_scripted_gguf(
-    folder: Path, words: Sequence[str], template: str = PLAIN_TEMPLATE, name: str = "scripted"
+    folder: Path,
+    words: Sequence[str],
+    template: str = PLAIN_TEMPLATE,
+    name: str = "scripted",
+    *,
+    loops: bool = False,
 ) -> Path:
     """Write a GGUF of a model that greedily answers with `words` and then ends its turn.
 
     Each word is a token, so all have to be different. The words follow <|begin|>, and each word
     follows the one before it, so that a template may end with the first words. Any other token is
-    followed by the end.
+    followed by the end. A model that `loops` begins again instead of ending its turn.
     """
     import torch
     import transformers
@@ -43,14 +48,16 @@ def write_scripted_gguf(
         eos_token_id=tokenizer.eos_token_id,
     )
     model = transformers.LlamaForCausalLM(config)
-    chain = tokenizer.convert_tokens_to_ids(["<|begin|>", *words, "<|end|>"])
+    last = words[0] if loops else "<|end|>"
+    chain = tokenizer.convert_tokens_to_ids(["<|begin|>", *words, last])
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
     followers = dict(pairwise(chain))
     with torch.no_grad():
         for parameter in model.parameters():  # attention and MLP add nothing
             parameter.fill_(1.0 if parameter.dim() == 1 else 0.0)
         for token in range(size):
             model.model.embed_tokens.weight[token, token] = 1.0
-            model.lm_head.weight[followers.get(token, chain[-1]), token] = 1.0
+            model.lm_head.weight[followers.get(token, end), token] = 1.0
     model.save_pretrained(folder)
     file = folder / f"{name}.gguf"
     write_formats(Model(name, folder), None, {"F32": file})

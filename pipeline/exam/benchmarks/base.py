@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -51,6 +51,7 @@ class BenchmarkTask(ExamTask):
 
     checks: Mapping[int, TurnChecks] = field(default_factory=dict)
     probed: bool = False
+    ends_loops: ClassVar[bool] = False
 
     def is_kept(self, reply: Reply) -> bool | None:
         """Return whether a reply passes all checks of its turn, as the benchmark counts it.

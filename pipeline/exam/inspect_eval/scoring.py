@@ -50,7 +50,7 @@ def numbers() -> Metric:
                 f"{arm.name}: last five turns": arm.last_five.value,
                 f"{arm.name}: words": arm.words,
                 f"{arm.name}: cut": arm.cut.value,
-                f"{arm.name}: cut in loops": arm.cut_loops.value,
+                f"{arm.name}: loops": arm.loops.value,
             }
             if arm.full_window.n:
                 values[f"{arm.name}: context full"] = arm.full_window.value

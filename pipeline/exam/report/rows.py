@@ -19,7 +19,7 @@ from pipeline.exam.result import (
 from pipeline.records import Reply
 
 MAX_CUT = 0.05
-"""Share of cut answers, but for loops, above which an arm gets a warning."""
+"""Share of cut answers above which an arm gets a warning."""
 _TASK_FIELDS = ("name", "version", "sha256", "turns", "regimes", "dialogues")
 _SETTINGS = ("max_tokens", "sampler", "seed")
 
@@ -136,12 +136,11 @@ def warnings_about(results: Sequence[ExamResult]) -> list[str]:
             "A server gets temperature and top-p only: the rest of the sampler is its own."
         )
     for row in exam_rows(results):
-        if row.arm.cut.hits - row.arm.cut_loops.hits > MAX_CUT * row.arm.cut.n:
+        if row.arm.cut.hits > MAX_CUT * row.arm.cut.n:
             warnings.append(
                 f"{row.label}: {row.arm.cut.value:.0%} of the answers were cut at "
-                f"{row.result.settings.max_tokens} tokens ({row.arm.cut_loops.value:.0%} were "
-                "loops) or within their thoughts, so that they cannot show their ending. Raise "
-                "--max-tokens; thoughts have a limit of their own."
+                f"{row.result.settings.max_tokens} tokens or within their thoughts, so that they "
+                "cannot show their ending. Raise --max-tokens; thoughts have a limit of their own."
             )
         warnings += _never_full(row)
     for model, result in zip(model_names(results), results, strict=True):
@@ -153,7 +152,7 @@ def warnings_about(results: Sequence[ExamResult]) -> list[str]:
             )
         if not result.exam.complete:
             warnings.append(
-                f"{model}: not the whole exam ({result.exam.dialogues} dialogues, "
+                f"{model}: not the whole exam (dialogues: {result.exam.dialogues}; "
                 f"{_length(result)}), so this is no result to cite."
             )
         if empty := _empty_regimes(result):

@@ -47,7 +47,7 @@ def terminal_table(results: Sequence[ExamResult]) -> tuple[list[str], list[list[
     columns |= {
         "last 5 turns": [_percent(row.arm.last_five) for row in rows],
         "cut": [_percent(row.arm.cut) for row in rows],
-        "in loops": [_percent(row.arm.cut_loops) for row in rows],
+        "loops": [_percent(row.arm.loops) for row in rows],
         "+tokens/kept": [_number(row.arm.reminder_tokens_per_kept) for row in rows],
         "ms/kept": [_number(row.arm.milliseconds_per_kept) for row in rows],
     }
@@ -95,7 +95,7 @@ def main_table(results: Sequence[ExamResult]) -> Table:
         "last five turns": [row.arm.last_five for row in rows],
         "half of the dialogues broken by turn": [_half_broken(row.arm) for row in rows],
         "cut at the limit": [row.arm.cut for row in rows],
-        "cut in a loop": [row.arm.cut_loops for row in rows],
+        "loops": [row.arm.loops for row in rows],
         "not valid (loop, repeat, empty)": [row.arm.invalid for row in rows],
         "reminder tokens per kept answer": [
             _rounded(row.arm.reminder_tokens_per_kept) for row in rows
