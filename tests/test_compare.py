@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from support.cli import call_gatt
 from support.golden import Golden
 
 from pipeline.errors import GattError
@@ -177,6 +178,21 @@ def test_other_dialogues_and_settings_give_warnings(tmp_path: Path) -> None:
     assert "difference, points" not in saved["columns"]
     for name in ("compare.html", "compare.md"):
         assert "different dialogues" in (tmp_path / "out" / name).read_text(encoding="utf-8")
+
+
+def test_a_recipe_that_was_edited_after_training_gives_a_warning(tmp_path: Path) -> None:
+    runs = [Evaluated(10).write(tmp_path / name) for name in ("a", "b")]
+    edited = RunDir(runs[1])
+    edited.claim("train", "as it was trained", [])
+    edited.finish("train", "as it was trained", [], 60.0)
+    done = call_gatt("compare", *runs, "--out", tmp_path / "out")
+    assert done.returncode == 0
+    warning = f"{runs[1]}: the recipe has changed since `gatt train`, so the settings"
+    assert warning in " ".join(done.stderr.split())
+    saved = json.loads((tmp_path / "out" / "compare.json").read_text(encoding="utf-8"))
+    assert [text.startswith(warning) for text in saved["warnings"] if "has changed" in text] == [
+        True
+    ]
 
 
 def test_same_dialogues_with_other_instructions_are_not_paired(tmp_path: Path) -> None:

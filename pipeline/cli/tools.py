@@ -25,9 +25,16 @@ def compare(
     ] = Path("comparison"),
 ) -> None:
     """Compare runs in one table and one chart. Example: gatt compare runs/all_turns runs/distill"""
+    from pipeline.recipe_file import load_recipe
+    from pipeline.run import outdated_stages
+    from pipeline.run_dir import RunDir
     from pipeline.stages.compare import compare as compare_runs
 
-    compare_runs(runs, out)
+    folders = [path for path in runs if (path / "recipe.toml").is_file()]
+    outdated = {
+        path: outdated_stages(load_recipe(path / "recipe.toml"), RunDir(path)) for path in folders
+    }
+    compare_runs(runs, out, outdated)
 
 
 @app.command()

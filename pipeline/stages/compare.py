@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from pipeline.console import log, print_result
 from pipeline.errors import GattError
@@ -21,6 +23,7 @@ from pipeline.report.page import ReportPage, ReportSection
 from pipeline.report.tables import markdown
 
 _MAX_CURVES = 8
+_NONE: Mapping[Path, Sequence[str]] = MappingProxyType({})
 _FIDELITY = (
     "Reminder fidelity: how much nearer a model that is told once comes to the base that is "
     "reminded in every turn than the base told once, by the KL on the reminded base's own answers. "
@@ -28,11 +31,14 @@ _FIDELITY = (
 )
 
 
-def compare(paths: Sequence[Path], folder: Path) -> None:
+def compare(
+    paths: Sequence[Path], folder: Path, outdated: Mapping[Path, Sequence[str]] = _NONE
+) -> None:
     """Write `compare.html`, `.md`, `.json`, chart and table to `folder`, and print the table.
 
-    Of results of `gatt exam`, which are files, and of logs of `inspect eval gatt/exam`, only the
-    page with its tables is written.
+    The recipe of a run may have changed since its `outdated` stages. Of results of `gatt exam`,
+    which are files, and of logs of `inspect eval gatt/exam`, only the page with its tables is
+    written.
 
     Raises:
         GattError: a run or result is named twice, is none, was not evaluated or lacks a file, or
@@ -51,6 +57,7 @@ def compare(paths: Sequence[Path], folder: Path) -> None:
     runs = [read_run(path) for path in paths]
     create_folder(folder, "--out")
     comparison = compare_runs(runs)
+    comparison = replace(comparison, warnings=[*_changed(outdated), *comparison.warnings])
     table, fidelity, warnings = comparison.table, comparison.fidelity, comparison.warnings
     page = _page(comparison)
     page.write(folder / "compare.html")
@@ -72,6 +79,19 @@ def compare(paths: Sequence[Path], folder: Path) -> None:
         log(f"compare: {warning}")
     print_result(markdown(table))
     print_result(f"{folder / 'compare.html'}")
+
+
+def _changed(outdated: Mapping[Path, Sequence[str]]) -> list[str]:
+    """Return a warning for each run whose settings may not be those of its figures."""
+    warnings = []
+    for path, names in outdated.items():
+        if names:
+            stages = ", ".join(f"`gatt {name}`" for name in names)
+            warnings.append(
+                f"{path}: the recipe has changed since {stages}, so the settings that are compared "
+                "may not be those of its figures."
+            )
+    return warnings
 
 
 def _page(comparison: Comparison) -> ReportPage:
