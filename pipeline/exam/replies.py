@@ -196,10 +196,10 @@ class _LoggedRun(ExamRun):
             len(self._tasks), settings.context, plan.max_parallel, settings.max_thought_tokens
         ) as engine:
             self.count_tokens = token_counter(engine)
-            if isinstance(engine, BatchEngine):  # a server that is interrupted counts no tokens
+            if not plan.model.server:  # one that is interrupted does not count its tokens
                 self.stop_when = is_in_loop
-                if any(arm.kind == "steer" for arm in plan.arms):
-                    engine.layer_reader().close()  # an error comes before hours of other arms
+            if isinstance(engine, BatchEngine) and any(arm.kind == "steer" for arm in plan.arms):
+                engine.layer_reader().close()  # an error comes before hours of other arms
             for arm in plan.arms:
                 if arm.kind == "steer":
                     self._run_steered(engine, arm)
