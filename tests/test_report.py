@@ -54,7 +54,7 @@ from pipeline.report.results import read_results
 from pipeline.report.sections.adherence import by_instruction
 from pipeline.report.sections.headline import headline
 from pipeline.report.styles import arm_label
-from pipeline.report.tables import Table, markdown, sort_key
+from pipeline.report.tables import Table, format_cell, markdown, sort_key
 from pipeline.run import _settings, run_stage
 from pipeline.run_dir import RunDir
 from pipeline.stages import report, train
@@ -268,6 +268,12 @@ def test_page_has_every_section_and_leaves_out_what_was_not_measured(
     }
     assert re.findall("<h2>(.*?)</h2>", _page(bare)) == always
     assert "its verdicts are not reliable" in _page(full)
+
+
+def test_large_numbers_have_no_exponent() -> None:
+    numbers = [0.12345, 9999.4, 9999.6, 30421.7, -30421.7, float("nan")]
+    texts = ["0.1235", "9999", "10000", "30422", "-30422", ""]
+    assert [format_cell(number) for number in numbers] == texts
 
 
 def test_headline_is_about_the_chosen_figure(full: RunDir, bare: RunDir) -> None:

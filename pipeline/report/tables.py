@@ -15,6 +15,8 @@ from pipeline.evaluation.statistics import Difference
 
 Cell = str | int | float | Rate | None
 """A text, a number, a rate with its interval, or None for an empty cell."""
+_NO_EXPONENT = 9999.5
+"""Numbers from here on would get an exponent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +152,9 @@ def format_cell(cell: Cell) -> str:
     if isinstance(cell, Rate):
         return f"{cell.value:.0%} ({cell.hits} of {cell.n})" if cell.n else ""
     if isinstance(cell, float):
-        return "" if math.isnan(cell) else f"{cell:.4g}"
+        if math.isnan(cell):
+            return ""
+        return f"{cell:.4g}" if abs(cell) < _NO_EXPONENT else f"{cell:.0f}"
     return "" if cell is None else str(cell)
 
 
