@@ -224,6 +224,11 @@ class RunDir:
         write_json(folder / "manifest.json", manifest)
 
 
+def stage_commands(stages: Sequence[str]) -> str:
+    """Return the commands of some stages as a message names them: "`gatt train`, `gatt export`"."""
+    return ", ".join(f"`gatt {name}`" for name in stages)
+
+
 def _read_started(file: Path) -> _Started:
     """Read `started.json`; earlier versions did not write the seconds."""
     started: _Started = json.loads(file.read_text(encoding="utf-8"))

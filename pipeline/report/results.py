@@ -18,7 +18,7 @@ from pipeline.recipe import Recipe
 from pipeline.report.facts import file_facts, public_name, run_facts, shortened_warning
 from pipeline.report.page import ComparedDialogue, ComparedTurn
 from pipeline.report.replies import judged_replies
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, stage_commands
 
 if TYPE_CHECKING:
     from pipeline.evaluation.attention import AttentionMap
@@ -89,7 +89,7 @@ class RunResults:
         """Return why the figures are not to be cited, or are not those of file or recipe."""
         warnings = [shortened_warning(self.recipe.evaluate, self.measured_dialogues)]
         if self.outdated:
-            stages = ", ".join(f"`gatt {name}`" for name in self.outdated)
+            stages = stage_commands(self.outdated)
             warnings.append(
                 f"The recipe has changed since {stages}, so the settings shown may not be those of "
                 "the figures. `gatt run` brings the run up to date."

@@ -21,6 +21,7 @@ from pipeline.report.compared.runs import read_run
 from pipeline.report.figures import adherence_curve, fidelity_curve
 from pipeline.report.page import ReportPage, ReportSection
 from pipeline.report.tables import markdown
+from pipeline.run_dir import stage_commands
 
 _MAX_CURVES = 8
 _NONE: Mapping[Path, Sequence[str]] = MappingProxyType({})
@@ -83,15 +84,12 @@ def compare(
 
 def _changed(outdated: Mapping[Path, Sequence[str]]) -> list[str]:
     """Return a warning for each run whose settings may not be those of its figures."""
-    warnings = []
-    for path, names in outdated.items():
-        if names:
-            stages = ", ".join(f"`gatt {name}`" for name in names)
-            warnings.append(
-                f"{path}: the recipe has changed since {stages}, so the settings that are compared "
-                "may not be those of its figures."
-            )
-    return warnings
+    return [
+        f"{path}: the recipe has changed since {stage_commands(stages)}, so the settings that are "
+        "compared may not be those of its figures."
+        for path, stages in outdated.items()
+        if stages
+    ]
 
 
 def _page(comparison: Comparison) -> ReportPage:

@@ -19,7 +19,7 @@ from pipeline.recipe import Recipe
 from pipeline.recipe_file import recipe_toml
 from pipeline.report.cards import PublishedModel, model_card
 from pipeline.report.facts import run_facts
-from pipeline.run_dir import RunDir
+from pipeline.run_dir import RunDir, stage_commands
 
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 
@@ -68,7 +68,7 @@ def _require_report(recipe: Recipe, run_dir: RunDir) -> None:
     """Refuse a run that is not finished, or whose report is about an earlier export."""
     arguments = f"{run_dir.recipe} --run {run_dir.path}"
     if run_dir.outdated:
-        stages = ", ".join(f"`gatt {name}`" for name in run_dir.outdated)
+        stages = stage_commands(run_dir.outdated)
         raise GattError(
             f"{run_dir.recipe} has changed since {stages}, and the model card would state settings "
             f"that the model was not made with. Run `gatt run {arguments}` to make it anew, or "
