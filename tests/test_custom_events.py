@@ -14,7 +14,14 @@ from pipeline.evaluation.scores import Scores
 from pipeline.evaluation.suites import SuiteSettings, build_suites
 from pipeline.export.summary import ExportSummary, FormatSummary
 from pipeline.gatt.acceptance import ACCEPTED, OBEYS_OLD
-from pipeline.gatt.assign import EVALUATION_STOP, ConstraintPool, assign_evaluation, stop
+from pipeline.gatt.assign import (
+    EVALUATION_STOP,
+    ConstraintPool,
+    Ratios,
+    assign_evaluation,
+    assign_training,
+    stop,
+)
 from pipeline.gatt.assignment import AssignedDialogue, read_splits
 from pipeline.gatt.constraints.registry import shows_obedience
 from pipeline.gatt.ghost import CHANGE_PREFIX
@@ -268,6 +275,12 @@ def test_leakage_takes_patterns_and_leaves_functions_out(tmp_path: Path) -> None
         # An answer without a price says nothing about what is followed.
         (custom_instruction(CHEAP), stop("Stop."), [ACCEPTED, ACCEPTED]),
         (custom_instruction(BLUNT), stop("Stop."), [ACCEPTED, ACCEPTED]),
+        # One of several is enough.
+        (
+            render_instruction((Constraint("opening", "Ziggy"), Constraint("keyword", "rivers"))),
+            stop("Stop."),
+            [ACCEPTED, OBEYS_OLD, ACCEPTED],
+        ),
     ],
 )
 def test_training_answers_after_a_stop_do_not_go_on_to_obey(
@@ -301,6 +314,25 @@ def test_training_answers_after_a_stop_do_not_go_on_to_obey(
 
     synthesis.run(run, [assigned])
     assert [answer.verdict for answer in synthesis.answers.values()] == verdicts
+
+
+@pytest.mark.parametrize(("custom", "ends"), [(ZIGGY, True), (CHEAP, False), (BLUNT, False)])
+def test_training_ends_own_words_only_where_a_check_shows_that_answers_follow_them(
+    custom: CustomInstruction, *, ends: bool
+) -> None:
+    ratios = Ratios(
+        plain=0.0,
+        recall=0.0,
+        combine=0.0,
+        short=0.0,
+        system=0.0,
+        contradict=0.0,
+        change=0.0,
+        stop=1.0,
+        edited=1.0,
+    )
+    assigned = assign_training(DIALOGUES, ConstraintPool((), (), [custom]), ratios, 1)
+    assert [a.next_instruction is not None for a in assigned] == [ends] * len(DIALOGUES)
 
 
 def test_the_stage_writes_such_suites_for_a_file_of_instructions(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -446,6 +447,38 @@ def test_an_argument_that_a_verifier_would_replace_is_refused(value: str, proble
         prepare(Constraint("ifeval", value))
 
 
+def test_a_reply_on_which_a_verifier_raises_does_not_pass(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the one of "format:quote_unquote" does on a reply without a letter."""
+
+    class Verifier:
+        def __init__(self, name: str) -> None:
+            pass
+
+        def get_instruction_args_keys(self) -> list[str]:
+            return []
+
+        def get_instruction_args(self) -> None:
+            return None
+
+        def build_description(self) -> str:
+            return ""
+
+        def check_following(self, value: str) -> bool:
+            return value.strip("0123456789.")[-1] == "e"
+
+    monkeypatch.setattr(custom_checks, "_verifiers", lambda module: {"a:no_letter": Verifier})
+    check = Constraint("ifeval", "a:no_letter")
+    assert [obeys((check,), text) for text in ("one", "42.", "7.", "two")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert capsys.readouterr().err.count("ifeval = a:no_letter raised IndexError") == 1
+
+
 def test_an_argument_of_another_type_is_refused_before_the_first_reply() -> None:
     pytest.importorskip("if_verifiable")
     with pytest.raises(GattError, match=r"\[1, 2\].* raised TypeError .*one short answer"):
@@ -724,6 +757,53 @@ def test_a_judge_decides_what_no_program_can_check() -> None:
     rubric = replace(BLUNT, checks=(Constraint("rubric", "Is it blunt?"),))
     _synthesized(rubric, [SEA, SALT], judge)
     assert questions[0][0] == "Is it blunt?"
+
+
+LAWYER = CustomInstruction(
+    text='Whatever I ask, reply only: "Ask my lawyer."',
+    checks=(Constraint("regex", r"^Ask my lawyer\.$"),),
+)
+
+
+def test_a_reply_that_the_instruction_quotes_is_no_repeat() -> None:
+    fixed = "Ask my lawyer."
+    assert _synthesized(LAWYER, [fixed, fixed]) == [(fixed, ACCEPTED)] * 2
+    (assigned,) = assign_evaluation([Dialogue("a", "sea", QUESTIONS)], [], [LAWYER])
+    assert [(r.obeys, r.defect) for r in _replies(assigned, [fixed, fixed], "base")] == [
+        (True, ""),
+        (True, ""),
+    ]
+    (assigned,) = assign_evaluation([Dialogue("a", "sea", QUESTIONS)], [], [ZIGGY])
+    assert [r.defect for r in _replies(assigned, [SEA, SEA], "base")] == ["", "repeat"]
+
+
+def test_fixed_replies_are_not_too_common() -> None:
+    dialogues = [
+        AssignedDialogue(
+            dialogue=Dialogue(f"d{n}", "sea", QUESTIONS),
+            instruction=custom_instruction(LAWYER),
+            method="sampled",
+        )
+        for n in range(3)
+    ]
+    synthesis = Synthesis(Recipe(), lambda answer: None)
+    synthesis.run(_answering(["Ask my lawyer."] * 6), dialogues)
+    assert synthesis.remove_common(dialogues) == 0
+
+
+def test_an_instruction_without_room_for_an_answer_is_one_line(tmp_path: Path) -> None:
+    words = " ".join(f"Rule {n}: be kind." for n in range(200))
+    (tmp_path / "long.txt").write_text(words)
+    failed = call_gatt(
+        *("instructions", "--run", tmp_path / "run"),
+        *("--set", f"instructions.file={tmp_path / 'long.txt'}"),
+    )
+    assert failed.returncode == 1
+    assert re.search(
+        r"The instruction 'Rule 0.* has \d+ tokens; train.max_length = 1024 has room for 884 of "
+        r"them.* set train.max_length to \d+ or more",
+        failed.stderr,
+    ), failed.stderr
 
 
 def test_prompts_go_through_synthesis_and_a_raising_function_loses_nothing(

@@ -29,6 +29,7 @@ from pipeline.evaluation.scores import (
     Judgment,
     RateRow,
     Scores,
+    UnseenRow,
 )
 from pipeline.evaluation.scoring.fidelity import AnswerKl, summarize
 from pipeline.evaluation.statistics import Difference
@@ -51,7 +52,7 @@ from pipeline.report.axes import turn_ticks
 from pipeline.report.facts import file_facts
 from pipeline.report.figures import adherence_curve, change_curve, fidelity_curve, mean_rates
 from pipeline.report.results import read_results
-from pipeline.report.sections.adherence import by_instruction
+from pipeline.report.sections.adherence import by_instruction, generalization
 from pipeline.report.sections.headline import headline
 from pipeline.report.styles import arm_label
 from pipeline.report.tables import Table, format_cell, markdown, sort_key
@@ -427,8 +428,8 @@ def test_leakage_is_compared_with_the_base(full: RunDir) -> None:
     )
     assert row["rival: points from the base"] == "+0 (+0 to +0)"
     page = _page(full)
-    assert "Of 3 trained traits the base never shows 2 unasked in these dialogues." in page
-    assert "All models show the other 2 equally often." in page
+    assert "Of 4 trained traits the base never shows 3 unasked in these dialogues." in page
+    assert "All models show the other 3 equally often." in page
 
 
 def test_the_report_says_what_was_not_measured(full: RunDir, bare: RunDir) -> None:
@@ -454,13 +455,36 @@ def test_the_first_chart_has_what_was_not_trained_and_says_what_the_base_is(
     for arm in ("base", "tuned", "ceiling", "tuned, unseen values", "tuned, unseen kinds"):
         assert arm_label(arm) in text, labels
     assert page.caption.endswith(
-        "Base: the model before training; ceiling: the base, reminded in every turn."
+        "Base: the model before training; ceiling: the base, reminded in every turn. Curves "
+        "without another name are of trained instructions."
     )
     results = read_results(_recipe(bare), bare)
     counts = results.scores.replies
     replies = {**counts, "base": replace(counts["base"], cut=30)}
     cut = replace(results, scores=replace(results.scores, replies=replies))
     assert "30 of 80 replies of the base are cut at 64 tokens" in report_page(cut).caption
+
+
+def test_new_values_have_a_row_for_the_last_five_turns(full: RunDir) -> None:
+    results = read_results(_recipe(full), full)
+    by_turn = [
+        UnseenRow(group="unseen value", arm="tuned", at=turn, **asdict(wilson(turn > 16, 2)))
+        for turn in range(1, 21)
+    ]
+    scores = replace(results.scores, turns=20, unseen_by_turn=tuple(by_turn))
+    section = generalization(replace(results, scores=scores))
+    assert section
+    (row,) = [r for r in section.tables[0].rows if r[0] == "unseen value, turns 16 to 20"]
+    rate = row[[*section.tables[0].columns].index("tuned")]
+    assert isinstance(rate, RateRow) and (rate.hits, rate.n) == (4, 10)
+    short = generalization(replace(results, scores=replace(scores, turns=5)))
+    assert short and not any("turns" in str(r[0]) for r in short.tables[0].rows)
+
+
+def test_without_a_check_of_what_is_trained_there_is_no_first_chart(full: RunDir) -> None:
+    results = read_results(_recipe(full), full)
+    unchecked = replace(results, scores=replace(results.scores, by_turn=()))
+    assert results.scores.unseen_by_turn and report_page(unchecked).chart is None
 
 
 def test_the_report_says_which_kinds_have_no_training_answer(bare: RunDir) -> None:

@@ -434,6 +434,25 @@ def test_a_leak_is_a_trained_trait_that_the_base_never_shows_unasked() -> None:
     assert (difference.low, difference.high, difference.dialogues) == (0.25, 0.25, 2)
 
 
+@pytest.mark.parametrize(
+    ("trained", "leaking"),
+    [
+        (Constraint("persona", "Captain Nemo"), "Ada Lovelace: yes."),
+        (Constraint("signature", "Ada"), "Yes.\n- Bo"),
+        (Constraint("hashtag", "TodayILearned"), "Yes. #Salt"),
+        (Constraint("heading", "Answer"), "# Reply\n\nYes."),
+        (Constraint("json", "reply"), '{"answer": "Yes."}'),
+    ],
+)
+def test_a_form_leaks_with_any_value(trained: Constraint, leaking: str) -> None:
+    leaks = _leaks((trained,), base=_BASE, tuned=[leaking, *_BASE[1:]])
+    assert leaks and (leaks.traits, leaks.never_in_base) == (2, 2)
+    assert [(r.arm, r.hits, r.n) for r in leaks.new] == [("base", 0, 8), ("tuned", 2, 8)]
+    assert {r.at for r in leaks.by_trait} == {f"{trained.kind}: any value"}
+    unasked = _leaks((trained,), base=[leaking], tuned=[leaking])
+    assert unasked and unasked.never_in_base == 1 and not unasked.new[0].hits
+
+
 def test_the_interval_of_a_leak_draws_dialogues() -> None:
     """One of two dialogues leaks: resamples leak in none, one or both."""
     replies = _plain_replies(base=_BASE, tuned=_LEAKING)

@@ -115,7 +115,7 @@ def _answer_verdict(
         return "disobeys"
     defect = find_defect(
         raw,
-        earlier,
+        [] if assigned.is_fixed(turn, raw) else earlier,
         assigned.required_words,
         require_ending=not sampled,
         max_similarity=_MAX_SIMILARITY,
@@ -146,17 +146,16 @@ def _keeps_to_topic(assigned: AssignedDialogue, turn: int, raw: str, earlier: li
 def _obeys_old(
     assigned: AssignedDialogue, turn: int, text: str, dialogue: Sequence[Message]
 ) -> bool:
-    """Return whether an answer still follows the instruction that no longer holds.
+    """Return whether an answer still follows a part of the instruction that no longer holds.
 
     A teacher that has obeyed in all earlier answers goes on by itself. Only checks that a plain
     answer does not pass can tell.
     """
     if assigned.active_instruction(turn) is assigned.instruction:
         return False
-    old, new = assigned.constraints(0), assigned.constraints(turn)
-    if is_judged(old) or set(old) & set(new):
-        return False
-    return any(map(shows_obedience, old)) and obeys(old, text, dialogue)
+    new = assigned.constraints(turn)
+    old = [c for c in assigned.constraints(0) if c not in new and not is_judged((c,))]
+    return any(shows_obedience(c) and obeys((c,), text, dialogue) for c in old)
 
 
 def cannot_be_accepted(constraints: tuple[Constraint, ...], prefix: str) -> bool:

@@ -10,7 +10,7 @@ from itertools import count, cycle, islice, zip_longest
 from typing import NamedTuple
 
 from pipeline.gatt.assignment import AssignedDialogue
-from pipeline.gatt.constraints.registry import compatible, editable
+from pipeline.gatt.constraints.registry import compatible, editable, shows_obedience
 from pipeline.gatt.ghost import CHANGE_PREFIX
 from pipeline.gatt.instructions import custom_instruction, instruction_of, render_instruction
 from pipeline.gatt.vocabulary.attributes import training_attributes
@@ -193,7 +193,9 @@ class _TrainingDraw:
         """Let the user replace, end or contradict the instruction, or do none of these.
 
         What the user says against an instruction in the system message does not hold. The next
-        instruction is obtained by the same method: editable constraints stay editable.
+        instruction is obtained by the same method: editable constraints stay editable. The user's
+        own words are replaced or ended only where a check shows whether an answer still follows
+        them: a teacher that has followed them goes on.
         """
         ratios = self._ratios
         if assigned.in_system:
@@ -201,6 +203,8 @@ class _TrainingDraw:
                 return replace(assigned, contradiction=self._contradiction(assigned))
             return assigned
         draw = self._rng.random()
+        if assigned.is_custom and not any(map(shows_obedience, assigned.constraints(0))):
+            return assigned
         if draw < ratios.change:
             return replace(assigned, next_instruction=self._other_instruction(assigned))
         if draw < ratios.change + ratios.stop:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from pipeline.files import read_json, write_json
 from pipeline.gatt.constraints.custom_checks import function_files
 from pipeline.gatt.constraints.registry import is_judged, required_words
 from pipeline.gatt.ghost import CHANGE_PREFIX, augment, ghost
+from pipeline.gatt.text import words
 from pipeline.records import (
     Constraint,
     Dialogue,
@@ -24,6 +26,7 @@ from pipeline.records import (
     SynthesisMethod,
 )
 
+_QUOTED = re.compile(r'["“]([^"“”]+)["”]')
 _BYTES_PER_TOKEN = 3
 """Of a text; few tokens have less."""
 _SHORT_TOKENS, _MESSAGE_TOKENS, _SYSTEM_TOKENS = 64, 40, 150
@@ -98,6 +101,16 @@ class AssignedDialogue:
         """Return the constraints on the answer of `turn` (from 0)."""
         instruction = self.active_instruction(turn)
         return instruction.constraints if instruction else ()
+
+    def is_fixed(self, turn: int, text: str) -> bool:
+        """Return whether the user's own words quote `text`: 'Reply only: "Ask my lawyer."'.
+
+        Such an answer is no repeat of an earlier one.
+        """
+        instruction = self.active_instruction(turn)
+        if not (instruction and instruction.label):
+            return False
+        return words(text) in [words(quoted) for quoted in _QUOTED.findall(instruction.text)]
 
     def with_verdict(self, reply: Reply, *, verdict: bool | None) -> Reply:
         """Return a reply that needs a judge with its verdict, which programs' checks may overrule.

@@ -13,6 +13,10 @@ from pipeline.records import Constraint, CustomInstruction, Instruction
 
 _GAP = re.compile(r"(?<=[.!?\"”])\s+")
 _BULLET = re.compile(r"\s*([-*•]|\d+[.)])\s+")
+_FIELD = re.compile(r"[\w ]+:\s+[^\"]+")
+"""A line of a character card: "Language: French" says what the character speaks."""
+_CONDITION = re.compile(r"(after|during|for|if|in|on|unless|when|while)\b.*:", re.IGNORECASE)
+"""A line whose items hold in some answers only."""
 _LONGEST_WORDING = 3
 """Sentences of a wording, counted with those in a quoted value."""
 
@@ -71,11 +75,11 @@ def parse_instruction(text: str) -> tuple[Constraint, ...]:
 def find_constraints(text: str) -> tuple[Constraint, ...]:
     """Return the constraints of a prompt's sentences that `parse_instruction` reads, each once.
 
-    All other sentences are passed over.
+    All other sentences are passed over, so are fields of a card, and items under a condition.
     """
     constraints: dict[Constraint, None] = {}
-    for line in text.splitlines():
-        sentences = _GAP.split(_BULLET.sub("", line, count=1).strip())
+    for line in _unconditional_lines(text):
+        sentences = _GAP.split(line)
         while sentences:
             beginnings = [sentences[:size] for size in range(1, _LONGEST_WORDING + 1)]
             readings = ((len(b), parse_instruction(" ".join(b))) for b in beginnings)
@@ -84,6 +88,18 @@ def find_constraints(text: str) -> tuple[Constraint, ...]:
             if not (sentences and sentences[0].startswith("or ")):  # one value of several
                 constraints |= dict.fromkeys(reading)
     return tuple(constraints)
+
+
+def _unconditional_lines(text: str) -> Iterator[str]:
+    """Yield the lines that may hold for every answer, without their bullets."""
+    in_condition = False
+    for line in text.splitlines():
+        item = _BULLET.sub("", line, count=1).strip()
+        is_item = _BULLET.match(line) is not None
+        if not is_item:
+            in_condition = _CONDITION.fullmatch(item) is not None
+        if not (_FIELD.fullmatch(item) or (is_item and in_condition)):
+            yield item
 
 
 def _value_length(constraints: tuple[Constraint, ...]) -> int:

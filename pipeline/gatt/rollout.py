@@ -131,7 +131,8 @@ def _checked(
     else:
         if constraints := dialogue.constraints(turn.number - 1):
             is_obeyed = obeys(constraints, text, dialogue.student_prompt(answers, ""))
-        defect = find_defect(text, answers, dialogue.required_words)
+        earlier = [] if dialogue.is_fixed(turn.number - 1, text) else answers
+        defect = find_defect(text, earlier, dialogue.required_words)
     if completion.finish == "thinking":
         is_obeyed, defect = is_obeyed and False, "unfinished thoughts"
     return Reply(

@@ -186,7 +186,8 @@ class Synthesis:
         for assigned in dialogues:
             answers = self.accepted(assigned)
             for turn, answer in enumerate(answers):
-                if answer.turn in assigned.exact_answers:
+                is_fixed = assigned.is_fixed(answer.turn, answer.raw)
+                if is_fixed or answer.turn in assigned.exact_answers:
                     continue
                 answer_words = frozenset(words(answer.raw))
                 copies[answer_words] += 1

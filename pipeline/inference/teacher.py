@@ -19,7 +19,7 @@ from pipeline.gatt.constraints.registry import kind_of
 from pipeline.gatt.generated_values import LISTS, list_values
 from pipeline.gatt.quality import find_defect
 from pipeline.gatt.text import first_sentences, has_sentences
-from pipeline.gguf.reader import open_gguf
+from pipeline.gguf.reader import GgufInfo, open_gguf
 from pipeline.hub.convert import cached_gguf, runnable_gguf
 from pipeline.hub.models import Model, find_model
 from pipeline.inference.batch_engine import BatchEngine
@@ -28,11 +28,13 @@ from pipeline.inference.llama.model import LoadedModel
 from pipeline.inference.remote.address import is_server_url
 from pipeline.recipe import Recipe
 from pipeline.recipe_file import read_toml
-from pipeline.records import Constraint, Dialogue, Message, Request, Task
+from pipeline.records import Constraint, CustomInstruction, Dialogue, Message, Request, Task
 from pipeline.run_dir import RunDir
 
 _USER_TOKENS = 100
 """Tokens of a user message of the teacher's: the instruction stands in every one of them."""
+_QUESTION_TOKENS = 60
+"""Tokens of a user message, with the template's markers around both messages of a turn."""
 
 
 def open_teacher(recipe: Recipe, dialogues: int, further_tokens: int = 0) -> GenerationEngine:
@@ -77,17 +79,43 @@ class _Quality:
 def require_short_prompt(text: str, file: Path, recipe: Recipe) -> None:
     """Raise a `GattError` if prompt, question and answer exceed the model's context."""
     model = find_model(recipe.model)
-    gguf = runnable_gguf(model, "" if model.is_gguf else recipe.synthesize.format or "F16")
-    info = open_gguf(gguf)
-    vocabulary = LoadedModel(info, vocab_only=True)
-    tokens = len(vocabulary.tokenize(text))
-    vocabulary.close()
-    room = info.context_length - context_for(1, recipe.synthesize.max_tokens)
+    tokens = _count_tokens(text, model, recipe)
+    room = _open_student(model, recipe).context_length - context_for(
+        1, recipe.synthesize.max_tokens
+    )
     if tokens > room:
         raise GattError(
             f"The prompt {file} has {tokens} tokens; the context of {model.name} has room for "
             f"{max(0, room)} of them. Shorten it, or choose a model with a longer context."
         )
+
+
+def require_short_instructions(custom: Sequence[CustomInstruction], recipe: Recipe) -> None:
+    """Raise a `GattError` if one of them, a question and an answer exceed `train.max_length`."""
+    longest = max(custom, key=lambda c: len(c.text.encode()), default=None)
+    limit = recipe.train.max_length
+    room = limit - _QUESTION_TOKENS - recipe.synthesize.max_tokens
+    if longest is None or len(longest.text.encode()) <= room:  # a token has at least a byte
+        return
+    tokens = _count_tokens(longest.text, find_model(recipe.model), recipe)
+    if tokens > room:
+        raise GattError(
+            f"The instruction {longest.name!r} has {tokens} tokens; train.max_length = {limit} has "
+            f"room for {max(0, room)} of them, with a question and its answer. Shorten it, or set "
+            f"train.max_length to {limit + tokens - room} or more."
+        )
+
+
+def _count_tokens(text: str, model: Model, recipe: Recipe) -> int:
+    vocabulary = LoadedModel(_open_student(model, recipe), vocab_only=True)
+    tokens = len(vocabulary.tokenize(text))
+    vocabulary.close()
+    return tokens
+
+
+def _open_student(model: Model, recipe: Recipe) -> GgufInfo:
+    gguf = runnable_gguf(model, "" if model.is_gguf else recipe.synthesize.format or "F16")
+    return open_gguf(gguf)
 
 
 def _log_conversion_quality(model: Model, format_name: str) -> None:

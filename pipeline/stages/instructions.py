@@ -35,7 +35,11 @@ from pipeline.gguf.formats import require_formats
 from pipeline.hub.models import Model, find_model, require_exportable, shape_of
 from pipeline.inference.chat_template import template_in
 from pipeline.inference.generator import model_files
-from pipeline.inference.teacher import generated_constraints, require_short_prompt
+from pipeline.inference.teacher import (
+    generated_constraints,
+    require_short_instructions,
+    require_short_prompt,
+)
 from pipeline.inference.thoughts import always_thinks
 from pipeline.recipe import Evaluate, Recipe
 from pipeline.records import Constraint, CustomInstruction, Dialogue
@@ -93,12 +97,18 @@ def run(recipe: Recipe, run_dir: RunDir) -> None:
         _assign_prompt(recipe, run_dir)
         return
     custom, listed = _custom_instructions(recipe), recipe.instructions
+    if recipe.dialogues.system and any(c.place == "system" for c in custom):
+        log(
+            "instructions: in the system message, your own words stand after dialogues.system, "
+            f'"{recipe.dialogues.system}" Give the model both later, or set it to "".'
+        )
     if listed.file and (skipped := count_skipped(Path(listed.file))):
         log(f"instructions: {skipped} entries of {listed.file} are not read: not *.txt or *.md.")
     pool = ConstraintPool(
         listed.constraints, listed.vocabulary_kinds, custom, listed.vocabulary_ratio
     )
     check_pool(pool, recipe.evaluate)
+    require_short_instructions(custom, recipe)
     dialogues = split_dialogues(recipe)
     constraints = (*pool.constraints, *generated_constraints(recipe, run_dir, dialogues.training))
     pool = pool._replace(constraints=constraints)

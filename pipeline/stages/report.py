@@ -99,6 +99,8 @@ def _base_text(scores: Scores, max_tokens: int) -> str:
     """Return what the base and the ceiling are, and whether the limit may hide what they obey."""
     ceiling = "; ceiling: the base, reminded in every turn" if "ceiling" in scores.replies else ""
     text = f" Base: the model before training{ceiling}."
+    if scores.unseen_by_turn:
+        text += " Curves without another name are of trained instructions."
     base = scores.replies.get("base")
     if base and base.cut > _OFTEN_CUT * base.all:
         text += (
@@ -109,7 +111,12 @@ def _base_text(scores: Scores, max_tokens: int) -> str:
 
 
 def _curves(scores: Scores, arms: Sequence[str]) -> list[RateRow]:
-    """Return adherence by turn of `arms`, and that of tuned to instructions not trained."""
+    """Return adherence by turn of `arms`, and that of tuned to instructions not trained.
+
+    There are none where no program checks what is trained.
+    """
+    if not scores.by_turn:
+        return []
     unseen = [
         replace(row, arm=f"tuned, {row.group}s")
         for row in scores.unseen_by_turn

@@ -278,6 +278,20 @@ def test_a_sentence_with_several_values_is_no_check(sentence: str) -> None:
     assert baked_instruction(sentence).constraints == ()
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Name: Jeanne\nLanguage: French",
+        "- Language: French",
+        "For code questions:\n- Never use emoji in your answers.\n- Use at most 9 words.",
+    ],
+)
+def test_what_holds_in_some_answers_only_is_no_check(text: str) -> None:
+    assert baked_instruction(text).constraints == ()
+    rule = "\nRules:\n- Use at most 30 words in every answer."
+    assert baked_instruction(text + rule).constraints == (Constraint("max_words", "30"),)
+
+
 def test_a_prompt_is_checked_where_its_sentences_are_worded_as_checks(tmp_path: Path) -> None:
     prompt, run = tmp_path / "prompt.txt", RunDir(tmp_path / "run")
     prompt.write_text('You are a pirate. Begin every answer with "Ahoy!".')

@@ -4,12 +4,17 @@ Many answers obey an instruction unasked ("at most 20 words"), so the base is th
 same dialogues. Two figures: how often an arm shows a trait that the base never shows there, and by
 trait how much more often than the base. A model like the base may show by chance what the base did
 not; the interval of the difference tells.
+
+A trait is a trained constraint, or the form of a trained kind with any value: a model that has
+learned to sign its answers may sign with a name that no training dialogue had.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from typing import NamedTuple
 
 from pipeline.evaluation.rates import Rate, rates, wilson
 from pipeline.evaluation.scores import Leakage, RateRow, TraitRow
@@ -18,6 +23,31 @@ from pipeline.gatt.constraints.registry import is_judged, obeys
 from pipeline.records import Constraint, Reply
 
 _ByArm = Mapping[str, Sequence[Reply]]
+_VALUES = {
+    "persona": re.compile(r"\A([^\s:]+(?: [^\s:]+){0,3}):"),
+    "signature": re.compile(r"\n- (.+)\Z"),
+    "hashtag": re.compile(r"#(\w+)\Z"),
+    "heading": re.compile(r"\A# (.+)"),
+    "json": re.compile(r'\A\s*\{\s*"([^"]+)"'),
+}
+"""What stands in an answer in place of the value, in kinds whose answers have a form."""
+
+
+class _Trait(NamedTuple):
+    """A trained constraint; the form of its kind with any value if it has no value."""
+
+    constraint: Constraint
+    is_form: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.constraint.kind}: any value" if self.is_form else self.constraint.name
+
+    def shows_in(self, text: str) -> bool:
+        if not self.is_form:
+            return obeys((self.constraint,), text)
+        match = _VALUES[self.constraint.kind].search(text.strip())
+        return match is not None and obeys((replace(self.constraint, value=match[1]),), text)
 
 
 def measure_leakage(replies: Sequence[Reply], trained: Sequence[Constraint]) -> Leakage | None:
@@ -30,16 +60,18 @@ def measure_leakage(replies: Sequence[Reply], trained: Sequence[Constraint]) -> 
         for arm in dict.fromkeys(r.arm for r in replies)
     }
     # A function needs the dialogue that it was written for.
-    traits = [c for c in dict.fromkeys(trained) if not (is_judged((c,)) or c.kind == "function")]
+    checked = [c for c in dict.fromkeys(trained) if not (is_judged((c,)) or c.kind == "function")]
+    forms = {c.kind: _Trait(replace(c, value=""), is_form=True) for c in checked}
+    traits = [*map(_Trait, checked), *(form for kind, form in forms.items() if kind in _VALUES)]
     if not (traits and by_arm.get("base")):
         return None
     never, rows = [], []
     for trait in traits:
-        shows = {arm: _showing((trait,), of_arm) for arm, of_arm in by_arm.items()}
+        shows = {arm: _showing(trait, of_arm) for arm, of_arm in by_arm.items()}
         if not any(r.obeys for r in shows["base"]):
             never.append(trait)
         rows += _differences(trait.name, shows)
-    new = rates(replies, lambda r: r.arm, lambda r: any(obeys((c,), r.text) for c in never))
+    new = rates(replies, lambda r: r.arm, lambda r: any(t.shows_in(r.text) for t in never))
     return Leakage(
         traits=len(traits),
         never_in_base=len(never),
@@ -48,9 +80,9 @@ def measure_leakage(replies: Sequence[Reply], trained: Sequence[Constraint]) -> 
     )
 
 
-def _showing(trait: tuple[Constraint, ...], replies: Sequence[Reply]) -> list[Reply]:
+def _showing(trait: _Trait, replies: Sequence[Reply]) -> list[Reply]:
     """Return the replies marked as obeying where they show the trait, whatever was asked for."""
-    return [replace(r, obeys=obeys(trait, r.text), defect="") for r in replies]
+    return [replace(r, obeys=trait.shows_in(r.text), defect="") for r in replies]
 
 
 def _differences(trait: str, shows: _ByArm) -> list[TraitRow]:

@@ -90,24 +90,41 @@ def passes_function(value: str, text: str, dialogue: Sequence[Message]) -> bool:
 def passes_verifier(value: str, text: str) -> bool:
     """Return whether a reply passes an instruction of IFEval or IFBench, in its strict form.
 
+    Some raise on a reply that they did not expect, such as one without a letter. It does not pass.
+
     Raises:
-        GattError: the package, the instruction or an argument is missing, or it raises.
+        GattError: the package, its data, the instruction or an argument is missing.
     """
     verifier = load_verifier(value)
-    return bool(text.strip()) and bool(
-        _called(f"ifeval = {value}", text, lambda: verifier.check_following(text))
-    )
+    if not text.strip():
+        return False
+    try:
+        return bool(verifier.check_following(text))
+    except Exception as error:
+        _require_nltk_data(f"ifeval = {value}", error)
+        _log_once(f"ifeval = {value} raised {_described(error)}. Such replies do not pass.")
+        return False
+
+
+@cache
+def _log_once(text: str) -> None:
+    log(text)
+
+
+def _require_nltk_data(name: str, error: BaseException) -> None:
+    """Raise a `GattError` if `error` says that data are missing."""
+    if resource := _NLTK_RESOURCE.search(str(error)):
+        raise GattError(
+            f"The check {name} needs data of NLTK, which are not on this machine. Fetch them "
+            f"with `python -m nltk.downloader {resource[1]}`, and run the same command again."
+        ) from error
 
 
 def _called(name: str, text: str, check: Callable[[], object]) -> object:
     try:
         return check()
     except (Exception, SystemExit) as error:
-        if resource := _NLTK_RESOURCE.search(str(error)):
-            raise GattError(
-                f"The check {name} needs data of NLTK, which are not on this machine. Fetch them "
-                f"with `python -m nltk.downloader {resource[1]}`, and run the same command again."
-            ) from error
+        _require_nltk_data(name, error)
         raise GattError(
             f"The check {name} raised {_described(error)} on the reply {_beginning(text)}. "
             f"{_RESUME}"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TypeVar
 
-from pipeline.evaluation.scores import ChangeScores, EventScores, RateRow
+from pipeline.evaluation.rates import wilson
+from pipeline.evaluation.scores import ChangeScores, EventScores, RateRow, Scores
 from pipeline.gatt.acceptance import Acceptance
 from pipeline.gatt.constraints.registry import KINDS
 from pipeline.report.figures import change_curve, survival_curve
@@ -169,7 +170,7 @@ def _not_measured(coverage: Mapping[str, tuple[int, int]]) -> list[str]:
 def generalization(results: RunResults) -> ReportSection | None:
     """Return adherence to instructions that were not trained, and to trained ones at once."""
     scores = results.scores
-    rates = [*scores.generalization, *scores.combined]
+    rates = [*scores.generalization, *_late_unseen(scores), *scores.combined]
     if not rates:
         return None
     rows = [replace(row, at=f"{row.at} ({row.group})") for row in scores.by_unseen]
@@ -184,6 +185,26 @@ def generalization(results: RunResults) -> ReportSection | None:
             by_arm("by_unseen", "kind", rows, results.arms),
         ],
     )
+
+
+def _late_unseen(scores: Scores) -> list[RateRow]:
+    """Return the rates in the last five turns, of what was not trained and is measured there."""
+    first = scores.turns - 4
+    if first <= 1:
+        return []
+    late = [row for row in scores.unseen_by_turn if first <= int(row.at) <= scores.turns]
+    hits, counts = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
+    for row in late:
+        hits[row.group, row.arm] += row.hits
+        counts[row.group, row.arm] += row.n
+    return [
+        RateRow(
+            arm=arm,
+            at=f"{group}, turns {first} to {scores.turns}",
+            **asdict(wilson(hits[group, arm], n)),
+        )
+        for (group, arm), n in counts.items()
+    ]
 
 
 def change(results: RunResults) -> ReportSection | None:

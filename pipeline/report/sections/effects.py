@@ -50,7 +50,8 @@ def leakage_and_damage(results: RunResults) -> ReportSection | None:
             if baked
             else "Dialogues without an instruction: what was trained should not show, and the "
             "model should answer as before. What the base does unasked is no leakage. A trait is "
-            "an instruction with its trained value: other values of its kind do not count."
+            "an instruction with its trained value, or the form of its kind with any value: a "
+            "signature, a hashtag, a heading, a JSON object, a figure named first."
         ),
         tables=tables,
         notes=notes,
