@@ -122,6 +122,14 @@ def test_two_and_three_instructions_at_once_are_compatible() -> None:
         assert all(compatible(*pair) for pair in combinations(group, 2))
 
 
+def test_two_at_once_come_from_all_kinds_however_many_values_these_have() -> None:
+    openings = [Constraint("opening", f"Ahoy {word}!") for word in "abcdefghijklmnopqrstuvwxyz"]
+    trained = (*openings, Constraint("closing", "So it goes."), Constraint("emoji"))
+    suite = build_suites(DIALOGUES, replace(_SETTINGS, trained=trained))["combined"]
+    pairs = {frozenset(c.kind for c in a.constraints(0)) for a in suite[::2]}
+    assert len(pairs) == min(3, len(suite[::2]))
+
+
 def test_where_no_third_instruction_is_compatible_there_are_two_at_once() -> None:
     groups = [assigned.constraints(0) for assigned in _suites()["combined"]]
     assert [len(group) for group in groups] == [2] * len(DIALOGUES)

@@ -187,16 +187,19 @@ def _combined(
 ) -> list[AssignedDialogue]:
     """Return dialogues with two and, every other one, three compatible constraints.
 
-    There are none where no two are compatible, and only two where no third is.
+    Pairs of kinds come in turn, however many values each has. There are none where no two are
+    compatible, and only two where no third is.
     """
-    pairs = [
-        (first, second)
-        for n, first in enumerate(constraints)
-        for second in constraints[n + 1 :]
-        if compatible(first, second)
-    ]
+    by_kinds: dict[tuple[str, str], list[tuple[Constraint, Constraint]]] = {}
+    for n, first in enumerate(constraints):
+        for second in constraints[n + 1 :]:
+            if compatible(first, second):
+                low, high = sorted((first.kind, second.kind))
+                by_kinds.setdefault((low, high), []).append((first, second))
     rng = random.Random("combined")
-    rng.shuffle(pairs)
+    kinds = list(by_kinds)
+    rng.shuffle(kinds)
+    pairs = (rng.choice(by_kinds[pair]) for pair in cycle(kinds))
     return [
         AssignedDialogue(
             dialogue=dialogue,
@@ -204,7 +207,7 @@ def _combined(
                 _with_third(pair, constraints, rng) if number % 2 else pair
             ),
         )
-        for number, (dialogue, pair) in enumerate(zip(dialogues, cycle(pairs), strict=False))
+        for number, (dialogue, pair) in enumerate(zip(dialogues, pairs, strict=False))
     ]
 
 
