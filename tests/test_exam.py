@@ -187,6 +187,15 @@ def test_an_unknown_arm_is_refused(name: str) -> None:
         find_arms((name,))
 
 
+@pytest.mark.parametrize(
+    ("name", "advised"), [("depth-1", "depth-2"), ("depth-3", "depth-2"), ("depth-99", "depth-98")]
+)
+def test_the_arm_that_an_odd_depth_gets_as_advice_is_one(name: str, advised: str) -> None:
+    with pytest.raises(GattError, match=rf"Take {advised}\."):
+        find_arms((name,))
+    assert find_arms((advised,))
+
+
 def test_all_arms_by_default_and_none_twice() -> None:
     assert [arm.name for arm in find_arms(())] == list(DEFAULT_ARMS)
     assert len(find_arms(("once", "once"))) == 1

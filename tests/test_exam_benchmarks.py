@@ -22,13 +22,14 @@ from pipeline.exam.benchmarks import base
 from pipeline.exam.benchmarks.base import BenchmarkTask, TurnChecks, criteria
 from pipeline.exam.benchmarks.criteria import checks_of_questions, checks_of_requests
 from pipeline.exam.benchmarks.registry import BENCHMARKS, read_benchmark
-from pipeline.exam.dialogue_run import DialogueRun, ExamRun
+from pipeline.exam.dialogue_run import DialogueRun, ExamReply, ExamRun
 from pipeline.exam.report.rows import warnings_about
 from pipeline.exam.result import read_result
+from pipeline.exam.scores import score_arms
 from pipeline.exam.tasks import exam_tasks
 from pipeline.gatt.constraints.registry import obeys
 from pipeline.gatt.quality import is_in_loop
-from pipeline.records import Completion, Reply
+from pipeline.records import Completion, Constraint, Reply
 from pipeline.stages.exam import run
 
 _WORDS = ("Let", " me", " see:", " yes", ".")
@@ -123,6 +124,19 @@ def test_a_benchmark_keeps_what_loops(tmp_path: Path) -> None:
         assert (first.stop_when is None) == (task is benchmark)
         second = dialogue.send(Completion(loop, 64, 9, "length"))
         assert len(second.messages[-2]["content"].split()) == length
+
+
+def test_a_loop_that_nothing_ends_is_cut_at_the_limit() -> None:
+    checks = {2: TurnChecks((Constraint("max_words", "3"),), 1)}
+    benchmark = base.dialogue_task("d", "part", ("Q1", "Q2"), checks)
+    (own,) = exam_tasks(("first",), 1, 2)
+    for task, cut in ((own, 0), (benchmark, 1)):
+        text = "one two three four five " * 9
+        reply = replace(_reply(benchmark, text, 2), dialogue=task.id, finish="length")
+        reply = replace(reply, defect="loop", obeys=False)
+        row = ExamReply(reply=reply, dropped=0, reminder_tokens=0, seconds=0.1)
+        (arm,) = score_arms([row], [task])
+        assert (arm.cut.hits, arm.loops.hits, arm.answers) == (cut, 1, 1)
 
 
 _GLOBAL = [

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.exam import SETTINGS
+from support.exam import OPTIONS, SETTINGS
 
 from pipeline.errors import GattError
 from pipeline.exam.dialogue_run import ExamReply
-from pipeline.exam.inspect_eval.logs import _exam_set
+from pipeline.exam.inspect_eval.logs import _exam_set, read_log
 from pipeline.exam.report.page import headline, write_page
-from pipeline.exam.report.rows import comparable, model_names, warnings_about
+from pipeline.exam.report.rows import (
+    comparable,
+    differences,
+    exam_rows,
+    model_names,
+    warnings_about,
+)
 from pipeline.exam.report.tables import facts_table, main_table, terminal_table
 from pipeline.exam.result import (
     ExaminedModel,
@@ -29,9 +35,10 @@ from pipeline.exam.result import (
 )
 from pipeline.exam.scores import score_arms
 from pipeline.exam.settings import WindowPolicy
-from pipeline.exam.tasks import exam_tasks, frozen_exam
+from pipeline.exam.tasks import EXAM_NAME, ExamTask, exam_tasks, frozen_exam
 from pipeline.files import write_json
 from pipeline.records import Reply
+from pipeline.stages.exam import _questions
 
 _LOCAL = ExaminedModel(
     name="m", sha256="0" * 64, adapter_sha256="", server="", training_minutes=1.0
@@ -41,11 +48,10 @@ _SERVED = replace(
 )
 
 
-def _result(
-    *, regime: str = "first", turns: int = 3, dropped: Sequence[int] = (0, 0, 0), **fields: Any
-) -> ExamResult:
-    """Return the result of two dialogues whose answers are all kept; `dropped` is by turn."""
-    tasks = exam_tasks((regime,), 2, len(dropped))
+def _answers(
+    tasks: Sequence[ExamTask], dropped: Sequence[int], broken_from: int = 99
+) -> list[ExamReply]:
+    """Return an answer for each turn of each task; they are kept before turn `broken_from`."""
     replies = [
         Reply(
             arm="once",
@@ -55,16 +61,29 @@ def _result(
             prompt_tokens=20,
             tokens=0,
             finish="stop",
-            obeys=True,
+            obeys=turn < broken_from,
             defect="",
         )
         for task in tasks
         for turn in range(1, len(dropped) + 1)
     ]
-    rows = [
+    return [
         ExamReply(reply=r, dropped=dropped[r.turn - 1], reminder_tokens=0, seconds=0.1)
         for r in replies
     ]
+
+
+def _result(
+    *,
+    regime: str = "first",
+    turns: int = 3,
+    dropped: Sequence[int] = (0, 0, 0),
+    broken_from: int = 99,
+    **fields: Any,
+) -> ExamResult:
+    """Return the result of two dialogues; `dropped` is by turn."""
+    tasks = exam_tasks((regime,), 2, len(dropped))
+    rows = _answers(tasks, dropped, broken_from)
     exam = ExamSet(
         **frozen_exam()._asdict(), turns=turns, regimes=(regime,), dialogues=2, complete=True
     )
@@ -121,8 +140,35 @@ def test_a_log_is_complete_if_every_arm_has_all_dialogues() -> None:
         for task in exam_tasks((), 0, 1)
     ]
     about = {"set": frozen_exam()._asdict(), "arms": ["once", "every"], "turns": 20}
-    assert _exam_set(about, samples).complete
-    assert not _exam_set(about, samples[:-1]).complete  # as `--limit` leaves it
+    assert _exam_set(about, samples, ()).complete
+    assert not _exam_set(about, samples[:-1], ()).complete  # as `--limit` leaves it
+    about["turns"] = 0
+    (task,) = exam_tasks(("first",), 1, 12)
+    for full_turns in (9, 10):
+        dropped = [*[0] * (12 - full_turns), *[1] * full_turns]
+        result = _exam_set(about, samples, _answers([task], dropped))
+        assert result.complete == (full_turns == 10)
+
+
+def test_a_log_of_another_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = frozen_exam()._replace(version=7, sha256="f" * 64)
+    about = {"gatt": "9.9", "set": other._asdict(), "arms": [], "turns": 3}
+    about["settings"] = asdict(SETTINGS)
+    name = {"model": "mockllm/model", "model_base_url": None, "created": "2026-01-01"}
+    log = SimpleNamespace(
+        eval=SimpleNamespace(metadata={EXAM_NAME: about}, **name), status="success", samples=[]
+    )
+    monkeypatch.setattr("pipeline.exam.inspect_eval.logs._open", lambda _: log)
+    with pytest.raises(GattError, match=r"version 7 \(SHA-256 f{16}\).*by gatt 9\.9; .*version 1"):
+        read_log(Path("x.eval"))
+
+
+def test_a_set_of_which_all_dialogues_are_named_is_complete() -> None:
+    options = replace(OPTIONS, regimes=(), dialogues=24)  # as many as the largest regime has
+    assert _questions(options, 20, None, 4096).is_complete
+    assert not _questions(options, 8, None, 4096).is_complete
+    assert not _questions(replace(options, dialogues=23), 20, None, 4096).is_complete
+    assert not _questions(replace(options, regimes=("first",)), 20, None, 4096).is_complete
 
 
 def test_the_sampler_of_a_result_is_what_was_asked_for() -> None:
@@ -192,6 +238,21 @@ def test_window_policies_of_different_models_are_not_compared() -> None:
     assert warning in warnings_about(results)
 
 
+def test_differences_are_over_the_turns_that_both_rows_have() -> None:
+    verbose = _result(dropped=(*[0] * 13, *[1] * 37))  # in a full context from turn 14 on
+    brief = _result(dropped=[0] * 50, broken_from=14)
+    _, difference = differences(exam_rows([verbose, brief]))
+    assert difference is not None
+    assert (difference.difference, difference.low, difference.high) == (0, 0, 0)
+    last_five = [result.arms[0].last_five for result in (verbose, brief)]
+    assert [(rate.hits, rate.n) for rate in last_five] == [(0, 0), (0, 10)]
+
+
+def test_a_seed_of_0_is_a_fact() -> None:
+    facts = facts_table([_result(settings=replace(SETTINGS, seed=0))])
+    assert ["seed", 0] in facts.rows
+
+
 def test_training_pays_only_against_times_of_one_machine() -> None:
     base = _result(model=replace(_LOCAL, name="b", training_minutes=None))
     (arm,) = base.arms
@@ -202,6 +263,10 @@ def test_training_pays_only_against_times_of_one_machine() -> None:
     assert column not in terminal_table([other, _result()])[0]
     assert column not in main_table([other, _result()]).columns
     assert "The times were taken on different machines." in warnings_about([other, _result()])
+    mixed = "this; another"
+    several = [replace(base, machine=mixed), _result(machine=mixed)]
+    assert column not in terminal_table(several)[0]
+    assert "The times were taken on different machines." in warnings_about(several)
 
 
 def test_models_of_one_name_are_told_apart_wherever_they_are_named() -> None:
@@ -251,8 +316,10 @@ def test_the_page_of_a_benchmark_does_not_describe_the_exam(tmp_path: Path) -> N
 
 def test_other_versions_may_have_other_checks() -> None:
     warnings = warnings_about([_result(), _result(gatt="2")])
-    assert any("different versions of gatt" in text for text in warnings)
+    assert any("different versions of gatt (1, 2)" in text for text in warnings)
     assert warnings_about([_result(), _result()]) == []
+    (warning,) = warnings_about([_result(gatt="1.0, 2.0")])
+    assert "different versions of gatt (1.0, 2.0)" in warning
 
 
 def test_a_context_that_was_never_full_is_no_full_context() -> None:

@@ -6,7 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from support.cli import call_gatt
@@ -15,10 +15,13 @@ from support.scripted_model import write_scripted_gguf
 from support.servers import FakeOpenAIServer, Handler, in_thread, send_json
 from support.shared import make_once
 
+from pipeline import __version__
 from pipeline.errors import GattError
 from pipeline.exam.models import ExamModel, find_models
 from pipeline.exam.report.rows import warnings_about
 from pipeline.exam.result import ExamResult, read_result
+from pipeline.exam.settings import WindowPolicy
+from pipeline.stages import exam
 from pipeline.stages.compare import compare
 from pipeline.stages.exam import run
 
@@ -130,6 +133,97 @@ def test_times_are_those_of_the_machines_that_took_them(
     assert _result(tmp_path).machine == "laptop, 2 cores"
     run([str(model)], replace(options, turns="3"), tmp_path)
     assert _result(tmp_path).machine == "laptop, 2 cores; desktop"
+
+
+def test_a_run_elsewhere_that_made_no_reply_has_no_part_in_the_result(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise GattError("Too little memory.")
+
+    options = replace(_OPTIONS, arms=("once",), dialogues=1, turns="2")
+    monkeypatch.setattr("pipeline.stages.exam._machine", lambda: "laptop")
+    run([str(model)], options, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.stages.exam._machine", lambda: "desktop")
+        patch.setattr(ExamModel, "open", fail)
+        with pytest.raises(GattError, match="Too little memory"):
+            run([str(model)], replace(options, turns="3"), tmp_path)
+    # Earlier versions have left a header there.
+    log = tmp_path / "scripted.replies.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(lines[0].replace('"laptop"', '"desktop"'))
+    run([str(model)], replace(options, turns="3"), tmp_path)
+    (tmp_path / "scripted.json").unlink()
+    run([str(model)], replace(options, turns="3"), tmp_path)  # as the log has it
+    assert _result(tmp_path).machine == "laptop"
+
+
+def test_a_log_of_another_form_is_one_line(model: Path, tmp_path: Path) -> None:
+    options = replace(_OPTIONS, arms=("once",), dialogues=1, turns="2")
+    run([str(model)], options, tmp_path)
+    log = tmp_path / "scripted.replies.jsonl"
+    before = log.read_text(encoding="utf-8")
+    after = before.replace(f'"gatt": "{__version__}"', '"gatt": "9.9"')
+    log.write_text(after.replace('"dropped": 0', '"dropped": 0, "mood": 1'), encoding="utf-8")
+    expected = rf"scripted\.replies\.jsonl has a reply of gatt 9\.9 .*gatt {__version__} .*'mood'"
+    with pytest.raises(GattError, match=expected):
+        run([str(model)], options, tmp_path)
+
+
+def test_questions_of_the_last_turn_of_a_shorter_exam_are_not_counted(
+    model: Path, tmp_path: Path
+) -> None:
+    options = replace(_OPTIONS, arms=("once",), dialogues=1, regimes=("attributes",))
+    run([str(model)], replace(options, turns="3"), tmp_path)
+    run([str(model)], replace(options, turns="4"), tmp_path)
+    run([str(model)], replace(options, turns="4"), tmp_path / "alone")
+    resumed, alone = (_result(folder).arms[0] for folder in (tmp_path, tmp_path / "alone"))
+    assert resumed.answers == alone.answers
+    assert resumed.dialogues == alone.dialogues
+
+
+def test_a_longer_exam_has_no_part_in_one_until_the_context_is_full(
+    model: Path, tmp_path: Path
+) -> None:
+    options = replace(_OPTIONS, arms=("once",), dialogues=1, context=512, turns="context")
+    run([str(model)], replace(options, turns="40"), tmp_path)
+    run([str(model)], options, tmp_path)
+    run([str(model)], options, tmp_path / "alone")
+    resumed, alone = (_result(folder).arms[0] for folder in (tmp_path, tmp_path / "alone"))
+    assert resumed.dialogues == alone.dialogues
+    assert (resumed.answers, resumed.full_window.n) == (alone.answers, 10)
+
+
+def test_until_the_context_is_full_is_complete_if_it_was(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    questions = exam._questions
+    with_all: Any = lambda *given: replace(questions(*given), is_complete=True)  # noqa: E731
+    monkeypatch.setattr(exam, "_questions", with_all)
+    options = replace(_OPTIONS, arms=("once",), dialogues=1, context=512, turns="context")
+    for window in get_args(WindowPolicy):
+        run([str(model)], replace(options, window=window), tmp_path / window)
+        assert _result(tmp_path / window).exam.complete
+    monkeypatch.setattr(exam, "most_turns", lambda *_: 3)
+    run([str(model)], options, tmp_path / "short")
+    assert not _result(tmp_path / "short").exam.complete
+
+
+def test_a_server_with_a_large_context_is_done_when_no_turn_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exam, "most_turns", lambda *_: 3)
+    options = replace(_OPTIONS, turns="context", arms=("once",), dialogues=1)
+    stream = _streamed("Let me see: yes.")
+    with in_thread(FakeOpenAIServer()) as server:
+        server.responses = [lambda handler, _: handler.send(200, "text/event-stream", stream)]
+        run([f"{server.url}#first"], options, tmp_path)
+    before = _rows(tmp_path, "first")
+    run([f"{server.url}#first"], options, tmp_path)  # which has gone
+    assert _rows(tmp_path, "first") == before
+    assert len(before) == 3
 
 
 def test_replies_of_other_settings_are_not_mixed_in(model: Path, tmp_path: Path) -> None:
@@ -276,6 +370,14 @@ def test_what_a_server_refused_stays_in_the_result(
     run([server.url], options, tmp_path)
     assert repr(read_result(file)) == repr(before)
     assert any("top_p: left out" in text for text in warnings_about([read_result(file)]))
+    file.unlink()
+    run([server.url], options, tmp_path)  # all that is known is in the log
+    again = read_result(file)
+    assert (again.model.name, again.notes, again.sampler) == (
+        before.model.name,
+        before.notes,
+        before.sampler,
+    )
 
 
 def test_replies_of_another_model_at_the_same_address_are_not_taken(tmp_path: Path) -> None:

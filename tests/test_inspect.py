@@ -123,6 +123,8 @@ def test_a_log_is_a_result_that_is_compared(
     assert result.settings == expected.settings
     assert result.sampler == expected.sampler == {"temperature": 0.0}
     assert result.model.server == "openai-api/local/scripted"
+    assert result.machine == "server 127.0.0.1"
+    assert expected.machine.startswith(f"{result.machine} on ")
     assert result.arms[1].prompt_tokens == expected.arms[1].prompt_tokens
     assert result.arms[1].reminder_tokens == expected.arms[1].reminder_tokens > 0
     assert result.arms[0].seconds > 0

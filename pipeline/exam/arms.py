@@ -118,7 +118,7 @@ def _find_arm(name: str) -> Arm:
     if number % 2:
         raise GattError(
             f"{name}: a note stands in a user message, so its depth is even. Take "
-            f"depth-{number + 1}."
+            f"depth-{number - 1 or 2}."
         )
     return Arm(name, "depth", number)
 

@@ -7,11 +7,15 @@ in it. The sum is the time of the arm, also when it was interrupted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from pipeline import __version__
+from pipeline.errors import GattError
 from pipeline.exam.arms import Arm
 from pipeline.exam.models import estimated_tokens
 from pipeline.exam.settings import (
@@ -51,6 +55,41 @@ class ExamReply:
 def read_reply(row: dict[str, Any]) -> ExamReply:
     """Return a reply from a row of a log."""
     return ExamReply(**{**row, "reply": Reply(**row["reply"])})
+
+
+def logged_reply(row: dict[str, Any], log_file: Path, version: str) -> ExamReply:
+    """Return a reply from a row of `log_file`, which a `version` of gatt has written.
+
+    Raises:
+        GattError: the row has other fields than this version reads.
+    """
+    try:
+        return read_reply(row)
+    except (KeyError, TypeError) as error:
+        raise GattError(
+            f"{log_file} has a reply of gatt {version} with other fields than gatt {__version__} "
+            f"reads ({error}). Take the version that wrote it, or run the exam again in another "
+            "folder."
+        ) from error
+
+
+def up_to_full(replies: Sequence[ExamReply]) -> Sequence[ExamReply]:
+    """Return those of a dialogue up to the last one that is measured in a full context."""
+    full_turns = 0
+    for number, row in enumerate(replies, 1):
+        full_turns += row.is_full and not row.reply.recall_attribute
+        if full_turns == TURNS_AFTER_FULL:
+            return replies[:number]
+    return replies
+
+
+def are_filled(replies: Iterable[ExamReply]) -> bool:
+    """Return whether the context was full for as many turns as are measured in each dialogue."""
+    full_turns: Counter[tuple[str, str]] = Counter()
+    for row in replies:
+        is_counted = row.is_full and not row.reply.recall_attribute
+        full_turns[row.reply.arm, row.reply.dialogue] += is_counted
+    return all(turns >= TURNS_AFTER_FULL for turns in full_turns.values())
 
 
 class SharedTime:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +11,13 @@ from pipeline import __version__
 from pipeline.console import Progress, log, progress
 from pipeline.errors import GattError
 from pipeline.exam.arms import Arm
-from pipeline.exam.dialogue_run import DialogueRun, ExamReply, ExamRun, read_reply
+from pipeline.exam.dialogue_run import (
+    DialogueRun,
+    ExamReply,
+    ExamRun,
+    logged_reply,
+    up_to_full,
+)
 from pipeline.exam.models import ExamModel, token_counter
 from pipeline.exam.settings import (
     TURNS_AFTER_FULL,
@@ -27,6 +33,8 @@ from pipeline.inference.generator import GenerationEngine
 
 _DONE_TURN_TOKENS = 70
 """A usual turn with its answer: how many turns fill a context, for the progress bar."""
+_NOTES = "notes"
+"""Of a header: what the server has refused so far."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,34 +87,48 @@ def generate(plan: ExamPlan, log_file: Path) -> Generated:
     """Run every dialogue in every arm; replies that `log_file` has are not generated again.
 
     Raises:
-        GattError: the log has replies of another model or other settings.
+        GattError: the log has replies of another model, other settings, or another form.
     """
     with JsonlLog(log_file) as reply_log:
-        header = _header(plan)
-        done = _read(reply_log, header, log_file)
-        origins = _origins(reply_log.records, here := _Origin(__version__, plan.machine))
-        ids = {task.id for task in plan.tasks}
-        resumed = sum(key.dialogue in ids and _is_planned(key, plan) for key in done)
-        if resumed:
+        header, here = _header(plan), _Origin(__version__, plan.machine)
+        origins = _origins(reply_log.records, here)
+        done = _read(reply_log.records, origins, header, log_file)
+        headers = [row for row in reply_log.records if "exam" in row]
+        if not done:
+            reply_log.append(header)
+            headers.append(header)
+        done_before = len(done)
+        if resumed := len(_planned(done, plan)):
             log(f"exam: {resumed} replies of {plan.model.name} are in {log_file} already.")
         with progress(f"exam: {plan.model.name}", plan.count, resumed) as bar:
-            run = _LoggedRun(plan, reply_log, done, bar)
-            if not run.is_done:
-                if origins and origins[-1] != here:
-                    reply_log.append(header)  # the next replies are made here
-                origins.append(here)
-            name, notes = run.run()
-    chosen = [r for key, r in done.items() if key.dialogue in ids and _is_planned(key, plan)]
-    order = [arm.name for arm in plan.arms]
-    chosen.sort(key=lambda r: order.index(r.reply.arm))
-    versions = list(dict.fromkeys(origin.version for origin in origins))
-    machines = list(dict.fromkeys(origin.machine for origin in origins))
-    return Generated(chosen, name, notes, versions, machines)
+            run = _LoggedRun(plan, _HeadedLog(reply_log, header, headers), done, bar)
+            run.run()
+    if len(done) > done_before:
+        origins.append(here)
+    return Generated(
+        replies=_planned(done, plan),
+        name=run.name,
+        notes={k: v for row in headers for k, v in row.get(_NOTES, {}).items()},
+        versions=list(dict.fromkeys(origin.version for origin in origins)),
+        machines=list(dict.fromkeys(origin.machine for origin in origins)),
+    )
 
 
-def _is_planned(key: ReplyKey, plan: ExamPlan) -> bool:
-    in_arm = any(key.arm == arm.name for arm in plan.arms)
-    return in_arm and (not plan.turns or key.turn <= plan.turns)
+def _planned(done: Mapping[ReplyKey, ExamReply], plan: ExamPlan) -> list[ExamReply]:
+    """Return the replies of the plan, by arm; the log may have those of other lengths, too."""
+    replies: list[ExamReply] = []
+    for arm in plan.arms:
+        for task in plan.tasks:
+            keys = _keys(arm, task, plan.turns or len(task.assigned.dialogue.turns))
+            of_task = [done[key] for key in keys if key in done]
+            replies += of_task if plan.turns else up_to_full(of_task)
+    return replies
+
+
+def _keys(arm: Arm, task: ExamTask, max_turns: int) -> list[ReplyKey]:
+    """Return the keys of the replies to a task in an arm, in the order of their turns."""
+    turns = turns_to_answer(task, max_turns)
+    return [ReplyKey(arm.name, task.id, turn.number, turn.recall_attribute) for turn in turns]
 
 
 def _header(plan: ExamPlan) -> dict[str, Any]:
@@ -143,17 +165,21 @@ def _origins(records: Sequence[dict[str, Any]], here: _Origin) -> list[_Origin]:
     return origins
 
 
-def _read(reply_log: JsonlLog, header: dict[str, Any], log_file: Path) -> dict[ReplyKey, ExamReply]:
+def _read(
+    records: Sequence[dict[str, Any]],
+    origins: Sequence[_Origin],
+    header: dict[str, Any],
+    log_file: Path,
+) -> dict[ReplyKey, ExamReply]:
     """Return the replies that the log has, after checking that they depend on the same.
 
     Of a run that ended before its first reply only the header is there, and it binds no other run.
     The version of gatt and the machine may be others, and the model that a server lists is compared
     as far as it is known.
     """
-    headers = [row for row in reply_log.records if "exam" in row]
-    rows = [row for row in reply_log.records if "exam" not in row]
+    headers = [row for row in records if "exam" in row]
+    rows = [row for row in records if "exam" not in row]
     if not rows:
-        reply_log.append(header)
         return {}
     before = headers[-1] if headers else {}
     before = {"served_model": header.get("served_model"), **before}
@@ -164,7 +190,37 @@ def _read(reply_log: JsonlLog, header: dict[str, Any], log_file: Path) -> dict[R
         raise GattError(
             f"{log_file} has replies of another exam ({changes}). Choose another folder with --out."
         )
-    return {ReplyKey.of(r.reply): r for r in map(read_reply, rows)}
+    replies = [
+        logged_reply(row, log_file, origin.version)
+        for row, origin in zip(rows, origins, strict=True)
+    ]
+    return {ReplyKey.of(r.reply): r for r in replies}
+
+
+class _HeadedLog:
+    """A log of replies; those after a header depend on what it says.
+
+    `headers` are those that are there already; the last one binds the replies that follow it.
+    """
+
+    def __init__(
+        self, reply_log: JsonlLog, header: dict[str, Any], headers: list[dict[str, Any]]
+    ) -> None:
+        self._log, self._header, self._headers = reply_log, header, headers
+
+    @property
+    def served_model(self) -> str:
+        """Return the model that a server has listed, or ""."""
+        names = (row.get("served_model", "") for row in (self._header, *reversed(self._headers)))
+        return next(filter(None, names), "")
+
+    def append(self, row: ExamReply, refused: Mapping[str, str]) -> None:
+        """Write a reply, after a header if it is the first one here, or a server refused more."""
+        header = {**self._header, _NOTES: dict(refused)} if refused else self._header
+        if any(self._headers[-1].get(name) != value for name, value in header.items()):
+            self._log.append(header)
+            self._headers.append(header)
+        self._log.append(row)
 
 
 class _LoggedRun(ExamRun):
@@ -173,12 +229,14 @@ class _LoggedRun(ExamRun):
     def __init__(
         self,
         plan: ExamPlan,
-        reply_log: JsonlLog,
+        reply_log: _HeadedLog,
         done: dict[ReplyKey, ExamReply],
         bar: Progress,
     ) -> None:
         super().__init__(plan.exam.name, plan.turns, plan.settings, done)
         self._plan, self._log, self._bar = plan, reply_log, bar
+        self.name = reply_log.served_model or plan.model.name
+        self._refused: Mapping[str, str] = {}
         # Long answers first: a dialogue that runs alone at the end leaves cores idle.
         self._tasks = sorted(plan.tasks, key=lambda task: -task.max_tokens_factor)
 
@@ -187,15 +245,15 @@ class _LoggedRun(ExamRun):
         """Return whether nothing is left to generate."""
         return all(self._is_done(arm, task) for arm in self._plan.arms for task in self._tasks)
 
-    def run(self) -> tuple[str, dict[str, str]]:
-        """Run all arms; return the model's name and what its server has refused."""
+    def run(self) -> None:
+        """Run all arms."""
         plan, settings = self._plan, self.settings
         if self.is_done:
-            return plan.model.name, {}  # an old log loads no model
+            return  # an old log loads no model
         with plan.model.open(
             len(self._tasks), settings.context, plan.max_parallel, settings.max_thought_tokens
         ) as engine:
-            self.count_tokens = token_counter(engine)
+            self.count_tokens, self._refused = token_counter(engine), engine.changes
             if not plan.model.server:  # one that is interrupted does not count its tokens
                 self.stop_when = is_in_loop
             if isinstance(engine, BatchEngine) and any(arm.kind == "steer" for arm in plan.arms):
@@ -205,8 +263,8 @@ class _LoggedRun(ExamRun):
                     self._run_steered(engine, arm)
                 else:
                     engine.run([DialogueRun(self, arm, task).task() for task in self._tasks])
-            name = engine.name if plan.model.server else plan.model.name
-            return name, dict(engine.changes)
+            if plan.model.server:
+                self.name = engine.name
 
     def _run_steered(self, engine: GenerationEngine, arm: Arm) -> None:
         """Run an arm whose dialogues have control vectors; making these is a part of its time."""
@@ -230,15 +288,12 @@ class _LoggedRun(ExamRun):
         """Return whether nothing is left to generate, up to `last_turn` (0: the last one)."""
         if not self.turns and DialogueRun(self, arm, task).is_over:
             return True
-        last_turn = min(last_turn or self.turns, self.turns or last_turn)
-        if not last_turn:
-            return False
-        turns = turns_to_answer(task, last_turn)
-        keys = (ReplyKey(arm.name, task.id, t.number, t.recall_attribute) for t in turns)
+        limits = (last_turn, self.turns, len(task.assigned.dialogue.turns))
+        keys = _keys(arm, task, min(limit for limit in limits if limit))
         return all(key in self.done for key in keys)
 
     def record(self, row: ExamReply) -> None:
         """Log a new reply."""
         super().record(row)
-        self._log.append(row)
+        self._log.append(row, self._refused)
         self._bar.advance()

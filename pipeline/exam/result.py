@@ -43,8 +43,9 @@ class ExamSet:
     """What it was examined on: the frozen set, and how much of it.
 
     `turns` is the length, 0 until the context was full. `complete` if nothing of the set was left
-    out: all regimes, all dialogues, 20 turns or more. Of the `criteria` of a benchmark,
-    `unchecked` need a judge or its authors' measure, and are not measured; 0 in the exam.
+    out: all regimes, all dialogues, 20 turns or more, or each until its context was full. Of the
+    `criteria` of a benchmark, `unchecked` need a judge or its authors' measure, and are not
+    measured; 0 in the exam.
     """
 
     name: str
@@ -106,10 +107,11 @@ class TurnCost:
 class ArmResult:
     """One arm. Rates are over counted answers in the context; intervals allow for dialogues.
 
-    `last_five` is over the last five turns. `full_window` is over the answers after the first
-    messages had left the context. `words` is the mean length of an answer, `cut` the share that
-    ended at the limit of tokens or within a thought, `loops` the share that looped and was ended
-    there, which is not among them, `invalid` the share of loops, repeats and empty answers.
+    `last_five` is over the last five turns of the dialogues whose context is not full there.
+    `full_window` is over the answers after the first messages had left the context. `words` is the
+    mean length of an answer, `cut` the share that ended at the limit of tokens or within a thought,
+    `loops` the share that looped and was ended there, which is not among them (a benchmark ends
+    none), `invalid` the share of loops, repeats and empty answers.
     `half_broken` is the turn (regime "first") after which half of the dialogues have had a broken
     answer, None if never. `reminder_tokens` are those that the arm added to a prompt, in the mean;
     those per kept answer divide by the share that is kept. None: no answer was kept.

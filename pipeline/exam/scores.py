@@ -44,6 +44,7 @@ class _Row:
     is_kept: bool | None
     counts: bool
     is_in_curve: bool
+    ends_loops: bool
 
     @property
     def dialogue(self) -> str:
@@ -101,7 +102,7 @@ def _score(name: str, answers: Sequence[ExamReply], by_id: dict[str, ExamTask]) 
         name=name,
         answers=len(measured),
         adherence=adherence,
-        last_five=_rate(_last_turns(inside)),
+        last_five=_rate(_last_turns(rows)),
         full_window=_rate([row for row in rows if row.counts and row.answer.dropped]),
         words=_mean_words(inside),
         cut=_share(measured, _is_cut),
@@ -135,6 +136,7 @@ def _row(answer: ExamReply, task: ExamTask, last: int) -> _Row:
         is_kept=is_kept,
         counts=counts,
         is_in_curve=is_in_curve,
+        ends_loops=task.ends_loops,
     )
 
 
@@ -143,12 +145,13 @@ def _rate(rows: Sequence[_Row]) -> Rate:
 
 
 def _last_turns(rows: Sequence[_Row]) -> list[_Row]:
-    """Return the rows of the last five turns of each dialogue."""
+    """Return those inside the context of the last five turns of each dialogue, if there are any."""
     last: dict[str, int] = {}
     for row in rows:
         dialogue = row.answer.reply.dialogue
         last[dialogue] = max(row.turn, last.get(dialogue, 0))
-    return [row for row in rows if row.turn > last[row.answer.reply.dialogue] - _LAST_TURNS]
+    inside = [row for row in rows if row.is_inside]
+    return [row for row in inside if row.turn > last[row.answer.reply.dialogue] - _LAST_TURNS]
 
 
 def _verdicts(
@@ -207,9 +210,13 @@ def _cost_by_turn(measured: Sequence[_Row]) -> tuple[TurnCost, ...]:
 
 
 def _is_cut(row: _Row) -> bool:
-    """Return whether a limit has cut an answer that might have had a proper ending."""
+    """Return whether a limit has cut an answer that might have had a proper ending.
+
+    Where a task ends loops, one is ended in any case.
+    """
     reply = row.answer.reply
-    return reply.finish in ("length", "thinking") and reply.defect != "loop"
+    is_ended_loop = row.ends_loops and reply.defect == "loop"
+    return reply.finish in ("length", "thinking") and not is_ended_loop
 
 
 def _share(rows: Sequence[_Row], is_hit: Callable[[_Row], bool]) -> Rate:

@@ -68,7 +68,10 @@ def default_context(turns: int, trained: int) -> int:
 
 
 def most_turns(turns: int, context: int) -> int:
-    """Return the user turns that a dialogue needs; `turns` 0 is until the context is full."""
+    """Return the user turns that a dialogue needs; `turns` 0 is until the context is full.
+
+    That of a server is not known: a larger one than the default may not get full.
+    """
     limit = (context or _LONG_CONTEXT) // _TURN_TOKENS + TURNS_AFTER_FULL
     return turns or min(_MAX_TURNS, limit)
 

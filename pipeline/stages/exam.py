@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from pipeline.errors import GattError, did_you_mean
 from pipeline.exam.arms import ONCE, find_arms
 from pipeline.exam.benchmarks.base import Benchmark, BenchmarkTask, criteria
 from pipeline.exam.benchmarks.registry import read_benchmark
+from pipeline.exam.dialogue_run import ExamReply, are_filled
 from pipeline.exam.ifeval import agreement_table, agreements, require_verifiers
+from pipeline.exam.machine import joined_machines, local_machine, server_machine
 from pipeline.exam.models import ExamModel, find_models
 from pipeline.exam.replies import ExamPlan, generate
 from pipeline.exam.report.page import publish
@@ -38,7 +39,6 @@ from pipeline.exam.settings import (
 )
 from pipeline.exam.steering import require_steering
 from pipeline.exam.tasks import (
-    REGIMES,
     ExamIdentity,
     ExamTask,
     exam_tasks,
@@ -47,9 +47,7 @@ from pipeline.exam.tasks import (
 )
 from pipeline.files import read_jsonl, sha256, write_json
 from pipeline.folders import lock_folder
-from pipeline.inference.llama.gpu import describe_gpus, gpu_devices
 from pipeline.records import MAX_THOUGHT_TOKENS, SamplerName
-from pipeline.system import core_count
 
 _DEFAULT_TURNS, _DEFAULT_TOKENS = "20", 256
 _QUICK_TURNS, _QUICK_TOKENS, _QUICK_ARMS = "8", 64, ("once", "every")
@@ -85,7 +83,10 @@ class ExamOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Questions:
-    """What is asked: `turns` of each task, 0 until the context is full."""
+    """What is asked: `turns` of each task, 0 until the context is full.
+
+    `is_complete` if nothing of the set is left out; whether each context gets full shows later.
+    """
 
     identity: ExamIdentity
     tasks: Sequence[ExamTask]
@@ -161,8 +162,8 @@ def _questions(
     per_regime = options.dialogues or int(options.quick)
     if benchmark is None:
         tasks = exam_tasks(options.regimes, per_regime, most_turns(turns, context))
-        is_whole = not per_regime and len({task.regime for task in tasks}) == len(REGIMES)
-        is_complete = is_whole and (turns == 0 or turns >= FULL_TURNS)
+        has_all = len(tasks) == len(exam_tasks((), 0, 1))
+        is_complete = has_all and (turns == 0 or turns >= FULL_TURNS)
         return _Questions(identity=frozen_exam(), tasks=tasks, turns=turns, is_complete=is_complete)
     chosen = [
         task
@@ -213,7 +214,7 @@ def _plan(
         arms=find_arms(_arm_names(options)),
         turns=questions.turns,
         settings=settings,
-        machine="a server" if model.server else _machine(),
+        machine=server_machine(model.server) if model.server else _machine(),
         max_parallel=options.max_parallel,
         exam=questions.identity,
     )
@@ -237,7 +238,7 @@ def _examine(
     result = ExamResult(
         format=RESULT_VERSION,
         gatt=earlier.gatt if earlier else ", ".join(generated.versions),
-        exam=_exam_set(questions),
+        exam=_exam_set(questions, generated.replies),
         model=ExaminedModel(
             name=earlier.model.name if earlier else generated.name,
             sha256=model.sha256,
@@ -247,7 +248,7 @@ def _examine(
         ),
         settings=settings,
         sampler=sampler_values(settings.sampler, is_server=bool(model.server), refused=notes),
-        machine=earlier.machine if earlier else "; ".join(generated.machines),
+        machine=earlier.machine if earlier else joined_machines(generated.machines),
         date=earlier.date if earlier else time.strftime("%Y-%m-%d"),
         notes=notes,
         replies_sha256=replies_sha256,
@@ -272,14 +273,14 @@ def _arm_names(options: ExamOptions) -> Sequence[str]:
     return options.arms or (_QUICK_ARMS if options.quick else ())
 
 
-def _exam_set(questions: _Questions) -> ExamSet:
+def _exam_set(questions: _Questions, replies: Sequence[ExamReply]) -> ExamSet:
     checked, unchecked = criteria([t for t in questions.tasks if isinstance(t, BenchmarkTask)])
     return ExamSet(
         **questions.identity._asdict(),
         turns=questions.turns,
         regimes=tuple(ordered_regimes(task.regime for task in questions.tasks)),
         dialogues=len(questions.tasks),
-        complete=questions.is_complete,
+        complete=questions.is_complete and (questions.turns > 0 or are_filled(replies)),
         criteria=checked + unchecked,
         unchecked=unchecked,
     )
@@ -301,7 +302,4 @@ def _show_agreement(options: ExamOptions, files: Sequence[Path]) -> None:
 def _machine() -> str:
     if cluster := current_cluster():
         return cluster.describe()
-    devices = gpu_devices()
-    if devices:
-        return describe_gpus(devices)
-    return f"{platform.system()} {platform.machine()}, {core_count()} cores"
+    return local_machine()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline import __version__
 from pipeline.errors import GattError
 from pipeline.exam.arms import Arm
-from pipeline.exam.dialogue_run import read_reply
+from pipeline.exam.dialogue_run import ExamReply, are_filled, logged_reply
+from pipeline.exam.machine import server_place
 from pipeline.exam.result import (
     RESULT_VERSION,
     ExaminedModel,
@@ -20,8 +21,9 @@ from pipeline.exam.result import (
 )
 from pipeline.exam.scores import score_arms
 from pipeline.exam.settings import FULL_TURNS, ExamSettings, most_turns
-from pipeline.exam.tasks import EXAM_NAME, REGIMES, exam_tasks, frozen_exam, ordered_regimes
+from pipeline.exam.tasks import EXAM_NAME, exam_tasks, frozen_exam, ordered_regimes
 from pipeline.files import sha256
+from pipeline.inference.remote.address import is_valid_url
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog, EvalSample
@@ -49,7 +51,7 @@ def read_log(path: Path) -> ExamResult:
     """Read a log of the task.
 
     Raises:
-        GattError: there is none, it is of another task, or not finished.
+        GattError: there is none, it is of another task or set, of another form, or not finished.
         ModuleNotFoundError: Inspect is not installed.
     """
     log = _open(path)
@@ -64,17 +66,19 @@ def read_log(path: Path) -> ExamResult:
             f"`inspect eval-retry {path}`, and name its log."
         )
     about = metadata[EXAM_NAME]
+    _require_same_set(path, about)
     samples = sorted(log.samples or [], key=lambda s: about["arms"].index(s.metadata["arm"]))
     turns = int(about["turns"])
     settings = ExamSettings(**about["settings"])
-    replies = [read_reply(row) for sample in samples for row in sample.store.get(REPLIES, ())]
+    rows = [row for sample in samples for row in sample.store.get(REPLIES, ())]
+    replies = [logged_reply(row, path, about["gatt"]) for row in rows]
     tasks = exam_tasks((), 0, most_turns(turns, 0))
     provider = log.eval.model.partition("/")[0]
     takes_sampler = provider == _OPENAI_API
     return ExamResult(
         format=RESULT_VERSION,
         gatt=about["gatt"],
-        exam=_exam_set(about, samples),
+        exam=_exam_set(about, samples, replies),
         model=ExaminedModel(
             name=log.eval.model.rpartition("/")[2],
             sha256="",
@@ -84,12 +88,28 @@ def read_log(path: Path) -> ExamResult:
         ),
         settings=settings,
         sampler=sampler_values(settings.sampler, is_server=True) if takes_sampler else {},
-        machine="a server",
+        machine=_machine(log),
         date=log.eval.created[:10],
         notes={} if takes_sampler else {"sampler": f"what {provider} takes of it is not known"},
         replies_sha256=sha256(path),
         arms=score_arms(replies, tasks),
     )
+
+
+def _require_same_set(path: Path, about: dict[str, Any]) -> None:
+    own, other = frozen_exam()._asdict(), about["set"]
+    if other != own:
+        there, here = (f"version {s['version']} (SHA-256 {s['sha256'][:16]})" for s in (other, own))
+        raise GattError(
+            f"{path} is a log of {there} of the exam's set, by gatt {about['gatt']}; gatt "
+            f"{__version__} has {here}. Take the version that wrote it."
+        )
+
+
+def _machine(log: EvalLog) -> str:
+    url = log.eval.model_base_url or ""
+    provider = log.eval.model.partition("/")[0]
+    return server_place(url) if is_valid_url(url) else f"a server of {provider}"
 
 
 def _open(path: Path) -> EvalLog:
@@ -103,15 +123,17 @@ def _open(path: Path) -> EvalLog:
         raise GattError(f"{path} is no log of Inspect that can be read ({error}).") from error
 
 
-def _exam_set(about: dict[str, Any], samples: list[EvalSample]) -> ExamSet:
+def _exam_set(
+    about: dict[str, Any], samples: Sequence[EvalSample], replies: Sequence[ExamReply]
+) -> ExamSet:
     turns, answered = int(about["turns"]), [s.metadata for s in samples if s.store.get(REPLIES)]
     regimes = ordered_regimes(s.metadata["regime"] for s in samples)
     expected = len(about["arms"]) * len(exam_tasks((), 0, 1))
-    is_whole = len({(s["arm"], s["dialogue"]) for s in answered}) == expected
+    has_all = len({(s["arm"], s["dialogue"]) for s in answered}) == expected
     return ExamSet(
         **about["set"],
         turns=turns,
         regimes=tuple(regimes),
         dialogues=len({s["dialogue"] for s in answered}),
-        complete=is_whole and len(regimes) == len(REGIMES) and (not turns or turns >= FULL_TURNS),
+        complete=has_all and (turns >= FULL_TURNS if turns else are_filled(replies)),
     )

@@ -47,11 +47,12 @@ def numbers() -> Metric:
                 f"{arm.name}: kept": arm.adherence.value,
                 f"{arm.name}: low": arm.adherence.low,
                 f"{arm.name}: high": arm.adherence.high,
-                f"{arm.name}: last five turns": arm.last_five.value,
                 f"{arm.name}: words": arm.words,
                 f"{arm.name}: cut": arm.cut.value,
                 f"{arm.name}: loops": arm.loops.value,
             }
+            if arm.last_five.n:
+                values[f"{arm.name}: last five turns"] = arm.last_five.value
             if arm.full_window.n:
                 values[f"{arm.name}: context full"] = arm.full_window.value
             values |= {f"{arm.name}, {r.regime}": r.adherence.value for r in arm.regimes}

@@ -101,7 +101,8 @@ def write_page(results: Sequence[ExamResult], file: Path) -> None:
                 title="Arms",
                 caption="Share of the answers that do what was asked for and are valid, over all "
                 f"regimes, {texts.counted}, while all messages are in the context. "
-                "Intervals allow for answers of one dialogue being alike. Milliseconds are those "
+                "Intervals allow for answers of one dialogue being alike; differences are over the "
+                "turns that both rows have in the context. Milliseconds are those "
                 "of the whole batch, divided by its answers.",
                 tables=[main_table(results), *([turn_table(results)] if with_curve else ())],
                 notes=_notes(results),

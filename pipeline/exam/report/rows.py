@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.evaluation.statistics import Difference, paired_bootstrap
 from pipeline.exam.arms import ONCE
+from pipeline.exam.machine import is_one_machine
 from pipeline.exam.result import (
     BROKEN_FULL,
     KEPT_FULL,
@@ -63,7 +64,7 @@ def model_names(results: Sequence[ExamResult]) -> list[str]:
 
 
 def differences(rows: Sequence[ExamRow]) -> list[Difference | None]:
-    """Return each row's adherence minus that of the first row, over common dialogues."""
+    """Return each row's adherence minus that of the first row, over the turns that both have."""
     return _differences([counted_replies(row.arm.dialogues) for row in rows])
 
 
@@ -74,8 +75,15 @@ def full_differences(rows: Sequence[ExamRow]) -> list[Difference | None]:
 
 def _differences(replies: Sequence[Sequence[Reply]]) -> list[Difference | None]:
     first, *rest = replies
-    others = [paired_bootstrap(first, of_row) for of_row in rest]
+    others = [_difference(first, of_row) for of_row in rest]
     return [None, *(d if d.dialogues > 1 else None for d in others)]
+
+
+def _difference(first: Sequence[Reply], other: Sequence[Reply]) -> Difference:
+    """Return the difference over the turns that both have, as one may fill the context earlier."""
+    common = {(r.dialogue, r.turn) for r in first} & {(r.dialogue, r.turn) for r in other}
+    base, tuned = ([r for r in row if (r.dialogue, r.turn) in common] for row in (first, other))
+    return paired_bootstrap(base, tuned)
 
 
 def compares_windows(results: Sequence[ExamResult]) -> bool:
@@ -124,17 +132,7 @@ def cost_in(arm: ArmResult, turn: int) -> float | None:
 
 def warnings_about(results: Sequence[ExamResult]) -> list[str]:
     """Return what a reader has to know about the numbers, and why some cannot be compared."""
-    warnings = [*_differing(results)]
-    if len({result.settings.context for result in results}) > 1:
-        warnings.append("The contexts differ in size: answers count while all messages are in it.")
-    if len({result.machine for result in results}) > 1:
-        warnings.append("The times were taken on different machines.")
-    if len({result.gatt for result in results}) > 1:
-        warnings.append("The results are of different versions of gatt, whose checks may differ.")
-    if len({bool(result.model.server) for result in results}) > 1:
-        warnings.append(
-            "A server gets temperature and top-p only: the rest of the sampler is its own."
-        )
+    warnings = [*_differing(results), *_mixed(results)]
     for row in exam_rows(results):
         if row.arm.cut.hits > MAX_CUT * row.arm.cut.n:
             warnings.append(
@@ -163,6 +161,26 @@ def warnings_about(results: Sequence[ExamResult]) -> list[str]:
         notes = ", ".join(f"{name}: {change}" for name, change in result.notes.items())
         if notes:
             warnings.append(f"{model}: {notes}.")
+    return warnings
+
+
+def _mixed(results: Sequence[ExamResult]) -> list[str]:
+    """Return warnings about what may differ in results that are compared, or within one."""
+    warnings = []
+    if len({result.settings.context for result in results}) > 1:
+        warnings.append("The contexts differ in size: answers count while all messages are in it.")
+    if not is_one_machine(*(result.machine for result in results)):
+        warnings.append("The times were taken on different machines.")
+    versions = {version for result in results for version in result.gatt.split(", ")}
+    if len(versions) > 1:
+        listed = ", ".join(sorted(versions))
+        warnings.append(
+            f"The answers are of different versions of gatt ({listed}), whose checks may differ."
+        )
+    if len({bool(result.model.server) for result in results}) > 1:
+        warnings.append(
+            "A server gets temperature and top-p only: the rest of the sampler is its own."
+        )
     return warnings
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pipeline.evaluation.rates import Rate
 from pipeline.evaluation.statistics import Difference
 from pipeline.exam.arms import ONCE
+from pipeline.exam.machine import is_one_machine
 from pipeline.exam.report.rows import (
     ExamRow,
     comparable,
@@ -175,7 +176,7 @@ def facts_table(results: Sequence[ExamResult]) -> Table:
         ["date", *(r.date for r in results)],
     ]
     names = ["", *model_names(results)]
-    return Table("facts", names, [row for row in rows if any(row[1:])])
+    return Table("facts", names, [row for row in rows if set(row[1:]) - {"", None}])
 
 
 def _regime_names(results: Sequence[ExamResult]) -> list[str]:
@@ -195,7 +196,7 @@ def _paying(results: Sequence[ExamResult], rows: Sequence[ExamRow]) -> dict[str,
                 continue
             cells = [
                 turns_to_pay(row.arm, once, minutes)
-                if row.is_training_free and row.result.machine == result.machine
+                if row.is_training_free and is_one_machine(row.result.machine, result.machine)
                 else ""
                 for row in rows
             ]

@@ -1,0 +1,62 @@
+"""What takes the times of an exam, by names that tell machines apart."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipeline.inference.llama.gpu import describe_gpus, gpu_devices
+from pipeline.inference.remote.address import is_this_machine, parse_servers
+from pipeline.system import core_count
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_SEPARATOR = "; "
+
+
+def local_machine() -> str:
+    """Return the name of this machine: its graphics cards, and its processor."""
+    devices = gpu_devices()
+    return ", ".join([*([describe_gpus(devices)] if devices else []), _processor()])
+
+
+def server_machine(address: str) -> str:
+    """Return the name of what serves at an address: the host of each server.
+
+    One on this machine is named with it: other machines have the same address for theirs.
+    """
+    urls = parse_servers(address).urls
+    place = server_place(*urls)
+    return f"{place} on {_processor()}" if any(map(is_this_machine, urls)) else place
+
+
+def server_place(*urls: str) -> str:
+    """Return the hosts of some servers, without what else is in their addresses."""
+    return f"server {' + '.join(sorted({urlsplit(url).hostname or '' for url in urls}))}"
+
+
+def joined_machines(names: list[str]) -> str:
+    """Return the names of all machines that took a part of the times."""
+    return _SEPARATOR.join(names)
+
+
+def is_one_machine(*names: str) -> bool:
+    """Return whether all of some names are the same, and that of a single machine."""
+    return len(set(names)) == 1 and _SEPARATOR not in names[0]
+
+
+def _processor() -> str:
+    """Return the processor with the cores that this process may use."""
+    parts = [f"{platform.system()} {platform.machine()}", _cpu_name(), f"{core_count()} cores"]
+    return ", ".join(filter(None, parts))
+
+
+def _cpu_name() -> str:
+    """Return the name of the CPU, or "" where the system does not say it."""
+    with contextlib.suppress(OSError):
+        for line in _CPU_INFO.read_text(errors="replace").splitlines():
+            field, _, value = line.partition(":")
+            if field.strip() == "model name":
+                return value.strip()
+    return platform.processor()
