@@ -48,6 +48,7 @@ ZIGGY = CustomInstruction(text="Begin with your name, Ziggy.", checks=(Constrain
 BEEP = CustomInstruction(text="Say BEEP.", checks=(Constraint("opening", "BEEP"),))
 CHEAP = CustomInstruction(text="Never name a price.", checks=(Constraint("not_regex", "[$]"),))
 BLUNT = CustomInstruction(text="Be blunt.")
+PIRATE = CustomInstruction(text="Be a pirate.", checks=(Constraint("style", "like a pirate"),))
 JUDGED = CustomInstruction(text="Be Ziggy.", checks=(*ZIGGY.checks, Constraint("rubric", "Is it?")))
 DIALOGUES = [
     Dialogue(f"d{n}", "sea", tuple(f"What about {n}.{turn}?" for turn in range(4)))
@@ -316,7 +317,9 @@ def test_training_answers_after_a_stop_do_not_go_on_to_obey(
     assert [answer.verdict for answer in synthesis.answers.values()] == verdicts
 
 
-@pytest.mark.parametrize(("custom", "ends"), [(ZIGGY, True), (CHEAP, False), (BLUNT, False)])
+@pytest.mark.parametrize(
+    ("custom", "ends"), [(ZIGGY, True), (CHEAP, False), (BLUNT, False), (PIRATE, False)]
+)
 def test_training_ends_own_words_only_where_a_check_shows_that_answers_follow_them(
     custom: CustomInstruction, *, ends: bool
 ) -> None:

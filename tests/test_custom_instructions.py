@@ -477,6 +477,8 @@ def test_a_reply_on_which_a_verifier_raises_does_not_pass(
         False,
     ]
     assert capsys.readouterr().err.count("ifeval = a:no_letter raised IndexError") == 1
+    with pytest.raises(GattError, match=r"raised IndexError .* on the reply '42\.'"):
+        custom_checks.verifier_passes(check.value, "42.")
 
 
 def test_an_argument_of_another_type_is_refused_before_the_first_reply() -> None:
@@ -773,8 +775,13 @@ def test_a_reply_that_the_instruction_quotes_is_no_repeat() -> None:
         (True, ""),
         (True, ""),
     ]
-    (assigned,) = assign_evaluation([Dialogue("a", "sea", QUESTIONS)], [], [ZIGGY])
-    assert [r.defect for r in _replies(assigned, [SEA, SEA], "base")] == ["", "repeat"]
+    for custom, reply in (
+        (ZIGGY, SEA),
+        (CustomInstruction(text='Begin every answer with "Good news:".'), "Good news:"),
+        (CustomInstruction(text='Never answer "I do not know."'), "I do not know."),
+    ):
+        (assigned,) = assign_evaluation([Dialogue("a", "sea", QUESTIONS)], [], [custom])
+        assert [r.defect for r in _replies(assigned, [reply] * 2, "base")] == ["", "repeat"]
 
 
 def test_fixed_replies_are_not_too_common() -> None:
@@ -788,6 +795,7 @@ def test_fixed_replies_are_not_too_common() -> None:
     ]
     synthesis = Synthesis(Recipe(), lambda answer: None)
     synthesis.run(_answering(["Ask my lawyer."] * 6), dialogues)
+    assert [len(synthesis.accepted(assigned)) for assigned in dialogues] == [2, 2, 2]
     assert synthesis.remove_common(dialogues) == 0
 
 
@@ -800,7 +808,7 @@ def test_an_instruction_without_room_for_an_answer_is_one_line(tmp_path: Path) -
     )
     assert failed.returncode == 1
     assert re.search(
-        r"The instruction 'Rule 0.* has \d+ tokens; train.max_length = 1024 has room for 884 of "
+        r"The instruction 'Rule 0.* has \d+ tokens; train.max_length = 1024 has room for 924 of "
         r"them.* set train.max_length to \d+ or more",
         failed.stderr,
     ), failed.stderr

@@ -133,6 +133,9 @@ def test_times_are_those_of_the_machines_that_took_them(
     assert _result(tmp_path).machine == "laptop, 2 cores"
     run([str(model)], replace(options, turns="3"), tmp_path)
     assert _result(tmp_path).machine == "laptop, 2 cores; desktop"
+    (tmp_path / "scripted.json").unlink()
+    run([str(model)], options, tmp_path)  # again as long as the laptop's
+    assert _result(tmp_path).machine == "laptop, 2 cores"
 
 
 def test_a_run_elsewhere_that_made_no_reply_has_no_part_in_the_result(

@@ -477,6 +477,9 @@ def test_new_values_have_a_row_for_the_last_five_turns(full: RunDir) -> None:
     (row,) = [r for r in section.tables[0].rows if r[0] == "unseen value, turns 16 to 20"]
     rate = row[[*section.tables[0].columns].index("tuned")]
     assert isinstance(rate, RateRow) and (rate.hits, rate.n) == (4, 10)
+    ended = [replace(row, at=int(row.at) - 2) for row in by_turn]
+    of_18 = generalization(replace(results, scores=replace(scores, unseen_by_turn=tuple(ended))))
+    assert of_18 and not any("turns 16" in str(r[0]) for r in of_18.tables[0].rows)
     short = generalization(replace(results, scores=replace(scores, turns=5)))
     assert short and not any("turns" in str(r[0]) for r in short.tables[0].rows)
 

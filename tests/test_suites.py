@@ -125,9 +125,12 @@ def test_two_and_three_instructions_at_once_are_compatible() -> None:
 def test_two_at_once_come_from_all_kinds_however_many_values_these_have() -> None:
     openings = [Constraint("opening", f"Ahoy {word}!") for word in "abcdefghijklmnopqrstuvwxyz"]
     trained = (*openings, Constraint("closing", "So it goes."), Constraint("emoji"))
-    suite = build_suites(DIALOGUES, replace(_SETTINGS, trained=trained))["combined"]
-    pairs = {frozenset(c.kind for c in a.constraints(0)) for a in suite[::2]}
-    assert len(pairs) == min(3, len(suite[::2]))
+    dialogues = [replace(DIALOGUES[0], id=f"d{n}") for n in range(6)]
+    suite = build_suites(dialogues, replace(_SETTINGS, trained=trained))["combined"]
+    pairs = [frozenset(c.kind for c in a.constraints(0)[:2]) for a in suite]
+    assert len(set(pairs[:3])) == len(set(pairs[3:])) == 3
+    values = {c.value for a in suite for c in a.constraints(0) if c.kind == "opening"}
+    assert len(values) > 1
 
 
 def test_where_no_third_instruction_is_compatible_there_are_two_at_once() -> None:
@@ -459,6 +462,21 @@ def test_a_form_leaks_with_any_value(trained: Constraint, leaking: str) -> None:
     assert {r.at for r in leaks.by_trait} == {f"{trained.kind}: any value"}
     unasked = _leaks((trained,), base=[leaking], tuned=[leaking])
     assert unasked and unasked.never_in_base == 1 and not unasked.new[0].hits
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("heading", "# Reply  \n\nYes."),
+        ("heading", "#  Reply\n\nYes."),
+        ("signature", "Yes.\n-  Ada"),
+        ("json", '{" answer": "Yes."}'),
+        ("hashtag", "#"),
+    ],
+)
+def test_a_form_with_spaces_around_its_value_ends_no_evaluation(kind: str, text: str) -> None:
+    leaks = _leaks((Constraint(kind, "Salt"),), base=[text], tuned=["Yes."])
+    assert leaks and leaks.traits == 2
 
 
 def test_the_interval_of_a_leak_draws_dialogues() -> None:

@@ -216,7 +216,10 @@ def _with_third(
 ) -> tuple[Constraint, ...]:
     """Return `pair` with one of the constraints that are compatible with both, if there is any."""
     thirds = [c for c in constraints if all(compatible(c, other) for other in pair)]
-    return (*pair, rng.choice(thirds)) if thirds else pair
+    if not thirds:
+        return pair
+    kind = rng.choice(list(dict.fromkeys(c.kind for c in thirds)))
+    return (*pair, rng.choice([c for c in thirds if c.kind == kind]))
 
 
 def _shows(custom: CustomInstruction) -> bool:

@@ -22,18 +22,20 @@ def local_machine() -> str:
 
 
 def server_machine(address: str) -> str:
-    """Return the name of what serves at an address: the host of each server.
+    """Return the name of what serves at an address, for a request from this machine."""
+    return server_place(",".join(parse_servers(address).urls), local_machine())
 
-    One on this machine is named with it: other machines have the same address for theirs.
+
+def server_place(urls: str, client: str) -> str:
+    """Return the hosts of some servers, without what else is in their addresses.
+
+    One on the machine that asks is named with it, the `client`: other machines have the same
+    address for theirs.
     """
-    urls = parse_servers(address).urls
-    place = server_place(*urls)
-    return f"{place} on {_processor()}" if any(map(is_this_machine, urls)) else place
-
-
-def server_place(*urls: str) -> str:
-    """Return the hosts of some servers, without what else is in their addresses."""
-    return f"server {' + '.join(sorted({urlsplit(url).hostname or '' for url in urls}))}"
+    several = urls.split(",")
+    hosts = sorted({urlsplit(url).hostname or "" for url in several})
+    place = f"server {' + '.join(hosts)}"
+    return f"{place} on {client}" if any(map(is_this_machine, several)) else place
 
 
 def joined_machines(names: list[str]) -> str:

@@ -92,25 +92,29 @@ def generate(plan: ExamPlan, log_file: Path) -> Generated:
     with JsonlLog(log_file) as reply_log:
         header, here = _header(plan), _Origin(__version__, plan.machine)
         origins = _origins(reply_log.records, here)
-        done = _read(reply_log.records, origins, header, log_file)
+        earlier = _read(reply_log.records, origins, header, log_file)
+        done = {ReplyKey.of(row.reply): row for row in earlier}
+        origin_of = {
+            ReplyKey.of(row.reply): origin for row, origin in zip(earlier, origins, strict=True)
+        }
         headers = [row for row in reply_log.records if "exam" in row]
         if not done:
             reply_log.append(header)
             headers.append(header)
-        done_before = len(done)
         if resumed := len(_planned(done, plan)):
             log(f"exam: {resumed} replies of {plan.model.name} are in {log_file} already.")
         with progress(f"exam: {plan.model.name}", plan.count, resumed) as bar:
             run = _LoggedRun(plan, _HeadedLog(reply_log, header, headers), done, bar)
             run.run()
-    if len(done) > done_before:
-        origins.append(here)
+    replies = _planned(done, plan)
+    used = {origin_of.get(ReplyKey.of(row.reply), here) for row in replies}
+    in_order = [origin for origin in [*origins, here] if origin in used]
     return Generated(
-        replies=_planned(done, plan),
+        replies=replies,
         name=run.name,
         notes={k: v for row in headers for k, v in row.get(_NOTES, {}).items()},
-        versions=list(dict.fromkeys(origin.version for origin in origins)),
-        machines=list(dict.fromkeys(origin.machine for origin in origins)),
+        versions=list(dict.fromkeys(origin.version for origin in in_order)),
+        machines=list(dict.fromkeys(origin.machine for origin in in_order)),
     )
 
 
@@ -170,7 +174,7 @@ def _read(
     origins: Sequence[_Origin],
     header: dict[str, Any],
     log_file: Path,
-) -> dict[ReplyKey, ExamReply]:
+) -> list[ExamReply]:
     """Return the replies that the log has, after checking that they depend on the same.
 
     Of a run that ended before its first reply only the header is there, and it binds no other run.
@@ -180,7 +184,7 @@ def _read(
     headers = [row for row in records if "exam" in row]
     rows = [row for row in records if "exam" not in row]
     if not rows:
-        return {}
+        return []
     before = headers[-1] if headers else {}
     before = {"served_model": header.get("served_model"), **before}
     compared = [name for name in header if name not in ("gatt", "machine")]
@@ -190,11 +194,10 @@ def _read(
         raise GattError(
             f"{log_file} has replies of another exam ({changes}). Choose another folder with --out."
         )
-    replies = [
+    return [
         logged_reply(row, log_file, origin.version)
         for row, origin in zip(rows, origins, strict=True)
     ]
-    return {ReplyKey.of(r.reply): r for r in replies}
 
 
 class _HeadedLog:

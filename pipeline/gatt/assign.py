@@ -10,7 +10,12 @@ from itertools import count, cycle, islice, zip_longest
 from typing import NamedTuple
 
 from pipeline.gatt.assignment import AssignedDialogue
-from pipeline.gatt.constraints.registry import compatible, editable, shows_obedience
+from pipeline.gatt.constraints.registry import (
+    compatible,
+    editable,
+    is_judged,
+    shows_obedience,
+)
 from pipeline.gatt.ghost import CHANGE_PREFIX
 from pipeline.gatt.instructions import custom_instruction, instruction_of, render_instruction
 from pipeline.gatt.vocabulary.attributes import training_attributes
@@ -203,7 +208,8 @@ class _TrainingDraw:
                 return replace(assigned, contradiction=self._contradiction(assigned))
             return assigned
         draw = self._rng.random()
-        if assigned.is_custom and not any(map(shows_obedience, assigned.constraints(0))):
+        checks = [c for c in assigned.constraints(0) if not is_judged((c,))]
+        if assigned.is_custom and not any(map(shows_obedience, checks)):
             return assigned
         if draw < ratios.change:
             return replace(assigned, next_instruction=self._other_instruction(assigned))

@@ -26,7 +26,9 @@ from pipeline.records import (
     SynthesisMethod,
 )
 
-_QUOTED = re.compile(r'["“]([^"“”]+)["”]')
+_FIXED_REPLY = re.compile(
+    r'\b(?:only|exactly|nothing (?:but|else than))\b[^"“”.!?]*["“]([^"“”]+)["”]', re.IGNORECASE
+)
 _BYTES_PER_TOKEN = 3
 """Of a text; few tokens have less."""
 _SHORT_TOKENS, _MESSAGE_TOKENS, _SYSTEM_TOKENS = 64, 40, 150
@@ -103,14 +105,14 @@ class AssignedDialogue:
         return instruction.constraints if instruction else ()
 
     def is_fixed(self, turn: int, text: str) -> bool:
-        """Return whether the user's own words quote `text`: 'Reply only: "Ask my lawyer."'.
+        """Return whether the user's own words ask for `text`: 'Reply only: "Ask my lawyer."'.
 
         Such an answer is no repeat of an earlier one.
         """
         instruction = self.active_instruction(turn)
-        if not (instruction and instruction.label):
+        if self.baked or not (instruction and instruction.label):
             return False
-        return words(text) in [words(quoted) for quoted in _QUOTED.findall(instruction.text)]
+        return words(text) in [words(reply) for reply in _FIXED_REPLY.findall(instruction.text)]
 
     def with_verdict(self, reply: Reply, *, verdict: bool | None) -> Reply:
         """Return a reply that needs a judge with its verdict, which programs' checks may overrule.

@@ -13,9 +13,13 @@ from pipeline.records import Constraint, CustomInstruction, Instruction
 
 _GAP = re.compile(r"(?<=[.!?\"”])\s+")
 _BULLET = re.compile(r"\s*([-*•]|\d+[.)])\s+")
-_FIELD = re.compile(r"[\w ]+:\s+[^\"]+")
-"""A line of a character card: "Language: French" says what the character speaks."""
-_CONDITION = re.compile(r"(after|during|for|if|in|on|unless|when|while)\b.*:", re.IGNORECASE)
+_FIELD = re.compile(r"languages?:.*", re.IGNORECASE)
+"""A field of a character card: "Language: French" says what the character speaks."""
+_CONDITION = re.compile(
+    r"(?!(?:for|in|on) (?:all|any|each|every|your)\b)"
+    r"(?:after|during|for|if|in|on|unless|when|while)\b.*:",
+    re.IGNORECASE,
+)
 """A line whose items hold in some answers only."""
 _LONGEST_WORDING = 3
 """Sentences of a wording, counted with those in a quoted value."""
@@ -81,7 +85,8 @@ def find_constraints(text: str) -> tuple[Constraint, ...]:
     for line in _unconditional_lines(text):
         sentences = _GAP.split(line)
         while sentences:
-            beginnings = [sentences[:size] for size in range(1, _LONGEST_WORDING + 1)]
+            sizes = () if _FIELD.fullmatch(sentences[0]) else range(1, _LONGEST_WORDING + 1)
+            beginnings = [sentences[:size] for size in sizes]
             readings = ((len(b), parse_instruction(" ".join(b))) for b in beginnings)
             size, reading = next((r for r in readings if r[1]), (1, ()))
             sentences = sentences[size:]
@@ -91,14 +96,19 @@ def find_constraints(text: str) -> tuple[Constraint, ...]:
 
 
 def _unconditional_lines(text: str) -> Iterator[str]:
-    """Yield the lines that may hold for every answer, without their bullets."""
-    in_condition = False
-    for line in text.splitlines():
-        item = _BULLET.sub("", line, count=1).strip()
-        is_item = _BULLET.match(line) is not None
-        if not is_item:
-            in_condition = _CONDITION.fullmatch(item) is not None
-        if not (_FIELD.fullmatch(item) or (is_item and in_condition)):
+    """Yield the lines that may hold for every answer, without their bullets.
+
+    Items below a condition do not; those of a condition that is an item itself are indented.
+    """
+    indent_of_items: int | None = None
+    for line in filter(str.strip, text.splitlines()):
+        item, is_item = _BULLET.sub("", line, count=1).strip(), _BULLET.match(line) is not None
+        indent = len(line) - len(line.lstrip())
+        if indent_of_items is not None and is_item and indent >= indent_of_items:
+            continue
+        is_condition = _CONDITION.fullmatch(item) is not None
+        indent_of_items = indent + is_item if is_condition else None
+        if not is_condition:
             yield item
 
 

@@ -33,8 +33,8 @@ from pipeline.run_dir import RunDir
 
 _USER_TOKENS = 100
 """Tokens of a user message of the teacher's: the instruction stands in every one of them."""
-_QUESTION_TOKENS = 60
-"""Tokens of a user message, with the template's markers around both messages of a turn."""
+_SHORT_TURN_TOKENS = 100
+"""Tokens of a short question and its answer, with the template's markers."""
 
 
 def open_teacher(recipe: Recipe, dialogues: int, further_tokens: int = 0) -> GenerationEngine:
@@ -92,18 +92,18 @@ def require_short_prompt(text: str, file: Path, recipe: Recipe) -> None:
 
 def require_short_instructions(custom: Sequence[CustomInstruction], recipe: Recipe) -> None:
     """Raise a `GattError` if one of them, a question and an answer exceed `train.max_length`."""
-    longest = max(custom, key=lambda c: len(c.text.encode()), default=None)
     limit = recipe.train.max_length
-    room = limit - _QUESTION_TOKENS - recipe.synthesize.max_tokens
-    if longest is None or len(longest.text.encode()) <= room:  # a token has at least a byte
-        return
-    tokens = _count_tokens(longest.text, find_model(recipe.model), recipe)
-    if tokens > room:
-        raise GattError(
-            f"The instruction {longest.name!r} has {tokens} tokens; train.max_length = {limit} has "
-            f"room for {max(0, room)} of them, with a question and its answer. Shorten it, or set "
-            f"train.max_length to {limit + tokens - room} or more."
-        )
+    room = limit - _SHORT_TURN_TOKENS
+    for instruction in custom:
+        if len(instruction.text.encode()) <= room:  # a token has at least a byte
+            continue
+        tokens = _count_tokens(instruction.text, find_model(recipe.model), recipe)
+        if tokens > room:
+            raise GattError(
+                f"The instruction {instruction.name!r} has {tokens} tokens; train.max_length = "
+                f"{limit} has room for {max(0, room)} of them, with a question and its answer. "
+                f"Shorten it, or set train.max_length to {limit + tokens - room} or more."
+            )
 
 
 def _count_tokens(text: str, model: Model, recipe: Recipe) -> int:

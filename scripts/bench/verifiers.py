@@ -15,6 +15,7 @@ from pipeline.console import print_result, print_table
 from pipeline.errors import GattError
 from pipeline.exam.ifeval import verifiers_of
 from pipeline.files import read_jsonl
+from pipeline.gatt.constraints.custom_checks import verifier_passes
 from pipeline.gatt.constraints.registry import obeys
 from pipeline.records import Constraint
 
@@ -53,7 +54,7 @@ def main() -> None:
         for verifier in verifiers_of(constraint):
             name = verifier.value.partition(" ")[0]
             try:
-                verdict = obeys((verifier,), answer)
+                verdict = verifier_passes(verifier.value, answer)
             except GattError as error:
                 problems.setdefault(name, str(error))
                 continue

@@ -24,6 +24,8 @@ from pipeline.files import read_jsonl
 from pipeline.gatt.acceptance import ACCEPTED, CandidateKey, judge_candidate
 from pipeline.gatt.assignment import AssignedDialogue, read_splits
 from pipeline.gatt.bake import IDENTITY_QUESTIONS, baked_instruction, with_prompt
+from pipeline.gatt.constraints.registry import KINDS
+from pipeline.gatt.instructions import render_instruction
 from pipeline.gatt.rollout import Rollout
 from pipeline.records import Completion, Constraint, Dialogue, Reply, Request
 from pipeline.run_dir import RunDir
@@ -284,12 +286,35 @@ def test_a_sentence_with_several_values_is_no_check(sentence: str) -> None:
         "Name: Jeanne\nLanguage: French",
         "- Language: French",
         "For code questions:\n- Never use emoji in your answers.\n- Use at most 9 words.",
+        "For code questions:\n\n- Never use emoji in your answers.",
+        "- When writing code:\n  - Never use emoji in your answers.",
     ],
 )
 def test_what_holds_in_some_answers_only_is_no_check(text: str) -> None:
     assert baked_instruction(text).constraints == ()
     rule = "\nRules:\n- Use at most 30 words in every answer."
     assert baked_instruction(text + rule).constraints == (Constraint("max_words", "30"),)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "In every answer:\n- Use at most 30 words in every answer.",
+        "- When writing code:\n  - Be brief.\n- Use at most 30 words in every answer.",
+        "Personality: Cheerful. Use at most 30 words in every answer.",
+        "Language: French. Use at most 30 words in every answer.",
+    ],
+)
+def test_what_holds_in_all_answers_is_a_check_beside_others(text: str) -> None:
+    assert baked_instruction(text).constraints == (Constraint("max_words", "30"),)
+
+
+@pytest.mark.parametrize("name", sorted(name for name, kind in KINDS.items() if not kind.judged))
+def test_every_wording_is_a_check_of_a_prompt(name: str) -> None:
+    constraint = Constraint(name, KINDS[name].values[0])
+    for number in range(len(KINDS[name].wordings)):
+        text = render_instruction((constraint,), number).text
+        assert baked_instruction(f"Be kind.\n- {text}").constraints == (constraint,)
 
 
 def test_a_prompt_is_checked_where_its_sentences_are_worded_as_checks(tmp_path: Path) -> None:

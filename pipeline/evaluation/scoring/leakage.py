@@ -24,7 +24,7 @@ from pipeline.records import Constraint, Reply
 
 _ByArm = Mapping[str, Sequence[Reply]]
 _VALUES = {
-    "persona": re.compile(r"\A([^\s:]+(?: [^\s:]+){0,3}):"),
+    "persona": re.compile(r"\A([A-Z][^\s:]*(?: [A-Z][^\s:]*){0,3}):"),
     "signature": re.compile(r"\n- (.+)\Z"),
     "hashtag": re.compile(r"#(\w+)\Z"),
     "heading": re.compile(r"\A# (.+)"),
@@ -47,7 +47,8 @@ class _Trait(NamedTuple):
         if not self.is_form:
             return obeys((self.constraint,), text)
         match = _VALUES[self.constraint.kind].search(text.strip())
-        return match is not None and obeys((replace(self.constraint, value=match[1]),), text)
+        value = match[1].strip() if match else ""  # no constraint has a value with a space around
+        return bool(value) and obeys((replace(self.constraint, value=value),), text)
 
 
 def measure_leakage(replies: Sequence[Reply], trained: Sequence[Constraint]) -> Leakage | None:

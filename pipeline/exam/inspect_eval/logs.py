@@ -11,7 +11,7 @@ from pipeline import __version__
 from pipeline.errors import GattError
 from pipeline.exam.arms import Arm
 from pipeline.exam.dialogue_run import ExamReply, are_filled, logged_reply
-from pipeline.exam.machine import server_place
+from pipeline.exam.machine import local_machine, server_place
 from pipeline.exam.result import (
     RESULT_VERSION,
     ExaminedModel,
@@ -43,6 +43,7 @@ def log_metadata(arms: Sequence[Arm], turns: int, settings: ExamSettings) -> dic
         "arms": [arm.name for arm in arms],
         "turns": turns,
         "settings": asdict(settings),
+        "client": local_machine(),
     }
     return {EXAM_NAME: about}
 
@@ -88,7 +89,7 @@ def read_log(path: Path) -> ExamResult:
         ),
         settings=settings,
         sampler=sampler_values(settings.sampler, is_server=True) if takes_sampler else {},
-        machine=_machine(log),
+        machine=_machine(log, about.get("client", "")),
         date=log.eval.created[:10],
         notes={} if takes_sampler else {"sampler": f"what {provider} takes of it is not known"},
         replies_sha256=sha256(path),
@@ -106,10 +107,12 @@ def _require_same_set(path: Path, about: dict[str, Any]) -> None:
         )
 
 
-def _machine(log: EvalLog) -> str:
+def _machine(log: EvalLog, client: str) -> str:
+    """Return what took the times; the `client` is named where it may be the server, too."""
     url = log.eval.model_base_url or ""
-    provider = log.eval.model.partition("/")[0]
-    return server_place(url) if is_valid_url(url) else f"a server of {provider}"
+    if not is_valid_url(url):
+        return f"{log.eval.model.partition('/')[0]}, called from {client}"
+    return server_place(url, client)
 
 
 def _open(path: Path) -> EvalLog:

@@ -39,6 +39,10 @@ _VERIFIERS = ("if_verifiable.ifeval.instructions_registry", _IFBENCH)
 """Modules whose `INSTRUCTION_DICT` has verifiers by their public names."""
 
 
+class CheckRaisedError(GattError):
+    """A check has raised on a reply, which is its cause."""
+
+
 class _Verifier(Protocol):
     """What an instruction of IFEval or IFBench can do."""
 
@@ -95,20 +99,29 @@ def passes_verifier(value: str, text: str) -> bool:
     Raises:
         GattError: the package, its data, the instruction or an argument is missing.
     """
-    verifier = load_verifier(value)
-    if not text.strip():
-        return False
     try:
-        return bool(verifier.check_following(text))
-    except Exception as error:
-        _require_nltk_data(f"ifeval = {value}", error)
-        _log_once(f"ifeval = {value} raised {_described(error)}. Such replies do not pass.")
+        return verifier_passes(value, text)
+    except CheckRaisedError as error:
+        _log_once(f"ifeval = {value}", type(error.__cause__).__name__)
         return False
+
+
+def verifier_passes(value: str, text: str) -> bool:
+    """Return the same as `passes_verifier`, where that is to be measured.
+
+    Raises:
+        CheckRaisedError: the verifier raises.
+        GattError: the package, its data, the instruction or an argument is missing.
+    """
+    verifier = load_verifier(value)
+    return bool(text.strip()) and bool(
+        _called(f"ifeval = {value}", text, lambda: verifier.check_following(text))
+    )
 
 
 @cache
-def _log_once(text: str) -> None:
-    log(text)
+def _log_once(name: str, error: str) -> None:
+    log(f"{name} raised {error} on a reply. Such replies do not pass.")
 
 
 def _require_nltk_data(name: str, error: BaseException) -> None:
@@ -125,7 +138,7 @@ def _called(name: str, text: str, check: Callable[[], object]) -> object:
         return check()
     except (Exception, SystemExit) as error:
         _require_nltk_data(name, error)
-        raise GattError(
+        raise CheckRaisedError(
             f"The check {name} raised {_described(error)} on the reply {_beginning(text)}. "
             f"{_RESUME}"
         ) from error

@@ -188,11 +188,12 @@ def generalization(results: RunResults) -> ReportSection | None:
 
 
 def _late_unseen(scores: Scores) -> list[RateRow]:
-    """Return the rates in the last five turns, of what was not trained and is measured there."""
+    """Return the rates in the last five turns, of what was not trained and is measured so long."""
     first = scores.turns - 4
     if first <= 1:
         return []
-    late = [row for row in scores.unseen_by_turn if first <= int(row.at) <= scores.turns]
+    ends = {row.group for row in scores.unseen_by_turn if row.at == scores.turns}
+    late = [row for row in scores.unseen_by_turn if row.group in ends and int(row.at) >= first]
     hits, counts = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
     for row in late:
         hits[row.group, row.arm] += row.hits
