@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import gc
 import os
+import platform
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pipeline.errors import GattError
 
 GB = 1e9
 _CGROUP = Path("/sys/fs/cgroup")
+_CPU_INFO = Path("/proc/cpuinfo")
 
 
 def is_main_process() -> bool:
@@ -27,6 +29,16 @@ def is_main_process() -> bool:
     `accelerate launch` starts several processes; without it, every process has rank 0.
     """
     return os.environ.get("RANK", "0") == "0"
+
+
+def cpu_name() -> str:
+    """Return the name of the CPU, or "" where the system does not say it."""
+    with contextlib.suppress(OSError):
+        for line in _CPU_INFO.read_text(errors="replace").splitlines():
+            field, _, value = line.partition(":")
+            if field.strip() == "model name":
+                return value.strip()
+    return platform.processor()
 
 
 _core_limit = sys.maxsize

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import system
 from pipeline.exam import machine
 from pipeline.exam.machine import is_one_machine, local_machine, server_machine
 from pipeline.inference.llama.gpu import GpuDevice
@@ -17,7 +18,7 @@ def zeta(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Return the name of a machine with another processor."""
     file = tmp_path / "cpuinfo"
     file.write_text("processor\t: 0\nmodel name\t: Zeta 9000: fast\n", encoding="utf-8")
-    monkeypatch.setattr(machine, "_CPU_INFO", file)
+    monkeypatch.setattr(system, "_CPU_INFO", file)
     monkeypatch.setattr(machine, "gpu_devices", list)
     monkeypatch.setattr(machine, "core_count", lambda: 3)
     return f"{platform.system()} {platform.machine()}, Zeta 9000: fast, 3 cores"
@@ -29,7 +30,7 @@ def test_a_machine_has_the_name_of_its_processor(
     assert local_machine() == zeta
     monkeypatch.setattr(machine, "gpu_devices", lambda: [GpuDevice("Card", 1)])
     assert local_machine() == f"Card, {zeta}"
-    monkeypatch.setattr(machine, "_CPU_INFO", Path("none"))
+    monkeypatch.setattr(system, "_CPU_INFO", Path("none"))
     monkeypatch.setattr(platform, "processor", lambda: "Eta")
     assert ", Eta, 3 cores" in local_machine()
 

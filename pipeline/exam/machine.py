@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.inference.llama.gpu import describe_gpus, gpu_devices
 from pipeline.inference.remote.address import is_this_machine, parse_servers
-from pipeline.system import core_count
+from pipeline.system import core_count, cpu_name
 
-_CPU_INFO = Path("/proc/cpuinfo")
 _SEPARATOR = "; "
 
 
@@ -50,15 +47,5 @@ def is_one_machine(*names: str) -> bool:
 
 def _processor() -> str:
     """Return the processor with the cores that this process may use."""
-    parts = [f"{platform.system()} {platform.machine()}", _cpu_name(), f"{core_count()} cores"]
+    parts = [f"{platform.system()} {platform.machine()}", cpu_name(), f"{core_count()} cores"]
     return ", ".join(filter(None, parts))
-
-
-def _cpu_name() -> str:
-    """Return the name of the CPU, or "" where the system does not say it."""
-    with contextlib.suppress(OSError):
-        for line in _CPU_INFO.read_text(errors="replace").splitlines():
-            field, _, value = line.partition(":")
-            if field.strip() == "model name":
-                return value.strip()
-    return platform.processor()

@@ -29,7 +29,7 @@ from pipeline.hub.shape import ModelShape
 from pipeline.inference.batch_engine import BatchEngine, system_info
 from pipeline.recipe import Train
 from pipeline.records import Request, Task
-from pipeline.system import GB, available_memory, core_count
+from pipeline.system import GB, available_memory, core_count, cpu_name
 from pipeline.training.cpu.precision import has_bfloat16
 from pipeline.training.cpu.speed import (
     CPU_TOKENS_AT_A_TIME,
@@ -191,7 +191,7 @@ def _print_machine() -> None:
 def _cpu_text() -> str:
     """Return what the CPU is, and what PyTorch trains in on it; MLX does not depend on that."""
     trains = "bfloat16" if has_bfloat16() else "float32: it has no instructions for bfloat16"
-    name = platform.processor() or platform.machine()
+    name = cpu_name() or platform.machine()
     return f"{name}, {core_count()} cores, PyTorch trains in {trains}"
 
 
