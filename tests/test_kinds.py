@@ -272,6 +272,22 @@ def test_an_edited_answer_passes_and_so_do_its_prefixes(text: str) -> None:
             assert not prefix_fails((constraint,), edited[:end]), (constraint, edited[:end])
 
 
+@pytest.mark.parametrize(
+    ("value", "text", "expected"),
+    [
+        ("my friend", "It is blue.", "My friend, it is blue."),
+        ("my friend", "it is blue.", "my friend, it is blue."),
+        ("Amir", "Java is an island.", "Amir, Java is an island."),
+        ("Amir", "I think so.", "Amir, I think so."),
+        ("Amir", "You're right, and so is he.", "Amir, you're right, and so is he."),
+        ("Amir", "1. Rivers.\n2. Rain.", "1. Amir, Rivers.\n2. Rain."),
+        ("Amir", '"The sea."', 'Amir, "The sea."'),
+    ],
+)
+def test_a_form_of_address_stands_in_front(value: str, text: str, expected: str) -> None:
+    assert edit((Constraint("address", value),), text) == expected
+
+
 def test_no_edit_raises_on_a_text_without_a_word() -> None:
     for constraint in EDITABLE:
         for text in ("...", "?!", "🙂!"):

@@ -66,7 +66,7 @@ def generate_replies(
                 bar.advance()
 
             for arm, weights in with_weights(arms, load=not generates_elsewhere()):
-                dialogues = _dialogues(arm, suites)
+                dialogues = _dialogues(arm, suites, recipe.evaluate.turns)
                 rollout = Rollout(
                     arm=arm.name,
                     max_turns=recipe.evaluate.turns,
@@ -167,14 +167,14 @@ def _count(arms: Sequence[Arm], suites: Suites, recipe: Recipe) -> int:
     return sum(
         len(turns_of(dialogue, recipe.evaluate.turns))
         for arm in arms
-        for dialogue in _dialogues(arm, suites)
+        for dialogue in _dialogues(arm, suites, recipe.evaluate.turns)
     )
 
 
-def _dialogues(arm: Arm, suites: Suites) -> list[AssignedDialogue]:
-    """Return the dialogues of an arm, long ones first, so that none runs alone at the end."""
+def _dialogues(arm: Arm, suites: Suites, max_turns: int) -> list[AssignedDialogue]:
+    """Return an arm's dialogues, those with most replies first: none shall run alone at the end."""
     dialogues = [dialogue for name, suite in suites.items() if arm.runs(name) for dialogue in suite]
-    return sorted(dialogues, key=lambda dialogue: -len(dialogue.dialogue.turns))
+    return sorted(dialogues, key=lambda dialogue: -len(turns_of(dialogue, max_turns)))
 
 
 def _make_request(recipe: Recipe, arm: Arm, sampler: SamplerChoice) -> MakeRequest:

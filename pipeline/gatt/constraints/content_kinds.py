@@ -129,7 +129,7 @@ PHRASE_KINDS: dict[str, Kind] = {
         values=("my friend", "captain", "Your Highness"),
         check=content_checks.mentions,
         edit=edits.address,
-        required_phrase=", {v}",
+        required_phrase="{v},",
     ),
 }
 

@@ -13,6 +13,15 @@ from pipeline.gatt.constraints.style_checks import COMMAS, EMOJI, EXCLAMATION_MA
 from pipeline.gatt.text import ENDS, WORD, closing_marks, join_sentences, split_sentences, words
 
 EMOJI_TO_ADD = "🙂🌟🎉👍🌊🌱🎈🍀"
+_LIST_MARK = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
+_LOWERCASE_WITHIN = frozenset(
+    "a absolutely all although an and any are as at because both but by can certainly could do does "
+    "don't each for from good have he here how if in is it it's its just let let's many maybe most "
+    "no not of on one or our perhaps she should since so some sorry sure that that's the their "
+    "there there's these they this those though to try unfortunately use usually we well what when "
+    "where whether which while who why with would yes you you'll you're your".split()
+)
+"""Words that begin with a capital only where they begin a sentence."""
 
 
 def prepend(value: str, text: str) -> str:
@@ -110,10 +119,15 @@ def embolden(value: str, text: str) -> str:
 
 
 def address(value: str, text: str) -> str:
-    """Call the user by the value before the last period ("It is, my friend.")."""
-    end = re.search(rf"[{ENDS}]+[\"'”’)*\]]*\s*$", text)
-    body = text[: end.start()] if end else text
-    return f"{body.rstrip()}, {value}{end[0].rstrip() if end else '.'}"
+    """Call the user by the value in front, after the mark of a list ("My friend, it is.")."""
+    mark = _LIST_MARK.match(text)
+    before, body = (mark[0], text[mark.end() :]) if mark else ("", text.lstrip())
+    if not body[:1].isupper():
+        return f"{before}{value}, {body}"
+    first = WORD.match(body)
+    if first and first[0].lower() in _LOWERCASE_WITHIN:
+        body = body[0].lower() + body[1:]
+    return f"{before}{value[:1].upper()}{value[1:]}, {body}"
 
 
 def number_sentences(value: str, text: str) -> str:
@@ -128,7 +142,7 @@ def bullet_sentences(value: str, text: str) -> str:
 
 def _list_items(text: str) -> list[str]:
     """Return the sentences, without the marks of a list that they may already have."""
-    items = [re.sub(r"^(?:[-*•]|\d+[.)])\s+", "", sentence) for sentence in split_sentences(text)]
+    items = [_LIST_MARK.sub("", sentence) for sentence in split_sentences(text)]
     return [item for item in items if words(item)]
 
 

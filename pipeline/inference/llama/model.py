@@ -18,6 +18,7 @@ from pipeline.gguf.formats import silence
 from pipeline.gguf.reader import GgufInfo, read_gguf
 from pipeline.inference.chat_template import ChatTemplate
 from pipeline.inference.llama.gpu import gpu_devices
+from pipeline.inference.llama.huge_pages import move_to_huge_pages, request_huge_pages
 from pipeline.inference.llama.placement import MIN_OUTPUTS, place_layers
 from pipeline.inference.llama.sampler import Sampler, SamplerFactory
 from pipeline.inference.thoughts import MARKER_TOKENS, is_reasoning_template
@@ -81,6 +82,9 @@ class LoadedModel:
         self.gpu_layers = place_layers(info) if gpu_layers is None else gpu_layers
         params = llama_cpp.llama_model_default_params()
         params.vocab_only, params.n_gpu_layers = vocab_only, self.gpu_layers
+        if not self.gpu_layers:
+            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # a mapped file has small pages
+            params.progress_callback = self._before_reading(params, request_huge_pages)
         no_devices = (ctypes.c_void_p * 1)(None)
         if not self.gpu_layers and gpu_devices():
             # Without layers, llama.cpp would still send large products to the GPU.
@@ -100,6 +104,19 @@ class LoadedModel:
         self._samplers = SamplerFactory(llama_cpp, self._vocab, info.context_length, self.tokenize)
         self.template = ChatTemplate(info.chat_template, info.bos, info.eos, info.path.name)
         self._thought_tokens = self._find_thought_tokens()
+
+    def _before_reading(
+        self, params: ctypes.Structure, prepare: Callable[[], None]
+    ) -> Callable[..., object]:
+        """Return a progress callback that calls `prepare` once there is memory for the weights."""
+
+        def on_progress(progress: float, _: object) -> bool:
+            if not progress:
+                prepare()
+            return True
+
+        self._callbacks.append(type(params.progress_callback)(on_progress))
+        return self._callbacks[-1]
 
     def _find_thought_tokens(self) -> set[int]:
         """Return the tokens of the vocabulary that mark thoughts, where the model can think."""
@@ -160,6 +177,8 @@ class LoadedModel:
             )
             scales = (ctypes.c_float * 1)(settings.adapter.scale)
             self.api.llama_set_adapters_lora(context, adapters, 1, scales)
+        if not self.gpu_layers:
+            move_to_huge_pages()
         return context
 
     def _load_adapter(self, path: Path) -> LlamaHandle:

@@ -1,0 +1,93 @@
+"""Huge pages for what llama.cpp reads in each pass, where the kernel lends them."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.hub.convert import cached_gguf
+from pipeline.hub.models import find_model
+from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.llama import huge_pages
+from pipeline.inference.llama.huge_pages import move_to_huge_pages, request_huge_pages
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not huge_pages._lends_huge_pages(), reason="no huge pages here"
+)
+MIB = 1 << 20
+
+
+def _huge_bytes(address: int | None = None) -> int:
+    """Return the bytes in huge pages in the range of memory at `address`, or else in all."""
+    count, inside = 0, address is None
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and ":" not in first and address is not None:
+            start, end = (int(part, 16) for part in first.split("-"))
+            inside = start <= address < end
+        elif inside and first == "AnonHugePages:":
+            count += int(rest.split()[0]) * 1024
+    return count
+
+
+def _allocate(size: int) -> tuple[mmap.mmap, np.ndarray]:
+    """Return memory in small pages, with an array over it; nothing is filled yet."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return memory, np.frombuffer(memory, np.uint8)
+
+
+def _huge_span(array: np.ndarray) -> tuple[int, int]:
+    """Return the first and the last boundary of huge pages in an array's memory."""
+    start, end, page = array.ctypes.data, array.ctypes.data + array.nbytes, huge_pages._HUGE_PAGE
+    return -(-start // page) * page, end // page * page
+
+
+def test_filled_memory_is_moved_and_what_is_between_stays_empty() -> None:
+    _, array = _allocate(32 * MIB)
+    array[: 8 * MIB], array[-8 * MIB :] = 7, 9
+    middle = array.ctypes.data + 16 * MIB
+    assert _huge_bytes(middle) == 0
+
+    move_to_huge_pages()
+
+    # The ends of the range need not be the ends of huge pages.
+    assert _huge_bytes(middle) >= 12 * MIB
+    assert len(list(huge_pages._filled(*_huge_span(array)))) == 2
+    assert (array[: 8 * MIB] == 7).all() and (array[-8 * MIB :] == 9).all()
+    assert not array[8 * MIB : -8 * MIB].any()
+
+
+def test_memory_that_is_filled_after_the_request_has_huge_pages() -> None:
+    _, array = _allocate(16 * MIB)
+    request_huge_pages()
+    assert _huge_bytes(array.ctypes.data + 8 * MIB) == 0
+    array[:] = 7
+    assert _huge_bytes(array.ctypes.data + 8 * MIB) >= 12 * MIB
+
+
+@pytest.mark.parametrize("setting", ["always madvise [never]\n", None])
+def test_nothing_changes_where_the_kernel_lends_none(
+    setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enabled = tmp_path / "enabled"
+    if setting:
+        enabled.write_text(setting)
+    monkeypatch.setattr(huge_pages, "_ENABLED", enabled)
+    _, array = _allocate(16 * MIB)
+    request_huge_pages()
+    array[:] = 7
+    move_to_huge_pages()
+    assert _huge_bytes(array.ctypes.data + 8 * MIB) == 0
+
+
+def test_weights_and_kv_cache_of_an_engine_are_in_huge_pages() -> None:
+    model = cached_gguf(find_model("smollm2-135m"), "Q8_0")
+    before = _huge_bytes()
+    with BatchEngine(model, 2, 2048):
+        cache = 2 * 2048 * 30 * 2 * 192 * 2  # sequences, cells, layers, K and V, width, F16
+        assert _huge_bytes() - before >= 0.9 * (model.stat().st_size + cache)
