@@ -240,9 +240,9 @@ class Train(Section):
     """Fraction of the steps with a rising learning rate."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Weight decay of AdamW."""
-    max_steps: int = Field(default=500, ge=1)
+    max_steps: int = Field(default=600, ge=1)
     """Optimizer steps."""
-    batch_size: int = Field(default=2, ge=1)
+    batch_size: int = Field(default=4, ge=1)
     """Dialogues in a step."""
     max_tokens_per_micro_batch: int = Field(default=0, ge=0)
     """Tokens computed at a time: a step is split into micro-batches with the same gradient. 0 takes

@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import system
 from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
 from pipeline.inference.batch_engine import BatchEngine
-from pipeline.inference.llama import huge_pages
-from pipeline.inference.llama.huge_pages import move_to_huge_pages, request_huge_pages
+from pipeline.system import move_to_huge_pages, request_huge_pages
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or not huge_pages._lends_huge_pages(), reason="no huge pages here"
+    sys.platform != "linux" or not system._lends_huge_pages(), reason="no huge pages here"
 )
 MIB = 1 << 20
 
@@ -43,7 +43,7 @@ def _allocate(size: int) -> tuple[mmap.mmap, np.ndarray]:
 
 def _huge_span(array: np.ndarray) -> tuple[int, int]:
     """Return the first and the last boundary of huge pages in an array's memory."""
-    start, end, page = array.ctypes.data, array.ctypes.data + array.nbytes, huge_pages._HUGE_PAGE
+    start, end, page = array.ctypes.data, array.ctypes.data + array.nbytes, system._HUGE_PAGE
     return -(-start // page) * page, end // page * page
 
 
@@ -57,7 +57,7 @@ def test_filled_memory_is_moved_and_what_is_between_stays_empty() -> None:
 
     # The ends of the range need not be the ends of huge pages.
     assert _huge_bytes(middle) >= 12 * MIB
-    assert len(list(huge_pages._filled(*_huge_span(array)))) == 2
+    assert len(list(system._filled(*_huge_span(array)))) == 2
     assert (array[: 8 * MIB] == 7).all() and (array[-8 * MIB :] == 9).all()
     assert not array[8 * MIB : -8 * MIB].any()
 
@@ -77,7 +77,7 @@ def test_nothing_changes_where_the_kernel_lends_none(
     enabled = tmp_path / "enabled"
     if setting:
         enabled.write_text(setting)
-    monkeypatch.setattr(huge_pages, "_ENABLED", enabled)
+    monkeypatch.setattr(system, "_HUGE_PAGES", enabled)
     _, array = _allocate(16 * MIB)
     request_huge_pages()
     array[:] = 7

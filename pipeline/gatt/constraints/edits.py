@@ -14,14 +14,14 @@ from pipeline.gatt.text import ENDS, WORD, closing_marks, join_sentences, split_
 
 EMOJI_TO_ADD = "🙂🌟🎉👍🌊🌱🎈🍀"
 _LIST_MARK = re.compile(r"^\s*(?:[-*•]|\d+[.)])\s+")
-_LOWERCASE_WITHIN = frozenset(
-    "a absolutely all although an and any are as at because both but by can certainly could do does "
-    "don't each for from good have he here how if in is it it's its just let let's many maybe most "
-    "no not of on one or our perhaps she should since so some sorry sure that that's the their "
-    "there there's these they this those though to try unfortunately use usually we well what when "
-    "where whether which while who why with would yes you you'll you're your".split()
+_SENTENCE_START = re.compile(
+    r"(?:A|Absolutely|All|Although|An|And|Any|Are|As|At|Because|Both|But|By|Can|Certainly|Could|Do|"
+    r"Does|Don|Each|For|From|Good|Have|He|Here|How|If|In|Is|It|Its|Just|Let|Many|Maybe|Most|No|Not|"
+    r"Of|On|One|Or|Our|Perhaps|She|Should|Since|So|Some|Sorry|Sure|That|The|Their|There|These|They|"
+    r"This|Those|Though|To|Try|Unfortunately|Use|Usually|We|Well|What|When|Where|Whether|Which|"
+    r"While|Who|Why|With|Would|Yes|You|Your)\W+[a-z]"
 )
-"""Words that begin with a capital only where they begin a sentence."""
+"""A word with a capital only because a sentence begins there: not in capitals or in title case."""
 
 
 def prepend(value: str, text: str) -> str:
@@ -55,8 +55,11 @@ def _first_words(count: int, text: str) -> str:
 
 
 def cut_sentences(value: str, text: str) -> str:
-    """Keep the first `value` sentences, on one line."""
-    return join_sentences(split_sentences(text)[: int(value)])
+    """Keep the first `value` sentences, on one line; fewer where two lines make another one."""
+    sentences = split_sentences(text)[: int(value)]
+    while len(split_sentences(join_sentences(sentences))) > int(value):
+        sentences.pop()
+    return join_sentences(sentences)
 
 
 def uppercase(value: str, text: str) -> str:
@@ -124,8 +127,7 @@ def address(value: str, text: str) -> str:
     before, body = (mark[0], text[mark.end() :]) if mark else ("", text.lstrip())
     if not body[:1].isupper():
         return f"{before}{value}, {body}"
-    first = WORD.match(body)
-    if first and first[0].lower() in _LOWERCASE_WITHIN:
+    if _SENTENCE_START.match(body):
         body = body[0].lower() + body[1:]
     return f"{before}{value[:1].upper()}{value[1:]}, {body}"
 

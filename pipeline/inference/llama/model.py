@@ -18,11 +18,11 @@ from pipeline.gguf.formats import silence
 from pipeline.gguf.reader import GgufInfo, read_gguf
 from pipeline.inference.chat_template import ChatTemplate
 from pipeline.inference.llama.gpu import gpu_devices
-from pipeline.inference.llama.huge_pages import move_to_huge_pages, request_huge_pages
 from pipeline.inference.llama.placement import MIN_OUTPUTS, place_layers
 from pipeline.inference.llama.sampler import Sampler, SamplerFactory
 from pipeline.inference.thoughts import MARKER_TOKENS, is_reasoning_template
 from pipeline.records import Request
+from pipeline.system import move_to_huge_pages, request_huge_pages
 
 CacheType = Literal["F16", "F32"]
 """ggml type of the keys and values in the KV cache."""
@@ -115,8 +115,9 @@ class LoadedModel:
                 prepare()
             return True
 
-        self._callbacks.append(type(params.progress_callback)(on_progress))
-        return self._callbacks[-1]
+        callback: Callable[..., object] = type(params.progress_callback)(on_progress)
+        self._callbacks.append(callback)
+        return callback
 
     def _find_thought_tokens(self) -> set[int]:
         """Return the tokens of the vocabulary that mark thoughts, where the model can think."""
