@@ -139,10 +139,11 @@ def move_to_huge_pages() -> None:
 
     What the kernel cannot move stays where it is.
     """
-    for first, last in _large_allocations():
-        if _advise(first, last, _MADV_HUGEPAGE):
-            for start, end in _filled(first, last):
-                _advise(start, end, _MADV_COLLAPSE)
+    with contextlib.suppress(OSError):  # a container may hide `_PAGE_MAP`
+        for first, last in _large_allocations():
+            if _advise(first, last, _MADV_HUGEPAGE):
+                for start, end in _filled(first, last):
+                    _advise(start, end, _MADV_COLLAPSE)
 
 
 def _advise(start: int, end: int, advice: int) -> bool:

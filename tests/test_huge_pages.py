@@ -10,9 +10,12 @@ import numpy as np
 import pytest
 
 from pipeline import system
+from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
 from pipeline.inference.batch_engine import BatchEngine
+from pipeline.inference.llama import model as llama_model
+from pipeline.inference.llama.model import LoadedModel
 from pipeline.system import move_to_huge_pages, request_huge_pages
 
 pytestmark = pytest.mark.skipif(
@@ -83,6 +86,25 @@ def test_nothing_changes_where_the_kernel_lends_none(
     array[:] = 7
     move_to_huge_pages()
     assert _huge_bytes(array.ctypes.data + 8 * MIB) == 0
+
+
+def test_a_hidden_page_map_moves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(system, "_PAGE_MAP", tmp_path / "none")
+    _, array = _allocate(16 * MIB)
+    array[:] = 7
+    move_to_huge_pages()
+    assert _huge_bytes(array.ctypes.data + 8 * MIB) == 0
+
+
+def test_a_file_that_would_fill_the_memory_stays_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    file = cached_gguf(find_model("smollm2-135m"), "Q8_0")
+    model = LoadedModel(open_gguf(file), gpu_layers=0)
+    assert str(file) not in Path("/proc/self/maps").read_text()
+    model.close()
+    monkeypatch.setattr(llama_model, "available_memory", lambda: file.stat().st_size)
+    model = LoadedModel(open_gguf(file), gpu_layers=0)
+    assert str(file) in Path("/proc/self/maps").read_text()
+    model.close()
 
 
 def test_weights_and_kv_cache_of_an_engine_are_in_huge_pages() -> None:

@@ -297,6 +297,7 @@ def test_no_edit_raises_on_a_text_without_a_word() -> None:
 @settings(deadline=None, max_examples=200)
 @given(text=ANSWER)
 @example(text="It it ß.a")
+@example(text="It. A\nA. 3.. it. it")
 @example(text="It 今天很好。我们去公园吧！**好吗？**「是」。")
 @example(text="It आज मौसम बहुत अच्छा है। हम पार्क चलें! क्या?")
 def test_two_edits_pass_both_checks(text: str) -> None:

@@ -55,7 +55,7 @@ def _first_words(count: int, text: str) -> str:
 
 
 def cut_sentences(value: str, text: str) -> str:
-    """Keep the first `value` sentences, on one line; fewer where two lines make another one."""
+    """Keep the first `value` sentences, on one line; fewer if joined lines have one more."""
     sentences = split_sentences(text)[: int(value)]
     while len(split_sentences(join_sentences(sentences))) > int(value):
         sentences.pop()

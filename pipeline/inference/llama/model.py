@@ -22,7 +22,7 @@ from pipeline.inference.llama.placement import MIN_OUTPUTS, place_layers
 from pipeline.inference.llama.sampler import Sampler, SamplerFactory
 from pipeline.inference.thoughts import MARKER_TOKENS, is_reasoning_template
 from pipeline.records import Request
-from pipeline.system import move_to_huge_pages, request_huge_pages
+from pipeline.system import available_memory, move_to_huge_pages, request_huge_pages
 
 CacheType = Literal["F16", "F32"]
 """ggml type of the keys and values in the KV cache."""
@@ -82,8 +82,9 @@ class LoadedModel:
         self.gpu_layers = place_layers(info) if gpu_layers is None else gpu_layers
         params = llama_cpp.llama_model_default_params()
         params.vocab_only, params.n_gpu_layers = vocab_only, self.gpu_layers
-        if not self.gpu_layers:
-            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE  # a mapped file has small pages
+        # A mapped file has small pages. One that would fill the memory stays mapped.
+        if not self.gpu_layers and info.bytes < available_memory() / 2:
+            params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
             params.progress_callback = self._before_reading(params, request_huge_pages)
         no_devices = (ctypes.c_void_p * 1)(None)
         if not self.gpu_layers and gpu_devices():
