@@ -85,7 +85,7 @@ class LoadedModel:
         # A mapped file has small pages. One that would fill the memory stays mapped.
         if not self.gpu_layers and info.bytes < available_memory() / 2:
             params.load_mode = llama_cpp.LLAMA_LOAD_MODE_NONE
-            params.progress_callback = self._before_reading(params, request_huge_pages)
+            params.progress_callback = self._progress_callback(params)
         no_devices = (ctypes.c_void_p * 1)(None)
         if not self.gpu_layers and gpu_devices():
             # Without layers, llama.cpp would still send large products to the GPU.
@@ -106,14 +106,12 @@ class LoadedModel:
         self.template = ChatTemplate(info.chat_template, info.bos, info.eos, info.path.name)
         self._thought_tokens = self._find_thought_tokens()
 
-    def _before_reading(
-        self, params: ctypes.Structure, prepare: Callable[[], None]
-    ) -> Callable[..., object]:
-        """Return a progress callback that calls `prepare` once there is memory for the weights."""
+    def _progress_callback(self, params: ctypes.Structure) -> Callable[..., object]:
+        """Return a callback that requests huge pages once there is memory for the weights."""
 
         def on_progress(progress: float, _: object) -> bool:
             if not progress:
-                prepare()
+                request_huge_pages()
             return True
 
         callback: Callable[..., object] = type(params.progress_callback)(on_progress)
