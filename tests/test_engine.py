@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +18,13 @@ import scipy.special
 from support.cores import pretend_cores
 
 from pipeline.data.dialogues import load_dialogues
+from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.batch_worker import _TaskSequence
 from pipeline.inference.llama.context import BatchContext
+from pipeline.inference.llama.model import LoadedModel
 from pipeline.records import Completion, Message, Request, Task
 
 
@@ -129,6 +135,25 @@ def test_the_callers_of_llama_cpp_end_with_the_last_context(
         assert callers() == 1
         ask(first)
     assert callers() == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of the process in /proc")
+def test_loading_a_model_leaves_no_thread_behind(base: Path) -> None:
+    """Where llama.cpp reorders weights (AMX), a team of OpenMP loads the model."""
+
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    def load() -> int:
+        before, deadline = threads(), time.monotonic() + 5
+        model = LoadedModel(open_gguf(base), gpu_layers=0)
+        while threads() > before and time.monotonic() < deadline:
+            time.sleep(0.01)  # they are ending
+        model.close()
+        return threads() - before
+
+    with ThreadPoolExecutor(1) as caller:  # one that has no team yet
+        assert caller.submit(load).result() <= 0
 
 
 @pytest.mark.usefixtures("one_core")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -90,7 +91,10 @@ class LoadedModel:
         if not self.gpu_layers and gpu_devices():
             # Without layers, llama.cpp would still send large products to the GPU.
             params.devices = ctypes.addressof(no_devices)
-        self._model = llama_cpp.llama_model_load_from_file(os.fsencode(info.path), params)
+        # Where weights are reordered, that leaves a team of OpenMP to its thread (see `callers`).
+        with ThreadPoolExecutor(1) as loader:
+            load = llama_cpp.llama_model_load_from_file
+            self._model = loader.submit(load, os.fsencode(info.path), params).result()
         if not self._model:
             raise GattError(
                 f"llama.cpp cannot load {info.path}: {info.architecture} may be newer than this "
