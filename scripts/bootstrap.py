@@ -159,16 +159,30 @@ def compile_environment(build: LlamaBuild) -> dict[str, str]:
     """Return the environment that llama.cpp is compiled in; the user's options stand last."""
     # Without multimodal support: nothing here uses it, and it takes minutes to compile.
     options = ["-DLLAVA_BUILD=OFF"]
-    processor = Path("/proc/cpuinfo")
-    if processor.exists() and "amx_tile" in processor.read_text():
-        # GCC 12 drops the stores that llama.cpp makes before it loads an AMX tile configuration,
-        # and the first prompt ends in a segmentation fault. AVX-512 is used instead.
-        options += ["-DCMAKE_C_FLAGS=-U__AMX_INT8__", "-DCMAKE_CXX_FLAGS=-U__AMX_INT8__"]
     environment = dict(os.environ)
+    if _has_amx() and not _is_clang(environment.get("CXX", "c++")):
+        # The instruction that configures the AMX tiles is declared to read 8 bytes of 64, so GCC
+        # drops the stores of the others, and the first prompt would end in a segmentation fault.
+        flags = (environment.get("CXXFLAGS", ""), "-fno-tree-dse", "-fno-dse")
+        environment["CXXFLAGS"] = " ".join(flags).strip()
     if build.gpus:
         options += ["-DGGML_CUDA=on", "-DCMAKE_CUDA_ARCHITECTURES=native"]
         environment.setdefault("CUDACXX", find_nvcc())
     return environment | {"CMAKE_ARGS": " ".join([*options, build.cmake_args]).strip()}
+
+
+def _has_amx() -> bool:
+    processor = Path("/proc/cpuinfo")
+    return processor.exists() and "amx_tile" in processor.read_text()
+
+
+def _is_clang(compiler: str) -> bool:
+    """Return whether this compiler is Clang, which takes no options of GCC's optimizer."""
+    try:
+        done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    except OSError:
+        return False  # the installation says what is missing
+    return "clang" in done.stdout
 
 
 def announcement(build: LlamaBuild) -> str:

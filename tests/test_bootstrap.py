@@ -129,6 +129,26 @@ def test_options_of_the_user_are_added_last_and_remembered(machine: Path) -> Non
     assert environment["CUDACXX"] == compiler
 
 
+@pytest.mark.parametrize(
+    ("compiler", "has_amx", "flags"),
+    [
+        ("g++ (GCC) 12.2.0", True, "-O3 -fno-tree-dse -fno-dse"),
+        ("g++ (GCC) 12.2.0", False, "-O3"),
+        ("Debian clang version 14.0.6", True, "-O3"),
+    ],
+)
+def test_stores_of_a_tile_configuration_are_not_dropped(
+    machine: Path, monkeypatch: pytest.MonkeyPatch, compiler: str, has_amx: bool, flags: str
+) -> None:
+    program = machine / "cxx"
+    program.write_text(f"#!/bin/sh\necho '{compiler}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    monkeypatch.setenv("CXXFLAGS", "-O3")
+    monkeypatch.setattr(bootstrap, "_has_amx", lambda: has_amx)
+    assert bootstrap.compile_environment(PLAIN)["CXXFLAGS"] == flags
+
+
 def test_a_wheel_of_the_user(machine: Path, tmp_path: Path) -> None:
     wheel = tmp_path / "llama_cpp_python-0.3.36-py3-none-any.whl"
     with pytest.raises(SystemExit, match=f"names no file: {wheel}"):

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,13 +13,11 @@ import scipy.special
 from support.cores import pretend_cores
 
 from pipeline.data.dialogues import load_dialogues
-from pipeline.gguf.reader import open_gguf
 from pipeline.hub.convert import cached_gguf
 from pipeline.hub.models import find_model
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.batch_worker import _TaskSequence
 from pipeline.inference.llama.context import BatchContext
-from pipeline.inference.llama.model import LoadedModel
 from pipeline.records import Completion, Message, Request, Task
 
 
@@ -108,52 +101,6 @@ def test_answers_do_not_depend_on_the_number_of_cores(monkeypatch: pytest.Monkey
 
     assert converse(cores=2, dialogues=3) == converse(cores=1, dialogues=3)
     assert converse(cores=2, dialogues=1) == converse(cores=1, dialogues=1)
-
-
-def test_the_callers_of_llama_cpp_end_with_the_last_context(
-    base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """OpenMP's teams of callers that live on would slow down PyTorch in the same process."""
-    pretend_cores(monkeypatch, 2)
-    request = Request(
-        messages=({"role": "user", "content": "Why?"},), seed=1, max_tokens=2, temperature=0.0
-    )
-
-    def ask(engine: BatchEngine) -> None:
-        def task() -> Task:
-            yield request
-
-        engine.run([task()])
-
-    def callers() -> int:
-        return sum(thread.name.startswith("gatt decode") for thread in threading.enumerate())
-
-    with BatchEngine(base, 1, 256) as first:
-        ask(first)
-        with BatchEngine(base, 1, 256) as second:
-            ask(second)
-        assert callers() == 1
-        ask(first)
-    assert callers() == 0
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="counts the threads of the process in /proc")
-def test_loading_a_model_leaves_no_thread_behind(base: Path) -> None:
-    """Where llama.cpp reorders weights (AMX), a team of OpenMP loads the model."""
-
-    def threads() -> int:
-        return len(os.listdir("/proc/self/task"))
-
-    def load() -> int:
-        before, deadline = threads(), time.monotonic() + 5
-        model = LoadedModel(open_gguf(base), gpu_layers=0)
-        while threads() > before and time.monotonic() < deadline:
-            time.sleep(0.01)  # they are ending
-        model.close()
-        return threads() - before
-
-    with ThreadPoolExecutor(1) as caller:  # one that has no team yet
-        assert caller.submit(load).result() <= 0
 
 
 @pytest.mark.usefixtures("one_core")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.gguf.imatrix import CHUNK_TOKENS, ImportanceMatrix
 from pipeline.gguf.reader import open_gguf
+from pipeline.inference.llama.callers import CALLERS
 from pipeline.inference.llama.model import Adapter, ContextSettings, LoadedModel
 from pipeline.system import core_count
 
@@ -26,15 +27,17 @@ def measure_importance(
     importance = ImportanceMatrix()
     # `observe` reads the nodes of the graph, which must be in the computer's memory.
     model = LoadedModel(open_gguf(source), gpu_layers=0)
+    threads = core_count()
     # A text is one batch, because all threads wait for one another at every observed node.
     context = model.new_context(
         ContextSettings(CHUNK_TOKENS, adapter=adapter),
         sequences=1,
         batch_size=CHUNK_TOKENS,
-        threads=core_count(),
+        threads=threads,
         eval_callback=importance.observe,
     )
     memory = model.api.llama_get_memory(context)
+    CALLERS.open()
     try:
         for text in texts:
             tokens = model.tokenize(text)[: min(CHUNK_TOKENS, max_tokens - importance.tokens)]
@@ -42,7 +45,7 @@ def measure_importance(
                 continue
             ids = (model.api.llama_token * len(tokens))(*tokens)
             batch = model.api.llama_batch_get_one(ids, len(tokens))
-            if status := model.api.llama_decode(context, batch):
+            if status := CALLERS.decode(model.api, context, batch, threads):
                 raise RuntimeError(f"llama_decode returned {status} for {len(tokens)} tokens")
             model.api.llama_memory_clear(memory, True)  # noqa: FBT003
             importance.tokens += len(tokens)
@@ -51,5 +54,6 @@ def measure_importance(
                 break
     finally:
         model.api.llama_free(context)
+        CALLERS.close()
         model.close()
     return importance

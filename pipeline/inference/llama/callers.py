@@ -1,4 +1,8 @@
-"""The threads that call llama.cpp for passes of several threads.
+"""The threads that call llama.cpp to decode a batch; nothing else runs in them.
+
+llama.cpp configures the AMX tiles of a thread once, and relies on it from then on. PyTorch leaves
+another one behind, with which llama.cpp ends with an illegal instruction. So no thread that may run
+PyTorch, such as the main one, decodes.
 
 OpenMP creates a team of threads for each calling thread and keeps it for as long as the caller
 lives. Teams that together outnumber the cores sleep at every barrier instead of spinning: those of
@@ -8,9 +12,11 @@ context.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from threading import Lock
+from types import ModuleType
 
+from pipeline.inference.llama.model import LlamaHandle
 from pipeline.system import core_count
 
 
@@ -36,7 +42,15 @@ class Callers:
                     pool.shutdown()
                 self._pools.clear()
 
-    def pool(self, threads: int) -> ThreadPoolExecutor:
+    def decode(self, api: ModuleType, context: LlamaHandle, batch: object, threads: int) -> int:
+        """Run llama_decode with `threads` threads, and return its status."""
+        running = self._pool(threads).submit(api.llama_decode, context, batch)
+        try:
+            return int(running.result())
+        finally:
+            wait([running])  # after Ctrl-C too: the context must not be freed during a pass
+
+    def _pool(self, threads: int) -> ThreadPoolExecutor:
         """Return the callers of passes of `threads` threads: as many as the cores allow."""
         with self._lock:
             if threads not in self._pools:

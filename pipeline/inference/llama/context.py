@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Iterator, Sequence
-from concurrent.futures import wait
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -330,25 +329,13 @@ class BatchContext(Generic[S]):
         for n, row in enumerate(builder.rows):
             batch.token[n], batch.pos[n], batch.logits[n] = row.token, row.position, row.logits
             batch.n_seq_id[n], batch.seq_id[n][0] = 1, row.sequence
-        status = self._llama_decode()
+        status = CALLERS.decode(self._api, self._context, batch, self._threads)
         if status:
             raise RuntimeError(f"llama_decode returned {status} for {len(builder.rows)} tokens")
         for row in builder.padding:
             if not self._api.llama_memory_seq_rm(self._memory, row.sequence, row.position, -1):
                 raise RuntimeError("llama.cpp cannot remove a padding token")
         return builder.indices
-
-    def _llama_decode(self) -> int:
-        """Run llama_decode on the batch, in a thread of `CALLERS`, and return its status."""
-        if self._threads == 1:
-            return int(self._api.llama_decode(self._context, self._batch))
-        running = CALLERS.pool(self._threads).submit(
-            self._api.llama_decode, self._context, self._batch
-        )
-        try:
-            return int(running.result())
-        finally:
-            wait([running])  # after Ctrl-C too: the context must not be freed during a pass
 
 
 def common_prefix_length(first: Sequence[int], second: Sequence[int]) -> int:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Sequence
-from concurrent.futures import wait
 from types import ModuleType
 
 import numpy as np
@@ -108,11 +107,7 @@ class LayerReader:
         self._rows.clear()
         ids = (api.llama_token * len(tokens))(*tokens)
         batch = api.llama_batch_get_one(ids, len(tokens))
-        running = CALLERS.pool(self._threads).submit(api.llama_decode, self._context, batch)
-        try:
-            status = running.result()
-        finally:  # Ctrl-C must not free a context in use
-            wait([running])
+        status = CALLERS.decode(api, self._context, batch, self._threads)
         if status:
             raise RuntimeError(f"llama_decode returned {status} for {len(tokens)} tokens")
         width = max((row.size for row in self._rows.values()), default=0)
