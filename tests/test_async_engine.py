@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support.families import save_family
 
+from pipeline.errors import GattError
 from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.merge import open_base
 from pipeline.hub.convert import write_formats
@@ -17,7 +19,7 @@ from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.llama.model import Adapter
 from pipeline.inference.request import GenerationRequest, QueueFullError
 from pipeline.inference.scheduler import Limits
-from pipeline.records import Request
+from pipeline.records import Message, Request, SamplerSettings
 
 
 def test_a_full_queue_refuses_and_a_waiting_request_is_served_or_cancelled(base: Path) -> None:
@@ -83,3 +85,52 @@ def test_an_adapter_is_a_model_of_its_own_over_the_same_weights(
         with BatchEngine(source.path, 1, 256, adapter=source.adapter) as exact:
             assert answers[name].text == exact.complete(request).text
     assert answers["plain"].text != answers["adapted"].text
+
+
+_Tokens = tuple[tuple[bytes, float], ...]
+_USERS = ("Tell me a story.", "Why is the sky blue? " * 12, "List five rivers.", "Count to ten.")
+
+
+async def _converse(engine: AsyncEngine, user: str) -> list[_Tokens]:
+    """Return the tokens and log-probabilities of two answers; the second prompt is cached."""
+    chat: tuple[Message, ...] = ()
+    answers: list[_Tokens] = []
+    for seed in range(2):
+        chat = (*chat, {"role": "user", "content": user})
+        sampler = SamplerSettings(logprobs=1)
+        request = Request(messages=chat, seed=seed, max_tokens=24, sampler=sampler)
+        tokens, _ = engine.chat_prompt("m", chat)
+        stream = engine.generate("m", GenerationRequest(tokens=tokens, sampling=request))
+        pieces = [piece async for piece in stream]
+        answers.append(tuple((t.token, t.logprob) for piece in pieces for t in piece.logprobs))
+        chat = (*chat, {"role": "assistant", "content": "".join(piece.text for piece in pieces)})
+    return answers
+
+
+def test_batch_invariant_answers_are_those_of_the_batch_engine(base: Path) -> None:
+    """Bit for bit: alone, beside others, and in their text as `gatt evaluate` generates them."""
+
+    async def run(engine: AsyncEngine) -> tuple[list[list[_Tokens]], list[list[_Tokens]]]:
+        alone = [await _converse(engine, user) for user in _USERS]
+        return alone, await asyncio.gather(*(_converse(engine, user) for user in _USERS))
+
+    limits = Limits(context=512, max_sequences=4, batch_invariant=True)
+    engine = AsyncEngine({"m": ModelSource(base)}, limits)
+    try:
+        alone, together = asyncio.run(run(engine))
+    finally:
+        engine.close()
+    assert alone == together
+    with BatchEngine(base, 1, 512) as exact:
+        for user, (first, _) in zip(_USERS, alone, strict=True):
+            chat: tuple[Message, ...] = ({"role": "user", "content": user},)
+            text = exact.complete(Request(messages=chat, seed=0, max_tokens=24)).text
+            assert b"".join(token for token, _ in first).decode() == text
+
+
+def test_a_model_with_a_state_has_no_batch_invariant_answers(tmp_path: Path) -> None:
+    folder, file = tmp_path / "lfm2", tmp_path / "lfm2.gguf"
+    save_family("lfm2", folder)
+    write_formats(Model("tiny", folder), None, {"F32": file})
+    with pytest.raises(GattError, match=r"keeps a state for it\. Leave out --batch-invariant"):
+        AsyncEngine({"m": ModelSource(file)}, Limits(128, batch_invariant=True))

@@ -254,12 +254,19 @@ def serve(
     runs: Annotated[
         Path | None, typer.Option(help="Folder whose finished runs the page lists. Default: runs.")
     ] = None,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option(
+            "--batch-invariant",
+            help="Answers do not depend on other requests, not even by rounding; slower.",
+        ),
+    ] = False,
 ) -> None:
     """Serve an OpenAI-compatible API and a chat page. Example: gatt serve smollm2-135m"""
     from pipeline.stages import serve as stage
 
     access = stage.Access(host, port, api_key, cors or ())
-    stage.run(models, adapter or (), access, context, runs)
+    stage.run(models, adapter or (), access, context, runs, batch_invariant=batch_invariant)
 
 
 @app.command()

@@ -1,8 +1,8 @@
 """Generation for requests that arrive at any time, batched with those that are running.
 
 Like `batch_engine`, it has one context and thread per core over one copy of the weights
-(`scheduler`). Unlike there, results are not batch-invariant: cached prefixes and concurrent
-requests can change rounding (`context` explains why).
+(`scheduler`). Unlike there, results are batch-invariant only if `Limits.batch_invariant`: otherwise
+cached prefixes and concurrent requests can change rounding (`context` explains why).
 """
 
 from __future__ import annotations
@@ -115,7 +115,8 @@ class AsyncEngine:
     from any thread.
 
     Raises:
-        GattError: not a GGUF, a broken one, an adapter of another base, or too little memory.
+        GattError: not a GGUF, a broken one, an adapter of another base, too little memory, or no
+            batch-invariant answers of a model here.
     """
 
     def __init__(self, sources: Mapping[str, ModelSource], limits: Limits = LIMITS) -> None:

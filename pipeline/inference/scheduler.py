@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 from typing import NamedTuple
 
+from pipeline.errors import GattError
 from pipeline.inference.llama.context import BatchContext, SequenceState, common_prefix_length
 from pipeline.inference.llama.mixed_batch import MixedBatchContext
 from pipeline.inference.llama.model import Adapter, ContextSettings, LoadedModel
@@ -47,12 +48,14 @@ class Limits(NamedTuple):
     """Limits of a served model.
 
     `context` is in tokens of prompt and answer. `max_waiting` requests may wait. `max_sequences`
-    answers are generated in parallel; 0 uses what memory and cores allow.
+    answers are generated in parallel; 0 uses what memory and cores allow. `batch_invariant` answers
+    depend on their prompt and seed only.
     """
 
     context: int = 4096
     max_waiting: int = 64
     max_sequences: int = 0
+    batch_invariant: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -69,14 +72,16 @@ class Slot(SequenceState):
 class DecodeThread(threading.Thread):
     """A context with `sequences` slots, and the thread that runs it."""
 
-    def __init__(self, model: ServedModel, sequences: int, settings: ContextSettings) -> None:
+    def __init__(
+        self, model: ServedModel, sequences: int, settings: ContextSettings, *, exact: bool
+    ) -> None:
         super().__init__(name=f"gatt {model.name}")
         self.slots = [Slot(id=n) for n in range(sequences)]
         self._mixed: MixedBatchContext[Slot] | None = None
         if settings.batch_tokens:
             self._mixed = MixedBatchContext(model.loaded, self.slots, settings, threads=1)
         self.context = self._mixed or BatchContext(
-            model.loaded, self.slots, settings, threads=1, exact=False
+            model.loaded, self.slots, settings, threads=1, exact=exact
         )
         self.active = False
         """Whether a step is running; inactive threads leave their cores to the others."""
@@ -141,6 +146,8 @@ class DecodeThread(threading.Thread):
             indices = self.context.decode([slot for slot, _ in decoding])
             for (slot, job), index in zip(decoding, indices, strict=True):
                 self._emit(slot, job, self.context.sample(slot, index))
+                if (drafted := self.context.sample_draft(slot, index)) is not None:
+                    self._emit(slot, job, drafted)
 
     def _start(self, slot: Slot, job: Job) -> None:
         """Queue the part of the prompt that the slot does not have in its cache."""
@@ -175,6 +182,9 @@ class ServedModel:
 
     `threads` returns how many threads each decode thread may use now. `vram_share` is as for
     `plan_contexts`.
+
+    Raises:
+        GattError: too little memory, or no batch-invariant answers of this model here.
     """
 
     def __init__(
@@ -203,7 +213,16 @@ class ServedModel:
             loaded=loaded,
             vram_share=vram_share,
         )
-        self.decode_threads = [DecodeThread(self, n, plan.settings) for n in plan.sequences]
+        if limits.batch_invariant and (plan.gpu_layers or loaded.has_state):
+            raise GattError(
+                f"{name} has no batch-invariant answers: "
+                + ("it runs on a GPU" if plan.gpu_layers else "llama.cpp keeps a state for it")
+                + ". Leave out --batch-invariant."
+            )
+        self.decode_threads = [
+            DecodeThread(self, n, plan.settings, exact=limits.batch_invariant)
+            for n in plan.sequences
+        ]
 
     def stats(self) -> EngineStats:
         """Return what the model is doing now."""

@@ -53,6 +53,8 @@ def run(
     access: Access,
     context: int,
     runs: Path | None,
+    *,
+    batch_invariant: bool,
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; the log goes to stderr, a line of JSON for each request.
 
@@ -67,7 +69,7 @@ def run(
     sources = _find_sources(models, adapters)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     _log_to_stderr()
-    engine = AsyncEngine(sources, Limits(context))
+    engine = AsyncEngine(sources, Limits(context, batch_invariant=batch_invariant))
     try:
         hosts = () if access.key else (*_LOOPBACK_HOSTS, access.host.lower())
         app = make_app(engine, AccessSettings(access.key, tuple(access.cors), hosts))

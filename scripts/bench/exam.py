@@ -1,9 +1,9 @@
 """The persistence exam: `.venv/bin/python scripts/bench/exam.py [--speed [MODEL]] [--quick]`.
 
-Verdicts: the same F16 file greedily through `gatt exam FILE`, `gatt exam` on `gatt serve`, Inspect
-on `gatt serve`, and Inspect on llama-cpp-python's server, whose repetition penalty of 1.1 is
-switched off. With `--llama-server PATH`, also Inspect on llama.cpp's own server, of which PATH is
-the program. Each is compared with the first one, turn by turn; a turn that only one of both
+Verdicts: the same F16 file greedily through `gatt exam FILE`, `gatt exam` and Inspect on `gatt
+serve --batch-invariant`, and Inspect on llama-cpp-python's server, whose repetition penalty of 1.1
+is switched off. With `--llama-server PATH`, also Inspect on llama.cpp's own server, of which PATH
+is the program. Each is compared with the first one, turn by turn; a turn that only one of both
 measured is a difference. Each way goes on from its own answers, so that one other token may change
 all that follows.
 
@@ -151,7 +151,8 @@ def _unmeasured(first: Way, other: Way, key: tuple[str, str, int]) -> bool:
 def gatt_server(file: Path) -> Iterator[str]:
     """Run `gatt serve`; yield its address."""
     port = free_port()
-    words = ["-m", "pipeline", "serve", str(file), "--port", str(port), "--context", str(CONTEXT)]
+    values = {"--port": str(port), "--context": str(CONTEXT)}
+    words = ["-m", "pipeline", "serve", str(file), "--batch-invariant", *words_of(values)]
     with run_server(words, port) as server:
         yield f"{server.url}/v1"
 
