@@ -147,10 +147,11 @@ def test_a_chat_survives_a_reload_and_is_downloaded(tab: Tab) -> None:
     for text, message in ((_AHOY, "Name a color."), (_CURIOUS, "And another?")):
         instruction.fill(text)
         tab.ask(message)
-    turns, marks = tab.page.inner_text(".turns"), tab.marks()
+    texts = tab.page.locator(".user, .markdown")
+    turns, marks = texts.all_inner_texts(), tab.marks()
     tab.page.reload()
     tab.wait_until(lambda: tab.count(".turn") == 2)
-    assert (tab.page.inner_text(".turns"), tab.marks()) == (turns, marks)
+    assert (texts.all_inner_texts(), tab.marks()) == (turns, marks)
     with tab.page.expect_download() as download:
         tab.page.click("[aria-label^='Save the chat']")
         tab.page.click(".q-menu >> text=other")
