@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support.cores import pretend_cores
 from support.families import save_family
 
 from pipeline.errors import GattError
@@ -14,7 +15,7 @@ from pipeline.gguf.adapter import write_adapter
 from pipeline.gguf.merge import open_base
 from pipeline.hub.convert import write_formats
 from pipeline.hub.models import Model
-from pipeline.inference.async_engine import AsyncEngine, ModelSource
+from pipeline.inference.async_engine import AnswerStream, AsyncEngine, ModelSource
 from pipeline.inference.batch_engine import BatchEngine
 from pipeline.inference.llama.model import Adapter
 from pipeline.inference.request import GenerationRequest, QueueFullError
@@ -126,6 +127,32 @@ def test_batch_invariant_answers_are_those_of_the_batch_engine(base: Path) -> No
             chat: tuple[Message, ...] = ({"role": "user", "content": user},)
             text = exact.complete(Request(messages=chat, seed=0, max_tokens=24)).text
             assert b"".join(token for token, _ in first).decode() == text
+
+
+def test_a_full_sequence_between_others_does_not_end_them(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Idle sequences between busy ones are padded, and this one has no cell left for it."""
+    pretend_cores(monkeypatch, 1)
+
+    def answer(engine: AsyncEngine, words: int) -> AnswerStream:
+        user: Message = {"role": "user", "content": "Tell a story. " * words}
+        tokens, _ = engine.chat_prompt("m", (user,))
+        sampler = SamplerSettings(ignore_eos=True)
+        room = 40 if words == 1 else 256 - len(tokens)
+        sampling = Request(messages=(), seed=1, max_tokens=room, sampler=sampler)
+        return engine.generate("m", GenerationRequest(tokens=tokens, sampling=sampling))
+
+    async def run(engine: AsyncEngine) -> list[str]:
+        streams = [answer(engine, words) for words in (1, 50, 1)]
+        return [(await stream.wait()).finish for stream in streams]
+
+    limits = Limits(context=256, max_sequences=3, batch_invariant=True)
+    engine = AsyncEngine({"m": ModelSource(base)}, limits)
+    try:
+        assert asyncio.run(run(engine)) == ["length"] * 3
+    finally:
+        engine.close()
 
 
 def test_a_model_with_a_state_has_no_batch_invariant_answers(tmp_path: Path) -> None:

@@ -205,9 +205,11 @@ class ServedModel:
         self._max_waiting = limits.max_waiting
         self._waiting: deque[Job] = deque()
         self._finished = count(1)
+        # The two rows of an idle sequence (`BatchBuilder`) take a cell more than an answer does.
+        n_ctx = self.context_length + (1 if limits.batch_invariant else 0)
         plan = plan_contexts(
             loaded.info,
-            ContextSettings(self.context_length, adapter=adapter),
+            ContextSettings(n_ctx, adapter=adapter),
             dialogues=_UNLIMITED,
             max_sequences=limits.max_sequences,
             loaded=loaded,

@@ -15,8 +15,8 @@ A draft token can take the place of the padding token of 3, at no cost. If the s
 next token is already decoded (n-gram speculative decoding, see `ngram_drafter`).
 
 With `exact=False` there are no padding and draft tokens (3), and results differ by rounding, as
-they do in llama.cpp. The server uses this by default: who waits for an answer compares none. No
-GPU is exact: `mixed_batch` has what is different there.
+they do in llama.cpp. The server does so by default: its users do not compare answers. No GPU is
+exact: `mixed_batch` has what is different there.
 
 A model that has a state (`LoadedModel.has_state`) is not exact either. Tokens cannot be removed
 from a state, only all of them at once: there are no padding and draft tokens, and a prompt uses a
