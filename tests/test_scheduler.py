@@ -178,6 +178,9 @@ class _FakeContext:
         slot.finish = "length" if slot.tokens == slot.request.max_tokens else None
         return "x"
 
+    def sample_draft(self, slot: Slot, index: int) -> None:
+        """Have no draft."""
+
     def clear(self, slot: Slot) -> None:
         """Note the call."""
         self.calls.append(f"clear {slot.id}")
