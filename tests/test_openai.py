@@ -320,6 +320,17 @@ def test_a_full_context_is_a_completion(overflow: Response, fake: FakeOpenAIServ
     assert _complete(OpenAIClient(fake.url), _request()) == [Completion("", 0, 0, "context")]
 
 
+@pytest.mark.parametrize("code", ["content_filter", "content_policy_violation"])
+def test_a_filtered_prompt_has_no_answer_and_others_go_on(
+    code: str, fake: FakeOpenAIServer
+) -> None:
+    refusal = _error(400, "The prompt triggered the content policy.", code)
+    fake.responses = [refusal, _stream("Yes.")]
+    filtered, after = _complete(OpenAIClient(fake.url, max_parallel=1), _request(), _request())
+    assert filtered == Completion("", 0, 0, "length")
+    assert after.text == "Yes."
+
+
 class _Failure(NamedTuple):
     """Responses to chat requests, and what the error message has to contain."""
 

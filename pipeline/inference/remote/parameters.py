@@ -33,6 +33,8 @@ _UNSUPPORTED = re.compile(
     re.IGNORECASE,
 )
 """How servers say that they do not take a parameter, whatever its value is."""
+_FILTERS = ("content_filter", "content_policy_violation")
+"""Codes of a prompt that a hosted model's filter refuses: of Azure, and of LiteLLM and OpenAI."""
 _SEED_RANGE = re.compile(r"2147483647|2\^31|less than|range|too (large|big)|int32", re.IGNORECASE)
 _OTHER_LIMIT = re.compile(r"\b(max_(?!tokens\b)\w+|n_predict|num_predict)\b")
 _CONTEXT_OVERFLOW = re.compile(r"context.?(length|size|window)|maximum model length", re.IGNORECASE)
@@ -116,6 +118,11 @@ def is_overflow(error: APIStatusError) -> bool:
     """Return whether a request was refused because it does not fit in the context."""
     text = f"{error.code} {json.dumps(error.body)} {error.message}"
     return error.status_code in (400, 413, 422) and bool(_CONTEXT_OVERFLOW.search(text))
+
+
+def is_filtered(error: APIStatusError) -> bool:
+    """Return whether a filter of the provider refused the prompt: its model did not answer."""
+    return error.status_code == 400 and error.code in _FILTERS
 
 
 def _refused(error: APIStatusError, text: str, names: list[str]) -> str:

@@ -19,7 +19,7 @@ from pipeline.inference.remote.address import (
     proxy_variables,
 )
 from pipeline.inference.remote.answer import StreamedAnswer, complete_answer
-from pipeline.inference.remote.parameters import Parameters, is_overflow
+from pipeline.inference.remote.parameters import Parameters, is_filtered, is_overflow
 from pipeline.inference.thoughts import lost_marker
 from pipeline.records import Completion, Request
 
@@ -162,6 +162,9 @@ class Server:
             try:
                 completion = await self._complete_once(client, request, thought_tokens)
             except openai.APIStatusError as error:
+                if is_filtered(error):
+                    log(f"The server at {self.url} filtered a prompt: its answer is empty.")
+                    return Completion("", 0, 0, "length")
                 if not is_overflow(error):
                     raise
                 if not thought_tokens:
