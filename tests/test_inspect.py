@@ -18,6 +18,7 @@ from pipeline.errors import GattError
 from pipeline.exam.inspect_eval.logs import read_log
 from pipeline.exam.machine import local_machine
 from pipeline.exam.result import ExamResult, read_result
+from pipeline.exam.tasks import EXAM_NAME
 from pipeline.records import Completion
 from pipeline.stages.compare import compare
 from pipeline.stages.exam import ExamOptions, run
@@ -281,6 +282,16 @@ def test_a_log_of_another_task_is_no_result(tmp_path: Path) -> None:
     (tmp_path / "broken.eval").write_text("no log")
     with pytest.raises(GattError, match="no log of Inspect"):
         read_log(tmp_path / "broken.eval")
+
+
+@pytest.mark.slow
+def test_settings_of_another_version_are_refused(served: str, tmp_path: Path) -> None:
+    file = _file(_inspect(served, tmp_path, **{**_OPTIONS, "dialogues": 1}))
+    log = inspect_ai.log.read_eval_log(file)
+    log.eval.metadata[EXAM_NAME]["settings"]["temperature"] = 1
+    inspect_ai.log.write_eval_log(log, file)
+    with pytest.raises(GattError, match=r"settings of gatt .*'temperature'"):
+        read_log(file)
 
 
 @pytest.mark.slow

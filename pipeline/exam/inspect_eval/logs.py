@@ -70,7 +70,7 @@ def read_log(path: Path) -> ExamResult:
     _require_same_set(path, about)
     samples = sorted(log.samples or [], key=lambda s: about["arms"].index(s.metadata["arm"]))
     turns = int(about["turns"])
-    settings = ExamSettings(**about["settings"])
+    settings = _logged_settings(path, about)
     rows = [row for sample in samples for row in sample.store.get(REPLIES, ())]
     replies = [logged_reply(row, path, about["gatt"]) for row in rows]
     tasks = exam_tasks((), 0, most_turns(turns, 0))
@@ -105,6 +105,16 @@ def _require_same_set(path: Path, about: dict[str, Any]) -> None:
             f"{path} is a log of {there} of the exam's set, by gatt {about['gatt']}; gatt "
             f"{__version__} has {here}. Take the version that wrote it."
         )
+
+
+def _logged_settings(path: Path, about: dict[str, Any]) -> ExamSettings:
+    try:
+        return ExamSettings(**about["settings"])
+    except TypeError as error:
+        raise GattError(
+            f"{path} has settings of gatt {about['gatt']} that gatt {__version__} does not read "
+            f"({error}). Take the version that wrote it."
+        ) from error
 
 
 def _machine(log: EvalLog, client: str) -> str:
