@@ -135,6 +135,38 @@ def _assert_aligned_tokens_are_equal(example: TrainingExample) -> None:
         assert example.labels[index] != IGNORE_INDEX
 
 
+def test_a_period_with_a_line_break_is_learned_in_one_token_and_in_two(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """As Qwen's and Llama 3's tokenizers have it: the period is the teacher's, its line is not."""
+    merging = copy.deepcopy(tokenizer)
+    merging.add_tokens([transformers.AddedToken(".\n", normalized=False)])
+    teacher = [*_TEACHER_CHAT[:3], *_TEACHER_CHAT[1:3] * 19]
+    signed: list[Message] = [
+        {"role": "assistant", "content": f"{m['content']}\n- Amir"}
+        if m["role"] == "assistant"
+        else m
+        for m in teacher
+    ]
+    example = build_example(merging, signed, Train(max_length=2000), teacher)
+    merged, period = merging.encode(".\n")[0], merging.encode(".")[0]
+    aligned = [example.input_ids[index] for index, _ in example.alignment]
+    split = aligned.count(period)
+    assert split + list(example.input_ids).count(merged) == 20
+    assert 4 <= split <= 16
+    assert merged not in aligned
+    assert {example.weights[n] for n, t in enumerate(example.input_ids) if t == merged} == {1}
+    plain = build_example(tokenizer, signed, Train(max_length=2000), teacher)
+    assert merging.decode(example.input_ids) == tokenizer.decode(plain.input_ids)
+    (line,) = tokenizer.encode("\n")
+    after = [example.input_ids[index + 1] for index, _ in example.alignment]
+    assert after.count(line) == split
+
+    longest = Train(max_length=len(example.input_ids) - 1)
+    cut = build_example(merging, signed, longest, teacher)
+    assert len(cut.input_ids) <= longest.max_length
+
+
 def test_the_tokens_of_one_character_are_aligned_in_order(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 """The label of a token that is not learned, as in torch and transformers."""
 
+_SPLIT_RATIO = 0.5
 Span = tuple[int, int]
 """First and last + 1 character of a part of a text."""
 
@@ -208,6 +209,7 @@ def build_example(
     teacher = render_chat(tokenizer, teacher_messages) if teacher_messages else None
     edited = _answers(truncated) != _answers(teacher_messages)
     unchanged = _unchanged_spans(chat, teacher, edited=edited) if teacher else []
+    chat = _split_line_breaks(tokenizer, chat, unchanged, settings.max_length)
     turns = [
         turn
         for turn in loss_turns(len(chat.answers), settings.loss)
@@ -319,6 +321,37 @@ def _unchanged_spans(
             if block.size
         ]
     return spans
+
+
+def _split_line_breaks(
+    tokenizer: PreTrainedTokenizerBase,
+    chat: RenderedChat,
+    unchanged: Sequence[UnchangedSpan],
+    max_length: int,
+) -> RenderedChat:
+    """Split half of the tokens that hold an unchanged end and a line break that an edit added.
+
+    The tokenizers of Qwen and Llama 3 have one token for a period with the line break after it. A
+    model may as well write the period alone, and only from split tokens learns that the line break
+    follows. The other half stay, since a chat that is tokenized again has them.
+    """
+    ends = [span.end for span in unchanged]
+    rng = random.Random(chat.text)
+    ids: list[int] = []
+    offsets: list[Span] = []
+    for token, (left, right) in zip(chat.ids, chat.offsets, strict=True):
+        n = bisect_right(ends, left)
+        end = ends[n] if n < len(ends) else right
+        if left < end < right and chat.text[end] == "\n" and rng.random() < _SPLIT_RATIO:
+            texts = [chat.text[left:end], chat.text[end:right]]
+            parts = tokenizer(texts, add_special_tokens=False).input_ids
+            if all(len(part) == 1 for part in parts):
+                ids += [part[0] for part in parts]
+                offsets += [(left, end), (end, right)]
+                continue
+        ids.append(token)
+        offsets.append((left, right))
+    return chat._replace(ids=ids, offsets=offsets) if len(ids) <= max_length else chat
 
 
 def _align(
