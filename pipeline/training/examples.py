@@ -26,6 +26,7 @@ IGNORE_INDEX = -100
 """The label of a token that is not learned, as in torch and transformers."""
 
 _SPLIT_RATIO = 0.5
+"""Share of the tokens with a line break of an edit that are split in two."""
 Span = tuple[int, int]
 """First and last + 1 character of a part of a text."""
 
